@@ -1,0 +1,1 @@
+"""minidiff: text-to-image diffusion from scratch."""
