@@ -1,0 +1,125 @@
+"""CLIP's text tower: prompts to sequences of vectors. Tokens, transformer and padding rules are all in this file.
+
+The tokenizer and its vocabulary come from open_clip (imported when first used: it takes seconds).
+
+[1] Radford et al. Learning Transferable Visual Models From Natural Language Supervision. 2021. arXiv:2103.00020
+[2] Cherti et al. Reproducible Scaling Laws for Contrastive Language-Image Learning. 2022. arXiv:2212.07143
+[3] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. 2022. arXiv:2112.10752
+"""
+import warnings
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from minidiff.layers import Attention
+
+START, END = 49406, 49407  # the last two of CLIP's 49,408 tokens
+
+
+@lru_cache(maxsize=1)
+def tokenizer():  # noqa: ANN201 (open_clip's type is not known before it is imported)
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()
+
+
+@lru_cache(maxsize=100_000)
+def token_ids(prompt: str) -> tuple[int, ...]:
+    """The byte-pair ids of one prompt, without start and end."""
+    return tuple(tokenizer().encode(prompt))
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """OpenAI's approximation of gelu; its weights need it."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+class Block(nn.Module):
+    """Causal self-attention and a two-layer perceptron, each behind a LayerNorm, each around a skip."""
+
+    def __init__(self, width: int, heads: int, activation: str):
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads, bias=True)
+        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        x = x + self.attention(self.norm1(x), causal=True)
+        return x + self.down(self.activation(self.up(self.norm2(x))))
+
+
+class CLIPText(nn.Module):
+    """[1] section 2.4. The causal mask makes every vector depend on the words up to it; there is no padding mask, as in [3]."""
+
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        activation: str = "quick_gelu",
+        pad: int = END,  # SD 1.x pads with the end token, SD 2.x and open_clip with 0
+        context_length: int = 77,
+        vocabulary: int = 49408,
+    ):
+        super().__init__()
+        self.numbers = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.dim, self.pad, self.context_length = width, pad, context_length
+        self.token_embedding = nn.Embedding(vocabulary, width)
+        self.position_embedding = nn.Embedding(context_length, width)
+        self.blocks = nn.ModuleList(Block(width, heads, activation) for _ in range(layers))
+        self.norm_out = nn.LayerNorm(width)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """As [1]'s code: embeddings at 0.02 and 0.01; matrices by width, those that write to the residual stream also by depth."""
+        width, layers = self.dim, len(self.blocks)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.position_embedding.weight, std=0.01)
+        for block in self.blocks:
+            for linear in (block.attention.q, block.attention.k, block.attention.v):
+                nn.init.normal_(linear.weight, std=width**-0.5)
+            for linear in (block.attention.out, block.down):
+                nn.init.normal_(linear.weight, std=(2 * width * layers) ** -0.5)
+            nn.init.normal_(block.up.weight, std=(2 * width) ** -0.5)
+
+    def tokens(self, prompts: list[str]) -> Int[Tensor, "B L"]:
+        """start, words, end, padding. What does not fit is cut, and a warning names the words that fell off."""
+        rows, room = [], self.context_length - 2
+        for prompt in prompts:
+            ids = token_ids(prompt)
+            if len(ids) > room:
+                lost = tokenizer().decode(ids[room:]).strip()
+                warnings.warn(f'prompt cut after {room} tokens; the model does not see: "{lost}"', stacklevel=2)
+            row = [START, *ids[:room], END]
+            rows.append(row + [self.pad] * (self.context_length - len(row)))
+        return torch.tensor(rows, dtype=torch.long, device=self.token_embedding.weight.device)
+
+    def forward(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+        h = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            h = block(h)
+        return self.norm_out(h)
+
+    def encode(self, prompts: list[str]) -> Float[Tensor, "B L D"]:
+        """One sequence of vectors for each prompt."""
+        return self(self.tokens(prompts))
+
+    def null(self, batch: int) -> Float[Tensor, "B L D"]:
+        """The empty prompt: what guidance steers away from."""
+        return self.encode([""]).expand(batch, -1, -1)
+
+
+def clip_vit_l14() -> CLIPText:
+    """The text tower of OpenAI's ViT-L/14, in SD 1.x: 123.06 M parameters."""
+    return CLIPText(width=768, layers=12, heads=12, activation="quick_gelu", pad=END)
+
+
+def openclip_vit_h14() -> CLIPText:
+    """The text tower of OpenCLIP's ViT-H/14 ([2]), in SD 2.x, which reads the penultimate layer: 23 of its 24 blocks, 340.39 M parameters."""
+    return CLIPText(width=1024, layers=23, heads=16, activation="gelu", pad=0)

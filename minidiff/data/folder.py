@@ -1,0 +1,234 @@
+"""Pictures from disk: reading one picture, folders of captions, folders of classes, and the step from bytes to [-1, 1], are all in this file.
+
+A captioned folder follows the Hugging Face image-folder convention, one line a picture:
+
+    DIR/metadata.jsonl      {"file_name": "images/apple.png", "text": "a red apple"}
+    DIR/images/apple.png
+
+A class folder is the older layout, DIR/<class>/<any name>.png; there the name of the class is the caption.
+"""
+
+import difflib
+import json
+import os
+import struct
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from minidiff.errors import UserError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+CAPTION_NAMES = ("text", "caption", "prompt", "description", "captions")  # what people call the column, for a better suggestion
+_EXAMPLE = '{"file_name": "a.png", "text": "a caption"}'
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # what Pillow raises on broken files
+
+
+def to_model(pictures: UInt8[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
+    """Bytes 0..255 to floats in [-1, 1]."""
+    return pictures.float() / 127.5 - 1
+
+
+def to_uint8(pictures: Float[Tensor, "*dims"]) -> UInt8[Tensor, "*dims"]:
+    """Floats in [-1, 1] to the nearest byte: the exact inverse of `to_model`; what lies outside is clamped."""
+    return ((pictures.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def check_size(size: int, multiple: int) -> None:
+    """A network that halves its input k times needs sides divisible by 2^k: refuse others, and name the nearest that work."""
+    if size > 0 and size % multiple == 0:
+        return
+    below = max(size, 0) // multiple * multiple
+    nearest = f"sizes are {below} and {below + multiple}" if below else f"size is {multiple}"
+    raise UserError(f"size {size} is not divisible by {multiple}; the nearest valid {nearest}")
+
+
+def load_picture(path: str | Path, size: int | None = None) -> UInt8[Tensor, "3 H W"]:
+    """Any picture as upright RGB on white; with a size, its shorter side is scaled to that and the centre is cut out, size x size."""
+    try:
+        with Image.open(path) as file:
+            image = _rgb(ImageOps.exif_transpose(file))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such picture") from None
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: not a readable picture ({reason}); replace it, or take it out of the data") from None
+    if size is not None:
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion does not scale every such mode
+        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range: save it with 8 or 16 bits")
+    if image.has_transparency_data:  # alpha, or one colour of a palette declared transparent
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def pictures_in(folder: str | Path) -> list[Path]:
+    """Every picture below the folder, sorted; hidden files and folders (.DS_Store, ._x.png, .ipynb_checkpoints) and other files are skipped."""
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
+        found += [Path(place, name) for name in names if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES]
+    return sorted(found)
+
+
+class Pictures(Dataset):
+    """Picture files with one caption each; they are read when asked for."""
+
+    def __init__(self, paths: list[Path], captions: list[str], size: int | None = None):
+        self.paths, self.captions, self.size = paths, captions, size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> tuple[UInt8[Tensor, "3 H W"], str]:
+        return load_picture(self.paths[i], self.size), self.captions[i]
+
+
+class CaptionedFolder(Pictures):
+    """DIR/metadata.jsonl says which pictures and which captions. Of a list of captions the first is taken; to use
+    all of them, give the picture one line per caption."""
+
+    def __init__(self, folder: str | Path, size: int | None = None, caption_column: str = "text"):
+        folder = _existing(folder)
+        paths, captions = [], []
+        for where, row in metadata_rows(folder):
+            paths.append(_named_picture(folder, where, _column(where, row, "file_name")))
+            captions.append(_caption(where, row, caption_column))
+        super().__init__(paths, captions, size)
+
+
+class ClassFolder(Pictures):
+    """DIR/<class>/<picture>: `classes` are the sorted names of the folders that hold pictures, `labels` one index into them per picture."""
+
+    def __init__(self, folder: str | Path, size: int | None = None):
+        folder = _existing(folder)
+        by_class = _class_folders(folder)
+        if not by_class:
+            hint = "put the pictures of each class into a folder of its own" if pictures_in(folder) else "there are no pictures below it"
+            raise UserError(f"{folder}: no class folders (DIR/<class>/<name>.png); {hint}")
+        self.classes = list(by_class)
+        self.labels = [label for label, paths in enumerate(by_class.values()) for _ in paths]
+        paths = [path for paths in by_class.values() for path in paths]
+        super().__init__(paths, [self.classes[label] for label in self.labels], size)
+
+
+def load_all(dataset: Pictures, size: int, limit: int | None = None) -> tuple[UInt8[Tensor, "N 3 S S"], list[str]]:
+    """Everything in memory, for small sets; a limit takes that many, spread evenly, so that every class of a sorted folder has its share."""
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    chosen = [i * len(dataset) // count for i in range(count)]
+    pictures = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
+        loaded = pool.map(lambda i: load_picture(dataset.paths[i], size), chosen)
+        for k, picture in enumerate(tqdm(loaded, "reading pictures", count, unit="", leave=False)):
+            pictures[k] = picture
+    return pictures, [dataset.captions[i] for i in chosen]
+
+
+# Reading metadata.jsonl: every complaint names the file and the line.
+
+
+def metadata_rows(folder: Path) -> Iterator[tuple[str, dict]]:
+    """Yield ("DIR/metadata.jsonl, line 3", the object on that line); blank lines are skipped."""
+    path = folder / "metadata.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path}: not found; {_instead(folder)}")
+    empty = True
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not UTF-8 (byte {line[error.start]:#x} at column {error.start + 1}); save the file as UTF-8") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line, {_EXAMPLE}") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: not a JSON object; write one object a line, {_EXAMPLE}")
+        empty = False
+        yield where, row
+    if empty:
+        raise UserError(f"{path}: empty; write one object a line, {_EXAMPLE}")
+
+
+def _quoted(name: str) -> str:
+    return json.dumps(name, ensure_ascii=False)
+
+
+def _column(where: str, row: dict, column: str) -> str | list:
+    if column in row:
+        return row[column]
+    others = [name for name, value in row.items() if name != "file_name" and isinstance(value, str | list)]
+    close = difflib.get_close_matches(column, row if column == "file_name" else others, 1)
+    best = close[0] if close else next((name for name in (*CAPTION_NAMES, *others) if name in others), None)
+    found = ", ".join(_quoted(name) for name in row) or "nothing"
+    advice = "Add it"
+    if column == "file_name":
+        advice = f"Rename {_quoted(close[0])}" if close else "Add it, with the picture's path inside the folder"
+    elif best:
+        advice = f"Rename it, or pass --caption-column {best}"
+    raise UserError(f"{where}: no column {_quoted(column)}; found {found}. {advice}.")
+
+
+def _caption(where: str, row: dict, column: str) -> str:
+    value = _column(where, row, column)
+    first = value[0] if isinstance(value, list) and value else value
+    if not isinstance(first, str):
+        raise UserError(f"{where}: column {_quoted(column)} holds {json.dumps(value)[:60]}, not a caption; write a string, or a list of strings")
+    return first
+
+
+def _named_picture(folder: Path, where: str, name: str | list) -> Path:
+    if not isinstance(name, str) or not name:
+        raise UserError(f'{where}: "file_name" holds {json.dumps(name)[:60]}; write the path of a picture inside the folder')
+    path = folder / name
+    try:
+        inside, found = path.resolve().is_relative_to(folder.resolve()), path.is_file()
+    except (OSError, ValueError, RuntimeError):  # too long to be a name, a NUL in it, links in a circle
+        inside, found = True, False
+    if not inside:
+        raise UserError(f'{where}: "file_name" {_quoted(name)} points outside the folder; copy the picture into {folder}')
+    if not found:
+        near = difflib.get_close_matches(name, [p.relative_to(folder).as_posix() for p in pictures_in(folder)], 1)
+        hint = f"did you mean {_quoted(near[0])}?" if near else "add the picture, or take the line out"
+        raise UserError(f"{where}: picture {_quoted(name[:200])} is missing; {hint}")
+    return path
+
+
+def _existing(folder: str | Path) -> Path:
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: {'this is a file; pass the folder it lies in' if folder.exists() else 'no such folder'}")
+    if not any(folder.iterdir()):
+        raise UserError(f"{folder}: the folder is empty; put pictures and a metadata.jsonl there, or one folder of pictures per class")
+    return folder
+
+
+def _class_folders(folder: Path) -> dict[str, list[Path]]:
+    below = sorted(place for place in folder.iterdir() if place.is_dir() and not place.name.startswith(".") and place.name != "__MACOSX")
+    return {place.name: paths for place in below if (paths := pictures_in(place))}
+
+
+def _instead(folder: Path) -> str:
+    """What to do about a folder without metadata.jsonl depends on what is there."""
+    if (folder / "metadata.csv").is_file():
+        return f"metadata.csv is not read; write the same as one JSON object a line, {_EXAMPLE}"
+    if classes := _class_folders(folder):
+        names = ", ".join(list(classes)[:3]) + (", ..." if len(classes) > 3 else "")
+        return f"there are folders of pictures ({names}): load it as class folders if those are classes, or write one line a picture, {_EXAMPLE}"
+    return f"write one line a picture there, {_EXAMPLE}"

@@ -1,0 +1,134 @@
+"""From a network to a denoiser: what the network predicts, how its error is weighted, and how text steers it.
+
+A schedule says x_t = alpha_t x0 + sigma_t eps. Every published prediction target is one row (a, b) of a table: the network's
+output F estimates a x0 + b eps. Together with x_t these are two equations in two unknowns, so one 2x2 solve turns any network
+into the same thing: a Prediction of (x0, eps). Nothing outside this file knows which row was chosen.
+
+[1] Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. arXiv:2006.11239
+[2] Salimans, Ho. Progressive Distillation for Fast Sampling of Diffusion Models. 2022. arXiv:2202.00512
+[3] Lipman et al. Flow Matching for Generative Modeling. 2023. arXiv:2210.02747
+[4] Karras et al. Elucidating the Design Space of Diffusion-Based Generative Models. 2022. arXiv:2206.00364
+[5] Hang et al. Efficient Diffusion Training via Min-SNR Weighting Strategy. 2023. arXiv:2303.09556
+[6] Choi et al. Perception Prioritized Training of Diffusion Models. 2022. arXiv:2204.00227
+[7] Ho, Salimans. Classifier-Free Diffusion Guidance. 2022. arXiv:2207.12598
+"""
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from minidiff.schedules import NoiseSchedule
+
+SIGMA_DATA = 0.5  # s_d, the standard deviation EDM assumes of its data, [4] table 1
+
+
+def _edm(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """[4] eq. 8 written as a row: c_skip = s_d^2 / r^2, c_out = s_d sigma / r follow from the 2x2 solve. For alpha = 1."""
+    r = (sigma**2 + SIGMA_DATA**2).sqrt()
+    return sigma / (SIGMA_DATA * r), -SIGMA_DATA / r
+
+
+TARGETS: dict[str, Callable] = {  # F estimates a x0 + b eps
+    "eps": lambda alpha, sigma: (torch.zeros_like(alpha), torch.ones_like(alpha)),  # [1] eq. 14
+    "x0": lambda alpha, sigma: (torch.ones_like(alpha), torch.zeros_like(alpha)),  # [1] section 3.2
+    "v": lambda alpha, sigma: (-sigma, alpha),  # [2] appendix D
+    "flow": lambda alpha, sigma: (-torch.ones_like(alpha), torch.ones_like(alpha)),  # [3] eq. 23, rectified flow
+    "edm": _edm,  # [4] table 1
+}
+
+WEIGHTINGS: dict[str, Callable] = {  # w(SNR), the weight of || x0 - x0_hat ||^2, whatever the network predicts
+    "eps": lambda snr: snr,  # the paper's "simple" loss, [1] eq. 14
+    "x0": lambda snr: torch.ones_like(snr),
+    "v": lambda snr: snr + 1,  # [2] section 4
+    "flow": lambda snr: (1 + snr.sqrt()) ** 2,  # 1 / sigma^2 where alpha + sigma = 1
+    "edm": lambda snr: snr + SIGMA_DATA**-2,  # [4] table 1, lambda(sigma)
+    "min-snr": lambda snr: snr.clamp(max=5),  # [5] section 3.4, gamma = 5
+    "p2": lambda snr: snr / (1 + snr),  # [6] eq. 8, gamma = k = 1
+}
+
+
+class Prediction(NamedTuple):
+    """What a denoiser says about x_t: the clean data and the noise it is made of, x_t = alpha_t x0 + sigma_t eps."""
+
+    x0: Float[Tensor, "B *dims"]
+    eps: Float[Tensor, "B *dims"]
+
+
+Denoise = Callable[[Tensor, Tensor], Prediction]  # (x, t) -> Prediction: all a sampler needs to know of a model
+
+
+def _like(scale: Float[Tensor, "B"], x: Tensor) -> Tensor:
+    """A scale per example, ready to be multiplied with x. The cast comes before the move: some devices have no float64."""
+    return scale.to(x.dtype).to(x.device).view(-1, *[1] * (x.ndim - 1))
+
+
+class Denoiser(nn.Module):
+    """network + schedule + one row of TARGETS. The network is called as network(x, c_noise, context)."""
+
+    def __init__(self, network: nn.Module, schedule: NoiseSchedule, target: str = "eps", weighting: str | None = None):
+        """weighting: a key of WEIGHTINGS; None means the plain squared error of the network's own output."""
+        super().__init__()
+        if target not in TARGETS:
+            raise ValueError(f'no target "{target}"; there is {", ".join(TARGETS)}')
+        if target == "eps" and getattr(schedule, "zero_terminal_snr", False):
+            raise ValueError('target "eps" says nothing about x0 where alpha = 0; use "v" or "x0" with zero_terminal_snr')
+        self.network, self.schedule, self.target, self.weighting = network, schedule, target, weighting or target
+
+    def _row(self, t: Shaped[Tensor, "B"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        return alpha, sigma, *TARGETS[self.target](alpha, sigma)
+
+    def output(self, x: Float[Tensor, "B *dims"], t: Shaped[Tensor, "B"], context: Float[Tensor, "B L D"] | None = None) -> Tensor:
+        """F, the bare output of the network, on an input scaled to unit variance where the target asks for it."""
+        if self.target == "edm":  # c_in, [4] table 1
+            x = x * _like((self.schedule.alpha_sigma(t)[1] ** 2 + SIGMA_DATA**2).rsqrt(), x)
+        return self.network(x, self.schedule.c_noise(t).to(x.dtype).to(x.device), context)
+
+    def forward(self, x: Float[Tensor, "B *dims"], t: Shaped[Tensor, "B"], context: Float[Tensor, "B L D"] | None = None) -> Prediction:
+        """Solve  x = alpha x0 + sigma eps,  F = a x0 + b eps  for (x0, eps). t is a CPU tensor."""
+        alpha, sigma, a, b = self._row(t)
+        F = self.output(x, t, context).to(x.dtype)
+        det = alpha * b - sigma * a
+        x0 = _like(b / det, x) * x - _like(sigma / det, x) * F
+        eps = _like(alpha / det, x) * F - _like(a / det, x) * x
+        return Prediction(x0, eps)
+
+    def loss(
+        self,
+        x0: Float[Tensor, "B *dims"],
+        context: Float[Tensor, "B L D"] | None = None,
+        t: Shaped[Tensor, "B"] | None = None,
+        eps: Float[Tensor, "B *dims"] | None = None,
+    ) -> Float[Tensor, "B"]:
+        """w(SNR_t) || x0 - x0_hat(x_t) ||^2 per example (mean over dims); t and eps can be given, so that tests are exact.
+
+        Computed on the network's output, where x0 - x0_hat = -(sigma / det) (target - F), to stay finite as alpha goes to 0.
+        """
+        t = self.schedule.sample_t(len(x0)) if t is None else t
+        eps = torch.randn_like(x0) if eps is None else eps
+        alpha, sigma, a, b = self._row(t)
+        x = _like(alpha, x0) * x0 + _like(sigma, x0) * eps
+        error = _like(a, x0) * x0 + _like(b, x0) * eps - self.output(x, t, context)
+        weight = WEIGHTINGS[self.weighting](self.schedule.snr(t)) * (sigma / (alpha * b - sigma * a)) ** 2
+        return weight.to(x0.dtype).to(x0.device) * error.pow(2).flatten(1).mean(1)
+
+
+def guide(denoiser: Denoiser, context: Float[Tensor, "B L D"] | None, null: Float[Tensor, "B L D"] | None, scale: float) -> Denoise:
+    """Classifier-free guidance, [7] eq. 6 as Stable Diffusion counts it: null + scale (context - null).
+
+    scale 1 is off, 0 is unconditional, above 1 exaggerates what the condition changes. Both halves run as one batch. At a fixed
+    x_t the solve of Denoiser.forward is affine in F, so guiding x0, eps or F is the same thing.
+    """
+    if context is None or null is None or scale == 1:
+        return lambda x, t: denoiser(x, t, context)
+    if scale == 0:
+        return lambda x, t: denoiser(x, t, null)
+    both = torch.cat([null, context])
+
+    def denoise(x: Tensor, t: Tensor) -> Prediction:
+        guided = [n + scale * (c - n) for n, c in (p.chunk(2) for p in denoiser(torch.cat([x, x]), torch.cat([t, t]), both))]
+        return Prediction(*guided)
+
+    return denoise

@@ -1,0 +1,160 @@
+"""Text-to-image latent diffusion: a VAE, a text tower and a denoiser put together, trained, sampled, saved and loaded. No new mathematics.
+
+A model folder holds model.json (kinds and numbers) and one safetensors file for each part.
+
+[1] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. 2022. arXiv:2112.10752
+[2] Ho, Salimans. Classifier-Free Diffusion Guidance. 2022. arXiv:2207.12598
+"""
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Shaped
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from minidiff import schedules
+from minidiff.clip import CLIPText
+from minidiff.data.folder import check_size
+from minidiff.denoiser import Denoiser, guide
+from minidiff.errors import UserError
+from minidiff.labels import ClassLabels, Unconditional
+from minidiff.samplers import Frame, Step, ddim, sample
+from minidiff.unet import UNet
+from minidiff.vae import VAE, Pixels
+
+PARTS = {cls.__name__: cls for cls in (VAE, Pixels, CLIPText, ClassLabels, Unconditional, UNet)}
+
+
+class LatentDiffusion(nn.Module):
+    """Composition only: pictures -> vae -> latents <- denoiser <- context <- text <- prompts."""
+
+    def __init__(self, vae: nn.Module, text: nn.Module, denoiser: Denoiser, size: int, dropout: float = 0.1, guidance: float = 4.0):
+        """size: the side of the training pictures in pixels. dropout: how often training hides the condition. guidance: the default scale."""
+        super().__init__()
+        if text.dim != denoiser.network.context_dim:
+            raise UserError(f"the text encoder gives vectors of width {text.dim}, the U-Net expects {denoiser.network.context_dim}.")
+        self.vae, self.text, self.denoiser = vae, text, denoiser
+        self.size, self.dropout, self.guidance = size, dropout, guidance
+
+    @property
+    def unet(self) -> nn.Module:
+        return self.denoiser.network
+
+    @property
+    def schedule(self) -> schedules.NoiseSchedule:
+        return self.denoiser.schedule
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def loss(self, images: Float[Tensor, "B C H W"], conditions: list[str], t: Shaped[Tensor, "B"] | None = None) -> Float[Tensor, "B"]:
+        """The denoiser's loss on the latents of pictures in [-1, 1]."""
+        with torch.no_grad():
+            latents = self.vae.encode(images)
+        return self.latent_loss(latents, conditions, t)
+
+    def latent_loss(self, latents: Float[Tensor, "B Z h w"], conditions: list[str], t: Shaped[Tensor, "B"] | None = None) -> Float[Tensor, "B"]:
+        """The same on latents encoded beforehand. A condition is hidden with probability `dropout`, here and only here ([2] algorithm 1)."""
+        hidden = torch.rand(len(conditions)) < self.dropout
+        context = self.text.encode(["" if h else c for c, h in zip(conditions, hidden, strict=True)])
+        return self.denoiser.loss(latents, context, t)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        conditions: list[str],
+        steps: int = 25,
+        guidance: float | None = None,
+        step: Step | None = None,
+        size: int | None = None,
+        generator: torch.Generator | None = None,
+        x_T: Float[Tensor, "B Z h w"] | None = None,
+    ) -> Iterator[Frame]:
+        """Yields a Frame of latents for each of steps + 1 times; pictures are self.vae.decode(frame.x0).
+
+        Noise is drawn on the CPU, so a seed means the same picture on every device. x_T, where given, is that noise.
+        """
+        size = size or self.size
+        check_size(size, self.vae.factor * self.unet.multiple)
+        side = size // self.vae.factor
+        first = self.schedule.timesteps(steps)[0]
+        if x_T is None:
+            alpha, sigma = self.schedule.alpha_sigma(first)
+            spread = (alpha**2 + sigma**2).sqrt().item()  # of x_T, for data of unit variance
+            x_T = spread * torch.randn(len(conditions), self.vae.latent_channels, side, side, generator=generator)
+        scale = self.guidance if guidance is None else guidance
+        denoise = guide(self.denoiser, self.text.encode(conditions), self.text.null(len(conditions)), scale)
+        yield from sample(denoise, self.schedule, x_T.to(self.device), steps, step or ddim())
+
+    @torch.no_grad()
+    def generate(self, conditions: list[str], batch: int = 64, **how) -> Float[Tensor, "B C H W"]:
+        """Pictures in [-1, 1], a batch at a time; `how` is sample's."""
+        pictures = []
+        for i in range(0, len(conditions), batch):
+            *_, last = self.sample(conditions[i : i + batch], **how)
+            pictures.append(self.vae.decode(last.x0).clamp(-1, 1))
+        return torch.cat(pictures)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the model folder beside its place, then rename: an interrupted save leaves the old folder as it was."""
+        path = Path(path)
+        fresh, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
+        for folder in (fresh, old):
+            shutil.rmtree(folder, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        parts = {"vae": self.vae, "text": self.text, "unet": self.unet}
+        for name, part in parts.items():
+            save_file({k: v.contiguous() for k, v in part.state_dict().items()}, fresh / f"{name}.safetensors")
+        numbers = {name: {"kind": type(part).__name__, **part.numbers} for name, part in parts.items()}
+        how = {"target": self.denoiser.target, "weighting": self.denoiser.weighting, "schedule": schedules.to_json(self.schedule)}
+        whole = {"format": "minidiff 1", "size": self.size, "dropout": self.dropout, "guidance": self.guidance, "denoiser": how, **numbers}
+        (fresh / "model.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+        if path.exists():
+            os.replace(path, old)
+        os.replace(fresh, path)
+        shutil.rmtree(old, ignore_errors=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "LatentDiffusion":
+        """Read a model folder; every problem is a UserError that names the file."""
+        path = Path(path)
+        if not path.is_dir():
+            raise UserError(f'no model folder "{path}"; `minidiff quickstart` makes one, or pass --model FOLDER.')
+        if not (path / "model.json").is_file():
+            raise UserError(f'"{path}" is no model folder: it has no model.json (a folder as written by `minidiff quickstart` has one).')
+        try:
+            whole = json.loads((path / "model.json").read_text(encoding="utf-8"))
+            parts = {name: _build(whole[name]) for name in ("vae", "text", "unet")}
+            how = whole["denoiser"]
+            denoiser = Denoiser(parts["unet"], schedules.from_json(how["schedule"]), how["target"], how["weighting"])
+            model = cls(parts["vae"], parts["text"], denoiser, whole["size"], whole["dropout"], whole["guidance"])
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path / 'model.json'} is damaged ({type(error).__name__}: {error}); save the model again.") from error
+        for name, part in parts.items():
+            _load_weights(part, path / f"{name}.safetensors")
+        return model.to(device).eval()
+
+
+def _build(numbers: dict) -> nn.Module:
+    return PARTS[numbers["kind"]](**{k: v for k, v in numbers.items() if k != "kind"})
+
+
+def _load_weights(part: nn.Module, file: Path) -> None:
+    if not file.is_file():
+        raise UserError(f"{file.parent} has no weights: {file.name} is missing; copy the whole folder, or save the model again.")
+    try:
+        state = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is damaged ({error}); copy it again, or save the model again.") from error
+    expected = part.state_dict()
+    wrong = sorted(expected.keys() ^ state.keys()) or [k for k in expected if expected[k].shape != state[k].shape]
+    if wrong:
+        raise UserError(f'{file} does not fit model.json: {len(wrong)} tensors differ, the first is "{wrong[0]}"; they must come from one save.')
+    part.load_state_dict(state)

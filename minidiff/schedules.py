@@ -1,0 +1,229 @@
+"""Noise schedules: how much signal and how much noise there is at time t. All of them are in this file.
+
+One frame holds them all:  x_t = alpha_t x0 + sigma_t eps,  eps ~ N(0, I), t grows with noise, t = 0 is clean data.
+
+A schedule is a few numbers and no state. Times are CPU tensors; scales come back in float64, and whoever multiplies them with a
+picture casts them to the picture's dtype (a GPU without float64 never sees one).
+
+[1] Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. arXiv:2006.11239
+[2] Nichol, Dhariwal. Improved Denoising Diffusion Probabilistic Models. 2021. arXiv:2102.09672
+[3] Jabri, Fleet, Chen. Scalable Adaptive Computation for Iterative Generation. 2022. arXiv:2212.11972
+[4] Lin, Liu, Li, Yang. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023. arXiv:2305.08891
+[5] Karras, Aittala, Aila, Laine. Elucidating the Design Space of Diffusion-Based Generative Models. 2022. arXiv:2206.00364
+[6] Esser et al. Scaling Rectified Flow Transformers for High-Resolution Image Synthesis. 2024. arXiv:2403.03206
+[7] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. 2022. arXiv:2112.10752
+"""
+import math
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from minidiff.errors import UserError
+
+Times = Shaped[Tensor, "*B"]  # integers 0..T for Discrete, real numbers for the others
+Scales = Float[Tensor, "*B"]  # float64
+
+
+class NoiseSchedule:
+    """What every schedule can say. Subclasses are frozen dataclasses, so their numbers are all there is to save."""
+
+    def alpha_sigma(self, t: Times) -> tuple[Scales, Scales]:
+        """Scales of signal and noise at t."""
+        raise NotImplementedError
+
+    def sample_t(self, batch: int, generator: torch.Generator | None = None) -> Shaped[Tensor, "B"]:
+        """The times trained on: one for each example."""
+        raise NotImplementedError
+
+    def timesteps(self, steps: int, spacing: str = "trailing") -> Shaped[Tensor, "steps1"]:
+        """The steps + 1 times a sampler visits, decreasing; the last one is clean."""
+        raise NotImplementedError
+
+    def c_noise(self, t: Times) -> Shaped[Tensor, "*B"]:
+        """The number the network is shown for t ([5] table 1)."""
+        raise NotImplementedError
+
+    def progress(self, t: Times) -> Scales:
+        """How far t is along the way from data (0) to noise (1): the axis of plots and of loss-by-t bins."""
+        return t.double()
+
+    def snr(self, t: Times) -> Scales:
+        """Signal-to-noise ratio alpha_t^2 / sigma_t^2; infinite at t = 0."""
+        alpha, sigma = self.alpha_sigma(t)
+        return (alpha / sigma) ** 2
+
+
+def _check(steps: int, spacing: str, allowed: tuple[str, ...], most: int | None = None) -> None:
+    if steps < 1 or (most is not None and steps > most):
+        raise UserError(f"steps is {steps}; it must be at least 1" + (f" and at most {most}" if most else "") + ".")
+    if spacing not in allowed:
+        raise UserError(f'no spacing "{spacing}" for this schedule; there is {", ".join(allowed)}.')
+
+
+def _betas_linear(T: int, beta_1: float, beta_T: float) -> Tensor:
+    """[1] section 4."""
+    return torch.linspace(beta_1, beta_T, T, dtype=torch.float64)
+
+
+def _betas_scaled_linear(T: int, beta_1: float, beta_T: float) -> Tensor:
+    """Linear in sqrt(beta): Stable Diffusion's, [7] and its released configuration."""
+    return torch.linspace(beta_1**0.5, beta_T**0.5, T, dtype=torch.float64) ** 2
+
+
+def _betas_from(alpha_bar_of: Tensor) -> Tensor:
+    """The betas whose cumulated product is the given curve, none of them above 0.999 ([2] section 3.2)."""
+    return (1 - alpha_bar_of[1:] / alpha_bar_of[:-1]).clamp(max=0.999)
+
+
+def _betas_cosine(T: int, _1: float, _T: float) -> Tensor:
+    """[2] eq. 17 with s = 0.008."""
+    u = torch.linspace(0, 1, T + 1, dtype=torch.float64)
+    return _betas_from(torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2)
+
+
+def _betas_sigmoid(T: int, _1: float, _T: float) -> Tensor:
+    """[3] appendix B with start -3, end 3, tau 1:  alpha_bar(u) = (sigmoid(3) - sigmoid(6u - 3)) / (sigmoid(3) - sigmoid(-3))."""
+    u = torch.linspace(-3, 3, T + 1, dtype=torch.float64).sigmoid()
+    return _betas_from((u[-1] - u) / (u[-1] - u[0]))
+
+
+BETAS = {"linear": _betas_linear, "scaled_linear": _betas_scaled_linear, "cosine": _betas_cosine, "sigmoid": _betas_sigmoid}
+
+
+@dataclass(frozen=True)
+class Discrete(NoiseSchedule):
+    """T noise levels, t = 1..T, and t = 0 with alpha_bar = 1: the variance-preserving chain, alpha_t^2 + sigma_t^2 = 1."""
+
+    betas: str
+    T: int = 1000
+    beta_1: float = 1e-4
+    beta_T: float = 0.02
+    zero_terminal_snr: bool = False
+
+    @cached_property
+    def alpha_bar(self) -> Float[Tensor, "T1"]:
+        """alpha_bar[t] for t = 0..T: the product of 1 - beta up to t, [1] eq. 4."""
+        beta = BETAS[self.betas](self.T, self.beta_1, self.beta_T)
+        alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, dim=0)])
+        if self.zero_terminal_snr:  # [4] algorithm 1: shift and stretch sqrt(alpha_bar) so that it ends at 0 and starts where it did
+            root = alpha_bar[1:].sqrt()
+            alpha_bar[1:] = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        return alpha_bar
+
+    def alpha_sigma(self, t: Times) -> tuple[Scales, Scales]:
+        alpha_bar = self.alpha_bar[t.long()]
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+    def sample_t(self, batch: int, generator: torch.Generator | None = None) -> Shaped[Tensor, "B"]:
+        """Uniform over 1..T, [1] algorithm 1."""
+        return torch.randint(1, self.T + 1, (batch,), generator=generator)
+
+    def timesteps(self, steps: int, spacing: str = "trailing") -> Shaped[Tensor, "steps1"]:
+        """trailing: T down to 0 in equal strides ([4] table 2). leading: Stable Diffusion's, starts a stride below T.
+        linspace: both T and 1 included ([2] section 4)."""
+        _check(steps, spacing, ("trailing", "leading", "linspace"), most=self.T)
+        if spacing == "trailing":
+            return torch.linspace(self.T, 0, steps + 1, dtype=torch.float64).round().long()
+        if spacing == "leading":  # SD counts t from 0 and offsets by 1, which is 2 in a count where 0 is clean data
+            offset = 2 if self.T // steps > 1 else 1
+            visited = torch.arange(steps).flip(0) * (self.T // steps) + offset
+        else:
+            visited = torch.linspace(self.T, 1, steps, dtype=torch.float64).round().long()
+        return torch.cat([visited, torch.zeros(1, dtype=torch.long)])
+
+    def c_noise(self, t: Times) -> Shaped[Tensor, "*B"]:
+        return t - 1  # published networks count their noise levels from 0
+
+    def progress(self, t: Times) -> Scales:
+        return t.double() / self.T
+
+
+@dataclass(frozen=True)
+class Flow(NoiseSchedule):
+    """Straight lines from data to noise: alpha = 1 - t, sigma = t, t in [0, 1] (rectified flow, flow matching; [6] section 2)."""
+
+    mean: float = 0.0  # training times are logit-normal ([6] section 3.1): sigmoid(mean + std n), n ~ N(0, 1)
+    std: float = 1.0
+    shift: float = 1.0  # sampling times are moved towards noise ([6] eq. 23): t -> shift t / (1 + (shift - 1) t)
+
+    def alpha_sigma(self, t: Times) -> tuple[Scales, Scales]:
+        return 1 - t.double(), t.double()
+
+    def sample_t(self, batch: int, generator: torch.Generator | None = None) -> Shaped[Tensor, "B"]:
+        return torch.sigmoid(self.mean + self.std * torch.randn(batch, generator=generator, dtype=torch.float64))
+
+    def timesteps(self, steps: int, spacing: str = "trailing") -> Shaped[Tensor, "steps1"]:
+        _check(steps, spacing, ("trailing",))
+        t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+    def c_noise(self, t: Times) -> Shaped[Tensor, "*B"]:
+        return 1000 * t  # the sinusoidal embedding expects numbers in the hundreds
+
+
+@dataclass(frozen=True)
+class Karras(NoiseSchedule):
+    """Variance exploding: alpha = 1, and time is the noise level itself, t = sigma ([5] table 1, column "Ours")."""
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    P_mean: float = -1.2
+    P_std: float = 1.2
+
+    def alpha_sigma(self, t: Times) -> tuple[Scales, Scales]:
+        return torch.ones_like(t, dtype=torch.float64), t.double()
+
+    def sample_t(self, batch: int, generator: torch.Generator | None = None) -> Shaped[Tensor, "B"]:
+        """ln(sigma) ~ N(P_mean, P_std^2), [5] table 1."""
+        return torch.exp(self.P_mean + self.P_std * torch.randn(batch, generator=generator, dtype=torch.float64))
+
+    def timesteps(self, steps: int, spacing: str = "trailing") -> Shaped[Tensor, "steps1"]:
+        """[5] eq. 5: equal strides in sigma^(1/rho)."""
+        _check(steps, spacing, ("trailing",))
+        ramp = torch.linspace(self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho), steps, dtype=torch.float64)
+        return torch.cat([ramp**self.rho, torch.zeros(1, dtype=torch.float64)])
+
+    def c_noise(self, t: Times) -> Shaped[Tensor, "*B"]:
+        return t.log() / 4
+
+    def progress(self, t: Times) -> Scales:
+        span = math.log(self.sigma_max) - math.log(self.sigma_min)
+        return ((t.double().clamp(min=self.sigma_min).log() - math.log(self.sigma_min)) / span).clamp(0, 1)
+
+
+def linear() -> Discrete:
+    """DDPM's, [1] section 4."""
+    return Discrete("linear", T=1000, beta_1=1e-4, beta_T=0.02)
+
+
+def scaled_linear() -> Discrete:
+    """Stable Diffusion's, [7]."""
+    return Discrete("scaled_linear", T=1000, beta_1=0.00085, beta_T=0.012)
+
+
+def cosine() -> Discrete:
+    """Improved DDPM's, [2] eq. 17."""
+    return Discrete("cosine", T=1000)
+
+
+def sigmoid() -> Discrete:
+    """[3] appendix B."""
+    return Discrete("sigmoid", T=1000)
+
+
+KINDS = {"discrete": Discrete, "flow": Flow, "karras": Karras}
+
+
+def to_json(schedule: NoiseSchedule) -> dict:
+    """The schedule's kind and numbers, for a model folder."""
+    kind = next(name for name, cls in KINDS.items() if type(schedule) is cls)
+    return {"kind": kind, **asdict(schedule)}
+
+
+def from_json(numbers: dict) -> NoiseSchedule:
+    """The inverse of to_json."""
+    return KINDS[numbers["kind"]](**{k: v for k, v in numbers.items() if k != "kind"})

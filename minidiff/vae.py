@@ -1,0 +1,162 @@
+"""The variational autoencoder: pictures to latents a few times smaller, and back. Encoder, decoder and loss are all in this file.
+
+[1] Kingma, Welling. Auto-Encoding Variational Bayes. 2013. arXiv:1312.6114
+[2] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. 2022. arXiv:2112.10752
+"""
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minidiff.layers import Attention, ResBlock
+from minidiff.unet import Upsample
+
+
+class Downsample(nn.Module):
+    """Halve the size: 3x3 convolution of stride 2, padded at the right and at the bottom only (unlike the U-Net's)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H2 W2"]:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Middle(nn.Module):
+    """Residual block, single-head self-attention over all positions, residual block."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.first = ResBlock(channels, channels, groups=groups, eps=1e-6)
+        self.norm, self.attention = nn.GroupNorm(groups, channels, eps=1e-6), Attention(channels, heads=1, bias=True)
+        self.second = ResBlock(channels, channels, groups=groups, eps=1e-6)
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        x = self.first(x)
+        h = self.attention(rearrange(self.norm(x), "b c h w -> b (h w) c"))
+        return self.second(x + rearrange(h, "b (h w) c -> b c h w", h=x.shape[2]))
+
+
+def _level(width: int, channels: int, blocks: int, groups: int, resample: nn.Module) -> nn.Sequential:
+    """One resolution: residual blocks, then a change of size."""
+    residual = nn.Sequential(*(ResBlock(width if i == 0 else channels, channels, groups=groups, eps=1e-6) for i in range(blocks)))
+    return nn.Sequential(OrderedDict(residual=residual, resample=resample))
+
+
+class Encoder(nn.Module):
+    """Pictures to the 2 z numbers (mean and log-variance) of each latent position."""
+
+    def __init__(self, in_channels: int, out_channels: int, channels: Sequence[int], blocks: int, groups: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.levels, width = nn.ModuleList(), channels[0]
+        for level, c in enumerate(channels):
+            self.levels.append(_level(width, c, blocks, groups, Downsample(c) if level < len(channels) - 1 else nn.Identity()))
+            width = c
+        self.middle = Middle(width, groups)
+        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B Z2 h w"]:
+        h = self.conv_in(x)
+        for level in self.levels:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.middle(h))))
+
+
+class Decoder(nn.Module):
+    """The encoder backwards, with one more residual block a level."""
+
+    def __init__(self, in_channels: int, out_channels: int, channels: Sequence[int], blocks: int, groups: int):
+        super().__init__()
+        width = channels[-1]
+        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.middle = Middle(width, groups)
+        self.levels = nn.ModuleList()
+        for level, c in reversed(list(enumerate(channels))):
+            self.levels.append(_level(width, c, blocks + 1, groups, Upsample(c) if level > 0 else nn.Identity()))
+            width = c
+        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+
+    def forward(self, z: Float[Tensor, "B Z h w"]) -> Float[Tensor, "B C H W"]:
+        h = self.middle(self.conv_in(z))
+        for level in self.levels:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class VAE(nn.Module):
+    """Pictures in [-1, 1] to latents of unit variance and back. The only place that knows the latent scale."""
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        latent_channels: int = 4,
+        channels: Sequence[int] = (128, 256, 512, 512),
+        blocks: int = 2,
+        groups: int = 32,
+        latent_scale: float = 1.0,  # 1 / std of the raw latents; SD: 0.18215
+        kl_weight: float = 1e-6,  # [2] appendix G
+    ):
+        super().__init__()
+        self.numbers = {k: v for k, v in locals().items() if k not in ("self", "__class__", "latent_scale")}
+        self.latent_channels, self.factor, self.kl_weight = latent_channels, 2 ** (len(channels) - 1), kl_weight
+        self.encoder = Encoder(in_channels, 2 * latent_channels, channels, blocks, groups)
+        self.decoder = Decoder(latent_channels, in_channels, channels, blocks, groups)
+        self.quant = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        self.post_quant = nn.Conv2d(latent_channels, latent_channels, 1)
+        self.register_buffer("latent_scale", torch.tensor(latent_scale))  # travels with the weights
+
+    def posterior(self, images: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B Z h w"], Float[Tensor, "B Z h w"]]:
+        """Mean and log-variance of q(z | image), [1] section 3, in raw units (before the latent scale)."""
+        mean, log_variance = self.quant(self.encoder(images)).chunk(2, dim=1)
+        return mean, log_variance.clamp(-30, 20)
+
+    def encode(self, images: Float[Tensor, "B C H W"], noise: Float[Tensor, "B Z h w"] | None = None) -> Float[Tensor, "B Z h w"]:
+        """Scaled latents: the posterior's mean, or with standard normal noise a draw from it."""
+        mean, log_variance = self.posterior(images)
+        return (mean if noise is None else mean + (0.5 * log_variance).exp() * noise) * self.latent_scale
+
+    def decode(self, latents: Float[Tensor, "B Z h w"]) -> Float[Tensor, "B C H W"]:
+        """Pictures from scaled latents; about [-1, 1], not clamped."""
+        return self.decoder(self.post_quant(latents / self.latent_scale))
+
+    def loss(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B"]:
+        """Negative evidence lower bound per example, [1] eq. 7, with |error| as in [2]: reconstruction + kl_weight KL(q(z|x) || N(0, I))."""
+        mean, log_variance = self.posterior(images)
+        z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        error = (self.decoder(self.post_quant(z)) - images).abs().flatten(1).mean(1)
+        kl = 0.5 * (mean.pow(2) + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)  # [1] appendix B
+        return error + self.kl_weight * kl
+
+    @torch.no_grad()
+    def measure_scale(self, images: Float[Tensor, "B C H W"]) -> float:
+        """Set the latent scale to 1 / std of the raw latents of these pictures ([2] appendix G), and return it."""
+        self.latent_scale.fill_(1 / self.posterior(images)[0].std())
+        return self.latent_scale.item()
+
+
+class Pixels(nn.Module):
+    """The VAE that does nothing: pixel diffusion is latent diffusion with this one."""
+
+    def __init__(self, channels: int = 3):
+        super().__init__()
+        self.numbers = {"channels": channels}
+        self.latent_channels, self.factor = channels, 1
+
+    def encode(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        return images
+
+    def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        return latents
+
+
+def vae_sd() -> VAE:
+    """Stable Diffusion's: 83.65 M parameters, 512x512x3 to 64x64x4."""
+    return VAE(3, 4, channels=(128, 256, 512, 512), blocks=2, latent_scale=0.18215)

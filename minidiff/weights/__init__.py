@@ -1,0 +1,1 @@
+"""Weights in other people's layouts: rename tables, checked in both directions."""
