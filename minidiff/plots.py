@@ -1,7 +1,7 @@
-"""Every picture and figure: sample grids, chains as strips and as GIFs, latents as colours, schedules, training curves, and the 2-D toy, are all in this file.
+"""Sample grids, chains as strips and as GIFs, latents as colours, schedules, training curves, and the 2-D toy's panels: every figure is in this file.
 
-It knows tensors and lists, no diffusion class. Figures made of pictures are drawn pixel by pixel, so that a picture is only ever
-enlarged by whole numbers and never blurred; figures made of curves are matplotlib's. Each function returns the path it wrote.
+It knows tensors and lists, no diffusion class. Figures made of pictures are drawn pixel by pixel, so that a picture is enlarged
+but never blurred; figures made of curves are matplotlib's. Each function returns the path it wrote.
 """
 
 import io
@@ -20,7 +20,7 @@ from minidiff.data.folder import to_uint8
 from minidiff.errors import UserError
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito: safe for colour-blind eyes
-YES, NO = COLOURS[2], COLOURS[1]
+RIGHT, WRONG = ("✓", COLOURS[2]), ("✗", COLOURS[1])
 DPI = 200
 
 # Figures made of pictures.
@@ -32,32 +32,25 @@ def save_png(image: Float[Tensor, "C H W"], path: str | Path) -> Path:
 
 
 def grid(
-    images: Float[Tensor, "B C H W"],
-    captions: list[str] | None,
-    path: str | Path,
-    columns: int | None = None,
-    title: str | None = None,
-    marks: list[bool] | None = None,
+    images: Float[Tensor, "B C H W"], captions: list[str] | None, path: str | Path,
+    columns: int | None = None, title: str | None = None, marks: list[bool] | None = None,
 ) -> Path:
     """Samples side by side, each with its caption below; a mark says right or wrong of each."""
     tiles = _enlarged(_images(images), at_least=200)
     columns = min(columns or math.ceil(math.sqrt(len(tiles))), len(tiles))
     width, height = tiles[0].size
     text = max(18, width // 12)
-    line, gap, head = round(1.3 * text), max(8, width // 20), _head(title, text)
+    line, gap = round(1.3 * text), max(8, width // 20)
     below = [_wrapped(caption, width - (line if marks else 0), text, 4) for caption in captions or [""] * len(tiles)]
     rows = [range(k, min(k + columns, len(tiles))) for k in range(0, len(tiles), columns)]
-    lines = [max(1 if marks else 0, *(len(below[k]) for k in row), 0) for row in rows]
-
-    sheet, draw = _canvas(columns * (width + gap) + gap, head + sum(height + n * line + gap for n in lines) + gap)
-    _title(draw, title, gap, text)
-    y = head + gap
+    lines = [max(bool(marks), *(len(below[k]) for k in row)) for row in rows]
+    sheet, draw, y = _canvas(columns * (width + gap) + gap, sum(height + n * line + gap for n in lines) + gap, gap, title, text)
     for row, n in zip(rows, lines, strict=True):
         for column, k in enumerate(row):
             x = gap + column * (width + gap)
             sheet.paste(tiles[k], (x, y))
             if marks:
-                draw.text((x, y + height + 2), "✓" if marks[k] else "✗", YES if marks[k] else NO, _font(text))
+                draw.text((x, y + height + 2), *(RIGHT if marks[k] else WRONG), _font(text))
             for m, words in enumerate(below[k]):
                 draw.text((x + (line if marks else 0), y + height + 2 + m * line), words, "black", _font(text))
         y += height + n * line + gap
@@ -66,20 +59,13 @@ def grid(
 
 def strip(rows: dict[str, Float[Tensor, "K _ _ _"]], labels: list[str], path: str | Path, title: str | None = None) -> Path:
     """Rows of pictures, named at the left, with a label over each column: the forward chain, or a reverse chain and what it guesses.
-
-    Rows may differ in size and channels; what has neither 1 nor 3 channels is shown by `latents_to_rgb`.
-    """
-    pictures = {name: _images(row) for name, row in rows.items()}
-    return _write_png(_sheet(pictures, labels, title, at_least=128), path)
+    Rows may differ in size and channels; what has neither 1 nor 3 channels is shown by `latents_to_rgb`."""
+    return _write_png(_sheet({name: _images(row) for name, row in rows.items()}, labels, title, at_least=128), path)
 
 
 def animate(
-    frames: list[dict[str, Float[Tensor, "N _ _ _"]]],
-    labels: list[str],
-    path: str | Path,
-    seconds: float = 5,
-    hold: float = 2.5,
-    max_bytes: int = 3_000_000,
+    frames: list[dict[str, Float[Tensor, "N _ _ _"]]], labels: list[str], path: str | Path,
+    seconds: float = 5.0, hold: float = 2.5, max_bytes: int = 3_000_000,
 ) -> Path:
     """A GIF of the chain: each frame has named rows of N samples and a label such as "t = 740"; the last frame is held, then it starts again.
 
@@ -90,18 +76,15 @@ def animate(
     # A row is turned into colours over the whole film at once, or the colours of latents would flicker.
     rows = {name: _images(torch.cat([frame[name].detach().float().cpu() for frame in frames])) for name in frames[0]}
     sheets = []
-    for k, label in enumerate(labels):
-        parts = {name: row[k * len(row) // len(frames) : (k + 1) * len(row) // len(frames)] for name, row in rows.items()}
+    for k, (frame, label) in enumerate(zip(frames, labels, strict=True)):
+        parts = {name: rows[name][k * len(samples) : (k + 1) * len(samples)] for name, samples in frame.items()}
         sheets.append(_sheet(parts, [], label, at_least=96).quantize(255, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE))
-    stride = 1
     while True:
-        kept = sheets[::-1][::stride][::-1]
-        lasts = [max(20, round(1000 * seconds / len(kept)))] * (len(kept) - 1) + [round(1000 * hold)]
-        data = io.BytesIO()
-        kept[0].save(data, "GIF", save_all=True, append_images=kept[1:], duration=lasts, loop=0)
-        if data.tell() <= max_bytes or len(kept) == 1:
+        lasts = [max(20, round(1000 * seconds / len(sheets)))] * (len(sheets) - 1) + [round(1000 * hold)]
+        sheets[0].save(data := io.BytesIO(), "GIF", save_all=True, append_images=sheets[1:], duration=lasts, loop=0)
+        if data.tell() <= max_bytes or len(sheets) == 1:
             return _write(path, data.getvalue(), {".gif"})
-        stride *= 2
+        sheets = sheets[::-2][::-1]
 
 
 def latents_to_rgb(latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 H W"]:
@@ -109,10 +92,8 @@ def latents_to_rgb(latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 H W"
     nothing beyond alike and unlike, and two calls do not share them. The VAE's decoder is the one true picture of a latent."""
     pixels = latents.detach().double().cpu().movedim(1, -1).flatten(0, 2)
     pixels = pixels - pixels.mean(0)
-    _, directions = torch.linalg.eigh(pixels.T @ pixels)  # ascending
-    directions = directions.flip(1)[:, :3]
-    directions = directions * directions.sum(0).sign()  # an eigenvector's sign is arbitrary: fix it, so that pictures can be compared
-    shown = pixels @ directions
+    directions = torch.linalg.eigh(pixels.T @ pixels).eigenvectors.flip(1)[:, :3]  # largest first
+    shown = pixels @ (directions * torch.where(directions.sum(0) < 0, -1, 1))  # an eigenvector's sign is arbitrary: fix it
     shown = (shown / (2.5 * shown.std(0, correction=0)).clamp(min=1e-12)).clamp(-1, 1)
     shown = torch.nn.functional.pad(shown, (0, 3 - shown.shape[1]))
     return shown.view(latents.shape[0], *latents.shape[2:], 3).movedim(-1, 1).float()
@@ -138,11 +119,10 @@ def _sheet(rows: dict[str, list[Image.Image]], labels: list[str], title: str | N
     names = {name: _wrapped(name, 8 * text, text, 3) for name in rows}
     left = 2 * gap + math.ceil(max(_font(text).getlength(words) for lines in names.values() for words in [*lines, ""]))
     tops = [_wrapped(label, width, text, 2) for label in labels]
-    head = _head(title, text)
-    top = head + gap + line * max((len(words) for words in tops), default=0)
+    above = line * max((len(words) for words in tops), default=0)
     count = max(len(row) for row in rows.values())
-    sheet, draw = _canvas(left + count * (width + gap) + gap, top + len(rows) * (height + gap) + gap)
-    _title(draw, title, gap, text)
+    sheet, draw, top = _canvas(left + count * (width + gap), above + gap + len(rows) * (height + gap), gap, title, text)
+    top += above
     for k, words in enumerate(tops):
         draw.multiline_text((left + k * (width + gap) + width / 2, top - gap / 2), "\n".join(words), "black", _font(text), "md", align="center")
     for r, (name, row) in enumerate(rows.items()):
@@ -153,9 +133,13 @@ def _sheet(rows: dict[str, list[Image.Image]], labels: list[str], title: str | N
     return sheet
 
 
-def _canvas(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    sheet = Image.new("RGB", (width, height), "white")
-    return sheet, ImageDraw.Draw(sheet)
+def _canvas(width: int, height: int, gap: int, title: str | None, text: int) -> tuple[Image.Image, ImageDraw.ImageDraw, int]:
+    """White paper with the title on it; `height` is what is needed below the title, and the number is where that begins."""
+    large, head = round(1.2 * text), 2 * text if title else 0
+    sheet = Image.new("RGB", (width, head + height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((gap, head), "".join(_wrapped(title or "", width - 2 * gap, large, 1)), "black", _font(large), "ld")
+    return sheet, draw, head + gap
 
 
 @cache
@@ -165,21 +149,11 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
 
 
-def _head(title: str | None, text: int) -> int:
-    return 2 * text if title else 0
-
-
-def _title(draw: ImageDraw.ImageDraw, title: str | None, gap: int, text: int) -> None:
-    if title:
-        width = draw.im.size[0] - 2 * gap
-        draw.text((gap, 2 * text), _wrapped(title, width, round(1.2 * text), 1)[0], "black", _font(round(1.2 * text)), "ld")
-
-
 def _wrapped(words: str, width: int, text: int, lines: int) -> list[str]:
     """Break into lines no wider than `width` pixels, inside a word only if it must; what does not fit in `lines` ends in an ellipsis."""
     font, done, rest = _font(text), [], " ".join(words.split())
     while rest:
-        fits = next((n for n in range(len(rest), 1, -1) if font.getlength(rest[:n]) <= width), 1)
+        fits = next((n for n in range(min(len(rest), width), 1, -1) if font.getlength(rest[:n]) <= width), 1)
         if fits < len(rest) and len(done) == lines - 1:
             while fits > 1 and font.getlength(rest[:fits] + "…") > width:
                 fits -= 1
@@ -202,8 +176,7 @@ def _write(path: str | Path, data: bytes, suffixes: set[str]) -> Path:
 
 
 def _write_png(image: Image.Image, path: str | Path) -> Path:
-    data = io.BytesIO()
-    image.save(data, "PNG", dpi=(DPI, DPI))
+    image.save(data := io.BytesIO(), "PNG", dpi=(DPI, DPI))
     return _write(path, data.getvalue(), {".png"})
 
 
@@ -228,31 +201,28 @@ def _panels(count: int, width: float = 3.0, height: float = 2.6):
 
 
 def _save(figure, path: str | Path) -> Path:
-    data, kind = io.BytesIO(), Path(path).suffix.lower()
-    suffixes = {".png", ".pdf", ".svg"}
-    figure.savefig(data, format=kind[1:] if kind in suffixes else "png")
-    return _write(path, data.getvalue(), suffixes)
+    data, kind, kinds = io.BytesIO(), Path(path).suffix.lower(), {".png", ".pdf", ".svg"}
+    figure.savefig(data, format=kind[1:] if kind in kinds else "png")
+    return _write(path, data.getvalue(), kinds)
 
 
 def schedules(curves: dict[str, tuple[Float[Tensor, "N"], Float[Tensor, "N"], Float[Tensor, "N"]]], path: str | Path) -> Path:
     """Signal, noise and log signal-to-noise ratio against t in [0, 1]; a curve is (t, alpha_t, sigma_t)."""
-    with _style():
+    with _style(), np.errstate(divide="ignore", invalid="ignore"):  # where alpha_t or sigma_t is 0, or -1e-17, log SNR has no point to draw
         figure, (signal, noise, ratio) = _panels(3)
         for k, (name, curve) in enumerate(curves.items()):
-            t, alpha, sigma = (np.asarray(values.detach().double().cpu()) for values in curve)
-            with np.errstate(divide="ignore"):
-                log_snr = 2 * (np.log(alpha) - np.log(sigma))
+            t, alpha, sigma = _arrays(curve)
             line = ("-", "--", "-.", ":")[k % 4]  # told apart in grey print as well
             signal.plot(t, alpha, line, label=name)
             noise.plot(t, sigma, line)
-            ratio.plot(t, np.where(np.isfinite(log_snr), log_snr, np.nan), line)
+            ratio.plot(t, 2 * (np.log(alpha) - np.log(sigma)), line)
         if noise.get_ylim()[1] > 3:  # EDM's sigma goes to 80
-            noise.set_yscale("log")
+            noise.set(yscale="log", ylim=(1e-3, None))
             noise.yaxis.set_major_formatter("{x:g}")
         ratio.set_ylim(max(ratio.get_ylim()[0], -20), min(ratio.get_ylim()[1], 20))
         for axes, title in ((signal, "signal  α"), (noise, "noise  σ"), (ratio, "log SNR = log α²/σ²")):
             axes.set(title=title, xlabel="t  (0 = data, 1 = noise)")
-        figure.legend(loc="outside lower center", ncols=4)
+        figure.legend(loc="outside lower center", ncols=len(curves) if len(curves) < 6 else 4)
         return _save(figure, path)
 
 
@@ -266,35 +236,37 @@ def loss(log: list[dict], path: str | Path) -> Path:
     with _style():
         figure, panels = _panels(2 if len(bins) else 1, width=3.6)
         panels[0].plot(steps, losses, color=COLOURS[5], linewidth=0.6, alpha=0.6, label="as logged")
-        panels[0].plot(steps, _smooth(losses), color=COLOURS[0], label="smoothed")
+        window = max(1, len(losses) // 50)
+        smooth = [_mean(losses[max(0, k - window) : k]) for k in range(1, len(losses) + 1)]
+        panels[0].plot(steps, smooth, color=COLOURS[0], label=f"mean of {window}")
         panels[0].set(title="training loss", xlabel="step")
-        panels[0].legend()
+        panels[0].xaxis.get_major_locator().set_params(integer=True)
         if len(bins):
             quarter, t = max(1, len(bins) // 4), (np.arange(bins.shape[1]) + 0.5) / bins.shape[1]
             panels[1].plot(t, _mean(bins[:quarter]), "o--", color=COLOURS[1], markersize=4, label="first quarter of training")
             panels[1].plot(t, _mean(bins[-quarter:]), "s-", color=COLOURS[0], markersize=4, label="last quarter")
             panels[1].set(title="loss by noise level", xlabel="t  (0 = data, 1 = noise)", xlim=(0, 1))
-            panels[1].legend()
-        for axes, values in zip(panels, (losses, bins), strict=False):
-            if (values[np.isfinite(values)] > 0).all():
-                axes.set_yscale("log")
-                axes.yaxis.set_major_formatter("{x:g}")
-                axes.yaxis.set_minor_formatter("{x:g}" if np.nanmax(values) < 10 * np.nanmin(values) else "")
+        for axis, values in zip(panels, (losses, bins), strict=False):
+            axis.legend()
+            finite = values[np.isfinite(values)]
+            if len(finite) and finite.min() > 0:
+                _log_scale(axis, finite.min(), finite.max())
         return _save(figure, path)
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """A running mean over the last fiftieth of the run, shorter at the start; what is not a number is left out."""
-    window, finite = max(1, len(values) // 50), np.isfinite(values)
-    sums = np.concatenate([[[0], [0]], np.cumsum([np.where(finite, values, 0), finite], axis=1)], axis=1)
-    start = np.maximum(np.arange(len(values)) + 1 - window, 0)
-    total, count = sums[:, 1:] - sums[:, start]
-    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
-
-
 def _mean(values: np.ndarray) -> np.ndarray:
-    counts = np.isfinite(values).sum(0)
-    return np.divide(np.nansum(values, 0), counts, out=np.full(values.shape[1], np.nan), where=counts > 0)
+    """Over the first axis, leaving out what is not a number."""
+    return np.ma.filled(np.ma.masked_invalid(values).mean(0), np.nan)
+
+
+def _log_scale(axis, low: float, high: float) -> None:
+    """A logarithmic y axis with plain numbers, and more of them where less than a decade is seen."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 5 * low else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
 
 
 def points(panels: list[dict], path: str | Path) -> Path:
@@ -304,6 +276,7 @@ def points(panels: list[dict], path: str | Path) -> Path:
     every = [p[key][0] if key == "arrows" else p[key].reshape(-1, 2) for p in panels for key in ("points", "paths", "arrows") if key in p]
     low, high = np.percentile(np.concatenate(every), [0.5, 99.5], axis=0)  # a stray point must not shrink everything else
     margin = 0.08 * (high - low).max()
+    longest = max((np.percentile(np.linalg.norm(p["arrows"][1], axis=1), 99) for p in panels if "arrows" in p), default=1)
     with _style():
         figure, axes = _panels(len(panels), width=2.8, height=3.0)
         for axis, panel in zip(axes, panels, strict=True):
@@ -315,8 +288,8 @@ def points(panels: list[dict], path: str | Path) -> Path:
                 axis.scatter(*panel["paths"][-1].T, s=8, color=COLOURS[1], label="end", zorder=3, linewidths=0)
                 axis.legend(loc="upper right", handletextpad=0.1)
             if "arrows" in panel:
-                (where, way) = panel["arrows"]
-                axis.quiver(*where.T, *way.T, color=COLOURS[2], angles="xy", width=0.005)
+                where, way = panel["arrows"]  # one scale for all panels, so that an exact and a learnt field can be compared
+                axis.quiver(*where.T, *way.T, color=COLOURS[2], angles="xy", scale_units="xy", scale=longest / margin, width=0.005)
             axis.set(title=panel.get("title", ""), xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin), aspect="equal")
         return _save(figure, path)
 

@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minidiff.layers import Attention, ResBlock
+from minidiff.layers import Attention, ResBlock, group_norm
 from minidiff.unet import Upsample
 
 
@@ -33,7 +33,7 @@ class Middle(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.first = ResBlock(channels, channels, groups=groups, eps=1e-6)
-        self.norm, self.attention = nn.GroupNorm(groups, channels, eps=1e-6), Attention(channels, heads=1, bias=True)
+        self.norm, self.attention = group_norm(groups, channels, 1e-6), Attention(channels, heads=1, bias=True)
         self.second = ResBlock(channels, channels, groups=groups, eps=1e-6)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
@@ -59,7 +59,7 @@ class Encoder(nn.Module):
             self.levels.append(_level(width, c, blocks, groups, Downsample(c) if level < len(channels) - 1 else nn.Identity()))
             width = c
         self.middle = Middle(width, groups)
-        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
+        self.norm_out = group_norm(groups, width, 1e-6)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B Z2 h w"]:
@@ -81,7 +81,7 @@ class Decoder(nn.Module):
         for level, c in reversed(list(enumerate(channels))):
             self.levels.append(_level(width, c, blocks + 1, groups, Upsample(c) if level > 0 else nn.Identity()))
             width = c
-        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
+        self.norm_out = group_norm(groups, width, 1e-6)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, z: Float[Tensor, "B Z h w"]) -> Float[Tensor, "B C H W"]:

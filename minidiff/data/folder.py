@@ -170,7 +170,7 @@ def _quoted(name: str) -> str:
     return json.dumps(name, ensure_ascii=False)
 
 
-def _column(where: str, row: dict, column: str) -> str | list:
+def _column(where: str, row: dict, column: str) -> object:
     if column in row:
         return row[column]
     others = [name for name, value in row.items() if name != "file_name" and isinstance(value, str | list)]
@@ -193,7 +193,7 @@ def _caption(where: str, row: dict, column: str) -> str:
     return first
 
 
-def _named_picture(folder: Path, where: str, name: str | list) -> Path:
+def _named_picture(folder: Path, where: str, name: object) -> Path:
     if not isinstance(name, str) or not name:
         raise UserError(f'{where}: "file_name" holds {json.dumps(name)[:60]}; write the path of a picture inside the folder')
     path = folder / name

@@ -1,0 +1,106 @@
+"""The table of targets, the weightings and guidance."""
+import pytest
+import torch
+
+from minidiff import schedules
+from minidiff.denoiser import SIGMA_DATA, TARGETS, WEIGHTINGS, Denoiser, Prediction, guide
+
+ALL_SCHEDULES = [schedules.linear(), schedules.scaled_linear(), schedules.cosine(), schedules.sigmoid(), schedules.Flow(), schedules.Karras()]
+
+
+class Knows(torch.nn.Module):
+    """A network that answers a x0 + b eps exactly."""
+
+    def forward(self, x, c_noise, context=None):
+        return self.answer
+
+
+def oracle(target, schedule, x0, eps, t, error=0.0):
+    network = Knows()
+    denoiser = Denoiser(network, schedule, target)
+    alpha, sigma = (s.view(-1, 1) for s in schedule.alpha_sigma(t))
+    a, b = TARGETS[target](alpha, sigma)
+    network.answer = a * x0 + b * eps + error
+    return denoiser, alpha * x0 + sigma * eps
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("schedule", ALL_SCHEDULES, ids=lambda s: getattr(s, "betas", type(s).__name__))
+def test_every_row_gives_back_x0_and_eps(target, schedule):
+    if target == "edm" and not isinstance(schedule, schedules.Karras):
+        pytest.skip("EDM's row is for alpha = 1")
+    x0, eps = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
+    t = schedule.sample_t(5, torch.Generator().manual_seed(0))
+    denoiser, x = oracle(target, schedule, x0, eps, t)
+    found = denoiser(x, t)
+    assert torch.allclose(found.x0, x0, atol=1e-10) and torch.allclose(found.eps, eps, atol=1e-10)
+
+
+def test_edm_row_is_the_published_preconditioning():
+    """D(x) = c_skip x + c_out F, EDM table 1."""
+    t, x = torch.tensor([0.01, 0.5, 40.0], dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    network = Knows()
+    network.answer = torch.randn(3, 4, dtype=torch.float64)
+    s, s_d = t.view(-1, 1), SIGMA_DATA
+    c_skip, c_out = s_d**2 / (s**2 + s_d**2), s * s_d / (s**2 + s_d**2).sqrt()
+    expected = c_skip * x + c_out * network.answer
+    assert torch.allclose(Denoiser(network, schedules.Karras(), "edm")(x, t).x0, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("target", ["eps", "x0", "v", "flow"])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_weighting_means_the_same_for_every_target(target, weighting):
+    """The loss is w(SNR) |x0 - x0_hat|^2 whatever the network predicts."""
+    schedule = schedules.Flow() if target == "flow" else schedules.cosine()
+    x0, eps = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    t = schedule.sample_t(6, torch.Generator().manual_seed(0))
+    denoiser, x = oracle(target, schedule, x0, eps, t, error=torch.randn(6, 5, dtype=torch.float64))
+    denoiser.weighting = weighting
+    expected = WEIGHTINGS[weighting](schedule.snr(t)) * (x0 - denoiser(x, t).x0).pow(2).mean(1)
+    assert torch.allclose(denoiser.loss(x0, t=t, eps=eps), expected, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("target, schedule", [("eps", schedules.linear()), ("x0", schedules.linear()), ("v", schedules.linear()),
+                                              ("flow", schedules.Flow()), ("edm", schedules.Karras())])
+def test_default_weighting_is_plain_squared_error(target, schedule):
+    x0, eps, error = (torch.randn(6, 5, dtype=torch.float64) for _ in range(3))
+    t = schedule.sample_t(6, torch.Generator().manual_seed(0))
+    denoiser, _ = oracle(target, schedule, x0, eps, t, error=error)
+    assert torch.allclose(denoiser.loss(x0, t=t, eps=eps), error.pow(2).mean(1), rtol=1e-8, atol=0)
+
+
+def test_min_snr_published_forms():
+    """Hang et al.: min(SNR, 5)/SNR for eps, min(SNR, 5) for x0, min(SNR, 5)/(SNR + 1) for v, each on the target's own squared error."""
+    schedule, t = schedules.linear(), torch.tensor([1, 50, 400, 1000])
+    snr = schedule.snr(t)
+    for target, own in (("eps", snr.clamp(max=5) / snr), ("x0", snr.clamp(max=5)), ("v", snr.clamp(max=5) / (snr + 1))):
+        x0, eps, error = (torch.randn(4, 9, dtype=torch.float64) for _ in range(3))
+        denoiser, _ = oracle(target, schedule, x0, eps, t, error=error)
+        denoiser.weighting = "min-snr"
+        assert torch.allclose(denoiser.loss(x0, t=t, eps=eps), own * error.pow(2).mean(1), rtol=1e-8, atol=0)
+
+
+def test_zero_terminal_snr_needs_a_target_that_sees_x0():
+    schedule = schedules.Discrete("linear", zero_terminal_snr=True)
+    assert schedule.alpha_bar[-1] == 0
+    with pytest.raises(ValueError, match="zero_terminal_snr"):
+        Denoiser(Knows(), schedule, "eps")
+    x0, eps, t = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64), torch.tensor([1000, 1000])
+    denoiser, x = oracle("v", schedule, x0, eps, t)
+    assert torch.allclose(denoiser(x, t).x0, x0)
+
+
+class Linear(torch.nn.Module):
+    """An output that depends on the context."""
+
+    def forward(self, x, c_noise, context=None):
+        return x + context.mean(dim=(1, 2)).view(-1, 1)
+
+
+def test_guidance_formula_and_special_scales():
+    denoiser = Denoiser(Linear(), schedules.linear(), "eps")
+    x, t, context, null = torch.randn(2, 3), torch.tensor([10, 900]), torch.ones(2, 1, 4), torch.zeros(2, 1, 4)
+    with_text, without = denoiser(x, t, context), denoiser(x, t, null)
+    assert isinstance(with_text, Prediction)
+    for scale, expected in ((1, with_text.eps), (0, without.eps), (7.5, without.eps + 7.5 * (with_text.eps - without.eps))):
+        assert torch.allclose(guide(denoiser, context, null, scale)(x, t).eps, expected, atol=1e-5)
