@@ -1,21 +1,29 @@
-"""The command line: every verb is one function here, and its signature is its options. Heavy imports happen inside the verbs.
+"""The command line: every verb is one function here, and its signature is its options. Torch is imported by the verbs, not by --help.
 
 Bad input ends with one line and exit code 2; the library says so by raising UserError.
 """
-import contextlib
-import io
+import math
+import os
 import re
 import sys
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+from tqdm import tqdm
 
+from minidiff import console
 from minidiff.errors import UserError
 
 Device = Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda|mps")]
-Positional = tyro.conf.Positional
+Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
+Integer = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+Prompts = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PROMPT ...")]]
+Names = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")]]
+
+MODEL = Path("out/quickstart/model")
+EXAMPLE = "a small blue circle above a large red square"
 
 
 def quickstart(out: Path = Path("out/quickstart"), seed: int = 0, device: Device = "auto", resume: bool = False) -> None:
@@ -27,19 +35,22 @@ def quickstart(out: Path = Path("out/quickstart"), seed: int = 0, device: Device
         device: where to compute; auto takes the CPU, which the recipe is made for.
         resume: go on where an interrupted run stopped.
     """
+    check_out(out)
+    check_seed(seed)
+    device = "cpu" if device == "auto" else pick_device(device)
     from minidiff.quickstart import quickstart as run
 
-    run(out, seed, "cpu" if device == "auto" else pick_device(device), resume)
+    run(out, seed, device, resume)
 
 
 def generate(
-    prompts: Positional[tuple[str, ...]],
-    model: Path = Path("out/quickstart/model"),
+    prompts: Prompts,
+    model: Path = MODEL,
     n: int = 1,
     steps: int = 25,
-    guidance: float | None = None,
+    guidance: Number = None,
     sampler: str = "ddim",
-    size: int | None = None,
+    size: Integer = None,
     seed: int = 0,
     device: Device = "auto",
     out: Path = Path("out/generate"),
@@ -47,7 +58,7 @@ def generate(
     """Draw pictures of prompts.
 
     Args:
-        prompts: what to draw; each in quotes.
+        prompts: what to draw; each in quotes, before the options.
         model: the model's folder.
         n: pictures of each prompt.
         steps: sampling steps; more is slower and a little better.
@@ -56,55 +67,63 @@ def generate(
         size: side of the pictures in pixels. Left out, it is the size the model was trained at.
         seed: everything random follows from it; the same seed gives the same bytes.
         device: where to compute; auto takes a GPU if there is one.
-        out: folder for the pictures.
+        out: folder for the pictures; each carries its prompt and its settings inside.
     """
-    if n < 1:
-        raise UserError(f"--n is {n}; it must be at least 1.")
     if not prompts:
-        raise UserError('no prompt; say what to draw, as in: minidiff generate "a small blue circle above a large red square".')
-    import torch
+        raise UserError(f'no prompt; say what to draw, as in: minidiff generate "{EXAMPLE}".')
+    check_positive("--n", n)
+    diffusion, how = sampling(model, steps, guidance, sampler, seed, device, out)
+    from minidiff import plots
+    from minidiff.data.folder import check_size
 
-    from minidiff import load, plots
-    from minidiff.samplers import by_name
-
-    diffusion = load(model, pick_device(device))
-    generator = torch.Generator().manual_seed(seed)
+    size = diffusion.size if size is None else size
+    check_size(size, diffusion.vae.factor * diffusion.unet.multiple)
     wanted = [prompt for prompt in prompts for _ in range(n)]
-    how = dict(steps=steps, guidance=guidance, step=by_name(sampler, generator), size=size, generator=generator)
-    pictures = diffusion.generate(wanted, progress=True, **how).cpu()
+    pictures = diffusion.generate(wanted, size=size, progress=True, **how).cpu()
+    settings = {"seed": seed, "steps": steps, "guidance": how["guidance"], "sampler": sampler, "size": size, "model": model.resolve().name}
+    settings = {name: str(value) for name, value in settings.items()}
+    written = []
     for k, (picture, prompt) in enumerate(zip(pictures, wanted, strict=True)):
-        print(plots.save_png(picture, out / f"{k:03d}-{slug(prompt)}.png"))
-    print(plots.grid(pictures, wanted, out / "grid.png", columns=min(n, 8) if n > 1 else None))
+        text = {"prompt": prompt, "picture": f"{k + 1} of {len(wanted)}", **settings}
+        written.append(plots.save_png(picture, out / f"{k:03d}-{slug(prompt)}.png", text))
+    written.append(plots.grid(pictures, wanted, out / "grid.png", columns=min(n, 8) if n > 1 else None))
+    print(*written, sep="\n")
 
 
-def plot_forward(image: Path | None = None, schedule: str = "linear", size: int = 64, seed: int = 0, device: Device = "auto", out: Path = Path("out/plot")) -> None:
+def plot_forward(
+    image: Path | None = None, schedule: str = "linear", size: int = 64, seed: int = 0, device: Device = "auto", out: Path = Path("out/plot")
+) -> None:
     """The forward chain: a picture turning into noise, as PNG and GIF.
 
     Args:
         image: the picture to drown in noise; left out, one of the built-in world.
         schedule: linear, scaled_linear, cosine, sigmoid, flow or karras.
         size: side of the picture in pixels.
-        seed: of the noise.
-        device: accepted for symmetry; this is quick anywhere.
+        seed: of the noise, and of the built-in world's picture.
+        device: accepted as everywhere; this is quick on the CPU.
         out: folder for forward.png and forward.gif.
     """
+    check_out(out)
+    check_seed(seed)
+    check_positive("--size", size)
+    pick_device(device)
     import torch
 
     from minidiff import chains
     from minidiff.data.folder import load_picture, to_model
     from minidiff.data.world import World
 
-    pick_device(device)
+    noises = named_schedule(schedule)
     picture = to_model(load_picture(image, size)[None]) if image else World(size).batch(1, seed, objects=2)[0]
-    for path in chains.plot_forward(picture, named_schedule(schedule), out, torch.Generator().manual_seed(seed), f"forward chain, {schedule} schedule"):
-        print(path)
+    title = f"forward chain, {schedule} schedule"
+    print(*chains.plot_forward(picture, noises, out, torch.Generator().manual_seed(seed), title), sep="\n")
 
 
 def plot_reverse(
-    prompts: Positional[tuple[str, ...]] = ("a small blue circle above a large red square",),
-    model: Path = Path("out/quickstart/model"),
+    prompts: Prompts = (EXAMPLE,),
+    model: Path = MODEL,
     steps: int = 25,
-    guidance: float | None = None,
+    guidance: Number = None,
     sampler: str = "ddim",
     seed: int = 0,
     device: Device = "auto",
@@ -116,26 +135,22 @@ def plot_reverse(
         prompts: what to draw; the PNG shows the first, the GIF all.
         model: the model's folder.
         steps: sampling steps.
-        guidance: how strongly the text steers; left out, it is the model's own.
-        sampler: ddim or ddpm.
-        seed: of the noise.
+        guidance: how strongly the text steers; 1 is off, 0 ignores the text. Left out, it is the model's own.
+        sampler: ddim (deterministic) or ddpm (adds noise on the way).
+        seed: everything random follows from it.
         device: where to compute; auto takes a GPU if there is one.
         out: folder for reverse.png and reverse.gif.
     """
-    import torch
+    diffusion, how = sampling(model, steps, guidance, sampler, seed, device, out)
+    from minidiff import chains
 
-    from minidiff import chains, load
-    from minidiff.samplers import by_name
-
-    diffusion = load(model, pick_device(device))
-    generator = torch.Generator().manual_seed(seed)
-    frames = list(diffusion.sample(list(prompts), steps=steps, guidance=guidance, step=by_name(sampler, generator), generator=generator))
-    for path in chains.plot_reverse(diffusion, frames, list(prompts), out):
-        print(path)
+    with tqdm(diffusion.sample(list(prompts), **how), "sampling", steps + 1, unit="frame", delay=0.01) as bar:
+        frames = list(bar)
+    print(*chains.plot_reverse(diffusion, frames, list(prompts), out), sep="\n")
 
 
 def plot_schedules(
-    schedules: Positional[tuple[str, ...]] = ("linear", "scaled_linear", "cosine", "sigmoid", "flow"),
+    schedules: Names = ("linear", "scaled_linear", "cosine", "sigmoid", "flow"),
     seed: int = 0,
     device: Device = "auto",
     out: Path = Path("out/plot"),
@@ -144,47 +159,19 @@ def plot_schedules(
 
     Args:
         schedules: any of linear, scaled_linear, cosine, sigmoid, flow, karras.
-        seed: accepted for symmetry; nothing here is random.
-        device: accepted for symmetry.
+        seed: accepted as everywhere; nothing here is random.
+        device: accepted as everywhere; this is quick on the CPU.
         out: folder for schedules.png.
     """
+    check_out(out)
+    check_seed(seed)
+    pick_device(device)
     from minidiff import chains
 
-    pick_device(device)
     print(chains.plot_schedules({name: named_schedule(name) for name in schedules}, out))
 
 
-def named_schedule(name: str):  # noqa: ANN201 (typing it would import torch)
-    """A schedule by the name of its builder."""
-    from minidiff import schedules
-
-    known = {f.__name__: f for f in (schedules.linear, schedules.scaled_linear, schedules.cosine, schedules.sigmoid)}
-    known |= {"flow": schedules.Flow, "karras": schedules.Karras}
-    if name not in known:
-        raise UserError(f'no schedule "{name}"; there is {", ".join(known)}.')
-    return known[name]()
-
-
-def pick_device(name: str) -> str:
-    """The device a name means here."""
-    import torch
-
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return next(device for device in ("cuda", "mps", "cpu") if there[device])
-    if name not in there:
-        raise UserError(f'no device "{name}"; there is auto, {", ".join(there)}.')
-    if not there[name]:
-        raise UserError(f'no "{name}" on this machine; pass --device cpu, or auto.')
-    return name
-
-
-def slug(prompt: str) -> str:
-    """A prompt as a piece of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "empty"
-
-
-VERBS = {
+VERBS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,
     "generate": generate,
     "plot forward": plot_forward,
@@ -192,20 +179,83 @@ VERBS = {
     "plot schedules": plot_schedules,
 }
 
+# What the verbs share. All that can be wrong is found before anything slow.
+
+
+def sampling(model: Path, steps: int, guidance: float | None, sampler: str, seed: int, device: str, out: Path):  # (LatentDiffusion, dict)
+    """The model, and the arguments of its `sample`."""
+    check_out(out)
+    check_seed(seed)
+    check_positive("--steps", steps)
+    if guidance is not None and not math.isfinite(guidance):
+        raise UserError(f"--guidance is {guidance}; it must be finite, as in --guidance 4.")
+    device = pick_device(device)
+    import torch
+
+    from minidiff import load
+    from minidiff.samplers import by_name
+
+    generator = torch.Generator().manual_seed(seed)
+    step = by_name(sampler, generator)
+    diffusion = load(model, device)
+    diffusion.schedule.timesteps(steps)  # complains of more steps than noise levels
+    guidance = diffusion.guidance if guidance is None else guidance
+    return diffusion, {"steps": steps, "guidance": guidance, "step": step, "generator": generator}
+
+
+def check_positive(option: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"{option} is {value}; it must be at least 1.")
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed is {seed}; it must be from 0 to {2**63 - 1}.")
+
+
+def check_out(out: Path) -> None:
+    """That files can be written there; nothing is made yet, so that bad input leaves nothing behind."""
+    there = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(f'--out {out}: "{there}" is a file; name a folder.')
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f'--out {out}: no permission to write in "{there}"; name another folder.')
+
+
+def pick_device(name: str) -> str:
+    """The device a name means here."""
+    known = ("auto", "cpu", "cuda", "mps")
+    if name not in known:
+        raise UserError(f'no device "{name}"; --device is one of {", ".join(known)}.')
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(device for device in there if there[device])
+    if not there[name]:
+        raise UserError(f'no "{name}" on this machine; pass --device cpu, or auto.')
+    return name
+
+
+def named_schedule(name: str):  # a NoiseSchedule
+    from minidiff import schedules
+
+    known = {make.__name__: make for make in (schedules.linear, schedules.scaled_linear, schedules.cosine, schedules.sigmoid)}
+    known |= {"flow": schedules.Flow, "karras": schedules.Karras}
+    if name not in known:
+        raise UserError(f'no schedule "{name}"; there is {", ".join(known)}.')
+    return known[name]()
+
+
+def slug(prompt: str) -> str:
+    """A prompt as a piece of a file name."""
+    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:50] or "empty"
+
 
 def main(args: list[str] | None = None) -> None:
     """Run one verb. Exit code 0 on success, 2 with one line on bad input, 130 on Ctrl-C."""
-    warnings.showwarning = lambda message, *_, **__: print(f"minidiff: {message}", file=sys.stderr)
-    verbs = tyro.extras.SubcommandApp()
-    for name, verb in VERBS.items():
-        verbs.command(name=name)(verb)
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint) if False else contextlib.nullcontext():
-            verbs.cli(args=args, prog="minidiff", description=__doc__)
-    except UserError as error:
-        print(f"minidiff: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("minidiff: interrupted.", file=sys.stderr)
-        sys.exit(130)
+    console.run("minidiff", "Text-to-image diffusion from scratch.", VERBS, sys.argv[1:] if args is None else args)
+
+
+if __name__ == "__main__":
+    main()

@@ -75,7 +75,7 @@ class DDPM:
         x = x_T
         for time in range(self.T, 0, -1):
             t = torch.full((len(x),), time)
-            z = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+            z = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)  # drawn on the CPU: one seed, one picture
             x = self.p_sample(model, x, t, z)
             yield x
 

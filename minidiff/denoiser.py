@@ -84,7 +84,8 @@ class Denoiser(nn.Module):
         """F, the bare output of the network, on an input scaled to unit variance where the target asks for it."""
         if self.target == "edm":  # c_in, [4] table 1
             x = x * _like((self.schedule.alpha_sigma(t)[1] ** 2 + SIGMA_DATA**2).rsqrt(), x)
-        return self.network(x, self.schedule.c_noise(t).to(x.dtype).to(x.device), context)
+        precise = torch.promote_types(x.dtype, torch.float32)  # bfloat16 cannot tell t = 999 from 1000
+        return self.network(x, self.schedule.c_noise(t).to(precise).to(x.device), context)
 
     def forward(self, x: Float[Tensor, "B *dims"], t: Shaped[Tensor, "B"], context: Float[Tensor, "B L D"] | None = None) -> Prediction:
         """Solve  x = alpha x0 + sigma eps,  F = a x0 + b eps  for (x0, eps). t is a CPU tensor."""

@@ -16,6 +16,7 @@ from jaxtyping import Float, Shaped
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from minidiff import schedules
 from minidiff.clip import CLIPText
@@ -93,12 +94,14 @@ class LatentDiffusion(nn.Module):
         yield from sample(denoise, self.schedule, x_T.to(self.device), steps, step or ddim())
 
     @torch.no_grad()
-    def generate(self, conditions: list[str], batch: int = 64, **how) -> Float[Tensor, "B C H W"]:
-        """Pictures in [-1, 1], a batch at a time; `how` is sample's."""
-        pictures = []
-        for i in range(0, len(conditions), batch):
-            *_, last = self.sample(conditions[i : i + batch], **how)
-            pictures.append(self.vae.decode(last.x0).clamp(-1, 1))
+    def generate(self, conditions: list[str], batch: int = 64, steps: int = 25, progress: bool = False, **how) -> Float[Tensor, "B C H W"]:
+        """Pictures in [-1, 1], a batch at a time; steps and `how` are sample's. progress: show a bar, once the first step is done."""
+        pictures, starts = [], range(0, len(conditions), batch)
+        with tqdm(desc="sampling", total=len(starts) * steps, unit="step", delay=0.01, disable=not progress) as bar:
+            for i in starts:
+                for frame in self.sample(conditions[i : i + batch], steps, **how):
+                    bar.update(frame.t > 0)  # the last frame of a chain is clean, and took no step
+                pictures.append(self.vae.decode(frame.x0).clamp(-1, 1))
         return torch.cat(pictures)
 
     def save(self, path: str | Path) -> Path:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 def timestep_embedding(t: Shaped[Tensor, "B"], dim: int, max_period: float = 10_000) -> Float[Tensor, "B {dim}"]:
     """[cos, sin] of t at dim/2 frequencies from 1 down to 1/max_period, geometrically spaced ([1] section 3.5)."""
-    half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, dtype=t.dtype if t.is_floating_point() else torch.float32))
-    angles = t[:, None] * frequencies.to(t.device)
+    half, precise = dim // 2, torch.promote_types(t.dtype, torch.float32)  # sines of t up to 1000 need more digits than bfloat16 has
+    frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, dtype=precise))
+    angles = t[:, None].to(precise) * frequencies.to(t.device)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 

@@ -3,7 +3,6 @@
 It knows tensors and lists, no diffusion class. Figures made of pictures are drawn pixel by pixel, so that a picture is enlarged
 but never blurred; figures made of curves are matplotlib's. Each function returns the path it wrote.
 """
-
 import io
 import math
 import os
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from minidiff.data.folder import to_uint8
@@ -26,9 +25,9 @@ DPI = 200
 # Figures made of pictures.
 
 
-def save_png(image: Float[Tensor, "C H W"], path: str | Path) -> Path:
-    """One picture in [-1, 1] at its own size."""
-    return _write_png(_images(image[None])[0], path)
+def save_png(image: Float[Tensor, "C H W"], path: str | Path, text: dict[str, str] | None = None) -> Path:
+    """One picture in [-1, 1] at its own size; `text` travels inside the file, as in Image.open(path).text."""
+    return _write_png(_images(image[None])[0], path, text)
 
 
 def grid(
@@ -175,13 +174,15 @@ def _write(path: str | Path, data: bytes, suffixes: set[str]) -> Path:
     return path
 
 
-def _write_png(image: Image.Image, path: str | Path) -> Path:
-    image.save(data := io.BytesIO(), "PNG", dpi=(DPI, DPI))
+def _write_png(image: Image.Image, path: str | Path, text: dict[str, str] | None = None) -> Path:
+    info = PngImagePlugin.PngInfo()
+    for key, value in (text or {}).items():
+        info.add_text(key, value)
+    image.save(data := io.BytesIO(), "PNG", dpi=(DPI, DPI), pnginfo=info)
     return _write(path, data.getvalue(), {".png"})
 
 
 # Figures made of curves.
-
 
 def _style():
     """One look for all: a context in which figures are made."""

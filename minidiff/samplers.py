@@ -59,7 +59,7 @@ def ddim(eta: float = 0.0, generator: torch.Generator | None = None) -> Step:
         down = (sigma_s**2 - up**2).clamp(min=0).sqrt()  # noise kept
         x_s = alpha_s.item() * x0 + down.item() * eps
         if eta > 0:
-            x_s = x_s + up.item() * torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+            x_s = x_s + up.item() * torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)  # drawn on the CPU: one seed, one picture
         return x_s, x0
 
     return step

@@ -103,6 +103,10 @@ class Discrete(NoiseSchedule):
     beta_T: float = 0.02
     zero_terminal_snr: bool = False
 
+    def __post_init__(self) -> None:
+        if self.betas not in BETAS:
+            raise UserError(f'no betas "{self.betas}"; there is {", ".join(BETAS)}.')
+
     @cached_property
     def alpha_bar(self) -> Float[Tensor, "T1"]:
         """alpha_bar[t] for t = 0..T: the product of 1 - beta up to t, [1] eq. 4."""
@@ -131,7 +135,7 @@ class Discrete(NoiseSchedule):
             offset = 2 if self.T // steps > 1 else 1
             visited = torch.arange(steps).flip(0) * (self.T // steps) + offset
         else:
-            visited = torch.linspace(self.T, 1, steps, dtype=torch.float64).round().long()
+            visited = torch.linspace(self.T - 1, 0, steps, dtype=torch.float64).round().long() + 1  # rounded in the published count
         return torch.cat([visited, torch.zeros(1, dtype=torch.long)])
 
     def c_noise(self, t: Times) -> Shaped[Tensor, "*B"]:

@@ -105,6 +105,7 @@ def train(
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=device.type in ("cpu", "cuda"))
+    optimizer.zero_grad()  # whatever the caller left there
     start = 0
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +133,7 @@ def train(
             norm = nn.utils.get_total_norm(grads)
             if not (loss.isfinite().all() and norm.isfinite()):
                 torch.manual_seed(seed_of(seed, step))
-                raise NonFiniteError(f"step {step + 1}: {_first_bad(loss_fn, module, micro)}; lower the learning rate, or compute in float32.")
+                raise NonFiniteError(f"step {step + 1}: {_first_bad(loss_fn, module, micro, autocast)}; lower the learning rate, or compute in float32.")
             nn.utils.clip_grads_with_norm_(parameters, clip, norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -148,6 +149,8 @@ def train(
             if interrupted.is_set():
                 raise KeyboardInterrupt
             yield done
+        if interrupted.is_set():  # while the caller had the last step
+            raise KeyboardInterrupt
     module.eval()
 
 
@@ -159,16 +162,11 @@ def by_bin(loss: Tensor, places: list[Tensor | None]) -> list[float | None]:
     return [loss[index == b].mean().item() if (index == b).any() else None for b in range(BINS)]
 
 
-def _first_bad(loss_fn: LossFn, module: nn.Module, batches: list[Any]) -> str:
+def _first_bad(loss_fn: LossFn, module: nn.Module, batches: list[Any], autocast: torch.dtype | None) -> str:
     """Run the same step again and watch: the first weight, module output, or gradient that is not finite."""
     for name, p in module.named_parameters():
         if not p.isfinite().all():
             return f'the weight "{name}" is not finite'
-        if p.grad is not None and not p.grad.isfinite().all():
-            culprit = f'the gradient of "{name}" is not finite'
-            break
-    else:
-        culprit = "the loss is not finite"
     found: list[str] = []
 
     def watch(name: str) -> Callable:
@@ -180,13 +178,16 @@ def _first_bad(loss_fn: LossFn, module: nn.Module, batches: list[Any]) -> str:
 
     handles = [m.register_forward_hook(watch(name)) for name, m in module.named_modules()]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(next(module.parameters()).device.type, autocast, enabled=autocast is not None):
             for batch in batches:
                 loss_fn(batch)
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else culprit
+    if found:
+        return found[0]
+    gradient = next((name for name, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()), None)
+    return "the loss is not finite" if gradient is None else f'the gradient of "{gradient}" is not finite'
 
 
 @contextmanager
@@ -223,15 +224,20 @@ def load_checkpoint(folder: Path, seed: int, module: nn.Module, optimizer: torch
     if not file.exists():
         return 0
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        if state["seed"] != seed:
-            raise UserError(f"{file} is of a run with seed {state['seed']}, not {seed}; pass --seed {state['seed']}, or another --out.")
+        state = torch.load(file, map_location="cpu", weights_only=True)  # a checkpoint is numbers: it cannot run code
+    except (RuntimeError, UnpicklingError, EOFError, LookupError, ValueError) as error:
+        raise UserError(f"{file} is damaged, or no checkpoint; start afresh without --resume.") from error
+    if not isinstance(state, dict) or not state.keys() >= {"step", "seed", "module", "optimizer", "ema"}:
+        raise UserError(f"{file} is not a checkpoint of a minidiff run; start afresh without --resume.")
+    if state["seed"] != seed:
+        raise UserError(f"{file} is of a run with seed {state['seed']}, not {seed}; pass --seed {state['seed']}, or another --out.")
+    try:
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         if ema is not None:
             ema.average.load_state_dict(state["ema"])
-    except (RuntimeError, UnpicklingError, EOFError, KeyError, TypeError) as error:
-        line = str(error).splitlines()[0]
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        line = str(error).splitlines()[:2][-1].strip()  # torch's first line is a heading where there are more
         raise UserError(f"{file} does not fit this run ({line}); resume with the settings it was made with, or start afresh without --resume.") from error
     return state["step"]
 

@@ -112,6 +112,15 @@ class VAE(nn.Module):
         self.quant = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant = nn.Conv2d(latent_channels, latent_channels, 1)
         self.register_buffer("latent_scale", torch.tensor(latent_scale))  # travels with the weights
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """PyTorch's defaults, but residual branches start at zero, and posteriors start narrow (std 0.05): wide ones drown the mean."""
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                nn.init.zeros_(module.conv2.weight)
+                nn.init.zeros_(module.conv2.bias)
+        nn.init.constant_(self.quant.bias.data[self.latent_channels :], -6.0)
 
     def posterior(self, images: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B Z h w"], Float[Tensor, "B Z h w"]]:
         """Mean and log-variance of q(z | image), [1] section 3, in raw units (before the latent scale)."""

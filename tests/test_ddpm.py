@@ -31,7 +31,7 @@ def test_posterior_is_bayes(time):
     mean, variance = chain.q_posterior(x0, x_t, t)
     beta, before = chain.beta[time], chain.alpha_bar[time - 1]
     if time == 1:  # the prior is a point: x_0 itself
-        assert torch.allclose(mean, x0, atol=EXACT) and variance.item() == 0
+        assert torch.allclose(mean, x0, atol=EXACT, rtol=0) and variance.item() == 0
         return
     prior, likelihood = 1 / (1 - before), (1 - beta) / beta  # precisions of q(x_{t-1} | x_0) and of q(x_t | x_{t-1}) as a function of x_{t-1}
     expected = (prior * before.sqrt() * x0 + likelihood * x_t / (1 - beta).sqrt()) / (prior + likelihood)
@@ -54,7 +54,7 @@ def test_general_sampler_equals_the_literal_chain():
     general = [frame.x for frame in sample(denoiser, schedules.linear(), x_T, 1000, ddpm(torch.Generator().manual_seed(1)))][1:]
     assert len(literal) == len(general) == 1000
     for a, b in zip(literal, general, strict=True):
-        assert ((a - b).abs().max() / a.abs().max()) < EXACT
+        assert (a - b).abs().max() / a.abs().max() < EXACT
 
 
 def test_last_step_adds_no_noise():
@@ -64,10 +64,23 @@ def test_last_step_adds_no_noise():
     assert torch.equal(chain.p_sample(Toy(), x, t, torch.randn_like(x)), silent)
 
 
+def test_predict_x0_inverts_q_sample():
+    chain, t = DDPM(), torch.tensor([1, 500, 1000])
+    x0, eps = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    assert torch.allclose(chain.predict_x0(chain.q_sample(x0, t, eps), t, eps), x0, atol=EXACT, rtol=0)
+
+
+def test_the_loop_is_a_generator_that_leaves_the_caller_alone():
+    chain = DDPM(T=10, beta_T=0.5)
+    states = chain.p_sample_loop(Toy(), torch.randn(2, 3))
+    next(states)
+    assert torch.is_grad_enabled() and len(list(states)) == 9
+
+
 def test_simple_loss_of_the_true_noise_is_zero():
     chain, x0, eps, t = DDPM(), torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.randint(1, 1001, (4,))
     assert torch.equal(chain.simple_loss(lambda x, t: eps, x0, t, eps), torch.zeros(4))
-    assert torch.allclose(chain.simple_loss(lambda x, t: eps + 2, x0, t, eps), torch.full((4,), 4.0))
+    assert torch.allclose(chain.simple_loss(lambda x, t: eps + 2, x0, t, eps), torch.full((4,), 4.0), rtol=1e-6, atol=0)  # fp32
 
 
 def test_simple_loss_equals_the_general_one():

@@ -1,89 +1,157 @@
 """Schedules against their published formulas and against diffusers."""
 import math
 
-import numpy as np
 import pytest
 import torch
 
 from minidiff import schedules
 from minidiff.errors import UserError
 
-SINGLE = 2e-6  # diffusers keeps its tables in fp32
+ALL = [schedules.linear(), schedules.scaled_linear(), schedules.cosine(), schedules.sigmoid(), schedules.Flow(shift=3.0), schedules.Karras()]
+
+
+def name(schedule):
+    return getattr(schedule, "betas", type(schedule).__name__)
 
 
 @pytest.mark.parametrize("ours, theirs", [
     (schedules.linear(), {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}),
     (schedules.scaled_linear(), {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}),
     (schedules.cosine(), {"beta_schedule": "squaredcos_cap_v2"}),
-    (schedules.Discrete("linear", zero_terminal_snr=True), {"beta_schedule": "linear", "rescale_betas_zero_snr": True}),
-])
-def test_tables_equal_diffusers(ours, theirs):
+], ids=lambda v: name(v) if isinstance(v, schedules.Discrete) else "")
+def test_betas_equal_diffusers(ours, theirs):
     diffusers = pytest.importorskip("diffusers")
-    expected = diffusers.DDPMScheduler(**theirs).alphas_cumprod.double()
-    relative = ((ours.alpha_bar[1:] - expected).abs() / expected.clamp(min=1e-30))[: -1 if ours.zero_terminal_snr else None]
-    # fp32 sums of up to a thousand logarithms: the relative error grows to a few 1e-5 where alpha_bar is near 1e-5
-    near = expected[: len(relative)] > 1e-2
-    assert relative[near].max() < 20 * SINGLE and (ours.alpha_bar[1:] - expected).abs().max() < SINGLE
+    beta = 1 - ours.alpha_bar[1:] / ours.alpha_bar[:-1]
+    torch.testing.assert_close(beta, diffusers.DDPMScheduler(**theirs).betas.double(), rtol=2e-6, atol=0)  # their betas are fp32
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 25, 50, 1000])
+def test_zero_terminal_snr_equals_diffusers():
+    """Lin et al. algorithm 1, in float64 on both sides; the signal vanishes at T and nothing changes at t = 1."""
+    ddim = pytest.importorskip("diffusers.schedulers.scheduling_ddim")
+    ours, plain = schedules.Discrete("scaled_linear", 1000, 0.00085, 0.012, zero_terminal_snr=True), schedules.scaled_linear()
+    beta = 1 - plain.alpha_bar[1:] / plain.alpha_bar[:-1]
+    theirs = torch.cumprod(1 - ddim.rescale_zero_terminal_snr(beta), 0)
+    torch.testing.assert_close(ours.alpha_bar[1:], theirs, rtol=0, atol=1e-12)
+    assert ours.alpha_bar[-1] == 0
+    torch.testing.assert_close(ours.alpha_bar[1], plain.alpha_bar[1], rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 20, 25, 30, 50, 100, 250, 1000])
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 def test_timesteps_equal_diffusers(steps, spacing):
+    """Exactly. diffusers counts noise levels from 0, we count clean data as 0."""
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.DDIMScheduler(timestep_spacing=spacing, steps_offset=1 if 1000 // steps > 1 and spacing == "leading" else 0)
     theirs.set_timesteps(steps)
-    ours = schedules.linear().timesteps(steps, spacing)
-    assert ours.shape == (steps + 1,) and ours[-1] == 0
-    expected = theirs.timesteps.numpy() + 1  # diffusers counts noise levels from 0, we count clean data as 0
-    if spacing == "linspace" and steps == 1:
-        expected = np.array([1000])  # diffusers' single step starts at t = 0, from data; ours from noise
-    assert np.abs(ours[:-1].numpy() - expected).max() <= (0 if spacing == "leading" else 1)  # rounding halves
+    expected = [t + 1 for t in theirs.timesteps.tolist()]
+    if (steps, spacing) == (1, "linspace"):
+        expected = [1000]  # diffusers' only step starts at t = 0, from data; ours from noise
+    assert schedules.linear().timesteps(steps, spacing).tolist() == [*expected, 0]
 
 
-@pytest.mark.parametrize("schedule", [schedules.linear(), schedules.scaled_linear(), schedules.cosine(), schedules.sigmoid(),
-                                      schedules.Flow(shift=3.0), schedules.Karras()])
+def test_timesteps_are_the_nearest_integers_for_every_number_of_steps():
+    """In integer arithmetic, so exact; a tie may go either way. (diffusers' trailing grid has a time too many for 61, 103, ... steps.)"""
+    T = 1000
+    for steps in range(1, T + 1):
+        trailing = schedules.linear().timesteps(steps).tolist()
+        assert len(trailing) == steps + 1
+        assert all(2 * abs(t * steps - T * (steps - i)) <= steps for i, t in enumerate(trailing))
+        linspace = schedules.linear().timesteps(steps, "linspace").tolist()
+        assert all(2 * abs((t - 1) * (steps - 1) - (T - 1) * (steps - 1 - i)) <= steps - 1 for i, t in enumerate(linspace[:-1]))
+        for times in (trailing, linspace, schedules.linear().timesteps(steps, "leading").tolist()):
+            assert times[-1] == 0 and times[0] <= T and all(a > b for a, b in zip(times, times[1:], strict=False))
+
+
+@pytest.mark.parametrize("schedule", ALL, ids=name)
 def test_what_every_schedule_promises(schedule):
     times = schedule.timesteps(10)
-    assert (times.diff() < 0).all() and times[-1] == 0
+    assert times.shape == (11,) and (times.diff() < 0).all() and times[-1] == 0
     alpha, sigma = schedule.alpha_sigma(times)
     assert alpha.dtype == sigma.dtype == torch.float64
-    assert alpha[-1] == 1 and sigma[-1] == 0
-    snr = schedule.snr(times[:-1])
-    assert (snr.diff() > 0).all()
+    assert alpha[-1] == 1 and sigma[-1] == 0 and torch.isinf(schedule.snr(times[-1:]))
+    assert (schedule.snr(times[:-1]).diff() > 0).all()
+    progress = schedule.progress(times)
+    assert (progress[:-1].diff() < 0).all() and abs(progress[0] - 1) < 1e-12 and progress[-1] == 0
     t = schedule.sample_t(1000, torch.Generator().manual_seed(0))
     assert t.min() > 0 and 0 <= schedule.progress(t).min() and schedule.progress(t).max() <= 1
+    assert torch.equal(t, schedule.sample_t(1000, torch.Generator().manual_seed(0)))
     assert schedules.from_json(schedules.to_json(schedule)) == schedule
 
 
-def test_discrete_is_variance_preserving_and_clean_at_zero():
-    for schedule in (schedules.linear(), schedules.cosine(), schedules.sigmoid()):
-        alpha, sigma = schedule.alpha_sigma(torch.arange(1001))
-        assert torch.allclose(alpha**2 + sigma**2, torch.ones(1001, dtype=torch.float64), atol=1e-12)
-        assert schedule.alpha_bar[0] == 1
+@pytest.mark.parametrize("schedule", [s for s in ALL if isinstance(s, schedules.Discrete)], ids=name)
+def test_discrete_is_variance_preserving_and_clean_at_zero(schedule):
+    alpha, sigma = schedule.alpha_sigma(torch.arange(1001))
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(1001, dtype=torch.float64), rtol=0, atol=1e-15)
+    assert schedule.alpha_bar[0] == 1
+
+
+def curve(formula):
+    return torch.tensor([formula(t / 1000) for t in range(1001)], dtype=torch.float64)
+
+
+def test_cosine_formula():
+    """Nichol & Dhariwal 2021, eq. 17: f(u)/f(0) with f(u) = cos^2((u + s)/(1 + s) pi/2). The very last beta is capped at 0.999."""
+    expected = curve(lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2)
+    found = schedules.cosine().alpha_bar
+    torch.testing.assert_close(found[:-1], expected[:-1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(found[-1], found[-2] * 0.001, rtol=1e-12, atol=0)
 
 
 def test_sigmoid_formula():
     """Jabri et al. 2022, appendix B: (sigmoid(3) - sigmoid(6u - 3)) / (sigmoid(3) - sigmoid(-3))."""
-    s = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
-    for t in (100, 500, 900):
-        expected = (s(3) - s(6 * t / 1000 - 3)) / (s(3) - s(-3))
-        assert abs(schedules.sigmoid().alpha_bar[t].item() - expected) < 1e-12
+    def s(x):
+        return 1 / (1 + math.exp(-x))
+
+    expected = curve(lambda u: (s(3) - s(6 * u - 3)) / (s(3) - s(-3)))
+    torch.testing.assert_close(schedules.sigmoid().alpha_bar[:-1], expected[:-1], rtol=0, atol=1e-12)
 
 
 def test_karras_times_equal_the_published_formula():
     """EDM eq. 5 for 18 steps: 80 down to 0.002."""
     i = torch.arange(18, dtype=torch.float64)
     expected = (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
-    assert torch.allclose(schedules.Karras().timesteps(18)[:-1], expected, rtol=1e-12)
+    torch.testing.assert_close(schedules.Karras().timesteps(18)[:-1], expected, rtol=1e-12, atol=0)
 
 
-def test_flow_training_times_are_logit_normal():
-    t = schedules.Flow(mean=0.3, std=0.8).sample_t(200_000, torch.Generator().manual_seed(0))
-    logit = (t / (1 - t)).log()
-    assert abs(logit.mean() - 0.3) < 0.01 and abs(logit.std() - 0.8) < 0.01  # five standard errors
+def test_flow_shift_equals_the_published_formula():
+    """Esser et al. eq. 23, with sqrt(m/n) = shift: 1 stays 1, 0 stays 0, SNR falls by shift^2 at every time."""
+    t, shifted = schedules.Flow().timesteps(10), schedules.Flow(shift=3.0).timesteps(10)
+    torch.testing.assert_close(shifted, 3 * t / (1 + 2 * t), rtol=1e-14, atol=0)
+    plain = schedules.Flow()
+    torch.testing.assert_close(plain.snr(shifted[1:-1]), plain.snr(t[1:-1]) / 9, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("schedule, normal, mean, std", [
+    (schedules.Flow(mean=0.3, std=0.8), torch.logit, 0.3, 0.8),
+    (schedules.Karras(), torch.log, -1.2, 1.2),
+], ids=["logit-normal", "log-normal"])
+def test_training_times_are_normal_on_the_right_scale(schedule, normal, mean, std):
+    n = 100_000
+    z = (normal(schedule.sample_t(n, torch.Generator().manual_seed(0))) - mean) / std
+    standard_errors = {1: 1 / n, 2: 2 / n, 3: 15 / n, 4: 96 / n}  # variances of the first four sample moments of N(0, 1)
+    for moment, variance in standard_errors.items():
+        assert abs((z**moment).mean() - (0, 1, 0, 3)[moment - 1]) < 5 * variance**0.5
+
+
+def test_discrete_training_times_are_uniform():
+    n, T = 100_000, 20
+    counts = schedules.Discrete("linear", T=T).sample_t(n, torch.Generator().manual_seed(0)).bincount(minlength=T + 1)
+    assert counts[0] == 0 and len(counts) == T + 1
+    chi2 = ((counts[1:] - n / T) ** 2 / (n / T)).sum()
+    assert chi2 < (T - 1) + 5 * (2 * (T - 1)) ** 0.5  # mean and five standard deviations of chi-squared
+
+
+@pytest.mark.parametrize("schedule, t, shown", [(schedules.linear(), 1000, 999), (schedules.Flow(), 0.25, 250), (schedules.Karras(), 2.0, math.log(2) / 4)], ids=name)
+def test_c_noise(schedule, t, shown):
+    assert abs(schedule.c_noise(torch.tensor(t, dtype=torch.float64)).item() - shown) < 1e-15
 
 
 @pytest.mark.parametrize("steps, spacing", [(0, "trailing"), (1001, "trailing"), (10, "sideways")])
 def test_bad_steps(steps, spacing):
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"steps is 0|at most 1000|trailing, leading, linspace"):
         schedules.linear().timesteps(steps, spacing)
+
+
+def test_unknown_betas():
+    with pytest.raises(UserError, match="linear, scaled_linear, cosine, sigmoid"):
+        schedules.Discrete("quadratic")

@@ -183,7 +183,7 @@ def split_by_colour(inside: Bool[Tensor, "h w"], strong: Bool[Tensor, "h w"], sm
     _, names = nearest(smooth, COLOURS)
     counts = torch.bincount(names[core], minlength=len(COLOURS))
     votes, both = counts.topk(2)
-    if votes[1] < 0.2 * votes.sum():
+    if votes[1] <= 0.2 * votes.sum():
         return [inside]
     a, b = (core & (names == name) for name in both)
     if (a.nonzero().float().mean(0) - b.nonzero().float().mean(0)).norm() < 0.4 * inside.sum().sqrt():

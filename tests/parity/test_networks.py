@@ -6,21 +6,27 @@ import pytest
 import torch
 
 from minidiff.clip import CLIPText
+from minidiff.layers import timestep_embedding
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 from minidiff.weights.names import CLIP_TRANSFORMERS, UNET_DIFFUSERS, VAE_DIFFUSERS, rename
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
+diffusers.utils.logging.set_verbosity_error()  # it warns about every cast to another dtype
 PRECISIONS = [(torch.float32, 1e-5), (torch.float64, 1e-12)]
 
 
 def randomized(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """Every weight random, also those that start at zero or one: a branch that is zero would hide anything."""
+    """Every weight random, also those that start at zero or one: a branch that is zero would hide anything. Matrices keep the size of
+    what they multiply, so that rounding errors do not grow on the way through."""
     generator = torch.Generator().manual_seed(0)
-    for p in module.parameters():
-        scale = 0.5 / max(1, p[0].numel()) ** 0.5 if p.ndim > 1 else 0.3
-        p.data = scale * torch.randn(p.shape, generator=generator, dtype=torch.float64) + (1 if p.ndim == 1 else 0)
+    for name, p in module.named_parameters():
+        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        if p.ndim > 1:
+            p.data = noise if "embedding" in name and "time" not in name else noise / p[0].numel() ** 0.5
+        else:
+            p.data = 0.1 * noise + (1 if ("norm" in name or "ln_" in name) and name.endswith("weight") else 0)
     return module.to(dtype).eval()
 
 
@@ -45,18 +51,11 @@ def test_unet_equals_diffusers(style, dtype, tolerance):
     ours = UNet(4, 4, (32, 64, 128, 128), blocks=2, depth=(1, 1, 1, 0), heads=heads, context_dim=24, linear_projection=style == "sd2").to(dtype).eval()
     ours.load_state_dict(rename(theirs.state_dict(), UNET_DIFFUSERS))
     x, t, context = torch.randn(2, 4, 16, 16, dtype=dtype), torch.tensor([7, 830]), torch.randn(2, 9, 24, dtype=dtype)
+    if dtype == torch.float64:  # diffusers computes the sines of the time embedding in fp32 whatever the dtype; the fp32 case compares them
+        theirs.time_proj.forward = lambda t: timestep_embedding(t.double(), 32)
     expected = theirs(x, t, context).sample
-    assert expected.std() > 0.01
-    # diffusers computes the sines of the time embedding in fp32 whatever the dtype; give both the same numbers in fp64.
-    if dtype == torch.float64:
-        tolerance = 1e-6 if not torch.equal(theirs.time_proj(t).double(), _embedding(t)) else tolerance
-    assert gap(ours(x, t, context), expected) < tolerance
-
-
-def _embedding(t: torch.Tensor) -> torch.Tensor:
-    from minidiff.layers import timestep_embedding
-
-    return timestep_embedding(t.double(), 32)
+    assert expected.std() > 0.1
+    assert gap(ours(x, t.to(dtype), context), expected) < tolerance
 
 
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)

@@ -1,0 +1,176 @@
+"""A diffusion whose right answer is known: a density in the plane with its exact score, and beside it what a small network learns of both.
+
+    python experiments/toy_2d.py [--density ring]
+
+Under a minute on one CPU core. Writes toy_2d.png (draws, score fields and sampling paths, exact and learnt), loss.png and results.json.
+The exact denoiser is an oracle: with the same sampler and the same noise, what differs between the halves of the figure is the network.
+The distances it prints stand beside their floor, the distance between two exact draws of the same size.
+"""
+import math
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minidiff import plots, schedules
+from minidiff.denoiser import Denoise, Denoiser, Prediction
+from minidiff.layers import timestep_embedding
+from minidiff.samplers import ddim, sample
+from minidiff.script import follow, last_loss, read_log, run, write_results
+from minidiff.train import EMA, seed_of, train
+
+
+def moons(u: Float[Tensor, "K"]) -> Float[Tensor, "K 2"]:
+    """Two half circles, one hooked into the other."""
+    angle, lower = 2 * math.pi * u, (u > 0.5).double()
+    return torch.stack([angle.cos() + lower, angle.sin() + 0.5 * lower], dim=1)
+
+
+def ring(u: Float[Tensor, "K"]) -> Float[Tensor, "K 2"]:
+    """Eight islands on a circle."""
+    angle = 2 * math.pi * (8 * u).floor() / 8
+    return torch.stack([angle.cos(), angle.sin()], dim=1)
+
+
+class Mixture:
+    """64 equal Gaussians along a curve, scaled to zero mean and unit variance: everything about it is known in closed form."""
+
+    def __init__(self, density: str, std: float = 0.08):
+        centres = {"moons": moons, "ring": ring}[density]((torch.arange(64, dtype=torch.float64) + 0.5) / 64)
+        centres = centres - centres.mean(0)
+        scale = (centres.pow(2).mean() + std**2).sqrt()
+        self.centres, self.std = centres / scale, std / scale.item()
+
+    def draw(self, n: int, generator: torch.Generator) -> Float[Tensor, "N 2"]:
+        which = torch.randint(len(self.centres), (n,), generator=generator)
+        return self.centres[which].float() + self.std * torch.randn(n, 2, generator=generator)
+
+    def strays(self, x: Float[Tensor, "N 2"]) -> float:
+        """The share of points more than 4 standard deviations from every centre: of exact draws, at most exp(-8) = 0.0003."""
+        return (torch.cdist(x.double(), self.centres).min(dim=1).values > 4 * self.std).double().mean().item()
+
+    def denoiser(self, schedule: schedules.NoiseSchedule) -> Denoise:
+        """x0 = E[x0 | x_t]: each Gaussian's own posterior mean, weighted by how likely x_t came from it."""
+
+        def denoise(x: Float[Tensor, "N 2"], t: Tensor) -> Prediction:
+            alpha, sigma = (scale[:, None] for scale in schedule.alpha_sigma(t))
+            spread = alpha**2 * self.std**2 + sigma**2  # variance of x_t about each alpha * centre
+            away = x[:, None] - alpha[..., None] * self.centres
+            weight = torch.softmax(-away.pow(2).sum(-1) / (2 * spread), dim=1)
+            means = self.centres + (alpha * self.std**2 / spread)[..., None] * away
+            x0 = (weight[..., None] * means).sum(1)
+            return Prediction(x0.to(x), ((x - alpha * x0) / sigma).to(x))
+
+        return denoise
+
+
+class MLP(nn.Module):
+    """Waves of x and of t through four hidden layers: from the bare numbers, a network learns the broad shape and blurs the rest."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.first, self.last = nn.Linear(2 * 7 + 64, width), nn.Linear(width, 2)
+        self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: Float[Tensor, "N 2"], t: Float[Tensor, "N"], context: None = None) -> Float[Tensor, "N 2"]:
+        waves = [wave(k * x) for k in (1, 2, 4) for wave in (torch.sin, torch.cos)]
+        h = self.first(torch.cat([x, *waves, timestep_embedding(t, 64)], dim=1))
+        for layer in self.hidden:
+            h = layer(F.silu(h))
+        return self.last(F.silu(h))
+
+
+def energy_distance(x: Float[Tensor, "N 2"], y: Float[Tensor, "M 2"]) -> float:
+    """2 E|x - y| - E|x - x'| - E|y - y'|: zero only where two distributions are the same (Székely & Rizzo 2013)."""
+    return (2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean()).item()
+
+
+def main(
+    density: Literal["moons", "ring"] = "moons",
+    out: Path = Path("out/toy_2d"),
+    steps: int = 8000,
+    batch: int = 512,
+    lr: float = 4e-3,
+    width: int = 128,
+    n: int = 4000,
+    sampling_steps: int = 50,
+    field_at: int = 120,
+    seed: int = 0,
+    resume: bool = False,
+) -> None:
+    """Learn a density in the plane and compare with the truth.
+
+    Args:
+        density: the curve its Gaussians lie on.
+        out: folder for everything written.
+        steps: training steps.
+        batch: points in a step.
+        lr: peak learning rate.
+        width: of the network's hidden layers.
+        n: points in each set of samples.
+        sampling_steps: DDIM steps.
+        field_at: the t, 1 to 1000, at which the score fields are drawn.
+        seed: everything random follows from it.
+        resume: go on where an interrupted run stopped.
+    """
+    torch.manual_seed(seed)
+    schedule, mixture = schedules.cosine(), Mixture(density)
+    denoiser = Denoiser(MLP(width), schedule, target="v")
+    ema = EMA(denoiser, decay=0.999)
+
+    def batches(start: int) -> Iterator[Tensor]:
+        for k in count(start):  # training seeds its noise with steps from 0 up; data made from the same seeds would be correlated with it
+            yield mixture.draw(batch, torch.Generator().manual_seed(seed_of(seed, -1 - k)))
+
+    def loss(x0: Tensor) -> tuple[Tensor, Tensor]:
+        t = schedule.sample_t(len(x0))
+        return denoiser.loss(x0, t=t), schedule.progress(t)
+
+    training = train(loss, denoiser, batches, steps, lr, ema=ema, seed=seed, folder=out / "training", resume=resume)
+    speed = follow(training, f"learning the {density}", steps, batch)
+    log = read_log(out / "training")
+    denoisers = {"exact": mixture.denoiser(schedule), "learnt": torch.no_grad()(ema.average)}
+
+    # Sample with both denoisers from the same noise, and measure how far from exact draws they end.
+    generator = torch.Generator().manual_seed(seed)
+    truth, x_T = mixture.draw(n, generator), torch.randn(n, 2, generator=generator)
+    chains = {name: list(sample(denoise, schedule, x_T, sampling_steps, ddim())) for name, denoise in denoisers.items()}
+    figures = {"distance_floor": sum(energy_distance(mixture.draw(n, generator), truth) for _ in range(5)) / 5}
+    figures |= {f"distance_{name}": energy_distance(chain[-1].x, truth) for name, chain in chains.items()}
+    figures |= {f"strays_{name}": mixture.strays(chain[-1].x) for name, chain in chains.items()}
+
+    # The score is -eps / sigma_t: compare sqrt(E|learnt - exact|^2 / E|exact|^2) where x_t lives.
+    for t in (100, 250, 500, 750):
+        times = torch.full((n,), t)
+        alpha, sigma = (scale[:, None].float() for scale in schedule.alpha_sigma(times))
+        x = alpha * truth + sigma * torch.randn(n, 2, generator=generator)
+        exact, learnt = (denoise(x, times).eps for denoise in denoisers.values())
+        figures[f"score_error_t{t}"] = ((learnt - exact).pow(2).sum() / exact.pow(2).sum()).sqrt().item()
+
+    # Draw the fields on a grid, as far as x_t comes: beyond, no network has ever been shown anything.
+    alpha, sigma = (scale.item() for scale in schedule.alpha_sigma(torch.tensor(field_at)))
+    grid = torch.cartesian_prod(torch.linspace(-3, 3, 31), torch.linspace(-3, 3, 31))
+    grid = grid[torch.cdist(grid, alpha * truth + sigma * x_T).min(dim=1).values < 0.1]
+    scores = {name: -denoise(grid, torch.full((len(grid),), field_at)).eps / sigma for name, denoise in denoisers.items()}
+    paths = {name: torch.stack([frame.x[:60] for frame in chain]) for name, chain in chains.items()}
+    print(plots.points([
+        {"title": "exact draws", "points": truth},
+        {"title": f"exact score at t = {field_at}", "arrows": (grid, scores["exact"])},
+        {"title": f"learnt score at t = {field_at}", "arrows": (grid, scores["learnt"])},
+        {"title": "learnt draws", "points": chains["learnt"][-1].x},
+        {"title": "exact DDIM paths", "paths": paths["exact"]},
+        {"title": "learnt DDIM paths", "paths": paths["learnt"]},
+    ], out / "toy_2d.png"))
+    print(plots.loss(log, out / "loss.png"))
+
+    print(write_results(out, density=density, steps=steps, n=n, seed=seed, loss=last_loss(log), **figures, **speed))
+    print(", ".join(f"{name} {value:.2g}" for name, value in figures.items()))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,259 @@
+"""The networks by themselves: sizes, shapes, starts, gradients, and the layers against their formulas. Against other people's code: parity/."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minidiff.clip import clip_vit_l14, openclip_vit_h14
+from minidiff.layers import GEGLU, Attention, ResBlock, SpatialTransformer, TransformerBlock, timestep_embedding
+from minidiff.unet import UNet, unet_cifar10, unet_sd1, unet_sd2
+from minidiff.vae import VAE, Pixels, vae_sd
+
+DOUBLE = dict(rtol=0, atol=1e-12)  # a few hundred roundings in float64
+
+
+def tiny_unet(**numbers):
+    """Three levels, attention at two of them; groups of two channels, so that a group norm does not cancel the bias before it."""
+    return UNet(**{**dict(in_channels=4, out_channels=3, channels=(8, 16, 24), blocks=2, depth=(0, 2, 1), heads=(1, 2, 3), context_dim=6, groups=4), **numbers})
+
+
+def tiny_vae(**numbers):
+    return VAE(**{**dict(in_channels=3, latent_channels=4, channels=(8, 16, 16), blocks=1, groups=4), **numbers})
+
+
+def randomize(module):
+    """Random numbers for every weight, also for those that start at zero."""
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=1 / math.sqrt(max(p[0].numel(), 4)))
+    return module
+
+
+def count(build):
+    with torch.device("meta"):  # shapes without numbers: no memory, no time
+        return sum(p.numel() for p in build().parameters())
+
+
+@pytest.mark.parametrize("build, parameters", [
+    (unet_sd1, 859_520_964),
+    (lambda: unet_sd1(in_channels=9), 859_520_964 + 5 * 9 * 320),  # inpainting: five more input channels of the first 3x3 convolution
+    (unet_sd2, 865_910_724),
+    (vae_sd, 83_653_863),
+    (clip_vit_l14, 123_060_480),
+    (openclip_vit_h14, 340_387_840),
+    (unet_cifar10, 36_534_275),
+], ids=["sd1", "sd1-inpainting", "sd2", "vae", "vit-l-14", "vit-h-14", "cifar10"])
+def test_parameter_counts(build, parameters):
+    """The published checkpoints' counts. The latent scale is a buffer: it is not trained, and not counted."""
+    assert count(build) == parameters
+
+
+def test_cifar10_network_is_the_papers_but_for_its_attention():
+    """DDPM says 35.7 M. Our attention is a transformer block (two projections and a LayerNorm more, q, k, v without bias); with DDPM's
+    six blocks of GroupNorm and four 256 x 256 layers with bias in its place, the count is the paper's to the last parameter."""
+    with torch.device("meta"):
+        blocks = [m for m in unet_cifar10().modules() if isinstance(m, SpatialTransformer)]
+        ours = sum(p.numel() for m in blocks for p in m.parameters())
+    theirs = len(blocks) * (2 * 256 + 4 * (256 * 256 + 256))
+    assert len(blocks) == 6 and count(unet_cifar10) - ours + theirs == 35_746_307
+
+
+@torch.no_grad()
+def test_shapes_through_stable_diffusions_unet():
+    """Every level at 64 x 64 latents: what comes out of it, and what each decoder block takes in with its skip."""
+    shapes = {}
+    with torch.device("meta"):
+        net = unet_sd1()
+        for name, module in net.named_modules():
+            module.register_forward_hook(lambda m, x, y, name=name: shapes.update({name: (x[0].shape[1:], y.shape[1:])}))
+        out = net(torch.empty(2, 4, 64, 64), torch.empty(2), torch.empty(2, 77, 768))
+    assert out.shape == (2, 4, 64, 64)
+    assert [shapes[f"encoder.{i}.residual.1"][1] for i in range(4)] == [(320, 64, 64), (640, 32, 32), (1280, 16, 16), (1280, 8, 8)]
+    assert [shapes[f"encoder.{i}.resample"][1] for i in range(3)] == [(320, 32, 32), (640, 16, 16), (1280, 8, 8)]
+    assert shapes["middle.residual.1"][1] == (1280, 8, 8)
+    taken = [[shapes[f"decoder.{i}.residual.{k}"][0] for k in range(3)] for i in range(4)]
+    assert taken == [
+        [(2560, 8, 8), (2560, 8, 8), (2560, 8, 8)],
+        [(2560, 16, 16), (2560, 16, 16), (1920, 16, 16)],
+        [(1920, 32, 32), (1280, 32, 32), (960, 32, 32)],
+        [(960, 64, 64), (640, 64, 64), (640, 64, 64)],
+    ]
+    assert [shapes[f"decoder.{i}.resample"][1] for i in range(3)] == [(1280, 16, 16), (1280, 32, 32), (640, 64, 64)]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (4, 12), (32, 16)])
+def test_unet_keeps_the_size(size):
+    net = randomize(tiny_unet())
+    assert net.multiple == 4
+    assert net(torch.randn(2, 4, *size), torch.tensor([1, 900]), torch.randn(2, 5, 6)).shape == (2, 3, *size)
+
+
+def test_levels_must_agree():
+    with pytest.raises(ValueError, match="3, 2 and 3 levels"):
+        tiny_unet(depth=(0, 1))
+
+
+def test_fresh_unet_answers_exactly_zero():
+    assert (tiny_unet()(torch.randn(2, 4, 8, 8), torch.tensor([1, 900]), torch.randn(2, 5, 6)) == 0).all()
+
+
+def test_fresh_residual_branches_are_zero():
+    """A fresh U-Net is its skips: residual blocks and transformers in it change nothing but the number of channels."""
+    net = tiny_unet()
+    for level in (*net.encoder, net.middle, *net.decoder):
+        for module in (*level.residual, *level.attention):
+            channels = module.conv1.in_channels if isinstance(module, ResBlock) else module.norm.num_channels
+            x = torch.randn(1, channels, 4, 4)
+            if isinstance(module, ResBlock):
+                assert torch.equal(module(x, torch.randn(1, 32)), module.skip(x))
+            else:
+                assert torch.equal(module(x, torch.randn(1, 5, 6)), x)
+
+
+@pytest.mark.parametrize("numbers", [{}, dict(linear_projection=True), dict(context_dim=None, ff_mult=0)], ids=["sd1", "sd2", "ddpm"])
+def test_gradients_reach_every_unet_parameter(numbers):
+    net = randomize(tiny_unet(**numbers)).double()
+    context = torch.randn(2, 5, 6, dtype=torch.float64) if net.context_dim else None
+    net(torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.tensor([1.0, 900.0], dtype=torch.float64), context).pow(2).sum().backward()
+    unreached = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-9]
+    assert not unreached
+
+
+def test_gradients_reach_every_vae_parameter():
+    vae = randomize(tiny_vae()).double()
+    vae.loss(torch.randn(2, 3, 8, 8, dtype=torch.float64)).sum().backward()
+    unreached = [name for name, p in vae.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-9]
+    # one number added to every key adds the same to all of a query's scores, and softmax does not see it
+    assert unreached == ["encoder.middle.attention.k.bias", "decoder.middle.attention.k.bias"]
+
+
+def test_context_and_time_matter_to_the_unet():
+    net, x, t, context = randomize(tiny_unet()), torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 5, 6)
+    out = net(x, t, context)
+    assert (net(x, t, context.flip(1)) - out).abs().max() < 1e-4 * out.abs().max()  # without positions, the order of the vectors says nothing
+    assert (net(x, t, torch.randn(1, 5, 6)) - out).abs().max() > 1e-2 * out.abs().max()
+    assert (net(x, t + 1, context) - out).abs().max() > 1e-4 * out.abs().max()
+
+
+def test_dropout_works_in_training_only():
+    net, args = randomize(tiny_unet(dropout=0.5)), (torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 5, 6))
+    assert not torch.equal(net(*args), net(*args))
+    net.eval()
+    assert torch.equal(net(*args), net(*args))
+
+
+@torch.no_grad()
+def test_channels_last_gives_the_same():
+    net, vae = randomize(tiny_unet()).double(), randomize(tiny_vae()).double()
+    x, t, context = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.tensor([1, 900]), torch.randn(2, 5, 6, dtype=torch.float64)
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    expected, latents, pictures = net(x, t, context), vae.encode(images), vae.decode(x)
+    net, vae = net.to(memory_format=torch.channels_last), vae.to(memory_format=torch.channels_last)
+    x, images = x.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
+    for found, before in ((net(x, t, context), expected), (vae.encode(images), latents), (vae.decode(x), pictures)):
+        torch.testing.assert_close(found, before, rtol=0, atol=1e-11 * before.abs().max().item())
+
+
+@torch.no_grad()
+def test_vae_shapes_and_latent_scale():
+    vae = randomize(tiny_vae(latent_scale=0.25)).double()
+    images, noise = torch.randn(2, 3, 16, 24, dtype=torch.float64), torch.randn(2, 4, 4, 6, dtype=torch.float64)
+    mean, log_variance = vae.posterior(images)
+    assert vae.factor == 4 and mean.shape == log_variance.shape == (2, 4, 4, 6)
+    torch.testing.assert_close(vae.encode(images), 0.25 * mean, **DOUBLE)
+    torch.testing.assert_close(vae.encode(images, noise), 0.25 * (mean + (log_variance / 2).exp() * noise), **DOUBLE)
+    pictures = vae.decode(mean * 0.25)
+    assert pictures.shape == images.shape
+    vae.latent_scale.fill_(2.0)  # whatever the scale, what encode multiplies decode divides
+    torch.testing.assert_close(vae.decode(vae.encode(images)), pictures, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_measured_scale_gives_latents_of_unit_variance():
+    vae, images = randomize(tiny_vae()), torch.rand(4, 3, 16, 16) * 2 - 1
+    assert abs(vae.encode(images).std() - 1) > 0.1
+    scale = vae.measure_scale(images)
+    assert abs(vae.encode(images).std() - 1) < 1e-5  # fp32
+    assert vae.latent_scale.item() == scale == vae.state_dict()["latent_scale"].item()
+
+
+def test_vae_loss_equals_its_formula():
+    """Mean absolute error of a posterior sample, plus kl_weight times torch's own KL(q(z|x) || N(0, I)), summed over the latent."""
+    vae, images = randomize(tiny_vae(kl_weight=0.01)).double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    mean, log_variance = vae.posterior(images)
+    q, p = torch.distributions.Normal(mean, (log_variance / 2).exp()), torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
+    torch.manual_seed(5)
+    found = vae.loss(images)
+    torch.manual_seed(5)
+    z = q.mean + q.stddev * torch.randn_like(mean)
+    error = (vae.decode(z * vae.latent_scale) - images).abs().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(found, error + 0.01 * torch.distributions.kl_divergence(q, p).sum(dim=(1, 2, 3)), rtol=1e-12, atol=0)
+
+
+@torch.no_grad()
+def test_kl_of_the_standard_normal_is_zero():
+    vaes = [randomize(tiny_vae(kl_weight=w)) for w in (0.0, 1e6)]
+    vaes[1].load_state_dict(vaes[0].state_dict())
+    losses = []
+    for vae in vaes:
+        vae.quant.weight.zero_()  # mean 0 and log-variance 0, whatever the picture
+        vae.quant.bias.zero_()
+        torch.manual_seed(1)
+        losses.append(vae.loss(torch.ones(2, 3, 8, 8)))
+    assert torch.equal(*losses)
+
+
+def test_pixels_are_left_alone():
+    pixels, images = Pixels(1), torch.randn(2, 1, 5, 7)
+    assert pixels.encode(images) is images and pixels.decode(images) is images
+    assert (pixels.latent_channels, pixels.factor, list(pixels.parameters())) == (1, 1, [])
+
+
+def test_timestep_embedding_formula():
+    """[cos(t f_i), sin(t f_i)] with f_i = 10000^(-i / half), i = 0 .. half - 1."""
+    t = torch.tensor([0.0, 3.0, 999.0], dtype=torch.float64)
+    angles = [[time * 10_000 ** (-i / 5) for i in range(5)] for time in t.tolist()]
+    expected = torch.tensor([[f(a) for f in (math.cos, math.sin) for a in row] for row in angles], dtype=torch.float64)
+    torch.testing.assert_close(timestep_embedding(t, 10), expected, **DOUBLE)
+    # fp32 and whole numbers: t = 999 has an error of 3e-5 of its own
+    torch.testing.assert_close(timestep_embedding(t.long(), 10).double(), expected, rtol=0, atol=2e-4)
+    assert timestep_embedding(t.bfloat16(), 10).dtype == torch.float32  # sines of large numbers are never computed in bfloat16
+
+
+@pytest.mark.parametrize("heads, causal, cross", [(1, False, False), (3, False, False), (3, True, False), (3, False, True)])
+def test_attention_equals_its_formula(heads, causal, cross):
+    """softmax(Q K^T / sqrt(d)) V for every head, Vaswani et al. eq. 1."""
+    dim, d = 12, 12 // heads
+    layer = randomize(Attention(dim, heads, context_dim=7 if cross else None, bias=True)).double()
+    x, context = torch.randn(2, 5, dim, dtype=torch.float64), torch.randn(2, 4, 7, dtype=torch.float64) if cross else None
+    source, out = x if context is None else context, []
+    for h in range(heads):
+        rows = slice(h * d, (h + 1) * d)
+        q, k, v = (F.linear(s, p.weight[rows], p.bias[rows]) for s, p in ((x, layer.q), (source, layer.k), (source, layer.v)))
+        scores = q @ k.mT / math.sqrt(d)
+        if causal:
+            scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf)
+        out.append(scores.softmax(-1) @ v)
+    torch.testing.assert_close(layer(x, context, causal=causal), layer.out(torch.cat(out, dim=-1)), **DOUBLE)
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="5 heads do not divide a width of 12"):
+        Attention(12, 5)
+
+
+def test_geglu_formula():
+    """The value comes first, then the gate, through the exact gelu x Phi(x)."""
+    layer, x = GEGLU(6).double(), torch.randn(2, 3, 6, dtype=torch.float64)
+    value, gate = layer.up(x)[..., :24], layer.up(x)[..., 24:]
+    expected = layer.down(value * gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2))))
+    torch.testing.assert_close(layer(x), expected, **DOUBLE)
+
+
+def test_transformer_block_without_its_optional_parts():
+    names = {name.split(".")[0] for name, _ in TransformerBlock(8, 2, context_dim=None, ff_mult=0).named_parameters()}
+    assert names == {"norm1", "self_attention"}
+
+
+def test_group_norm_can_be_left_out():
+    assert not any("norm" in name for name, _ in ResBlock(8, 8, groups=0).named_parameters())

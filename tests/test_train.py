@@ -1,0 +1,344 @@
+"""The training loop: resuming bit for bit, Ctrl-C, accumulation, averages, what is said when numbers go bad, and checkpoints nobody should trust."""
+import json
+import math
+import os
+import pickle
+import signal
+import threading
+from itertools import count
+
+import pytest
+import torch
+from torch import nn
+
+from minidiff.errors import UserError
+from minidiff.train import EMA, NonFiniteError, by_bin, learning_rate, seed_of, train
+
+STEPS = 12
+
+
+def net(dtype=torch.float32):
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.SiLU(), nn.Linear(8, 4)).to(dtype)
+
+
+def batches(start):
+    """Batch k follows from k alone."""
+    for k in count(start):
+        yield torch.randn(6, 4, generator=torch.Generator().manual_seed(k))
+
+
+def noisy_loss(module):
+    """A denoising loss in small: noise and a place on the axis are drawn for every example."""
+
+    def loss_fn(x):
+        place = torch.rand(len(x))
+        noise = torch.randn_like(x)
+        return (module(x + place[:, None] * noise) - noise).pow(2).mean(1), place
+
+    return loss_fn
+
+
+class Run:
+    """A run of STEPS steps on the toy, stopped after `stop` of them as a kill would: nothing is saved on the way out."""
+
+    def __init__(self, folder, stop=STEPS, resume=False, loss=noisy_loss, **how):
+        self.module = net()
+        self.ema, self.folder, self.done = EMA(self.module, 0.5), folder, []
+        how = dict(warmup=3, weight_decay=0.1, accumulate=2, save_every=5) | how
+        steps = train(loss(self.module), self.module, batches, STEPS, 1e-2, ema=self.ema, folder=folder, resume=resume, **how)
+        for step in steps:
+            self.done.append(step)
+            torch.rand(step.step)  # what the caller does in between is not the run's business
+            if step.step == stop:
+                break
+        steps.close()
+
+    def everything(self):
+        """Weights, averages, optimizer and log: all that should not depend on whether the run was interrupted."""
+        state = torch.load(self.folder / "checkpoint.pt", weights_only=True)
+        moments = [v for s in state["optimizer"]["state"].values() for v in s.values()]
+        tensors = [*self.module.parameters(), *self.ema.average.parameters(), *state["module"].values(), *state["ema"].values(), *moments]
+        return [state["step"], (self.folder / "log.jsonl").read_text(), *(t.detach().numpy().tobytes() for t in tensors)]
+
+
+@pytest.mark.parametrize("stop", [5, 8], ids=["at a checkpoint", "between checkpoints"])
+def test_killed_and_resumed_is_uninterrupted_bit_for_bit(tmp_path, stop):
+    whole = Run(tmp_path / "whole").everything()
+    first = Run(tmp_path / "parts", stop=stop)
+    assert torch.load(first.folder / "checkpoint.pt", weights_only=True)["step"] == 5
+    second = Run(tmp_path / "parts", resume=True)
+    assert [step.step for step in second.done] == list(range(6, STEPS + 1))
+    assert second.everything() == whole
+
+
+def test_resuming_a_finished_run_does_nothing_and_a_fresh_one_starts_over(tmp_path):
+    whole = Run(tmp_path)
+    again = Run(tmp_path, resume=True)
+    assert again.done == [] and again.everything() == whole.everything()
+    assert len(Run(tmp_path, stop=2).done) == 2 and len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_resuming_without_a_checkpoint_starts_at_the_beginning(tmp_path):
+    assert Run(tmp_path / "a", resume=True).everything() == Run(tmp_path / "b").everything()
+
+
+def test_another_seed_is_another_run(tmp_path):
+    a, b = Run(tmp_path / "a"), Run(tmp_path / "b", seed=1)
+    assert a.done[0].loss != b.done[0].loss
+    assert len({seed_of(seed, step) for seed in range(20) for step in range(2000)}) == 20 * 2000
+
+
+def test_log_says_what_the_caller_saw(tmp_path):
+    run = Run(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines == [step._asdict() for step in run.done]
+    assert list(lines[0]) == ["step", "loss", "bins", "lr", "grad_norm"] and [line["step"] for line in lines] == list(range(1, STEPS + 1))
+
+
+def interrupting(times, at=7):
+    """Ctrl-C, once or twice, in the middle of the at-th step (of two batches each)."""
+
+    def loss(module):
+        plain, calls = noisy_loss(module), count(1)
+
+        def loss_fn(x):
+            if next(calls) == 2 * at:
+                for _ in range(times):
+                    signal.raise_signal(signal.SIGINT)
+            return plain(x)
+
+        return loss_fn
+
+    return loss
+
+
+def test_ctrl_c_saves_and_the_run_resumes(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        Run(tmp_path / "parts", loss=interrupting(1))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["step"] == 7  # the step was finished first
+    assert Run(tmp_path / "parts", resume=True).everything() == Run(tmp_path / "whole").everything()
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        Run(tmp_path / "parts", loss=interrupting(2))
+    assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["step"] == 5
+    assert Run(tmp_path / "parts", resume=True).everything() == Run(tmp_path / "whole").everything()
+
+
+def test_ctrl_c_while_the_caller_has_the_last_step_is_not_lost():
+    module = net()
+    steps = train(noisy_loss(module), module, batches, 1, 1e-2)
+    next(steps)
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        next(steps)
+
+
+def test_training_works_outside_the_main_thread(tmp_path):
+    runs = []
+    thread = threading.Thread(target=lambda: runs.append(Run(tmp_path / "thread")))
+    thread.start()
+    thread.join()
+    assert runs[0].everything() == Run(tmp_path / "main").everything()
+
+
+def test_two_half_batches_are_one_whole_batch():
+    """The same gradient, so the same weights, loss and learning rate, up to the order of additions in float64."""
+    data = torch.randn(10, 8, 4, dtype=torch.float64)
+
+    def run(pieces):
+        module = net(torch.float64).eval()
+        module[1].p = 0.0  # no dropout: it would draw other masks
+
+        def loss_fn(x):
+            return (module(x) - x.flip(1)).pow(2).mean(1), None
+
+        done = list(train(loss_fn, module, lambda start: iter([p for batch in data for p in batch.chunk(pieces)][start:]), 10, 1e-2, warmup=3, accumulate=pieces))
+        return torch.cat([p.detach().flatten() for p in module.parameters()]), torch.tensor([(s.loss, s.lr, s.grad_norm) for s in done])
+
+    (weights1, numbers1), (weights2, numbers2) = run(1), run(2)
+    torch.testing.assert_close(weights2, weights1, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(numbers2, numbers1, rtol=1e-5, atol=0)  # losses are logged in fp32
+
+
+def test_ema_formula():
+    """average <- d average + (1 - d) weight, d = min(decay, step / (step + 9)): 0.1 at first, the full decay from step 81 on."""
+    module = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    ema, expected = EMA(module, 0.9), module.weight.item()
+    for step in range(1, 101):
+        module.weight.data.fill_(math.sin(step))
+        ema.update(step)
+        d = min(0.9, step / (step + 9))
+        expected = d * expected + (1 - d) * math.sin(step)
+        assert abs(ema.average.weight.item() - expected) < 1e-14
+    assert d == 0.9 and not ema.average.weight.requires_grad and not ema.average.training
+
+
+def test_learning_rate_curve(tmp_path):
+    assert [learning_rate(k, 100, 1.0, 10) for k in (0, 4, 9, 10)] == [0.1, 0.5, 1.0, 1.0]
+    for k, share in ((10, 0.0), (40, 1 / 3), (55, 0.5), (100, 1.0)):
+        assert abs(learning_rate(k, 100, 2.0, 10) - (1 + math.cos(math.pi * share))) < 1e-15
+    assert learning_rate(0, 5, 1.0, 0) == 1.0 and learning_rate(4, 5, 1.0, 100) == 0.05  # no warm-up; nothing but warm-up
+    for accumulate in (1, 2):  # counted in optimizer steps, not in batches
+        assert [s.lr for s in Run(tmp_path, accumulate=accumulate).done] == [learning_rate(k, STEPS, 1e-2, 3) for k in range(STEPS)]
+
+
+def test_only_matrices_decay():
+    module = net(torch.float64)
+    before = [p.detach().clone() for p in module.parameters()]
+    list(train(lambda x: (0 * module(x.double()).mean(1), None), module, batches, 1, 0.1, warmup=0, weight_decay=0.5))
+    for p, old in zip(module.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), old * (1 - 0.1 * 0.5) if p.ndim > 1 else old, rtol=1e-15, atol=0)
+
+
+def test_gradients_are_clipped_and_the_norm_before_is_reported(tmp_path):
+    """Adam's first moment after one step is (1 - 0.9) times the gradient it was given."""
+    module = net()
+    (step,) = train(lambda x: (1000 * module(x).pow(2).mean(1), None), module, batches, 1, 1e-3, clip=0.5, folder=tmp_path)
+    moments = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["optimizer"]["state"].values()
+    given = sum((m["exp_avg"] / 0.1).pow(2).sum().item() for m in moments) ** 0.5
+    assert step.grad_norm > 100 and abs(given - 0.5) < 1e-5  # fp32
+
+
+def test_by_bin():
+    loss, places = torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0]), [torch.tensor([0.0, 0.05, 0.1]), torch.tensor([0.999, 1.0])]
+    assert by_bin(loss, places) == [2.0, 5.0, *[None] * 7, 8.0]
+    assert by_bin(loss, [torch.tensor([0.5]), None]) == [None] * 10
+
+
+def test_steps_must_be_positive():
+    with pytest.raises(UserError, match="steps is 0"):
+        next(train(noisy_loss(net()), net(), batches, 0, 1e-2))
+
+
+class Divides(nn.Module):
+    by = 1.0
+
+    def forward(self, x):
+        return x / self.by
+
+
+def test_nan_stops_and_names_the_first_bad_module(tmp_path):
+    """Everything after the culprit is bad too, and so is every module around it; the innermost first one is named."""
+    divides = Divides()
+    module = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.SiLU(), divides), nn.Linear(4, 4))
+
+    def loss_fn(k):
+        divides.by = 0.0 if k == 3 else 1.0
+        return module(torch.ones(2, 4)).mean(1), None
+
+    steps = train(loss_fn, module, count, 10, 1e-2, folder=tmp_path)
+    assert [next(steps).step for _ in range(3)] == [1, 2, 3]
+    before = [p.detach().clone() for p in module.parameters()]
+    with pytest.raises(NonFiniteError, match=r'step 4: the output of "1\.1" is the first that is not finite'):
+        next(steps)
+    assert all(torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True))  # the bad step was not taken
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3 and not any(m._forward_hooks for m in module.modules())
+
+
+def test_bad_gradient_and_bad_weight_are_named():
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1, bias=False))
+    with pytest.raises(NonFiniteError, match='step 1: the gradient of "0.weight" is not finite'):
+        next(train(lambda x: ((0 * module(x)).sqrt().mean(1), None), module, batches, 1, 1e-2))  # sqrt is steep at 0
+    module[1].weight.data[0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match='the weight "1.weight" is not finite'):
+        next(train(lambda x: (module(x).mean(1), None), module, batches, 1, 1e-2))
+
+
+def test_gradients_left_over_from_before_do_not_count():
+    runs = []
+    for leftover in (False, True):
+        module = net()
+        if leftover:
+            module(torch.ones(1, 4)).sum().backward()
+        list(train(noisy_loss(module), module, batches, 2, 1e-2))
+        runs.append([p.detach() for p in module.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_overflow_in_low_precision_is_found_in_low_precision():
+    """70,000 does not fit into float16; in float32 there would be nothing to find."""
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    nn.init.constant_(module[0].weight, 7e4)
+    with pytest.raises(NonFiniteError, match='the output of "0" is the first'):
+        next(train(lambda x: (module(x.abs() + 1).mean(1), None), module, batches, 1, 1e-2, autocast=torch.float16))
+
+
+def test_autocast_computes_in_bfloat16_and_keeps_float32_weights(tmp_path):
+    seen = set()
+
+    def loss(module):
+        module[0].register_forward_hook(lambda m, x, y: seen.add(y.dtype))
+        return noisy_loss(module)
+
+    run = Run(tmp_path, loss=loss, autocast=torch.bfloat16)
+    assert seen == {torch.bfloat16}
+    assert {p.dtype for p in run.module.parameters()} == {torch.float32} == {p.dtype for p in run.ema.average.parameters()}
+    plain = Run(tmp_path)
+    assert all(0 < abs(a.loss - b.loss) < 0.05 * b.loss for a, b in zip(run.done, plain.done, strict=True))  # bfloat16: 3 digits
+
+
+class Code:
+    """A pickle that runs a command when it is read."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def bigger(folder):
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    state["module"]["0.weight"] = torch.zeros(9, 9)
+    torch.save(state, folder / "checkpoint.pt")
+
+
+def cut(folder):
+    data = (folder / "checkpoint.pt").read_bytes()
+    (folder / "checkpoint.pt").write_bytes(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("spoil, how, complaint", [
+    (lambda folder: None, dict(seed=1), "is of a run with seed 0, not 1; pass --seed 0"),
+    (bigger, {}, r"does not fit this run \(size mismatch for 0.weight"),
+    (cut, {}, "is damaged, or no checkpoint"),
+    (lambda folder: (folder / "checkpoint.pt").write_bytes(b""), {}, "is damaged, or no checkpoint"),
+    (lambda folder: (folder / "checkpoint.pt").write_text("hello"), {}, "is damaged, or no checkpoint"),
+    (lambda folder: torch.save([1, 2], folder / "checkpoint.pt"), {}, "is not a checkpoint of a minidiff run"),
+    (lambda folder: torch.save({"step": 1, "module": Code(folder / "ran")}, folder / "checkpoint.pt"), {}, "is damaged, or no checkpoint"),
+    (lambda folder: (folder / "checkpoint.pt").write_bytes(pickle.dumps(Code(folder / "ran"), protocol=2)), {}, "is damaged, or no checkpoint"),
+], ids=["seed", "shape", "cut", "empty", "text", "list", "code", "plain pickle"])
+def test_bad_checkpoints_are_refused_in_one_line(tmp_path, spoil, how, complaint):
+    Run(tmp_path, stop=5)
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=complaint) as refused:
+        Run(tmp_path, resume=True, **how)
+    assert "\n" not in str(refused.value) and str(tmp_path / "checkpoint.pt") in str(refused.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_without_averages_does_not_fit_a_run_with_them(tmp_path):
+    module = net()
+    list(train(noisy_loss(module), module, batches, 5, 1e-2, folder=tmp_path))
+    with pytest.raises(UserError, match="does not fit this run"):
+        Run(tmp_path, resume=True)
+
+
+def test_a_failed_save_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
+    Run(tmp_path / "parts", stop=5)
+    before = (tmp_path / "parts" / "checkpoint.pt").read_bytes()
+
+    def full_disk(state, file):
+        file.write_bytes(b"half of it")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr(torch, "save", full_disk)
+        Run(tmp_path / "parts", resume=True)
+    assert (tmp_path / "parts" / "checkpoint.pt").read_bytes() == before
+    assert Run(tmp_path / "parts", resume=True).everything() == Run(tmp_path / "whole").everything()
