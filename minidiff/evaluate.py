@@ -11,9 +11,9 @@ from minidiff.data.world import World
 from minidiff.latent_diffusion import LatentDiffusion
 
 
-def held_out(size: int, n: int, objects: int, seed: int) -> list[str]:
+def held_out(world: World, n: int, objects: int, seed: int) -> list[str]:
     """n captions of scenes whose combination of attributes training never saw, every attribute stated."""
-    world, rng = World(size), random.Random(f"{seed} {objects}")
+    rng = random.Random(f"{seed} {objects}")
     return [world.caption(world.scene(rng, objects, "held-out"), rng, full=True) for _ in range(n)]
 
 
@@ -21,7 +21,7 @@ def caption_accuracy(
     model: LatentDiffusion, captions: list[str], steps: int = 25, guidance: float | None = None, seed: int = 0
 ) -> tuple[float, Float[Tensor, "B 3 H W"], list[bool]]:
     """The share of captions whose picture the critic accepts in every attribute; the pictures; the verdict on each."""
-    pictures = model.generate(captions, steps=steps, guidance=guidance, generator=torch.Generator().manual_seed(seed)).cpu()
+    pictures = model.generate(captions, steps=steps, guidance=guidance, generator=torch.Generator().manual_seed(seed), progress=True).cpu()
     verdicts = [critic.holds(picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
     return sum(verdicts) / len(verdicts), pictures, verdicts
 
@@ -37,5 +37,5 @@ def mistakes(pictures: Float[Tensor, "B 3 H W"], captions: list[str]) -> dict[st
 
 
 def shuffled(captions: list[str]) -> list[str]:
-    """Every caption given to the next picture: what a model that ignores its text would score."""
+    """Every caption given to its neighbour's picture: what a model that ignores its text would score."""
     return captions[1:] + captions[:1]

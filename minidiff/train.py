@@ -133,7 +133,8 @@ def train(
             norm = nn.utils.get_total_norm(grads)
             if not (loss.isfinite().all() and norm.isfinite()):
                 torch.manual_seed(seed_of(seed, step))
-                raise NonFiniteError(f"step {step + 1}: {_first_bad(loss_fn, module, micro, autocast)}; lower the learning rate, or compute in float32.")
+                culprit = _first_bad(loss_fn, module, micro, autocast)
+                raise NonFiniteError(f"step {step + 1}: {culprit}; lower the learning rate, or compute in float32.")
             nn.utils.clip_grads_with_norm_(parameters, clip, norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -238,7 +239,7 @@ def load_checkpoint(folder: Path, seed: int, module: nn.Module, optimizer: torch
             ema.average.load_state_dict(state["ema"])
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         line = str(error).splitlines()[:2][-1].strip()  # torch's first line is a heading where there are more
-        raise UserError(f"{file} does not fit this run ({line}); resume with the settings it was made with, or start afresh without --resume.") from error
+        raise UserError(f"{file} does not fit this run ({line}); resume with the settings it was made with, or drop --resume.") from error
     return state["step"]
 
 

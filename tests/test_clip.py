@@ -36,7 +36,7 @@ GOLDEN = {  # ids between start and end, written down once
 
 
 def tower(**numbers):
-    return CLIPText(**{**dict(width=16, layers=2, heads=2), **numbers})
+    return CLIPText(**(dict(width=16, layers=2, heads=2) | numbers))
 
 
 @pytest.fixture(scope="module")

@@ -130,7 +130,7 @@ def test_every_load_error_is_one_line_that_names_the_file(tmp_path, spoil, file,
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(UserError, match='no model folder ".*nowhere"'):
+    with pytest.raises(UserError, match=r'no model folder ".*nowhere"'):
         minidiff.load(tmp_path / "nowhere")
 
 

@@ -15,11 +15,12 @@ DOUBLE = dict(rtol=0, atol=1e-12)  # a few hundred roundings in float64
 
 def tiny_unet(**numbers):
     """Three levels, attention at two of them; groups of two channels, so that a group norm does not cancel the bias before it."""
-    return UNet(**{**dict(in_channels=4, out_channels=3, channels=(8, 16, 24), blocks=2, depth=(0, 2, 1), heads=(1, 2, 3), context_dim=6, groups=4), **numbers})
+    shape = dict(in_channels=4, out_channels=3, channels=(8, 16, 24), blocks=2, depth=(0, 2, 1), heads=(1, 2, 3), context_dim=6, groups=4)
+    return UNet(**(shape | numbers))
 
 
 def tiny_vae(**numbers):
-    return VAE(**{**dict(in_channels=3, latent_channels=4, channels=(8, 16, 16), blocks=1, groups=4), **numbers})
+    return VAE(**(dict(in_channels=3, latent_channels=4, channels=(8, 16, 16), blocks=1, groups=4) | numbers))
 
 
 def randomize(module):

@@ -1,5 +1,6 @@
 """Schedules against their published formulas and against diffusers."""
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_timesteps_are_the_nearest_integers_for_every_number_of_steps():
         linspace = schedules.linear().timesteps(steps, "linspace").tolist()
         assert all(2 * abs((t - 1) * (steps - 1) - (T - 1) * (steps - 1 - i)) <= steps - 1 for i, t in enumerate(linspace[:-1]))
         for times in (trailing, linspace, schedules.linear().timesteps(steps, "leading").tolist()):
-            assert times[-1] == 0 and times[0] <= T and all(a > b for a, b in zip(times, times[1:], strict=False))
+            assert times[-1] == 0 and times[0] <= T and all(a > b for a, b in pairwise(times))
 
 
 @pytest.mark.parametrize("schedule", ALL, ids=name)
@@ -141,7 +142,11 @@ def test_discrete_training_times_are_uniform():
     assert chi2 < (T - 1) + 5 * (2 * (T - 1)) ** 0.5  # mean and five standard deviations of chi-squared
 
 
-@pytest.mark.parametrize("schedule, t, shown", [(schedules.linear(), 1000, 999), (schedules.Flow(), 0.25, 250), (schedules.Karras(), 2.0, math.log(2) / 4)], ids=name)
+@pytest.mark.parametrize("schedule, t, shown", [
+    (schedules.linear(), 1000, 999),
+    (schedules.Flow(), 0.25, 250),
+    (schedules.Karras(), 2.0, math.log(2) / 4),
+], ids=["discrete", "flow", "karras"])
 def test_c_noise(schedule, t, shown):
     assert abs(schedule.c_noise(torch.tensor(t, dtype=torch.float64)).item() - shown) < 1e-15
 

@@ -96,6 +96,14 @@ def test_log_says_what_the_caller_saw(tmp_path):
     assert list(lines[0]) == ["step", "loss", "bins", "lr", "grad_norm"] and [line["step"] for line in lines] == list(range(1, STEPS + 1))
 
 
+@pytest.fixture
+def foreground():
+    """Python's own answer to Ctrl-C: a process started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupting(times, at=7):
     """Ctrl-C, once or twice, in the middle of the at-th step (of two batches each)."""
 
@@ -113,23 +121,22 @@ def interrupting(times, at=7):
     return loss
 
 
-def test_ctrl_c_saves_and_the_run_resumes(tmp_path):
-    before = signal.getsignal(signal.SIGINT)
+def test_ctrl_c_saves_and_the_run_resumes(tmp_path, foreground):
     with pytest.raises(KeyboardInterrupt):
         Run(tmp_path / "parts", loss=interrupting(1))
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["step"] == 7  # the step was finished first
     assert Run(tmp_path / "parts", resume=True).everything() == Run(tmp_path / "whole").everything()
 
 
-def test_a_second_ctrl_c_does_not_wait(tmp_path):
+def test_a_second_ctrl_c_does_not_wait(tmp_path, foreground):
     with pytest.raises(KeyboardInterrupt):
         Run(tmp_path / "parts", loss=interrupting(2))
     assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["step"] == 5
     assert Run(tmp_path / "parts", resume=True).everything() == Run(tmp_path / "whole").everything()
 
 
-def test_ctrl_c_while_the_caller_has_the_last_step_is_not_lost():
+def test_ctrl_c_while_the_caller_has_the_last_step_is_not_lost(foreground):
     module = net()
     steps = train(noisy_loss(module), module, batches, 1, 1e-2)
     next(steps)
@@ -157,7 +164,8 @@ def test_two_half_batches_are_one_whole_batch():
         def loss_fn(x):
             return (module(x) - x.flip(1)).pow(2).mean(1), None
 
-        done = list(train(loss_fn, module, lambda start: iter([p for batch in data for p in batch.chunk(pieces)][start:]), 10, 1e-2, warmup=3, accumulate=pieces))
+        parts = [part for batch in data for part in batch.chunk(pieces)]
+        done = list(train(loss_fn, module, lambda start: parts[start:], 10, 1e-2, warmup=3, accumulate=pieces))
         return torch.cat([p.detach().flatten() for p in module.parameters()]), torch.tensor([(s.loss, s.lr, s.grad_norm) for s in done])
 
     (weights1, numbers1), (weights2, numbers2) = run(1), run(2)
@@ -242,10 +250,10 @@ def test_nan_stops_and_names_the_first_bad_module(tmp_path):
 
 def test_bad_gradient_and_bad_weight_are_named():
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1, bias=False))
-    with pytest.raises(NonFiniteError, match='step 1: the gradient of "0.weight" is not finite'):
+    with pytest.raises(NonFiniteError, match=r'step 1: the gradient of "0\.weight" is not finite'):
         next(train(lambda x: ((0 * module(x)).sqrt().mean(1), None), module, batches, 1, 1e-2))  # sqrt is steep at 0
     module[1].weight.data[0, 0] = math.nan
-    with pytest.raises(NonFiniteError, match='the weight "1.weight" is not finite'):
+    with pytest.raises(NonFiniteError, match=r'the weight "1\.weight" is not finite'):
         next(train(lambda x: (module(x).mean(1), None), module, batches, 1, 1e-2))
 
 

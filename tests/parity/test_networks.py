@@ -48,7 +48,8 @@ def test_unet_equals_diffusers(style, dtype, tolerance):
         use_linear_projection=style == "sd2",
     )
     theirs = randomized(theirs, dtype)
-    ours = UNet(4, 4, (32, 64, 128, 128), blocks=2, depth=(1, 1, 1, 0), heads=heads, context_dim=24, linear_projection=style == "sd2").to(dtype).eval()
+    ours = UNet(4, 4, (32, 64, 128, 128), blocks=2, depth=(1, 1, 1, 0), heads=heads, context_dim=24, linear_projection=style == "sd2")
+    ours = ours.to(dtype).eval()
     ours.load_state_dict(rename(theirs.state_dict(), UNET_DIFFUSERS))
     x, t, context = torch.randn(2, 4, 16, 16, dtype=dtype), torch.tensor([7, 830]), torch.randn(2, 9, 24, dtype=dtype)
     if dtype == torch.float64:  # diffusers computes the sines of the time embedding in fp32 whatever the dtype; the fp32 case compares them

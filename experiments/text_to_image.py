@@ -1,0 +1,177 @@
+"""Text to image from nothing, on your own pictures: a VAE, then latent diffusion with a text tower, until it can draw its training captions.
+
+    python experiments/text_to_image.py --data FOLDER [--prompts "A large white bowl of many green apples."]
+
+FOLDER holds pictures and a metadata.jsonl (experiments/coco_metadata.py makes one of COCO's files). With a hundred pictures this is memorisation,
+on purpose: every part of Stable Diffusion at work in a quarter of an hour on two CPU cores, with an answer that can be checked. Writes model/,
+generated.png, real_vs_generated.png, reverse.png and .gif, the losses and results.json. Ctrl-C saves; --resume goes on, bit for bit.
+"""
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from minidiff import chains, plots, schedules
+from minidiff.clip import CLIPText
+from minidiff.data.folder import CaptionedFolder, check_size, load_all, to_model
+from minidiff.denoiser import Denoiser
+from minidiff.errors import UserError
+from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.script import follow, last_loss, pick_device, read_log, run, write_results
+from minidiff.train import EMA, seed_of, train
+from minidiff.unet import UNet
+from minidiff.vae import VAE
+
+
+def rows(n: int, batch: int, seed: int, start: int) -> Iterator[Int[Tensor, "B"]]:
+    """Which of n pictures make batch start, start + 1, ...; batch k follows from (seed, k) alone."""
+    for k in count(start):  # training seeds its noise with the steps from 0 up; the data takes the others
+        yield torch.randint(n, (batch,), generator=torch.Generator().manual_seed(seed_of(seed, -1 - k)))
+
+
+@torch.no_grad()
+def in_parts(f: Callable[[Tensor], Tensor], x: Float[Tensor, "N _ _ _"]) -> Float[Tensor, "N _ _ _"]:
+    """f of a few at a time: a VAE needs much memory for each picture."""
+    return torch.cat([f(part) for part in x.split(32)])
+
+
+def distances(x: Float[Tensor, "N 3 H W"], y: Float[Tensor, "M 3 H W"]) -> Float[Tensor, "N M"]:
+    """Root mean square difference of each x and each y, in grey levels 0 to 255."""
+    return torch.cdist(x.flatten(1), y.flatten(1)) * 127.5 / x[0].numel() ** 0.5
+
+
+def compare(
+    drawn: Float[Tensor, "K 3 H W"], where: list[int], images: Float[Tensor, "N 3 H W"], decoded: Float[Tensor, "N 3 H W"]
+) -> dict[str, float]:
+    """How close pictures drawn from captions come to the training pictures `where`, and how close the VAE lets them come."""
+    apart, between = distances(drawn, images), distances(images, images).fill_diagonal_(torch.inf)
+    figures = {
+        "vae_psnr_db": (-10 * ((decoded - images) / 2).pow(2).flatten(1).mean(1).log10()).mean().item(),
+        "nearest_training_picture_rms": apart.min(1).values.mean().item(),
+        "two_training_pictures_rms": between.min(1).values.mean().item(),  # of a picture and the nearest other
+        "nearest_is_the_captioned_one": (apart.argmin(1) == torch.tensor(where)).double().mean().item(),
+    }
+    return {name: round(value, 3) for name, value in figures.items()}
+
+
+def main(
+    data: Path,
+    prompts: tuple[str, ...] = (),
+    out: Path = Path("out/text_to_image"),
+    size: int = 64,
+    caption_column: str = "text",
+    vae_width: int = 32,
+    vae_steps: int = 1500,
+    vae_batch: int = 16,
+    vae_lr: float = 2e-3,
+    width: int = 96,
+    steps: int = 2500,
+    batch: int = 32,
+    lr: float = 1e-3,
+    sampling_steps: int = 50,
+    guidance: float = 2.0,
+    judged: int = 48,
+    device: str = "auto",
+    bf16: bool | None = None,
+    seed: int = 0,
+    resume: bool = False,
+) -> None:
+    """Train a VAE and a text-to-image model on a captioned folder, then draw its captions.
+
+    Args:
+        data: the captioned folder.
+        prompts: captions of the folder to show first; others are drawn too, but there is no picture to compare them with.
+        out: folder for everything written.
+        size: side of the pictures in pixels, a multiple of 32.
+        caption_column: the column of metadata.jsonl that holds the caption.
+        vae_width: channels of the VAE at full size, a multiple of 8; twice that below.
+        vae_steps: its training steps.
+        vae_batch: its pictures a step.
+        vae_lr: its peak learning rate.
+        width: channels of the U-Net at the latents' size, a multiple of 32; two and three times that below.
+        steps: training steps of the text tower and the U-Net.
+        batch: their pictures a step.
+        lr: their peak learning rate.
+        sampling_steps: DDIM steps.
+        guidance: how strongly the text steers; 1 is off.
+        judged: captions of the folder that are drawn and compared with its pictures.
+        device: auto, cpu, cuda or mps.
+        bf16: compute in bfloat16; left out, on CUDA only.
+        seed: everything random follows from it.
+        resume: go on where an interrupted run stopped.
+    """
+    if judged < 1:
+        raise UserError(f"--judged is {judged}; it must be at least 1.")
+    device = pick_device(device)
+    how = dict(autocast=torch.bfloat16 if (device == "cuda" if bf16 is None else bf16) else None, seed=seed, resume=resume)
+    place = dict(device=device, memory_format=torch.channels_last)
+
+    # Build everything first, so that what does not fit is refused before the first step.
+    torch.manual_seed(seed)
+    vae = VAE(3, 4, channels=(vae_width, 2 * vae_width, 2 * vae_width), blocks=1, groups=8)  # 64x64x3 pictures to 16x16x4 latents
+    text = CLIPText(width=128, layers=2, heads=4, context_length=48)
+    heads = width // 32
+    unet = UNet(
+        4, 4, channels=(width, 2 * width, 3 * width, 3 * width), blocks=1,
+        depth=(0, 1, 1, 1), heads=(heads, 2 * heads, 3 * heads, 3 * heads), context_dim=128,  # words are read from 8x8 down
+    )
+    model = LatentDiffusion(vae, text, Denoiser(unet, schedules.cosine(), target="v"), size, guidance=guidance).to(**place)
+    check_size(size, vae.factor * unet.multiple)
+    pictures, captions = load_all(CaptionedFolder(data, size, caption_column), size)
+    images = to_model(pictures)
+
+    # Act one: the VAE learns to squeeze pictures.
+    def vae_loss(chosen: Int[Tensor, "B"]) -> tuple[Tensor, None]:
+        return vae.loss(images[chosen].to(**place)), None
+
+    training = train(vae_loss, vae, partial(rows, len(images), vae_batch, seed + 1), vae_steps, vae_lr, folder=out / "training" / "vae", **how)
+    vae_speed = follow(training, "1/2 VAE", vae_steps, vae_batch)
+    vae.requires_grad_(False).eval()
+    vae.measure_scale(images[:256].to(**place))
+
+    # Act two: the text tower and the U-Net learn to denoise its latents, which are made once.
+    latents = in_parts(lambda part: vae.encode(part.to(**place)).cpu(), images)
+    ema = EMA(model, decay=0.995)
+
+    def loss(chosen: Int[Tensor, "B"]) -> tuple[Tensor, Tensor]:
+        t = model.schedule.sample_t(len(chosen))
+        return model.latent_loss(latents[chosen].to(**place), [captions[i] for i in chosen.tolist()], t), model.schedule.progress(t)
+
+    training = train(loss, model, partial(rows, len(images), batch, seed), steps, lr, ema=ema, folder=out / "training" / "model", **how)
+    speed = follow(training, "2/2 text to image", steps, batch)
+    model = ema.average
+    print(model.save(out / "model"))
+
+    # Draw what was asked for, and captions of the folder, spread evenly.
+    generator, judged = torch.Generator().manual_seed(seed), min(judged, len(captions))
+    wanted = list(dict.fromkeys([*prompts, *(captions[i * len(captions) // judged] for i in range(judged))]))
+    drawn = model.generate(wanted, steps=sampling_steps, generator=generator).cpu()
+    print(plots.grid(drawn[: max(8, len(prompts))], wanted[: max(8, len(prompts))], out / "generated.png", columns=4))
+    frames = list(model.sample(wanted[:4], steps=sampling_steps, generator=generator))
+    for path in chains.plot_reverse(model, frames, wanted[:4], out):
+        print(path)
+
+    # Set them beside the pictures whose captions they are.
+    decoded = in_parts(lambda part: vae.decode(part.to(device)).clamp(-1, 1).cpu(), latents)
+    known = [k for k, caption in enumerate(wanted) if caption in captions]
+    where = [captions.index(wanted[k]) for k in known]
+    sides = {"real": images[where[:8]], "through the VAE": decoded[where[:8]], "generated": drawn[known[:8]]}
+    print(plots.strip(sides, [wanted[k] for k in known[:8]], out / "real_vs_generated.png"))
+    figures = compare(drawn[known], where, images, decoded)
+
+    logs = {name: read_log(out / "training" / name) for name in ("vae", "model")}
+    print(plots.loss(logs["vae"], out / "vae_loss.png"))
+    print(plots.loss(logs["model"], out / "loss.png"))
+    made = dict(pictures=len(images), size=size, vae_steps=vae_steps, steps=steps, batch=batch, lr=lr, guidance=guidance, seed=seed, device=device)
+    speeds = {"vae_seconds": vae_speed["seconds"], "vae_images_per_second": vae_speed["images_per_second"], **speed}
+    losses = {"vae_loss": last_loss(logs["vae"]), "loss": last_loss(logs["model"])}
+    print(write_results(out, **made, judged=len(known), **figures, **losses, **speeds))
+    print(", ".join(f"{name} {value:g}" for name, value in figures.items()))
+
+
+if __name__ == "__main__":
+    run(main)
