@@ -77,10 +77,11 @@ class CLIPText(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """As [1]'s code: embeddings at 0.02 and 0.01; matrices by width, those that write to the residual stream also by depth."""
+        """Matrices by width, those that write to the residual stream also by depth, as [1]. Embeddings of unit size, not [1]'s 0.02: words
+        must stand out from what the blocks add to them, or a text tower trained from nothing is slow to tell them apart."""
         width, layers = self.dim, len(self.blocks)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.position_embedding.weight, std=0.01)
+        nn.init.normal_(self.token_embedding.weight)
+        nn.init.normal_(self.position_embedding.weight, std=0.3)
         for block in self.blocks:
             for linear in (block.attention.q, block.attention.k, block.attention.v):
                 nn.init.normal_(linear.weight, std=width**-0.5)

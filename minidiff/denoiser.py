@@ -72,6 +72,8 @@ class Denoiser(nn.Module):
         super().__init__()
         if target not in TARGETS:
             raise ValueError(f'no target "{target}"; there is {", ".join(TARGETS)}')
+        if (weighting or target) not in WEIGHTINGS:
+            raise ValueError(f'no weighting "{weighting}"; there is {", ".join(WEIGHTINGS)}')
         if target == "eps" and getattr(schedule, "zero_terminal_snr", False):
             raise ValueError('target "eps" says nothing about x0 where alpha = 0; use "v" or "x0" with zero_terminal_snr')
         self.network, self.schedule, self.target, self.weighting = network, schedule, target, weighting or target

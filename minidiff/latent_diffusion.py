@@ -137,8 +137,11 @@ class LatentDiffusion(nn.Module):
             parts = {name: _build(whole[name]) for name in ("vae", "text", "unet")}
             how = whole["denoiser"]
             denoiser = Denoiser(parts["unet"], schedules.from_json(how["schedule"]), how["target"], how["weighting"])
-            model = cls(parts["vae"], parts["text"], denoiser, whole["size"], whole["dropout"], whole["guidance"])
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            denoiser.schedule.timesteps(1)  # numbers of the wrong kind show now, not in the middle of a picture
+            model = cls(parts["vae"], parts["text"], denoiser, int(whole["size"]), float(whole["dropout"]), float(whole["guidance"]))
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
             raise UserError(f"{path / 'model.json'} is damaged ({type(error).__name__}: {error}); save the model again.") from error
         for name, part in parts.items():
             _load_weights(part, path / f"{name}.safetensors")

@@ -73,6 +73,7 @@ class UNet(nn.Module):
         context_dim: int | None = None,  # None: no cross-attention
         ff_mult: int = 4,  # width of the transformers' feed-forward layers; 0 is none
         linear_projection: bool = False,  # SD 2.x
+        pooled: bool = False,  # add the context's mean to the time embedding: every residual block hears the text from the first step on
         dropout: float = 0.0,
         groups: int = 32,
     ):
@@ -92,6 +93,7 @@ class UNet(nn.Module):
             return [SpatialTransformer(*args) for _ in range(count if d else 0)]
 
         self.time = nn.Sequential(nn.Linear(channels[0], time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        self.pool = nn.Linear(context_dim, time_dim) if pooled else None
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
 
         skips, width, last = [channels[0]], channels[0], len(channels) - 1
@@ -133,6 +135,8 @@ class UNet(nn.Module):
     ) -> Float[Tensor, "B C2 H W"]:
         """t is the number a schedule's c_noise gives."""
         emb = self.time(timestep_embedding(t, self.conv_in.out_channels).to(x.dtype))
+        if self.pool is not None:
+            emb = emb + self.pool(context.mean(dim=1))
 
         h = self.conv_in(x)
         skips = [h]

@@ -93,6 +93,13 @@ def test_zero_terminal_snr_needs_a_target_that_sees_x0():
     assert torch.equal(denoiser.loss(x0, t=t, eps=eps), torch.zeros(2, dtype=torch.float64))
 
 
+def test_unknown_names():
+    with pytest.raises(ValueError, match='no target "noise"; there is eps, x0, v, flow, edm'):
+        Denoiser(Knows(), schedules.linear(), "noise")
+    with pytest.raises(ValueError, match='no weighting "snr"; there is eps, x0, v, flow, edm, min-snr, p2'):
+        Denoiser(Knows(), schedules.linear(), "v", "snr")
+
+
 class Linear(torch.nn.Module):
     """An output that depends on the context."""
 
