@@ -15,14 +15,14 @@ _MODULES = ("ddpm", "schedules", "denoiser", "samplers", "unet", "vae", "clip", 
 __all__ = [*_HOMES, *_MODULES, "load"]
 
 
-def load(path, device="cpu"):  # noqa: ANN001, ANN201 (typing it would import torch)
+def load(path, device="cpu"):
     """The model in a folder: a LatentDiffusion, ready to sample."""
     from minidiff.latent_diffusion import LatentDiffusion
 
     return LatentDiffusion.load(path, device)
 
 
-def __getattr__(name: str):  # noqa: ANN202
+def __getattr__(name: str):
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     if name in _MODULES:

@@ -20,7 +20,7 @@ START, END = 49406, 49407  # the last two of CLIP's 49,408 tokens
 
 
 @lru_cache(maxsize=1)
-def tokenizer():  # noqa: ANN201 (open_clip's type is not known before it is imported)
+def tokenizer():
     from open_clip.tokenizer import SimpleTokenizer
 
     return SimpleTokenizer()

@@ -58,7 +58,10 @@ def unet_quickstart() -> UNet:
     return UNet(4, 4, channels=(48, 96, 128, 128), blocks=1, depth=(0, 1, 1, 0), heads=(2, 3, 4, 4), context_dim=128, pooled=True, groups=16)
 
 
-def batches(world: World, size: int, key: str, start: int, two_objects: Callable[[int], float]) -> Iterator[tuple[Float[Tensor, "B 3 H W"], list[str]]]:
+Batch = tuple[Float[Tensor, "B 3 H W"], list[str]]
+
+
+def batches(world: World, size: int, key: str, start: int, two_objects: Callable[[int], float]) -> Iterator[Batch]:
     """Batches start, start + 1, ... of the endless world; each follows from (key, its number) alone."""
     for k in count(start):
         pictures, captions, _ = world.batch(size, (key, k), two_objects=two_objects(k))
@@ -74,10 +77,12 @@ def crops(pictures: Float[Tensor, "B 3 H W"], count: int, side: int = 16, stride
 
 def watched(loop: Iterator[TrainStep], steps: int, title: str) -> None:
     """Run a training loop to its end behind a progress bar."""
-    with tqdm(loop, title, steps, unit="step") as bar:
-        for step in bar:
+    with tqdm(desc=title, total=steps, unit="step") as bar:
+        for step in loop:
+            if not bar.n:
+                bar.initial = bar.n = step.step - 1  # a resumed loop starts further on
             bar.set_postfix_str(f"loss {step.loss:.3f}", refresh=False)
-            bar.update(step.step - bar.n - 1)  # a resumed loop starts further on
+            bar.update()
 
 
 def train_vae(world: World, folder: Path, seed: int, device: str, resume: bool) -> VAE:

@@ -73,9 +73,9 @@ class UNet(nn.Module):
         context_dim: int | None = None,  # None: no cross-attention
         ff_mult: int = 4,  # width of the transformers' feed-forward layers; 0 is none
         linear_projection: bool = False,  # SD 2.x
-        pooled: bool = False,  # add the context's mean to the time embedding: every residual block hears the text from the first step on
         dropout: float = 0.0,
         groups: int = 32,
+        pooled: bool = False,  # add the context's mean to the time embedding: every residual block hears the text from the first step on
     ):
         if not len(channels) == len(depth) == len(heads):
             raise ValueError(f"channels, depth and heads name {len(channels)}, {len(depth)} and {len(heads)} levels; they must agree")
@@ -162,7 +162,9 @@ class UNet(nn.Module):
 
 def unet_cifar10(context_dim: int | None = None) -> UNet:
     """The size of [2] appendix B: 4 levels from 32x32 to 4x4, attention at 16x16 and in the middle, dropout 0.1."""
-    return UNet(3, 3, channels=(128, 256, 256, 256), blocks=2, depth=(0, 1, 0, 0), heads=(1, 1, 1, 1), context_dim=context_dim, ff_mult=0, dropout=0.1)
+    return UNet(
+        3, 3, channels=(128, 256, 256, 256), blocks=2, depth=(0, 1, 0, 0), heads=(1, 1, 1, 1), context_dim=context_dim, ff_mult=0, dropout=0.1
+    )
 
 
 def unet_sd1(in_channels: int = 4) -> UNet:
