@@ -35,8 +35,9 @@ CLASS_DIM = 128  # width of a class as a vector
 
 
 def unet_small(context_dim: int | None) -> UNet:
-    """Narrow where pictures are large and steps are dear, wide where they are small; attention, and so the class, from 16x16 down."""
-    return UNet(3, 3, channels=(32, 64, 128, 256), blocks=1, depth=(0, 1, 1, 1), heads=(1, 2, 4, 8), context_dim=context_dim, ff_mult=0)
+    """Narrow where maps are large and dear, wide where they are small; every residual block is told the class."""
+    numbers = dict(channels=(32, 64, 128, 256), blocks=1, depth=(0, 1, 1, 1), heads=(1, 2, 4, 8), ff_mult=0)
+    return UNet(3, 3, **numbers, context_dim=context_dim, pooled=context_dim is not None)
 
 
 def unet_tiny(context_dim: int | None) -> UNet:
@@ -91,7 +92,7 @@ def draw(model: LatentDiffusion, preset: Preset, each: int, steps: int, seed: in
     generator = torch.Generator().manual_seed(seed)
     step = samplers.by_name(preset.sampler, torch.Generator(model.device).manual_seed(seed))
     conditions = [name for name in classes or [""] * 10 for _ in range(each)]
-    pictures = model.generate(conditions, steps=steps, step=step, generator=generator)
+    pictures = model.generate(conditions, steps=steps, step=step, generator=generator, progress=True)
     rows = {name: pictures[k * each : (k + 1) * each] for k, name in enumerate(classes)}
     print(plots.strip(rows, [], out / "samples.png") if classes else plots.grid(pictures, None, out / "samples.png", columns=each))
     shown = classes[:8] or [""] * 8

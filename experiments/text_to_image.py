@@ -68,7 +68,7 @@ def main(
     vae_steps: int = 1500,
     vae_batch: int = 16,
     vae_lr: float = 2e-3,
-    width: int = 96,
+    width: int = 64,
     steps: int = 2500,
     batch: int = 32,
     lr: float = 1e-3,
@@ -117,7 +117,7 @@ def main(
     heads = width // 32
     unet = UNet(
         4, 4, channels=(width, 2 * width, 3 * width, 3 * width), blocks=1,
-        depth=(0, 1, 1, 1), heads=(heads, 2 * heads, 3 * heads, 3 * heads), context_dim=128,  # words are read from 8x8 down
+        depth=(0, 1, 1, 1), heads=(heads, 2 * heads, 3 * heads, 3 * heads), context_dim=128, pooled=True,  # words are read from 8x8 down
     )
     model = LatentDiffusion(vae, text, Denoiser(unet, schedules.cosine(), target="v"), size, guidance=guidance).to(**place)
     check_size(size, vae.factor * unet.multiple)
@@ -149,7 +149,7 @@ def main(
     # Draw what was asked for, and captions of the folder, spread evenly.
     generator, judged = torch.Generator().manual_seed(seed), min(judged, len(captions))
     wanted = list(dict.fromkeys([*prompts, *(captions[i * len(captions) // judged] for i in range(judged))]))
-    drawn = model.generate(wanted, steps=sampling_steps, generator=generator).cpu()
+    drawn = model.generate(wanted, steps=sampling_steps, generator=generator, progress=True).cpu()
     print(plots.grid(drawn[: max(8, len(prompts))], wanted[: max(8, len(prompts))], out / "generated.png", columns=4))
     frames = list(model.sample(wanted[:4], steps=sampling_steps, generator=generator))
     for path in chains.plot_reverse(model, frames, wanted[:4], out):

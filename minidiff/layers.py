@@ -112,7 +112,7 @@ class SpatialTransformer(nn.Module):
         """linear: project in and out by a linear layer (SD 2.x) rather than a 1x1 convolution (SD 1.x); the same map, other weight shapes."""
         super().__init__()
         self.linear = linear
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = group_norm(groups, channels, 1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.blocks = nn.ModuleList(TransformerBlock(channels, heads, context_dim, ff_mult) for _ in range(depth))
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from minidiff.layers import ResBlock, SpatialTransformer, timestep_embedding
+from minidiff.layers import ResBlock, SpatialTransformer, group_norm, timestep_embedding
 
 
 class Downsample(nn.Module):
@@ -114,7 +114,7 @@ class UNet(nn.Module):
                 width = c
             self.decoder.append(Level(res, attention(level, blocks + 1), Upsample(c) if level > 0 else None))
 
-        self.norm_out = nn.GroupNorm(groups, channels[0])
+        self.norm_out = group_norm(groups, channels[0], 1e-5)
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
         self._init_weights()
 

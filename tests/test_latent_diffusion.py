@@ -114,12 +114,16 @@ def truncate(folder):
     (edit(lambda whole: whole.pop("vae")), "model.json", "is damaged"),
     (edit(lambda whole: whole["text"].update(kind="T5")), "model.json", "T5"),
     (edit(lambda whole: whole["unet"].update(wings=2)), "model.json", "wings"),
+    (edit(lambda whole: whole["denoiser"].update(target="noise")), "model.json", "is damaged .*no target"),
+    (edit(lambda whole: whole["unet"].update(heads=[3, 3])), "model.json", "is damaged .*3 heads do not divide"),
+    (edit(lambda whole: whole["unet"].update(channels=[-8, 8])), "model.json", "is damaged"),
+    (edit(lambda whole: whole.update(size="big")), "model.json", "is damaged .*big"),
     (lambda folder: (folder / "text.safetensors").unlink(), "text.safetensors", "is missing"),
     (truncate, "unet.safetensors", "is damaged"),
     (lambda folder: (folder / "vae.safetensors").write_bytes(b""), "vae.safetensors", "is damaged"),
     (edit(lambda whole: whole["unet"].update(channels=[8, 16])), "unet.safetensors", "does not fit model.json"),
     (edit(lambda whole: whole["text"].update(layers=2)), "text.safetensors", "does not fit model.json"),
-], ids=["no model.json", "half a model.json", "no text", "a list", "no vae", "unknown kind", "unknown number", "no weights", "truncated", "empty",
+], ids=["no model.json", "half a model.json", "no text", "a list", "no vae", "unknown kind", "unknown number", "unknown target", "heads", "negative", "size", "no weights", "truncated", "empty",
         "another width", "another depth"])
 def test_every_load_error_is_one_line_that_names_the_file(tmp_path, spoil, file, complaint):
     folder = model().save(tmp_path / "m")

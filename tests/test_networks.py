@@ -111,7 +111,8 @@ def test_fresh_residual_branches_are_zero():
                 assert torch.equal(module(x, torch.randn(1, 5, 6)), x)
 
 
-@pytest.mark.parametrize("numbers", [{}, dict(linear_projection=True), dict(context_dim=None, ff_mult=0)], ids=["sd1", "sd2", "ddpm"])
+@pytest.mark.parametrize("numbers", [{}, dict(linear_projection=True), dict(context_dim=None, ff_mult=0), dict(pooled=True), dict(groups=0)],
+                         ids=["sd1", "sd2", "ddpm", "pooled", "no norms"])
 def test_gradients_reach_every_unet_parameter(numbers):
     net = randomize(tiny_unet(**numbers)).double()
     context = torch.randn(2, 5, 6, dtype=torch.float64) if net.context_dim else None
@@ -134,6 +135,17 @@ def test_context_and_time_matter_to_the_unet():
     assert (net(x, t, context.flip(1)) - out).abs().max() < 1e-4 * out.abs().max()  # without positions, the order of the vectors says nothing
     assert (net(x, t, torch.randn(1, 5, 6)) - out).abs().max() > 1e-2 * out.abs().max()
     assert (net(x, t + 1, context) - out).abs().max() > 1e-4 * out.abs().max()
+
+
+def test_pooled_context_joins_the_time_embedding():
+    """The mean of the vectors is added: with attention's share of it gone, vectors of the same mean are the same context."""
+    net, x, t, context = randomize(tiny_unet(pooled=True)), torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 5, 6)
+    for level in (*net.encoder, net.middle, *net.decoder):
+        for transformer in level.attention:
+            torch.nn.init.zeros_(transformer.proj_out.weight)
+    out, mean = net(x, t, context), context.mean(1, keepdim=True)
+    assert (net(x, t, mean) - out).abs().max() < 1e-4 * out.abs().max()  # fp32
+    assert (net(x, t, mean + 1) - out).abs().max() > 1e-2 * out.abs().max()
 
 
 def test_dropout_works_in_training_only():
@@ -256,5 +268,9 @@ def test_transformer_block_without_its_optional_parts():
     assert names == {"norm1", "self_attention"}
 
 
-def test_group_norm_can_be_left_out():
-    assert not any("norm" in name for name, _ in ResBlock(8, 8, groups=0).named_parameters())
+@pytest.mark.parametrize("build", [tiny_unet, tiny_vae])
+def test_group_norms_can_be_left_out(build):
+    """groups = 0, in every part of a network; nothing but the norms is gone."""
+    without, with_norms = ({name for name, m in build(groups=groups).named_modules() if isinstance(m, torch.nn.GroupNorm)} for groups in (0, 4))
+    assert not without and with_norms
+    assert {name.rsplit(".", 1)[0] for name in build().state_dict().keys() - build(groups=0).state_dict().keys()} == with_norms

@@ -124,7 +124,7 @@ def test_flow_shift_equals_the_published_formula():
 
 @pytest.mark.parametrize("schedule, normal, mean, std", [
     (schedules.Flow(mean=0.3, std=0.8), torch.logit, 0.3, 0.8),
-    (schedules.Karras(), torch.log, -1.2, 1.2),
+    (schedules.Karras(P_mean=-0.4, P_std=1.0), torch.log, -0.4, 1.0),
 ], ids=["logit-normal", "log-normal"])
 def test_training_times_are_normal_on_the_right_scale(schedule, normal, mean, std):
     n = 100_000
