@@ -32,7 +32,7 @@ SIZE = 32  # pixels; the world's default of 64 would cost four times the VAE
 SHAPES = ("circle", "square", "triangle", "cross", "ring")  # the part of the world that ten minutes suffice for
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
 VAE_STEPS, VAE_BATCH, VAE_LR = 900, 32, 3e-3
-STEPS, BATCH, LR = 650, 64, 1e-3
+STEPS, BATCH, LR = 2200, 16, 1e-3
 TWO_OBJECTS = 0.85  # of the pictures, once the first third of the steps has taught single objects
 CAPTIONS = 200  # held-out captions behind each accuracy
 PROMPTS = [
@@ -109,7 +109,7 @@ def train_model(world: World, vae: VAE, folder: Path, seed: int, device: str, re
     torch.manual_seed(seed + 1)
     denoiser = Denoiser(unet_quickstart(), schedules.cosine(), target="v", weighting="x0")
     model = LatentDiffusion(vae, text_quickstart(), denoiser, SIZE, guidance=3.0).to(device, memory_format=torch.channels_last)
-    ema = EMA(model, decay=0.995)
+    ema = EMA(model, decay=0.998)
 
     def loss(batch: tuple[Tensor, list[str]]) -> tuple[Tensor, Tensor]:
         pictures, captions = batch
