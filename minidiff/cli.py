@@ -223,18 +223,10 @@ def check_out(out: Path) -> None:
 
 
 def pick_device(name: str) -> str:
-    """The device a name means here."""
-    known = ("auto", "cpu", "cuda", "mps")
-    if name not in known:
-        raise UserError(f'no device "{name}"; --device is one of {", ".join(known)}.')
-    import torch
+    """The device a name means here; finding out imports torch."""
+    from minidiff import script
 
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return next(device for device in there if there[device])
-    if not there[name]:
-        raise UserError(f'no "{name}" on this machine; pass --device cpu, or auto.')
-    return name
+    return script.pick_device(name)
 
 
 def named_schedule(name: str):  # a NoiseSchedule

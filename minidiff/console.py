@@ -11,7 +11,7 @@ import re
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import tyro
 from tqdm import tqdm
@@ -22,14 +22,21 @@ Verbs = dict[str, Callable[..., None]]  # by name; a name of two words is a verb
 
 
 def run(program: str, purpose: str, verbs: Verbs, args: list[str]) -> None:
-    """Run the verb that is named. Exit code 0 on success, 2 with one line on bad input, 130 on Ctrl-C."""
+    """Run the verb that is named."""
+    with one_line(program):
+        for arg in args:
+            if re.search("[\ud800-\udfff]", arg):  # how Python keeps bytes that are no text
+                raise UserError(f"the argument {arg!a} is not valid UTF-8; type it anew, or rename the file.")
+        chosen(program, purpose, verbs, args or ["--help"])()
+
+
+@contextlib.contextmanager
+def one_line(program: str, interrupted: str = "interrupted.") -> Iterator[None]:
+    """Every complaint in one line. Exit code 0 on success, 2 on bad input, 130 on Ctrl-C."""
     with warnings.catch_warnings():  # a warning is one line too, above a progress bar where there is one
         warnings.showwarning = lambda message, *_, **__: tqdm.write(f"{program}: {_flat(str(message))}", file=sys.stderr)
         try:
-            for arg in args:
-                if re.search("[\ud800-\udfff]", arg):  # how Python keeps bytes that are no text
-                    raise UserError(f"the argument {arg!a} is not valid UTF-8; type it anew, or rename the file.")
-            chosen(program, purpose, verbs, args or ["--help"])()
+            yield
             sys.stdout.flush()
         except UserError as error:
             _fail(program, str(error), 2)
@@ -39,7 +46,7 @@ def run(program: str, purpose: str, verbs: Verbs, args: list[str]) -> None:
             advice = "check the path, its permissions and the free space."
             _fail(program, f"{error.filename}: {error.strerror}; {advice}" if error.filename else str(error), 2)
         except KeyboardInterrupt:
-            _fail(program, "interrupted.", 130)
+            _fail(program, interrupted, 130)
 
 
 def chosen(program: str, purpose: str, verbs: Verbs, args: list[str]) -> Callable[[], None]:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import tyro
 from tqdm import tqdm
 
+from minidiff import console
 from minidiff.errors import UserError
 from minidiff.train import TrainStep
 
@@ -16,23 +16,19 @@ from minidiff.train import TrainStep
 def run(main: Callable[..., None]) -> None:
     """main's signature is the command line. Exit code 2 with one line on bad input, 130 on Ctrl-C."""
     script = Path(sys.argv[0]).name
-    try:
-        tyro.cli(main)
-    except (UserError, FileExistsError, NotADirectoryError, PermissionError) as error:  # the last three: --out cannot be a folder
-        print(f"{script}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{script}: interrupted; where it was training, --resume goes on from there.", file=sys.stderr)
-        sys.exit(130)
+    with console.one_line(script, "interrupted; where it was training, --resume goes on from there."):
+        console.parsed(main, sys.argv[1:], script)()
 
 
 def pick_device(name: str) -> str:
-    """auto is the GPU if there is one."""
+    """The device a name means here; auto is the GPU if there is one."""
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return next(device for device in ("cuda", "mps", "cpu") if there[device])
-    if not there.get(name):
-        raise UserError(f'no device "{name}" here; pass --device auto, or one of {", ".join(device for device in there if there[device])}.')
+    if name not in there:
+        raise UserError(f'no device "{name}"; --device is one of auto, {", ".join(there)}.')
+    if not there[name]:
+        raise UserError(f'no "{name}" on this machine; pass --device cpu, or auto.')
     return name
 
 

@@ -246,6 +246,6 @@ def test_ctrl_c_is_exit_code_130(monkeypatch, capsys):
 
 
 def test_a_device_that_is_not_there():
-    with pytest.raises(UserError, match="--device auto"):
+    with pytest.raises(UserError, match="--device is one of auto"):
         script.pick_device("tpu")
     assert script.pick_device("auto") in ("cpu", "cuda", "mps")

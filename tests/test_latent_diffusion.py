@@ -123,8 +123,8 @@ def truncate(folder):
     (lambda folder: (folder / "vae.safetensors").write_bytes(b""), "vae.safetensors", "is damaged"),
     (edit(lambda whole: whole["unet"].update(channels=[8, 16])), "unet.safetensors", "does not fit model.json"),
     (edit(lambda whole: whole["text"].update(layers=2)), "text.safetensors", "does not fit model.json"),
-], ids=["no model.json", "half a model.json", "no text", "a list", "no vae", "unknown kind", "unknown number", "unknown target", "heads", "negative", "size", "no weights", "truncated", "empty",
-        "another width", "another depth"])
+], ids=["no model.json", "half a model.json", "no text", "a list", "no vae", "unknown kind", "unknown number", "unknown target", "heads",
+        "negative", "size", "no weights", "truncated", "empty", "another width", "another depth"])
 def test_every_load_error_is_one_line_that_names_the_file(tmp_path, spoil, file, complaint):
     folder = model().save(tmp_path / "m")
     spoil(folder)
