@@ -28,6 +28,7 @@ from minidiff.samplers import Frame, Step, ddim, sample
 from minidiff.unet import UNet
 from minidiff.vae import VAE, Pixels
 
+FORMAT = "minidiff 1"
 PARTS = {cls.__name__: cls for cls in (VAE, Pixels, CLIPText, ClassLabels, Unconditional, UNet)}
 
 
@@ -81,7 +82,7 @@ class LatentDiffusion(nn.Module):
 
         Noise is drawn on the CPU, so a seed means the same picture on every device. x_T, where given, is that noise.
         """
-        size = size or self.size
+        size = self.size if size is None else size
         check_size(size, self.vae.factor * self.unet.multiple)
         side = size // self.vae.factor
         first = self.schedule.timesteps(steps)[0]
@@ -96,6 +97,8 @@ class LatentDiffusion(nn.Module):
     @torch.no_grad()
     def generate(self, conditions: list[str], batch: int = 64, steps: int = 25, progress: bool = False, **how) -> Float[Tensor, "B C H W"]:
         """Pictures in [-1, 1], a batch at a time; steps and `how` are sample's. progress: show a bar, once the first step is done."""
+        if not conditions:
+            raise UserError("no conditions to generate from; name at least one.")
         pictures, starts = [], range(0, len(conditions), batch)
         with tqdm(desc="sampling", total=len(starts) * steps, unit="step", delay=0.01, disable=not progress) as bar:
             for i in starts:
@@ -108,6 +111,7 @@ class LatentDiffusion(nn.Module):
         """Write the model folder beside its place, then rename: an interrupted save leaves the old folder as it was."""
         path = Path(path)
         fresh, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
+        _finish_save(path)
         for folder in (fresh, old):
             shutil.rmtree(folder, ignore_errors=True)
         fresh.mkdir(parents=True)
@@ -116,7 +120,7 @@ class LatentDiffusion(nn.Module):
             save_file({k: v.contiguous() for k, v in part.state_dict().items()}, fresh / f"{name}.safetensors")
         numbers = {name: {"kind": type(part).__name__, **part.numbers} for name, part in parts.items()}
         how = {"target": self.denoiser.target, "weighting": self.denoiser.weighting, "schedule": schedules.to_json(self.schedule)}
-        whole = {"format": "minidiff 1", "size": self.size, "dropout": self.dropout, "guidance": self.guidance, "denoiser": how, **numbers}
+        whole = {"format": FORMAT, "size": self.size, "dropout": self.dropout, "guidance": self.guidance, "denoiser": how, **numbers}
         (fresh / "model.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
         if path.exists():
             os.replace(path, old)
@@ -128,24 +132,32 @@ class LatentDiffusion(nn.Module):
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "LatentDiffusion":
         """Read a model folder; every problem is a UserError that names the file."""
         path = Path(path)
+        _finish_save(path)
         if not path.is_dir():
             raise UserError(f'no model folder "{path}"; `minidiff quickstart` makes one, or pass --model FOLDER.')
         if not (path / "model.json").is_file():
             raise UserError(f'"{path}" is no model folder: it has no model.json (a folder as written by `minidiff quickstart` has one).')
         try:
             whole = json.loads((path / "model.json").read_text(encoding="utf-8"))
+            if whole["format"] != FORMAT:
+                raise ValueError(f'format "{whole["format"]}", but this version reads "{FORMAT}"')
             parts = {name: _build(whole[name]) for name in ("vae", "text", "unet")}
             how = whole["denoiser"]
             denoiser = Denoiser(parts["unet"], schedules.from_json(how["schedule"]), how["target"], how["weighting"])
             denoiser.schedule.timesteps(1)  # numbers of the wrong kind show now, not in the middle of a picture
             model = cls(parts["vae"], parts["text"], denoiser, int(whole["size"]), float(whole["dropout"]), float(whole["guidance"]))
-        except UserError:
-            raise
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
             raise UserError(f"{path / 'model.json'} is damaged ({type(error).__name__}: {error}); save the model again.") from error
         for name, part in parts.items():
             _load_weights(part, path / f"{name}.safetensors")
         return model.to(device).eval()
+
+
+def _finish_save(path: Path) -> None:
+    """A save that was killed between its two renames left the model under its old name: put it back."""
+    old = path.with_name(path.name + ".old")
+    if old.is_dir() and not path.exists():
+        os.replace(old, path)
 
 
 def _build(numbers: dict) -> nn.Module:

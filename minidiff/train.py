@@ -109,6 +109,8 @@ def train(
     start = 0
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
+        if not resume:  # a checkpoint of an earlier run must not be what a later --resume finds
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
         start = load_checkpoint(folder, seed, module, optimizer, ema) if resume else 0
         _cut_log(folder / "log.jsonl", start)
 

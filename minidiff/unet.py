@@ -79,6 +79,8 @@ class UNet(nn.Module):
     ):
         if not len(channels) == len(depth) == len(heads):
             raise ValueError(f"channels, depth and heads name {len(channels)}, {len(depth)} and {len(heads)} levels; they must agree")
+        if pooled and context_dim is None:
+            raise ValueError("pooled needs a context_dim")
         super().__init__()
         self.numbers = {k: v for k, v in locals().items() if k not in ("self", "__class__")}  # all there is to rebuild it
         self.context_dim, self.multiple = context_dim, 2 ** (len(channels) - 1)
@@ -134,6 +136,11 @@ class UNet(nn.Module):
         self, x: Float[Tensor, "B C H W"], t: Shaped[Tensor, "B"], context: Float[Tensor, "B L D"] | None = None
     ) -> Float[Tensor, "B C2 H W"]:
         """t is the number a schedule's c_noise gives."""
+        if x.shape[2] % self.multiple or x.shape[3] % self.multiple:
+            raise ValueError(f"a side of {x.shape[2]}x{x.shape[3]} is not divisible by {self.multiple}, as halving it at every level needs")
+        if (context is None) != (self.context_dim is None):
+            raise ValueError("this U-Net needs a context" if context is None else "this U-Net takes no context; it has no context_dim")
+
         emb = self.time(timestep_embedding(t, self.conv_in.out_channels).to(x.dtype))
         if self.pool is not None:
             emb = emb + self.pool(context.mean(dim=1))

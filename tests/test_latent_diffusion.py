@@ -236,3 +236,22 @@ def test_pixels_without_text(tmp_path, text, conditions):
     assert torch.equal(pictures(loaded, prompts=conditions), found)
     swapped = pictures(diffusion, prompts=conditions[::-1])
     assert torch.equal(swapped, found) == isinstance(text, Unconditional)
+
+
+def test_a_save_killed_between_its_renames_is_put_right(tmp_path):
+    folder = model().save(tmp_path / "m")
+    folder.rename(tmp_path / "m.old")  # what a kill after the first of the two renames leaves
+    minidiff.load(folder)
+    assert folder.is_dir() and not (tmp_path / "m.old").exists()
+
+
+def test_a_folder_of_another_format_is_refused(tmp_path):
+    folder = model().save(tmp_path / "m")
+    edit(lambda whole: whole.update(format="minidiff 99"))(folder)
+    with pytest.raises(UserError, match=r'model\.json.*format "minidiff 99"'):
+        minidiff.load(folder)
+
+
+def test_nothing_to_generate_is_said():
+    with pytest.raises(UserError, match="no conditions"):
+        model().generate([])

@@ -274,3 +274,27 @@ def test_group_norms_can_be_left_out(build):
     without, with_norms = ({name for name, m in build(groups=groups).named_modules() if isinstance(m, torch.nn.GroupNorm)} for groups in (0, 4))
     assert not without and with_norms
     assert {name.rsplit(".", 1)[0] for name in build().state_dict().keys() - build(groups=0).state_dict().keys()} == with_norms
+
+
+def test_unet_refuses_what_it_cannot_do():
+    numbers = dict(channels=(8, 8), blocks=1, depth=(0, 1), heads=(1, 1), groups=4)
+    with_text, without = UNet(3, 3, context_dim=8, **numbers), UNet(3, 3, **numbers)
+    x, t, context = torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.zeros(1, 2, 8)
+    with pytest.raises(ValueError, match="not divisible by 2"):
+        without(torch.zeros(1, 3, 9, 8), t)
+    with pytest.raises(ValueError, match="needs a context"):
+        with_text(x, t)
+    with pytest.raises(ValueError, match="takes no context"):
+        without(x, t, context)
+    with pytest.raises(ValueError, match="pooled"):
+        UNet(3, 3, pooled=True, **numbers)
+
+
+def test_pooled_context_reaches_blocks_without_attention():
+    unet = UNet(3, 3, channels=(8, 8), blocks=1, depth=(0, 0), heads=(1, 1), context_dim=8, groups=4, pooled=True)
+    for p in unet.parameters():  # the branches that start at zero would hide it
+        torch.nn.init.normal_(p, std=0.2)
+    for p in unet.middle.attention.parameters():
+        torch.nn.init.zeros_(p)
+    x, t = torch.randn(1, 3, 8, 8), torch.ones(1)
+    assert not torch.allclose(unet(x, t, torch.zeros(1, 2, 8)), unet(x, t, torch.ones(1, 2, 8)))
