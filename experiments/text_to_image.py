@@ -64,12 +64,12 @@ def main(
     out: Path = Path("out/text_to_image"),
     size: int = 64,
     caption_column: str = "text",
-    vae_width: int = 32,
-    vae_steps: int = 1500,
-    vae_batch: int = 16,
-    vae_lr: float = 2e-3,
+    vae_width: int = 16,
+    vae_steps: int = 3000,
+    vae_batch: int = 8,
+    vae_lr: float = 1.5e-3,
     width: int = 64,
-    steps: int = 2500,
+    steps: int = 1500,
     batch: int = 32,
     lr: float = 1e-3,
     sampling_steps: int = 50,
@@ -88,7 +88,7 @@ def main(
         out: folder for everything written.
         size: side of the pictures in pixels, a multiple of 32.
         caption_column: the column of metadata.jsonl that holds the caption.
-        vae_width: channels of the VAE at full size, a multiple of 8; twice that below.
+        vae_width: channels of the VAE at full size; two and four times that below.
         vae_steps: its training steps.
         vae_batch: its pictures a step.
         vae_lr: its peak learning rate.
@@ -112,7 +112,7 @@ def main(
 
     # Build everything first, so that what does not fit is refused before the first step.
     torch.manual_seed(seed)
-    vae = VAE(3, 4, channels=(vae_width, 2 * vae_width, 2 * vae_width), blocks=1, groups=8)  # 64x64x3 pictures to 16x16x4 latents
+    vae = VAE(3, 4, channels=(vae_width, 2 * vae_width, 4 * vae_width), blocks=1, groups=0)  # 64x64x3 pictures to 16x16x4 latents
     text = CLIPText(width=128, layers=2, heads=4, context_length=48)
     heads = width // 32
     unet = UNet(

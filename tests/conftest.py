@@ -11,9 +11,11 @@ install_import_hook("minidiff", "beartype.beartype(conf=beartype.BeartypeConf(is
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Every test starts from the same random numbers, alone or among others: one that fails, fails again."""
+    """Every test starts from the same random numbers, alone or among others: one that fails, fails again. On tensors this small a
+    second thread costs more than it gives, and several times more where the cores are busy."""
     import torch
 
+    torch.set_num_threads(1)
     torch.manual_seed(0)
 
 

@@ -178,7 +178,8 @@ def test_guidance():
     diffusion = model(guidance=4.0)
     none, plain, strong = (first_guess(diffusion, guidance=scale) for scale in (0, 1, 4))
     assert torch.equal(none, first_guess(diffusion, prompts=["a green ring", ""], guidance=0))
-    assert torch.equal(none, first_guess(diffusion, prompts=["", ""], guidance=1))
+    # encoded one by one or as a batch, the empty prompt is the same up to the order of fp32 additions
+    torch.testing.assert_close(none, first_guess(diffusion, prompts=["", ""], guidance=1), rtol=1e-4, atol=1e-4)
     assert (plain - first_guess(diffusion, prompts=PROMPTS[::-1], guidance=1)).abs().max() > 1e-3
     torch.testing.assert_close(strong, none + 4 * (plain - none), rtol=0, atol=1e-5 * strong.abs().max().item())  # fp32
     assert (strong - plain).abs().max() > 1e-3
