@@ -66,10 +66,11 @@ class CLIPText(nn.Module):
         pad: int = END,  # SD 1.x pads with the end token, SD 2.x and open_clip with 0
         context_length: int = 77,
         vocabulary: int = 49408,
+        words_only: bool = False,  # zero vectors at start, end and padding, which say nothing: a small tower is heard sooner
     ):
         super().__init__()
         self.numbers = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        self.dim, self.pad, self.context_length = width, pad, context_length
+        self.dim, self.pad, self.context_length, self.words_only = width, pad, context_length, words_only
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.position_embedding = nn.Embedding(context_length, width)
         self.blocks = nn.ModuleList(Block(width, heads, activation) for _ in range(layers))
@@ -77,17 +78,15 @@ class CLIPText(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Matrices by width, those that write to the residual stream also by depth, as [1]. Embeddings of unit size, not [1]'s 0.02: words
-        must stand out from what the blocks add to them, or a text tower trained from nothing is slow to tell them apart."""
-        width, layers = self.dim, len(self.blocks)
+        """Matrices by width, as [1]; blocks that start by adding nothing; embeddings of unit size, not [1]'s 0.02. So a tower trained from
+        nothing begins as a bag of words, told apart at once, and learns their order from there."""
         nn.init.normal_(self.token_embedding.weight)
         nn.init.normal_(self.position_embedding.weight, std=0.3)
         for block in self.blocks:
-            for linear in (block.attention.q, block.attention.k, block.attention.v):
-                nn.init.normal_(linear.weight, std=width**-0.5)
+            for linear in (block.attention.q, block.attention.k, block.attention.v, block.up):
+                nn.init.normal_(linear.weight, std=self.dim**-0.5)
             for linear in (block.attention.out, block.down):
-                nn.init.normal_(linear.weight, std=(2 * width * layers) ** -0.5)
-            nn.init.normal_(block.up.weight, std=(2 * width) ** -0.5)
+                nn.init.zeros_(linear.weight)
 
     def tokens(self, prompts: list[str]) -> Int[Tensor, "B L"]:
         """start, words, end, padding. What does not fit is cut, and a warning names the words that fell off."""
@@ -105,7 +104,8 @@ class CLIPText(nn.Module):
         h = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
         for block in self.blocks:
             h = block(h)
-        return self.norm_out(h)
+        h = self.norm_out(h)
+        return h * ((tokens < START) & (tokens != self.pad))[..., None] if self.words_only else h
 
     def encode(self, prompts: list[str]) -> Float[Tensor, "B L D"]:
         """One sequence of vectors for each prompt."""

@@ -4,6 +4,7 @@
 [2] He et al. Deep Residual Learning for Image Recognition. 2016. arXiv:1512.03385
 [3] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. 2022. arXiv:2112.10752
 [4] Shazeer. GLU Variants Improve Transformer. 2020. arXiv:2002.05202
+[5] Dhariwal, Nichol. Diffusion Models Beat GANs on Image Synthesis. 2021. arXiv:2105.05233
 """
 import math
 
@@ -28,13 +29,26 @@ def group_norm(groups: int, channels: int, eps: float) -> nn.Module:
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions, each behind a normalization, around a skip ([2]); time comes in between them ([3])."""
+    """Two 3x3 convolutions, each behind a normalization, around a skip ([2]); time comes in between them.
 
-    def __init__(self, in_channels: int, out_channels: int, time_dim: int | None = None, dropout: float = 0.0, groups: int = 32, eps: float = 1e-5):
+    Time is added ([3]), or with scale_shift it scales and shifts what the second normalization gave, the AdaGN of [5] section 3.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        time_dim: int | None = None,
+        dropout: float = 0.0,
+        groups: int = 32,
+        eps: float = 1e-5,
+        scale_shift: bool = False,
+    ):
         super().__init__()
+        self.scale_shift = scale_shift
         self.norm1 = group_norm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time = nn.Linear(time_dim, out_channels) if time_dim else None
+        self.time = nn.Linear(time_dim, (1 + scale_shift) * out_channels) if time_dim else None
         self.norm2 = group_norm(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
@@ -42,9 +56,13 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "B C H W"], emb: Float[Tensor, "B E"] | None = None) -> Float[Tensor, "B C2 H W"]:
         h = self.conv1(F.silu(self.norm1(x)))
-        if self.time is not None:
-            h = h + self.time(F.silu(emb))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        time = self.time(F.silu(emb))[:, :, None, None] if self.time is not None else None
+        if self.scale_shift:
+            scale, shift = time.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h if time is None else h + time)
+        h = self.conv2(self.dropout(F.silu(h)))
         return self.skip(x) + h
 
 

@@ -2,18 +2,23 @@
 
 Three acts: a VAE learns to squeeze pictures, a text tower and a U-Net learn to denoise its latents, and the critic counts how often
 pictures show what held-out captions say. Every number of the recipe stands in this file.
+
+[1] Kingma et al. Variational Diffusion Models. 2021. arXiv:2107.00630
+[2] Esser et al. Scaling Rectified Flow Transformers for High-Resolution Image Synthesis. 2024. arXiv:2403.03206
 """
 import json
 import os
+import random
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,7 +29,7 @@ from minidiff.data.world import World
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.train import EMA, TrainStep, train
+from minidiff.train import EMA, TrainStep, seed_of, train
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 
@@ -32,8 +37,12 @@ SIZE = 32  # pixels; the world's default of 64 would cost four times the VAE
 SHAPES = ("circle", "square", "triangle", "cross", "ring")  # the part of the world that ten minutes suffice for
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
 VAE_STEPS, VAE_BATCH, VAE_LR = 900, 32, 3e-3
-STEPS, BATCH, LR = 2200, 16, 1e-3
-TWO_OBJECTS = 0.85  # of the pictures, once the first third of the steps has taught single objects
+STEPS, LR = 5000, 1.5e-3
+PARTS, BATCH = 2, 16  # a step is PARTS batches of BATCH, on as many cores at once
+ONE_OBJECT, TWO_OBJECTS = 0.4, 0.85  # the first 40 % of the steps see single objects only; then 85 % of the pictures have two
+POOL = 12_000  # pictures of two objects; half as many of one
+T_CENTRE, T_SPREAD = 0.5, 0.9  # of logit(t / 1000)
+GUIDANCE = 2.0
 CAPTIONS = 200  # held-out captions behind each accuracy
 PROMPTS = [
     "a small blue circle above a large red square",
@@ -50,22 +59,21 @@ def vae_quickstart() -> VAE:
 
 def text_quickstart() -> CLIPText:
     """CLIP's transformer, small; the world's captions fit in 32 tokens."""
-    return CLIPText(width=128, layers=2, heads=4, context_length=32)
+    return CLIPText(width=64, layers=2, heads=2, context_length=32, words_only=True)
 
 
 def unet_quickstart() -> UNet:
-    """Four levels, 16x16 to 2x2; attention at 8x8 and 4x4, and in the middle."""
-    return UNet(4, 4, channels=(48, 96, 128, 128), blocks=1, depth=(0, 1, 1, 0), heads=(2, 3, 4, 4), context_dim=128, pooled=True, groups=16)
+    """Four levels, 16x16 to 2x2, mostly convolutions; attention at 4x4 and in the middle."""
+    return UNet(
+        4, 4, channels=(64, 64, 64, 64), blocks=1, depth=(0, 0, 1, 0), heads=(2, 2, 2, 2), context_dim=64, ff_mult=2, groups=16,
+        pooled=True, scale_shift=True,
+    )
 
 
-Batch = tuple[Float[Tensor, "B 3 H W"], list[str]]
-
-
-def batches(world: World, size: int, key: str, start: int, two_objects: Callable[[int], float]) -> Iterator[Batch]:
-    """Batches start, start + 1, ... of the endless world; each follows from (key, its number) alone."""
+def batches(world: World, key: str, start: int) -> Iterator[Float[Tensor, "B 3 H W"]]:
+    """Batches start, start + 1, ... of pictures of the endless world; each follows from (key, its number) alone."""
     for k in count(start):
-        pictures, captions, _ = world.batch(size, (key, k), two_objects=two_objects(k))
-        yield pictures.contiguous(memory_format=torch.channels_last), captions
+        yield world.batch(VAE_BATCH, (key, k), two_objects=TWO_OBJECTS)[0].contiguous(memory_format=torch.channels_last)
 
 
 def crops(pictures: Float[Tensor, "B 3 H W"], count: int, side: int = 16, stride: int = 8) -> Float[Tensor, "N 3 h w"]:
@@ -90,9 +98,9 @@ def train_vae(world: World, folder: Path, seed: int, device: str, resume: bool) 
     torch.manual_seed(seed)
     vae = vae_quickstart().to(device, memory_format=torch.channels_last)
     loop = train(
-        lambda batch: (vae.loss(crops(batch[0], 2 * VAE_BATCH).to(device)), None),
+        lambda pictures: (vae.loss(crops(pictures, 2 * VAE_BATCH).to(device)), None),
         vae,
-        lambda start: batches(world, VAE_BATCH, f"vae {seed}", start, lambda k: TWO_OBJECTS),
+        lambda start: batches(world, f"vae {seed}", start),
         VAE_STEPS,
         VAE_LR,
         seed=seed,
@@ -104,24 +112,68 @@ def train_vae(world: World, folder: Path, seed: int, device: str, resume: bool) 
     return vae.requires_grad_(False).eval()
 
 
+class Pool:
+    """Scenes drawn and encoded once. They are met many times, each time with new words, new noise and a new t, which is what makes them new."""
+
+    def __init__(self, world: World, vae: VAE, size: int, seed: str, objects: int, device: str):
+        latents, self.scenes, batch = [], [], 64
+        for k in range(-(-size // batch)):
+            pictures, _, scenes = world.batch(batch, (seed, objects, k), objects=objects)
+            with torch.no_grad():
+                latents.append(vae.encode(pictures.to(device, memory_format=torch.channels_last)))
+            self.scenes += scenes
+        self.latents = torch.cat(latents)
+
+
+def noise_levels(n: int, generator: torch.Generator) -> Int[Tensor, "B"]:
+    """t for n examples, stratified ([1] appendix I.1): logit-normal ([2] section 3.1) around the t where place, shape and colour are
+    decided; one in eight anywhere."""
+    u = (torch.arange(n) + torch.rand(n, generator=generator)) / n
+    t = torch.sigmoid(T_CENTRE + T_SPREAD * torch.special.ndtri(u.double().clamp(1e-6, 1 - 1e-6)))
+    anywhere = torch.rand(n, generator=generator) < 1 / 8
+    return (1000 * torch.where(anywhere, u, t)).ceil().long().clamp(1, 1000)
+
+
+class Part(NamedTuple):
+    """A training batch, or a part of one, with all that is random about it."""
+
+    latents: Float[Tensor, "B Z h w"]
+    captions: list[str]
+    t: Int[Tensor, "B"]
+    eps: Float[Tensor, "B Z h w"]
+
+
+def parts(world: World, pools: Callable[[int], list[Pool]], seed: int, dropout: float, start: int) -> Iterator[Part]:
+    """Parts start, start + 1, ... of the endless stream of training batches."""
+    for k in count(start):
+        generator, rng = torch.Generator().manual_seed(seed_of(seed, k)), random.Random(f"{seed} {k}")
+        pool = pools(k)
+        chosen = [(p := rng.choices(pool, (1 - TWO_OBJECTS, TWO_OBJECTS)[-len(pool) :])[0], rng.randrange(len(p.scenes))) for _ in range(BATCH)]
+        latents = torch.stack([p.latents[i] for p, i in chosen])
+        captions = ["" if rng.random() < dropout else world.caption(p.scenes[i], rng) for p, i in chosen]
+        eps = torch.randn(latents.shape, generator=generator).to(latents.device)
+        yield Part(latents.contiguous(memory_format=torch.channels_last), captions, noise_levels(BATCH, generator), eps)
+
+
 def train_model(world: World, vae: VAE, folder: Path, seed: int, device: str, resume: bool) -> LatentDiffusion:
     """Act two: a text tower and a U-Net, together, on latents. Returns the average of the weights."""
     torch.manual_seed(seed + 1)
-    denoiser = Denoiser(unet_quickstart(), schedules.cosine(), target="v", weighting="x0")
-    model = LatentDiffusion(vae, text_quickstart(), denoiser, SIZE, guidance=3.0).to(device, memory_format=torch.channels_last)
+    denoiser = Denoiser(unet_quickstart(), schedules.cosine(), target="x0")
+    model = LatentDiffusion(vae, text_quickstart(), denoiser, SIZE, guidance=GUIDANCE).to(device, memory_format=torch.channels_last)
     ema = EMA(model, decay=0.998)
+    one, two = (Pool(world, vae, size, f"model {seed}", objects, device) for objects, size in ((1, POOL // 2), (2, POOL)))
 
-    def loss(batch: tuple[Tensor, list[str]]) -> tuple[Tensor, Tensor]:
-        pictures, captions = batch
-        t = model.schedule.sample_t(len(captions))
-        return model.loss(pictures.to(device), captions, t), model.schedule.progress(t)
+    def loss(part: Part) -> tuple[Tensor, Tensor]:
+        return denoiser.loss(part.latents, model.text.encode(part.captions), part.t, part.eps), model.schedule.progress(part.t)
 
     loop = train(
         loss,
         model,
-        lambda start: batches(world, BATCH, f"model {seed}", start, lambda k: TWO_OBJECTS * (k >= STEPS // 3)),
+        lambda start: parts(world, lambda k: [one, two] if k >= ONE_OBJECT * STEPS * PARTS else [one], seed, model.dropout, start),
         STEPS,
         LR,
+        accumulate=PARTS,
+        threads=min(PARTS, torch.get_num_threads()),
         ema=ema,
         seed=seed,
         folder=folder,
@@ -175,7 +227,7 @@ def quickstart(out: Path, seed: int = 0, device: str = "cpu", resume: bool = Fal
         **figures,
         "captions_each": CAPTIONS,
         "peak_memory_gb": peak_memory_gb(),
-        "pictures_seen": {"vae": VAE_STEPS * VAE_BATCH, "model": STEPS * BATCH},
+        "pictures_seen": {"vae": VAE_STEPS * VAE_BATCH, "model": STEPS * PARTS * BATCH},
         "prompts": PROMPTS,
     }
     (out / "results.json.new").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

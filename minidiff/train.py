@@ -17,6 +17,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -83,6 +84,7 @@ def train(
     weight_decay: float = 0.0,
     clip: float = 1.0,
     accumulate: int = 1,
+    threads: int = 1,
     ema: EMA | None = None,
     autocast: torch.dtype | None = None,
     seed: int = 0,
@@ -92,8 +94,10 @@ def train(
 ) -> Iterator[TrainStep]:
     """AdamW ([1]) on module's trainable parameters; yields after every optimizer step.
 
-    batches(k) iterates over batches from the k-th on, endlessly; `accumulate` of them make a step. With a folder, every step adds a
-    line to log.jsonl, and checkpoint.pt is written every save_every steps, at the end, and on Ctrl-C; resume continues from it.
+    batches(k) iterates over batches from the k-th on, endlessly; `accumulate` of them make a step, `threads` of them at a time: on a CPU,
+    small networks share two cores far better by pictures than by operations. Then all that is random must come with the batch, since
+    threads that draw from one generator draw in any order. With a folder, every step adds a line to log.jsonl, and checkpoint.pt is
+    written every save_every steps, at the end, and on Ctrl-C; resume continues from it.
     autocast: compute in this dtype (bfloat16); the weights stay float32, so there is no loss to scale.
     """
     if steps < 1:
@@ -114,8 +118,31 @@ def train(
         start = load_checkpoint(folder, seed, module, optimizer, ema) if resume else 0
         _cut_log(folder / "log.jsonl", start)
 
+    def forward(batch: Any) -> tuple[Tensor, Tensor | None]:
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            return loss_fn(batch)
+
+    def backward_all(micro: list[Any]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Sum the gradients of all parts of a batch into .grad; yields the losses."""
+        if workers is None:
+            for batch in micro:
+                each, where = forward(batch)
+                (each.mean() / accumulate).backward()
+                yield each, where
+            return
+
+        def gradients(batch: Any) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
+            each, where = forward(batch)
+            return each, where, torch.autograd.grad(each.mean() / accumulate, parameters, allow_unused=True)
+
+        for each, where, grads in workers.map(gradients, micro):  # in the order of the parts: the sum is the same whoever came first
+            for p, g in zip(parameters, grads, strict=True):
+                if g is not None:
+                    p.grad = g if p.grad is None else p.grad.add_(g)
+            yield each, where
+
     data = iter(batches(start * accumulate))
-    with _interrupts_wait() as interrupted:
+    with _workers(threads) as workers, _interrupts_wait() as interrupted:
         for step in range(start, steps):
             module.train()  # the caller may have sampled in between
             for group in optimizer.param_groups:
@@ -123,10 +150,7 @@ def train(
 
             torch.manual_seed(seed_of(seed, step))
             losses, places, micro = [], [], [next(data) for _ in range(accumulate)]
-            for batch in micro:
-                with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                    each, where = loss_fn(batch)
-                (each.mean() / accumulate).backward()
+            for each, where in backward_all(micro):
                 losses.append(each.detach().float())
                 places.append(where)
 
@@ -191,6 +215,20 @@ def _first_bad(loss_fn: LossFn, module: nn.Module, batches: list[Any], autocast:
         return found[0]
     gradient = next((name for name, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()), None)
     return "the loss is not finite" if gradient is None else f'the gradient of "{gradient}" is not finite'
+
+
+@contextmanager
+def _workers(threads: int) -> Iterator[ThreadPoolExecutor | None]:
+    """Threads that share out the cores evenly between them; None where one is enough."""
+    if threads == 1:
+        yield None
+        return
+    cores = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(max(1, cores // threads),)) as workers:
+            yield workers
+    finally:
+        torch.set_num_threads(cores)
 
 
 @contextmanager

@@ -75,7 +75,8 @@ class UNet(nn.Module):
         linear_projection: bool = False,  # SD 2.x
         dropout: float = 0.0,
         groups: int = 32,
-        pooled: bool = False,  # add the context's mean to the time embedding: every residual block hears the text from the first step on
+        pooled: bool = False,  # add the context's sum to the time embedding: every residual block hears the text from the first step on
+        scale_shift: bool = False,  # time, and what is pooled, scale and shift in the residual blocks rather than only shift
     ):
         if not len(channels) == len(depth) == len(heads):
             raise ValueError(f"channels, depth and heads name {len(channels)}, {len(depth)} and {len(heads)} levels; they must agree")
@@ -87,7 +88,7 @@ class UNet(nn.Module):
         time_dim = 4 * channels[0]
 
         def residual(c_in: int, c_out: int) -> ResBlock:
-            return ResBlock(c_in, c_out, time_dim, dropout, groups)
+            return ResBlock(c_in, c_out, time_dim, dropout, groups, scale_shift=scale_shift)
 
         def attention(level: int, count: int, at_least: int = 0) -> list[SpatialTransformer]:
             d = max(depth[level], at_least)
@@ -143,7 +144,7 @@ class UNet(nn.Module):
 
         emb = self.time(timestep_embedding(t, self.conv_in.out_channels).to(x.dtype))
         if self.pool is not None:
-            emb = emb + self.pool(context.mean(dim=1))
+            emb = emb + self.pool(context.sum(dim=1))  # a sum: a word weighs as much in a long prompt as in a short one
 
         h = self.conv_in(x)
         skips = [h]

@@ -36,7 +36,11 @@ GOLDEN = {  # ids between start and end, written down once
 
 
 def tower(**numbers):
-    return CLIPText(**(dict(width=16, layers=2, heads=2) | numbers))
+    text = CLIPText(**(dict(width=16, layers=2, heads=2) | numbers))
+    for block in text.blocks:  # as if trained: what starts at zero would hide everything
+        for linear in (block.attention.out, block.down):
+            torch.nn.init.normal_(linear.weight, std=0.2)
+    return text
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +112,23 @@ def test_a_later_word_never_changes_an_earlier_vector():
 def test_null_is_the_empty_prompt():
     text = tower()
     assert torch.equal(text.null(3), text.encode(["", "", ""])) and text.null(3).shape == (3, 77, 16)
+
+
+def test_a_fresh_tower_is_a_bag_of_words():
+    """Its blocks add nothing but constants yet: a vector depends on its own word and place only."""
+    fresh = CLIPText(width=16, layers=2, heads=2, context_length=8).double()
+    a, b = fresh.encode(["red cat square", "dog cat ring"])
+    assert torch.equal(a[2], b[2]) and (a - b)[[1, 3]].abs().amax(1).min() > 0.1
+
+
+def test_words_only():
+    """Words keep their vectors; start, end and padding are zero, and so is the null prompt."""
+    text, words = tower(), tower(words_only=True)
+    words.load_state_dict(text.state_dict())
+    expected = text.encode(["a cat"])
+    expected[:, 0], expected[:, 3:] = 0, 0
+    assert torch.equal(words.encode(["a cat"]), expected)
+    assert not words.null(1).any()
 
 
 def test_gradients_reach_every_parameter():

@@ -15,7 +15,7 @@ WORLD = World(quickstart.SIZE, quickstart.SHAPES, quickstart.COLOURS)
 @pytest.fixture
 def tiny(monkeypatch):
     """Two steps of everything, and four captions."""
-    for name, value in {"VAE_STEPS": 2, "STEPS": 2, "BATCH": 4, "VAE_BATCH": 4, "CAPTIONS": 4, "PROMPTS": quickstart.PROMPTS[:1]}.items():
+    for name, value in {"VAE_STEPS": 2, "STEPS": 2, "BATCH": 4, "POOL": 64, "VAE_BATCH": 4, "CAPTIONS": 4, "PROMPTS": quickstart.PROMPTS[:1]}.items():
         monkeypatch.setattr(quickstart, name, value)
 
 
@@ -45,6 +45,34 @@ def test_crops_keep_the_liveliest_windows():
     pictures[0, :, 4:8, 4:8] = 1.0  # only the window at the top left of the first picture holds all of it
     windows = quickstart.crops(pictures, 1)
     assert windows.shape == (1, 3, 16, 16) and windows.sum() == pictures.sum()
+
+
+def test_noise_levels_are_spread_over_every_batch():
+    """All are valid; most fall where pictures are decided, some anywhere; and the strata keep batches alike."""
+    t = [quickstart.noise_levels(16, torch.Generator().manual_seed(k)) for k in range(400)]
+    assert 1 <= min(x.min() for x in t) < 50 and 950 < max(x.max() for x in t) <= 1000
+    centre = 1000 * torch.sigmoid(torch.tensor(quickstart.T_CENTRE)).item()
+    assert abs(torch.cat(t).float().median().item() - centre) < 40
+    independent = torch.cat(t).float().std() / 4
+    assert torch.stack([x.float().mean() for x in t]).std() < 0.5 * independent
+
+
+def test_parts_follow_from_seed_and_number_alone():
+    """What resuming and threads rely on. Captions are hidden as often as asked, and no two pools are mixed up."""
+    vae = quickstart.vae_quickstart()
+    one, two = (quickstart.Pool(WORLD, vae, 64, "test", objects, "cpu") for objects in (1, 2))
+    assert all(len(scene.things) == n for n, pool in ((1, one), (2, two)) for scene in pool.scenes)
+
+    def take(start, n, dropout=0.0):
+        stream = quickstart.parts(WORLD, lambda k: [one] if k < 3 else [one, two], 5, dropout, start)
+        return [next(stream) for _ in range(n)]
+
+    for a, b in zip(take(0, 6)[2:], take(2, 4), strict=True):
+        assert a.captions == b.captions and all(torch.equal(x, y) for x, y in zip((a.latents, a.t, a.eps), (b.latents, b.t, b.eps), strict=True))
+    relations = ("above", "below", "left of", "right of")
+    pairs = [sum(any(r in c for r in relations) for c in part.captions) for part in take(0, 6)]
+    assert sum(pairs[:3]) == 0 and 30 < sum(pairs[3:]) <= 48  # 85 % of 48
+    assert sum(c == "" for part in take(0, 6, dropout=0.5) for c in part.captions) in range(30, 66)
 
 
 def test_held_out_captions_are_held_out_and_full():

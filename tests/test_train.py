@@ -173,6 +173,36 @@ def test_two_half_batches_are_one_whole_batch():
     torch.testing.assert_close(numbers2, numbers1, rtol=1e-5, atol=0)  # losses are logged in fp32
 
 
+def test_threads_give_the_numbers_of_one_after_the_other():
+    """Parts differentiated at once add up in their own order: the same bits, however the threads were scheduled."""
+
+    def run(threads):
+        module = net().eval()
+        module[1].p = 0.0  # all that is random comes with the batch
+
+        def loss_fn(x):
+            return (module(x) - x.flip(1)).pow(2).mean(1), None
+
+        done = list(train(loss_fn, module, batches, 10, 1e-2, warmup=3, accumulate=4, threads=threads))
+        return torch.cat([p.detach().flatten() for p in module.parameters()]), [(s.loss, s.grad_norm) for s in done]
+
+    cores = torch.get_num_threads()
+    (weights1, numbers1), (weights2, numbers2), (weights3, numbers3) = run(1), run(2), run(3)
+    assert numbers2 == numbers3 == numbers1
+    assert torch.equal(weights2, weights1) and torch.equal(weights3, weights1)
+    assert torch.get_num_threads() == cores
+
+
+def test_threads_pass_errors_on():
+    module = net()
+
+    def loss_fn(x):
+        raise ValueError("no such picture")
+
+    with pytest.raises(ValueError, match="no such picture"):
+        next(train(loss_fn, module, batches, 10, 1e-2, accumulate=2, threads=2))
+
+
 def test_ema_formula():
     """average <- d average + (1 - d) weight, d = min(decay, step / (step + 9)): 0.1 at first, the full decay from step 81 on."""
     module = nn.Linear(1, 1, bias=False, dtype=torch.float64)

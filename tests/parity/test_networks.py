@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minidiff.clip import CLIPText
-from minidiff.layers import timestep_embedding
+from minidiff.layers import ResBlock, timestep_embedding
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 from minidiff.weights.names import CLIP_TRANSFORMERS, UNET_DIFFUSERS, VAE_DIFFUSERS, rename
@@ -57,6 +57,19 @@ def test_unet_equals_diffusers(style, dtype, tolerance):
     expected = theirs(x, t, context).sample
     assert expected.std() > 0.1
     assert gap(ours(x, t.to(dtype), context), expected) < tolerance
+
+
+@pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
+@torch.no_grad()
+def test_scale_shift_equals_diffusers(dtype, tolerance):
+    """The residual block of ADM, where time scales and shifts."""
+    how = {"in_channels": 32, "out_channels": 64, "temb_channels": 48, "eps": 1e-5, "time_embedding_norm": "scale_shift"}
+    theirs = randomized(diffusers.models.resnet.ResnetBlock2D(**how), dtype)
+    ours = ResBlock(32, 64, 48, scale_shift=True).to(dtype).eval()
+    names = {"time_emb_proj": "time", "conv_shortcut": "skip"}
+    ours.load_state_dict({names.get(k.split(".")[0], k.split(".")[0]) + "." + k.split(".")[1]: v for k, v in theirs.state_dict().items()})
+    x, emb = torch.randn(2, 32, 8, 8, dtype=dtype), torch.randn(2, 48, dtype=dtype)
+    assert gap(ours(x, emb), theirs(x, emb)) < tolerance
 
 
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
