@@ -25,9 +25,10 @@ SIGMA_DATA = 0.5  # s_d, the standard deviation EDM assumes of its data, [4] tab
 
 
 def _edm(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """[4] eq. 8 written as a row: c_skip = s_d^2 / r^2, c_out = s_d sigma / r follow from the 2x2 solve. For alpha = 1."""
-    r = (sigma**2 + SIGMA_DATA**2).sqrt()
-    return sigma / (SIGMA_DATA * r), -SIGMA_DATA / r
+    """[4] eq. 8 written as a row, for x / alpha as noisy data at the level sigma / alpha: c_skip = s_d^2 / r^2 and c_out = s_d sigma / r
+    follow from the 2x2 solve. Between x0 where there is much noise and the noise where there is little."""
+    r = (sigma**2 + (SIGMA_DATA * alpha) ** 2).sqrt()
+    return sigma / (SIGMA_DATA * r), -SIGMA_DATA * alpha / r
 
 
 TARGETS: dict[str, Callable] = {  # F estimates a x0 + b eps
@@ -85,7 +86,8 @@ class Denoiser(nn.Module):
     def output(self, x: Float[Tensor, "B *dims"], t: Shaped[Tensor, "B"], context: Float[Tensor, "B L D"] | None = None) -> Tensor:
         """F, the bare output of the network, on an input scaled to unit variance where the target asks for it."""
         if self.target == "edm":  # c_in, [4] table 1
-            x = x * _like((self.schedule.alpha_sigma(t)[1] ** 2 + SIGMA_DATA**2).rsqrt(), x)
+            alpha, sigma = self.schedule.alpha_sigma(t)
+            x = x * _like((sigma**2 + (SIGMA_DATA * alpha) ** 2).rsqrt(), x)
         precise = torch.promote_types(x.dtype, torch.float32)  # bfloat16 cannot tell t = 999 from 1000
         return self.network(x, self.schedule.c_noise(t).to(precise).to(x.device), context)
 

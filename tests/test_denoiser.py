@@ -6,7 +6,7 @@ from minidiff import schedules
 from minidiff.denoiser import SIGMA_DATA, TARGETS, WEIGHTINGS, Denoiser, Prediction, guide
 
 ALL_SCHEDULES = [schedules.linear(), schedules.scaled_linear(), schedules.cosine(), schedules.sigmoid(), schedules.Flow(), schedules.Karras()]
-PAIRS = [(target, s) for target in TARGETS for s in ALL_SCHEDULES if target != "edm" or isinstance(s, schedules.Karras)]  # EDM's row is for alpha = 1
+PAIRS = [(target, s) for target in TARGETS for s in ALL_SCHEDULES]
 
 
 def name(value):
@@ -47,6 +47,21 @@ def test_edm_row_is_the_published_preconditioning():
     c_skip, c_out = s_d**2 / (s**2 + s_d**2), s * s_d / (s**2 + s_d**2).sqrt()
     expected = c_skip * x + c_out * network.answer
     assert torch.allclose(Denoiser(network, schedules.Karras(), "edm")(x, t).x0, expected, atol=1e-12, rtol=0)
+
+
+def test_edm_row_is_the_same_on_every_schedule():
+    """The same network says the same of x0 at one sigma / alpha, whether x is scaled by alpha or not: c_in, c_skip and c_out agree."""
+
+    class Linear(torch.nn.Module):
+        def forward(self, x, c_noise, context=None):
+            return 0.3 * x - 0.1
+
+    cosine, x = schedules.cosine(), torch.randn(1, 4, dtype=torch.float64)
+    t = torch.tensor([500])
+    alpha, sigma = cosine.alpha_sigma(t)
+    here = Denoiser(Linear(), cosine, "edm")(alpha * x, t).x0
+    there = Denoiser(Linear(), schedules.Karras(), "edm")(x, sigma / alpha).x0
+    assert torch.allclose(here, there, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("target", ["eps", "x0", "v", "flow"])
