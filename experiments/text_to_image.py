@@ -113,13 +113,14 @@ def main(
     # Build everything first, so that what does not fit is refused before the first step.
     torch.manual_seed(seed)
     vae = VAE(3, 4, channels=(vae_width, 2 * vae_width, 4 * vae_width), blocks=1, groups=0)  # 64x64x3 pictures to 16x16x4 latents
-    text = CLIPText(width=128, layers=2, heads=4, context_length=48)
+    text = CLIPText(width=128, layers=2, heads=4, context_length=48, words_only=True)
     heads = width // 32
     unet = UNet(
         4, 4, channels=(width, 2 * width, 3 * width, 3 * width), blocks=1,
-        depth=(0, 1, 1, 1), heads=(heads, 2 * heads, 3 * heads, 3 * heads), context_dim=128, pooled=True,  # words are read from 8x8 down
+        depth=(0, 1, 1, 1), heads=(heads, 2 * heads, 3 * heads, 3 * heads), context_dim=128,  # words are read from 8x8 down,
+        pooled=True, scale_shift=True,  # and everywhere as one sum
     )
-    model = LatentDiffusion(vae, text, Denoiser(unet, schedules.cosine(), target="v"), size, guidance=guidance).to(**place)
+    model = LatentDiffusion(vae, text, Denoiser(unet, schedules.cosine(), target="x0", weighting="edm"), size, guidance=guidance).to(**place)
     check_size(size, vae.factor * unet.multiple)
     pictures, captions = load_all(CaptionedFolder(data, size, caption_column), size)
     images = to_model(pictures)

@@ -18,6 +18,7 @@ from minidiff.errors import UserError
 
 Device = Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda|mps")]
 Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
+Sampler = Annotated[str | None, tyro.conf.arg(metavar="ddim|ddpm")]
 Integer = Annotated[int | None, tyro.conf.arg(metavar="INT")]
 Prompts = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PROMPT ...")]]
 Names = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")]]
@@ -49,7 +50,7 @@ def generate(
     n: int = 1,
     steps: int = 25,
     guidance: Number = None,
-    sampler: str = "ddim",
+    sampler: Sampler = None,
     size: Integer = None,
     seed: int = 0,
     device: Device = "auto",
@@ -63,7 +64,7 @@ def generate(
         n: pictures of each prompt.
         steps: sampling steps; more is slower and a little better.
         guidance: how strongly the text steers; 1 is off, 0 ignores the text. Left out, it is the model's own.
-        sampler: ddim (deterministic) or ddpm (adds noise on the way).
+        sampler: ddim (deterministic) or ddpm (adds noise on the way). Left out, it is the model's own.
         size: side of the pictures in pixels. Left out, it is the size the model was trained at.
         seed: everything random follows from it; the same seed gives the same bytes.
         device: where to compute; auto takes a GPU if there is one.
@@ -80,6 +81,7 @@ def generate(
     check_size(size, diffusion.vae.factor * diffusion.unet.multiple)
     wanted = [prompt for prompt in prompts for _ in range(n)]
     pictures = diffusion.generate(wanted, size=size, progress=True, **how).cpu()
+    sampler = sampler or diffusion.sampler
     settings = {"seed": seed, "steps": steps, "guidance": how["guidance"], "sampler": sampler, "size": size, "model": model.resolve().name}
     settings = {name: str(value) for name, value in settings.items()}
     written = []
@@ -124,7 +126,7 @@ def plot_reverse(
     model: Path = MODEL,
     steps: int = 25,
     guidance: Number = None,
-    sampler: str = "ddim",
+    sampler: Sampler = None,
     seed: int = 0,
     device: Device = "auto",
     out: Path = Path("out/plot"),
@@ -136,7 +138,7 @@ def plot_reverse(
         model: the model's folder.
         steps: sampling steps.
         guidance: how strongly the text steers; 1 is off, 0 ignores the text. Left out, it is the model's own.
-        sampler: ddim (deterministic) or ddpm (adds noise on the way).
+        sampler: ddim (deterministic) or ddpm (adds noise on the way). Left out, it is the model's own.
         seed: everything random follows from it.
         device: where to compute; auto takes a GPU if there is one.
         out: folder for reverse.png and reverse.gif.
@@ -182,8 +184,8 @@ VERBS: dict[str, Callable[..., None]] = {
 # What the verbs share. All that can be wrong is found before anything slow.
 
 
-def sampling(model: Path, steps: int, guidance: float | None, sampler: str, seed: int, device: str, out: Path):  # (LatentDiffusion, dict)
-    """The model, and the arguments of its `sample`."""
+def sampling(model: Path, steps: int, guidance: float | None, sampler: str | None, seed: int, device: str, out: Path):
+    """The model (LatentDiffusion), and the arguments of its `sample`."""
     check_out(out)
     check_seed(seed)
     check_positive("--steps", steps)
@@ -196,8 +198,10 @@ def sampling(model: Path, steps: int, guidance: float | None, sampler: str, seed
     from minidiff.samplers import by_name
 
     generator = torch.Generator().manual_seed(seed)
-    step = by_name(sampler, generator)
+    if sampler is not None:
+        by_name(sampler)  # complains of unknown ones before anything slow
     diffusion = load(model, device)
+    step = by_name(sampler or diffusion.sampler, generator)
     diffusion.schedule.timesteps(steps)  # complains of more steps than noise levels
     guidance = diffusion.guidance if guidance is None else guidance
     return diffusion, {"steps": steps, "guidance": guidance, "step": step, "generator": generator}

@@ -24,7 +24,7 @@ from minidiff.data.folder import check_size
 from minidiff.denoiser import Denoiser, guide
 from minidiff.errors import UserError
 from minidiff.labels import ClassLabels, Unconditional
-from minidiff.samplers import Frame, Step, ddim, sample
+from minidiff.samplers import Frame, Step, by_name, sample
 from minidiff.unet import UNet
 from minidiff.vae import VAE, Pixels
 
@@ -35,13 +35,17 @@ PARTS = {cls.__name__: cls for cls in (VAE, Pixels, CLIPText, ClassLabels, Uncon
 class LatentDiffusion(nn.Module):
     """Composition only: pictures -> vae -> latents <- denoiser <- context <- text <- prompts."""
 
-    def __init__(self, vae: nn.Module, text: nn.Module, denoiser: Denoiser, size: int, dropout: float = 0.1, guidance: float = 4.0):
-        """size: the side of the training pictures in pixels. dropout: how often training hides the condition. guidance: the default scale."""
+    def __init__(
+        self, vae: nn.Module, text: nn.Module, denoiser: Denoiser, size: int, dropout: float = 0.1, guidance: float = 4.0, sampler: str = "ddim"
+    ):
+        """size: the side of the training pictures in pixels. dropout: how often training hides the condition. guidance, sampler: what
+        sampling uses unless told otherwise."""
         super().__init__()
         if text.dim != denoiser.network.context_dim:
             raise UserError(f"the text encoder gives vectors of width {text.dim}, the U-Net expects {denoiser.network.context_dim}.")
         self.vae, self.text, self.denoiser = vae, text, denoiser
-        self.size, self.dropout, self.guidance = size, dropout, guidance
+        by_name(sampler)  # complains of unknown ones
+        self.size, self.dropout, self.guidance, self.sampler = size, dropout, guidance, sampler
 
     @property
     def unet(self) -> nn.Module:
@@ -92,7 +96,7 @@ class LatentDiffusion(nn.Module):
             x_T = spread * torch.randn(len(conditions), self.vae.latent_channels, side, side, generator=generator)
         scale = self.guidance if guidance is None else guidance
         denoise = guide(self.denoiser, self.text.encode(conditions), self.text.null(len(conditions)), scale)
-        yield from sample(denoise, self.schedule, x_T.to(self.device), steps, step or ddim())
+        yield from sample(denoise, self.schedule, x_T.to(self.device), steps, step or by_name(self.sampler, generator))
 
     @torch.no_grad()
     def generate(self, conditions: list[str], batch: int = 64, steps: int = 25, progress: bool = False, **how) -> Float[Tensor, "B C H W"]:
@@ -120,7 +124,8 @@ class LatentDiffusion(nn.Module):
             save_file({k: v.contiguous() for k, v in part.state_dict().items()}, fresh / f"{name}.safetensors")
         numbers = {name: {"kind": type(part).__name__, **part.numbers} for name, part in parts.items()}
         how = {"target": self.denoiser.target, "weighting": self.denoiser.weighting, "schedule": schedules.to_json(self.schedule)}
-        whole = {"format": FORMAT, "size": self.size, "dropout": self.dropout, "guidance": self.guidance, "denoiser": how, **numbers}
+        settings = {name: getattr(self, name) for name in ("size", "dropout", "guidance", "sampler")}
+        whole = {"format": FORMAT, **settings, "denoiser": how, **numbers}
         (fresh / "model.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
         if path.exists():
             os.replace(path, old)
@@ -145,7 +150,8 @@ class LatentDiffusion(nn.Module):
             how = whole["denoiser"]
             denoiser = Denoiser(parts["unet"], schedules.from_json(how["schedule"]), how["target"], how["weighting"])
             denoiser.schedule.timesteps(1)  # numbers of the wrong kind show now, not in the middle of a picture
-            model = cls(parts["vae"], parts["text"], denoiser, int(whole["size"]), float(whole["dropout"]), float(whole["guidance"]))
+            how_to_sample = float(whole["guidance"]), str(whole.get("sampler", "ddim"))
+            model = cls(parts["vae"], parts["text"], denoiser, int(whole["size"]), float(whole["dropout"]), *how_to_sample)
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
             raise UserError(f"{path / 'model.json'} is damaged ({type(error).__name__}: {error}); save the model again.") from error
         for name, part in parts.items():
