@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minidiff import chains, plots, schedules
@@ -31,6 +31,19 @@ def rows(n: int, batch: int, seed: int, start: int) -> Iterator[Int[Tensor, "B"]
     """Which of n pictures make batch start, start + 1, ...; batch k follows from (seed, k) alone."""
     for k in count(start):  # training seeds its noise with the steps from 0 up; the data takes the others
         yield torch.randint(n, (batch,), generator=torch.Generator().manual_seed(seed_of(seed, -1 - k)))
+
+
+Half = tuple[Int[Tensor, "B"], Int[Tensor, "B"], Float[Tensor, "B Z h w"], Bool[Tensor, "B"]]
+
+
+def halves(model: LatentDiffusion, latents: Float[Tensor, "N Z h w"], batch: int, seed: int, start: int) -> Iterator[Half]:
+    """Half batches start, start + 1, ... with all that is random about them, so that two can be learnt from at once: which of the
+    pictures, t, the noise, and whose caption is hidden."""
+    for k, chosen in enumerate(rows(len(latents), -(-batch // 2), seed, start), start):
+        generator = torch.Generator().manual_seed(seed_of(seed, k))
+        t = model.schedule.sample_t(len(chosen), generator)
+        eps = torch.randn(len(chosen), *latents.shape[1:], generator=generator)
+        yield chosen, t, eps, torch.rand(len(chosen), generator=generator) < model.dropout
 
 
 @torch.no_grad()
@@ -138,11 +151,13 @@ def main(
     latents = in_parts(lambda part: vae.encode(part.to(**place)).cpu(), images)
     ema = EMA(model, decay=0.995)
 
-    def loss(chosen: Int[Tensor, "B"]) -> tuple[Tensor, Tensor]:
-        t = model.schedule.sample_t(len(chosen))
-        return model.latent_loss(latents[chosen].to(**place), [captions[i] for i in chosen.tolist()], t), model.schedule.progress(t)
+    def loss(half: Half) -> tuple[Tensor, Tensor]:
+        chosen, t, eps, hidden = half
+        context = model.text.encode(["" if h else captions[i] for i, h in zip(chosen.tolist(), hidden, strict=True)])
+        return model.denoiser.loss(latents[chosen].to(**place), context, t, eps.to(**place)), model.schedule.progress(t)
 
-    training = train(loss, model, partial(rows, len(images), batch, seed), steps, lr, ema=ema, folder=out / "training" / "model", **how)
+    both = dict(accumulate=2, threads=2 if device == "cpu" and torch.get_num_threads() > 1 else 1)  # two halves of a batch, on two cores
+    training = train(loss, model, partial(halves, model, latents, batch, seed), steps, lr, ema=ema, folder=out / "training" / "model", **both, **how)
     speed = follow(training, "2/2 text to image", steps, batch)
     model = ema.average
     print(model.save(out / "model"))
