@@ -24,7 +24,7 @@ from minidiff.data.folder import check_size
 from minidiff.denoiser import Denoiser, guide
 from minidiff.errors import UserError
 from minidiff.labels import ClassLabels, Unconditional
-from minidiff.samplers import Frame, Step, by_name, sample
+from minidiff.samplers import SAMPLERS, Frame, Step, by_name, sample
 from minidiff.unet import UNet
 from minidiff.vae import VAE, Pixels
 
@@ -44,7 +44,8 @@ class LatentDiffusion(nn.Module):
         if text.dim != denoiser.network.context_dim:
             raise UserError(f"the text encoder gives vectors of width {text.dim}, the U-Net expects {denoiser.network.context_dim}.")
         self.vae, self.text, self.denoiser = vae, text, denoiser
-        by_name(sampler)  # complains of unknown ones
+        if sampler not in SAMPLERS:
+            raise ValueError(f'no sampler "{sampler}"; there is {", ".join(SAMPLERS)}')
         self.size, self.dropout, self.guidance, self.sampler = size, dropout, guidance, sampler
 
     @property

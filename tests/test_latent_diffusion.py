@@ -13,6 +13,7 @@ from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.labels import ClassLabels, Unconditional
 from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.samplers import ddpm
 from minidiff.unet import UNet
 from minidiff.vae import VAE, Pixels
 
@@ -49,7 +50,7 @@ def test_text_and_unet_must_have_one_width():
     (schedules.Karras(sigma_max=40.0), "edm", "p2"),
 ], ids=["eps", "v", "flow", "edm"])
 def test_save_and_load_bit_for_bit(tmp_path, schedule, target, weighting):
-    saved = model(schedule=schedule, target=target, weighting=weighting, dropout=0.2, guidance=3.5)
+    saved = model(schedule=schedule, target=target, weighting=weighting, dropout=0.2, guidance=3.5, sampler="ddpm")
     saved.vae.measure_scale(torch.rand(2, 3, 16, 16))
     assert saved.save(tmp_path / "m") == tmp_path / "m"
     loaded = minidiff.load(tmp_path / "m")
@@ -58,7 +59,7 @@ def test_save_and_load_bit_for_bit(tmp_path, schedule, target, weighting):
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     assert loaded.vae.latent_scale == saved.vae.latent_scale != 1
     assert (loaded.schedule, loaded.denoiser.target, loaded.denoiser.weighting) == (schedule, target, weighting or target)
-    assert (loaded.size, loaded.dropout, loaded.guidance, loaded.training) == (16, 0.2, 3.5, False)
+    assert (loaded.size, loaded.dropout, loaded.guidance, loaded.sampler, loaded.training) == (16, 0.2, 3.5, "ddpm", False)
     assert (loaded.text.numbers, loaded.text.pad) == (saved.text.numbers, 0)
     assert torch.equal(pictures(loaded), pictures(saved))
 
@@ -118,13 +119,14 @@ def truncate(folder):
     (edit(lambda whole: whole["unet"].update(heads=[3, 3])), "model.json", "is damaged .*3 heads do not divide"),
     (edit(lambda whole: whole["unet"].update(channels=[-8, 8])), "model.json", "is damaged"),
     (edit(lambda whole: whole.update(size="big")), "model.json", "is damaged .*big"),
+    (edit(lambda whole: whole.update(sampler="euler")), "model.json", "is damaged .*no sampler"),
     (lambda folder: (folder / "text.safetensors").unlink(), "text.safetensors", "is missing"),
     (truncate, "unet.safetensors", "is damaged"),
     (lambda folder: (folder / "vae.safetensors").write_bytes(b""), "vae.safetensors", "is damaged"),
     (edit(lambda whole: whole["unet"].update(channels=[8, 16])), "unet.safetensors", "does not fit model.json"),
     (edit(lambda whole: whole["text"].update(layers=2)), "text.safetensors", "does not fit model.json"),
 ], ids=["no model.json", "half a model.json", "no text", "a list", "no vae", "unknown kind", "unknown number", "unknown target", "heads",
-        "negative", "size", "no weights", "truncated", "empty", "another width", "another depth"])
+        "negative", "size", "unknown sampler", "no weights", "truncated", "empty", "another width", "another depth"])
 def test_every_load_error_is_one_line_that_names_the_file(tmp_path, spoil, file, complaint):
     folder = model().save(tmp_path / "m")
     spoil(folder)
@@ -145,6 +147,18 @@ def test_a_seed_is_a_picture():
     assert pictures(diffusion).shape == (2, 3, 16, 16) and pictures(diffusion).abs().max() <= 1
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(pictures(diffusion, seed=1, x_T=noise), pictures(diffusion))
+
+
+def test_a_model_samples_with_its_own_sampler_unless_told():
+    how = dict(prompts=["a circle"], guidance=1)
+    ancestral, plain = model(sampler="ddpm"), model()
+    generator = torch.Generator().manual_seed(0)  # one for x_T and for the noise on the way, as the model does it
+    told = plain.generate(how["prompts"], steps=3, guidance=1, step=ddpm(generator), generator=generator)
+    assert not torch.equal(pictures(ancestral, **how), pictures(plain, **how))
+    assert torch.equal(pictures(ancestral, **how), pictures(ancestral, **how))
+    assert torch.equal(pictures(ancestral, **how), told)
+    with pytest.raises(ValueError, match='no sampler "euler"'):
+        model(sampler="euler")
 
 
 def test_many_prompts_go_in_batches():
