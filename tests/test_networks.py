@@ -137,15 +137,16 @@ def test_context_and_time_matter_to_the_unet():
     assert (net(x, t + 1, context) - out).abs().max() > 1e-4 * out.abs().max()
 
 
-def test_pooled_context_joins_the_time_embedding():
-    """The mean of the vectors is added: with attention's share of it gone, vectors of the same mean are the same context."""
-    net, x, t, context = randomize(tiny_unet(pooled=True)), torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 5, 6)
+@pytest.mark.parametrize("scale_shift", [False, True])
+def test_pooled_context_joins_the_time_embedding(scale_shift):
+    """The sum of the vectors is added: with attention's share of it gone, vectors of the same sum are the same context."""
+    net, x, t, context = randomize(tiny_unet(pooled=True, scale_shift=scale_shift)), torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 5, 6)
     for level in (*net.encoder, net.middle, *net.decoder):
         for transformer in level.attention:
             torch.nn.init.zeros_(transformer.proj_out.weight)
-    out, mean = net(x, t, context), context.mean(1, keepdim=True)
-    assert (net(x, t, mean) - out).abs().max() < 1e-4 * out.abs().max()  # fp32
-    assert (net(x, t, mean + 1) - out).abs().max() > 1e-2 * out.abs().max()
+    out, total = net(x, t, context), context.sum(1, keepdim=True)
+    assert (net(x, t, total) - out).abs().max() < 1e-4 * out.abs().max()  # fp32
+    assert (net(x, t, total + 1) - out).abs().max() > 1e-2 * out.abs().max()
 
 
 def test_dropout_works_in_training_only():
