@@ -140,7 +140,8 @@ def test_context_and_time_matter_to_the_unet():
 @pytest.mark.parametrize("scale_shift", [False, True])
 def test_pooled_context_joins_the_time_embedding(scale_shift):
     """The sum of the vectors is added: with attention's share of it gone, vectors of the same sum are the same context."""
-    net, x, t, context = randomize(tiny_unet(pooled=True, scale_shift=scale_shift)), torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 5, 6)
+    net = randomize(tiny_unet(pooled=True, scale_shift=scale_shift))
+    x, t, context = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 5, 6)
     for level in (*net.encoder, net.middle, *net.decoder):
         for transformer in level.attention:
             torch.nn.init.zeros_(transformer.proj_out.weight)
