@@ -25,8 +25,8 @@ SIGMA_DATA = 0.5  # s_d, the standard deviation EDM assumes of its data, [4] tab
 
 
 def _edm(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """[4] eq. 8 written as a row, for x / alpha as noisy data at the level sigma / alpha: c_skip = s_d^2 / r^2 and c_out = s_d sigma / r
-    follow from the 2x2 solve. Between x0 where there is much noise and the noise where there is little."""
+    """[4] eq. 8 written as a row, for x / alpha as noisy data at the level sigma / alpha: c_skip = (s_d alpha / r)^2 and
+    c_out = s_d sigma / r follow from the 2x2 solve. Between x0 where there is much noise and the noise where there is little."""
     r = (sigma**2 + (SIGMA_DATA * alpha) ** 2).sqrt()
     return sigma / (SIGMA_DATA * r), -SIGMA_DATA * alpha / r
 
