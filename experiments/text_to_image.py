@@ -105,7 +105,7 @@ def main(
         vae_steps: its training steps.
         vae_batch: its pictures a step.
         vae_lr: its peak learning rate.
-        width: channels of the U-Net at the latents' size, a multiple of 32; two and three times that below.
+        width: channels of the U-Net at the latents' size, a multiple of 32; twice that at the two coarsest levels.
         steps: training steps of the text tower and the U-Net.
         batch: their pictures a step.
         lr: their peak learning rate.
@@ -129,11 +129,11 @@ def main(
     text = CLIPText(width=128, layers=2, heads=4, context_length=48, words_only=True)
     heads = width // 32
     unet = UNet(
-        4, 4, channels=(width, 2 * width, 3 * width, 3 * width), blocks=1,
-        depth=(0, 1, 1, 1), heads=(heads, 2 * heads, 3 * heads, 3 * heads), context_dim=128,  # words are read from 8x8 down,
+        4, 4, channels=(width, width, 2 * width, 2 * width), blocks=1,
+        depth=(0, 1, 1, 1), heads=(heads, heads, 2 * heads, 2 * heads), context_dim=128,  # words are read from 8x8 down,
         pooled=True, scale_shift=True,  # and everywhere as one sum
     )
-    model = LatentDiffusion(vae, text, Denoiser(unet, schedules.cosine(), target="x0", weighting="edm"), size, guidance=guidance).to(**place)
+    model = LatentDiffusion(vae, text, Denoiser(unet, schedules.cosine(), target="x0", weighting="learned"), size, guidance=guidance).to(**place)
     check_size(size, vae.factor * unet.multiple)
     pictures, captions = load_all(CaptionedFolder(data, size, caption_column), size)
     images = to_model(pictures)

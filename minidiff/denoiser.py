@@ -11,6 +11,8 @@ into the same thing: a Prediction of (x0, eps). Nothing outside this file knows 
 [5] Hang et al. Efficient Diffusion Training via Min-SNR Weighting Strategy. 2023. arXiv:2303.09556
 [6] Choi et al. Perception Prioritized Training of Diffusion Models. 2022. arXiv:2204.00227
 [7] Ho, Salimans. Classifier-Free Diffusion Guidance. 2022. arXiv:2207.12598
+[8] Karras et al. Analyzing and Improving the Training Dynamics of Diffusion Models. 2023. arXiv:2312.02696
+[9] Kendall, Gal, Cipolla. Multi-Task Learning Using Uncertainty to Weigh Losses. 2017. arXiv:1705.07115
 """
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from minidiff.schedules import NoiseSchedule
 
 SIGMA_DATA = 0.5  # s_d, the standard deviation EDM assumes of its data, [4] table 1
+LEVELS, HASTE = 20, 20.0  # of the learned weighting: stretches of t, and how many times faster than a weight it learns
 
 
 def _edm(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,6 +50,7 @@ WEIGHTINGS: dict[str, Callable] = {  # w(SNR), the weight of || x0 - x0_hat ||^2
     "edm": lambda snr: snr + SIGMA_DATA**-2,  # [4] table 1, lambda(sigma)
     "min-snr": lambda snr: snr.clamp(max=5),  # [5] section 3.4, gamma = 5
     "p2": lambda snr: snr / (1 + snr),  # [6] eq. 8, gamma = k = 1
+    "learned": lambda snr: torch.ones_like(snr),  # then divided by its own mean at each level: Denoiser.loss
 }
 
 
@@ -78,6 +82,7 @@ class Denoiser(nn.Module):
         if target == "eps" and getattr(schedule, "zero_terminal_snr", False):
             raise ValueError('target "eps" says nothing about x0 where alpha = 0; use "v" or "x0" with zero_terminal_snr')
         self.network, self.schedule, self.target, self.weighting = network, schedule, target, weighting or target
+        self.log_error = nn.Parameter(torch.zeros(LEVELS)) if weighting == "learned" else None  # u / HASTE; of use in training only
 
     def _row(self, t: Shaped[Tensor, "B"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         alpha, sigma = self.schedule.alpha_sigma(t)
@@ -109,6 +114,9 @@ class Denoiser(nn.Module):
     ) -> Float[Tensor, "B"]:
         """w(SNR_t) || x0 - x0_hat(x_t) ||^2 per example (mean over dims); t and eps can be given, so that tests are exact.
 
+        The "learned" weighting ([8], after [9]) is 1 / e^u and the loss (error / e^u) + u, least where u = log E[error | t]: every noise
+        level pulls equally hard, however large its error, and what the network should say does not change. It can be negative.
+
         Computed on the network's output, where x0 - x0_hat = -(sigma / det) (target - F), to stay finite as alpha goes to 0.
         """
         t = self.schedule.sample_t(len(x0)) if t is None else t
@@ -117,7 +125,11 @@ class Denoiser(nn.Module):
         x = _like(alpha, x0) * x0 + _like(sigma, x0) * eps
         error = _like(a, x0) * x0 + _like(b, x0) * eps - self.output(x, t, context)
         weight = WEIGHTINGS[self.weighting](self.schedule.snr(t)) * (sigma / (alpha * b - sigma * a)) ** 2
-        return weight.to(x0.dtype).to(x0.device) * error.pow(2).flatten(1).mean(1)
+        each = weight.to(x0.dtype).to(x0.device) * error.pow(2).flatten(1).mean(1)
+        if self.log_error is None:
+            return each
+        u = HASTE * self.log_error[(LEVELS * self.schedule.progress(t)).long().clamp(max=LEVELS - 1).to(x0.device)]
+        return each / u.exp() + u
 
 
 def guide(denoiser: Denoiser, context: Float[Tensor, "B L D"] | None, null: Float[Tensor, "B L D"] | None, scale: float) -> Denoise:

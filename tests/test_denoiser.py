@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from minidiff import schedules
-from minidiff.denoiser import SIGMA_DATA, TARGETS, WEIGHTINGS, Denoiser, Prediction, guide
+from minidiff.denoiser import HASTE, LEVELS, SIGMA_DATA, TARGETS, WEIGHTINGS, Denoiser, Prediction, guide
 
 ALL_SCHEDULES = [schedules.linear(), schedules.scaled_linear(), schedules.cosine(), schedules.sigmoid(), schedules.Flow(), schedules.Karras()]
 PAIRS = [(target, s) for target in TARGETS for s in ALL_SCHEDULES]
@@ -95,6 +95,34 @@ def test_min_snr_published_forms():
         denoiser, _ = oracle(target, schedule, x0, eps, t, error=error)
         denoiser.weighting = "min-snr"
         assert torch.allclose(denoiser.loss(x0, t=t, eps=eps), own * error.pow(2).mean(1), rtol=1e-8, atol=0)
+
+
+def test_learned_weighting_makes_every_level_pull_equally():
+    """u settles where each level's loss has mean 1 + u, u = log E[error | t], though the errors differ a thousandfold; and the network
+    feels the error divided by e^u."""
+    torch.manual_seed(0)
+    schedule = schedules.cosine()
+    denoiser = Denoiser(Knows(), schedule, "x0", "learned")
+    optimizer = torch.optim.Adam(denoiser.parameters(), lr=2e-3)
+    x0 = torch.zeros(64, 50)
+    for _ in range(400):
+        t = schedule.sample_t(64)
+        spread = 10 ** (1.5 * schedule.progress(t) - 1.5)[:, None].float()
+        denoiser.network.answer = spread * torch.randn(64, 50)
+        optimizer.zero_grad()
+        denoiser.loss(x0, t=t).mean().backward()
+        optimizer.step()
+    middles = (torch.arange(LEVELS) + 0.5) / LEVELS
+    expected = (10 ** (3 * middles - 3)).log()
+    assert torch.allclose(HASTE * denoiser.log_error.detach(), expected, atol=0.4)
+
+    t, answer = torch.tensor([100, 900]), torch.ones(2, 50, requires_grad=True)
+    denoiser.network.answer = answer
+    loss = denoiser.loss(x0[:2], t=t)
+    u = HASTE * denoiser.log_error[[2, 18]]
+    assert torch.allclose(loss, 1 / u.exp() + u)
+    assert torch.allclose(torch.autograd.grad(loss.sum(), answer)[0], (2 / 50 / u.exp())[:, None].expand(-1, 50))
+    assert Denoiser(Knows(), schedule, "x0").log_error is None
 
 
 def test_zero_terminal_snr_needs_a_target_that_sees_x0():

@@ -6,7 +6,7 @@ import torch
 
 from minidiff import evaluate, load, quickstart
 from minidiff.data.critic import accuracy
-from minidiff.data.world import World
+from minidiff.data.world import RELATIONS, World
 from minidiff.errors import UserError
 
 WORLD = World(quickstart.SIZE, quickstart.SHAPES, quickstart.COLOURS)
@@ -15,7 +15,9 @@ WORLD = World(quickstart.SIZE, quickstart.SHAPES, quickstart.COLOURS)
 @pytest.fixture
 def tiny(monkeypatch):
     """Two steps of everything, and four captions."""
-    for name, value in {"VAE_STEPS": 2, "STEPS": 2, "BATCH": 4, "POOL": 64, "VAE_BATCH": 4, "CAPTIONS": 4, "PROMPTS": quickstart.PROMPTS[:1]}.items():
+    steps = {"VAE_STEPS": 2, "STEPS": 2, "SMALL_STEPS": 1}
+    sizes = {"VAE_BATCH": 4, "SMALL_BATCH": 8, "BATCH": 4, "POOL": 64, "CAPTIONS": 4, "PROMPTS": quickstart.PROMPTS[:1]}
+    for name, value in {**steps, **sizes}.items():
         monkeypatch.setattr(quickstart, name, value)
 
 
@@ -57,22 +59,30 @@ def test_noise_levels_are_spread_over_every_batch():
     assert torch.stack([x.float().mean() for x in t]).std() < 0.5 * independent
 
 
-def test_parts_follow_from_seed_and_number_alone():
-    """What resuming and threads rely on. Captions are hidden as often as asked, and no two pools are mixed up."""
+def test_parts_follow_from_seed_and_number_alone(monkeypatch):
+    """What resuming and threads rely on. Small pictures come first, captions are hidden as often as asked, and no two pools are mixed up."""
+    monkeypatch.setattr(quickstart, "SMALL_STEPS", 2)  # of PARTS parts
     vae = quickstart.vae_quickstart()
     one, two = (quickstart.Pool(WORLD, vae, 64, "test", objects, "cpu") for objects in (1, 2))
     assert all(len(scene.things) == n for n, pool in ((1, one), (2, two)) for scene in pool.scenes)
 
+    pictures = WORLD.batch(64, ("test", 2, 0), objects=2)[0]
+    for kept, shown in ((two.latents, pictures), (two.small, torch.nn.functional.avg_pool2d(pictures, 2))):
+        with torch.no_grad():
+            assert torch.allclose(kept, vae.encode(shown), atol=1e-5)
+
     def take(start, n, dropout=0.0):
-        stream = quickstart.parts(WORLD, lambda k: [one] if k < 3 else [one, two], 5, dropout, start)
+        stream = quickstart.parts(WORLD, one, two, 5, dropout, start)
         return [next(stream) for _ in range(n)]
 
     for a, b in zip(take(0, 6)[2:], take(2, 4), strict=True):
         assert a.captions == b.captions and all(torch.equal(x, y) for x, y in zip((a.latents, a.t, a.eps), (b.latents, b.t, b.eps), strict=True))
-    relations = ("above", "below", "left of", "right of")
-    pairs = [sum(any(r in c for r in relations) for c in part.captions) for part in take(0, 6)]
-    assert sum(pairs[:3]) == 0 and 30 < sum(pairs[3:]) <= 48  # 85 % of 48
-    assert sum(c == "" for part in take(0, 6, dropout=0.5) for c in part.captions) in range(30, 66)
+    assert [tuple(part.latents.shape[::2]) for part in take(0, 6)] == 4 * [(quickstart.SMALL_BATCH, 8)] + 2 * [(quickstart.BATCH, 16)]
+    captions = [caption for part in take(0, 6) for caption in part.captions]
+    pairs = sum(any(relation in caption for relation in RELATIONS) for caption in captions)
+    assert abs(pairs / len(captions) - quickstart.TWO_OBJECTS) < 0.1
+    hidden = [caption == "" for part in take(0, 6, dropout=0.5) for caption in part.captions]
+    assert 0.4 < sum(hidden) / len(hidden) < 0.6
 
 
 def test_held_out_captions_are_held_out_and_full():
