@@ -44,6 +44,8 @@ class ResBlock(nn.Module):
         eps: float = 1e-5,
         scale_shift: bool = False,
     ):
+        if scale_shift and not time_dim:
+            raise ValueError("scale_shift needs a time_dim: it is time that scales and shifts")
         super().__init__()
         self.scale_shift = scale_shift
         self.norm1 = group_norm(groups, in_channels, eps)

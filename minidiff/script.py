@@ -1,5 +1,6 @@
 """What the experiments share: a main that is a command, the device a name means, training behind a progress bar, and results.json."""
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -61,5 +62,7 @@ def write_results(out: Path, **figures: object) -> Path:
     """results.json: every figure that the study prints, and what it was run with."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "results.json"
-    path.write_text(json.dumps(figures, indent=2, default=str) + "\n", encoding="utf-8")
+    fresh = out / "results.json.new"
+    fresh.write_text(json.dumps(figures, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(fresh, path)
     return path

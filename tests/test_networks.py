@@ -137,6 +137,11 @@ def test_context_and_time_matter_to_the_unet():
     assert (net(x, t + 1, context) - out).abs().max() > 1e-4 * out.abs().max()
 
 
+def test_scale_shift_needs_a_time():
+    with pytest.raises(ValueError, match="scale_shift needs a time_dim"):
+        ResBlock(4, 4, groups=2, scale_shift=True)
+
+
 @pytest.mark.parametrize("scale_shift", [False, True])
 def test_pooled_context_joins_the_time_embedding(scale_shift):
     """The sum of the vectors is added: with attention's share of it gone, vectors of the same sum are the same context."""
