@@ -16,7 +16,14 @@ __all__ = [*_HOMES, *_MODULES, "load"]
 
 
 def load(path, device="cpu"):
-    """The model in a folder: a LatentDiffusion, ready to sample."""
+    """The model at a path, a LatentDiffusion ready to sample: a folder of ours, a diffusers folder, or a single file of Stable Diffusion."""
+    from pathlib import Path
+
+    path = Path(path)
+    if (path / "model_index.json").is_file() or path.is_file():
+        from minidiff.weights import layouts
+
+        return (layouts.from_single_file(path) if path.is_file() else layouts.from_diffusers(path)).to(device)
     from minidiff.latent_diffusion import LatentDiffusion
 
     return LatentDiffusion.load(path, device)

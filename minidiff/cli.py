@@ -60,7 +60,7 @@ def generate(
 
     Args:
         prompts: what to draw; each in quotes, before the options.
-        model: the model's folder.
+        model: the model: our folder, a diffusers folder, or one .safetensors or .ckpt file of Stable Diffusion.
         n: pictures of each prompt.
         steps: sampling steps; more is slower and a little better.
         guidance: how strongly the text steers; 1 is off, 0 ignores the text. Left out, it is the model's own.
@@ -135,7 +135,7 @@ def plot_reverse(
 
     Args:
         prompts: what to draw; the PNG shows the first, the GIF all.
-        model: the model's folder.
+        model: the model: our folder, a diffusers folder, or one .safetensors or .ckpt file of Stable Diffusion.
         steps: sampling steps.
         guidance: how strongly the text steers; 1 is off, 0 ignores the text. Left out, it is the model's own.
         sampler: ddim (deterministic) or ddpm (adds noise on the way). Left out, it is the model's own.

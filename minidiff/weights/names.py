@@ -1,83 +1,175 @@
-"""Our parameter names and the published ones, as short tables of rules. Every table is all there is to one layout.
+"""Our parameter names and the published ones, as short tables. Each table is all there is to one layout, and reads both ways.
 
-A rule rewrites a piece of a dotted name, from the published side to ours. Rules are applied in order, each to the whole name; `None`
-drops a tensor on purpose. Renaming is strict: two tensors with one name, or a name that does not fit, is an error that names it.
+A row pairs a piece of a published name with the piece of ours that stands in its place; pieces begin and end at dots, {} is a number.
+Rows are applied from the top to come to our names, and from the bottom, turned round, to come back.
 """
 import re
+from collections.abc import Sequence
+from typing import TypeVar
 
-from torch import Tensor
+from minidiff.errors import UserError
 
-Rules = list[tuple[str, str | None]]
-
-
-def rename(state: dict[str, Tensor], rules: Rules) -> dict[str, Tensor]:
-    """Published names to ours."""
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        ours: str | None = name
-        for pattern, replacement in rules:
-            if replacement is None:
-                ours = None if re.search(pattern, ours) else ours
-            else:
-                ours = re.sub(pattern, replacement, ours)
-            if ours is None:
-                break
-        if ours is None:
-            continue
-        if ours in renamed:
-            raise KeyError(f'"{name}" and another tensor are both renamed to "{ours}"')
-        renamed[ours] = tensor
-    return renamed
+Table = list[tuple[str, str]]
+T = TypeVar("T")
 
 
-RESIDUAL: Rules = [(r"\btime_emb_proj\b", "time"), (r"\bconv_shortcut\b", "skip"), (r"\bconv_norm_out\b", "norm_out")]
-ATTENTION: Rules = [(r"\bto_([qkv])\b", r"\1"), (r"\bto_out\.0\b", "out")]
+def _replace(name: str, old: str, new: str) -> str:
+    pattern = r"(?<![^.])" + re.escape(old).replace(r"\{\}", r"(\d+)") + r"(?![^.])"
+    for number in range(1, new.count("{}") + 1):
+        new = new.replace("{}", rf"\g<{number}>", 1)
+    return re.sub(pattern, new, name)
 
-UNET_DIFFUSERS: Rules = [  # diffusers' UNet2DConditionModel
-    *RESIDUAL,
-    *ATTENTION,
-    (r"^time_embedding\.linear_1\b", "time.0"),
-    (r"^time_embedding\.linear_2\b", "time.2"),
-    (r"^down_blocks\b", "encoder"),
-    (r"^mid_block\b", "middle"),
-    (r"^up_blocks\b", "decoder"),
-    (r"\b(down|up)samplers\.0\b", "resample"),
-    (r"\bresnets\b", "residual"),
-    (r"\battentions\b", "attention"),
-    (r"\btransformer_blocks\b", "blocks"),
-    (r"\battn1\b", "self_attention"),
-    (r"\battn2\b", "cross_attention"),
-    (r"\bff\.net\.0\.proj\b", "ff.up"),
-    (r"\bff\.net\.2\b", "ff.down"),
+
+def _renamed(state: dict[str, T], table: Table) -> dict[str, T]:
+    result, meant = {}, {}
+    for name, value in state.items():
+        new = name
+        for old, replacement in table:
+            new = _replace(new, old, replacement)
+        if new in result:
+            raise UserError(f'"{name}" and "{meant[new]}" both mean "{new}"; a checkpoint holds one of the two.')
+        result[new], meant[new] = value, name
+    return result
+
+
+def to_ours(state: dict[str, T], table: Table) -> dict[str, T]:
+    """The same tensors under our names. Two with one name are an error that names them."""
+    return _renamed(state, table)
+
+
+def to_published(state: dict[str, T], table: Table) -> dict[str, T]:
+    """The same tensors under the published names."""
+    return _renamed(state, [(ours, published) for published, ours in reversed(table)])
+
+
+# Networks of diffusers' layout.
+
+_ATTENTION: Table = [("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "out")]
+_TRANSFORMER: Table = [
+    *_ATTENTION,
+    ("transformer_blocks", "blocks"),
+    ("attn1", "self_attention"),
+    ("attn2", "cross_attention"),
+    ("ff.net.0.proj", "ff.up"),
+    ("ff.net.2", "ff.down"),
 ]
 
-VAE_DIFFUSERS: Rules = [  # diffusers' AutoencoderKL, with its old names for the attention too
-    *RESIDUAL,
-    *ATTENTION,
-    (r"\bquery\b", "q"),
-    (r"\bkey\b", "k"),
-    (r"\bvalue\b", "v"),
-    (r"\bproj_attn\b", "out"),
-    (r"^quant_conv\b", "quant"),
-    (r"^post_quant_conv\b", "post_quant"),
-    (r"\bmid_block\.resnets\.0\b", "middle.first"),
-    (r"\bmid_block\.resnets\.1\b", "middle.second"),
-    (r"\bmid_block\.attentions\.0\.group_norm\b", "middle.norm"),
-    (r"\bmid_block\.attentions\.0\b", "middle.attention"),
-    (r"\b(down|up)_blocks\b", "levels"),
-    (r"\bresnets\b", "residual"),
-    (r"\b(down|up)samplers\.0\b", "resample"),
+UNET_DIFFUSERS: Table = [  # UNet2DConditionModel
+    *_TRANSFORMER,
+    ("conv_norm_out", "norm_out"),
+    ("conv_shortcut", "skip"),
+    ("time_emb_proj", "time"),
+    ("down_blocks.{}.downsamplers.0", "encoder.{}.resample"),
+    ("down_blocks.{}.resnets", "encoder.{}.residual"),
+    ("down_blocks.{}.attentions", "encoder.{}.attention"),
+    ("mid_block.resnets", "middle.residual"),
+    ("mid_block.attentions", "middle.attention"),
+    ("up_blocks.{}.upsamplers.0", "decoder.{}.resample"),
+    ("up_blocks.{}.resnets", "decoder.{}.residual"),
+    ("up_blocks.{}.attentions", "decoder.{}.attention"),
+    ("time_embedding.linear_1", "time.0"),  # below time_emb_proj: on the way back "time.0" must go first
+    ("time_embedding.linear_2", "time.2"),
 ]
 
-CLIP_TRANSFORMERS: Rules = [  # transformers' CLIPTextModel, before and after its prefix went
-    (r"^text_model\.", ""),
-    (r"position_ids$", None),
-    (r"^embeddings\.(token|position)_embedding\b", r"\1_embedding"),
-    (r"^encoder\.layers\b", "blocks"),
-    (r"\bself_attn\.([qkv])_proj\b", r"attention.\1"),
-    (r"\bself_attn\.out_proj\b", "attention.out"),
-    (r"\blayer_norm(\d)\b", r"norm\1"),
-    (r"\bmlp\.fc1\b", "up"),
-    (r"\bmlp\.fc2\b", "down"),
-    (r"^final_layer_norm\b", "norm_out"),
+VAE_DIFFUSERS: Table = [  # AutoencoderKL
+    *_ATTENTION,
+    ("conv_norm_out", "norm_out"),
+    ("conv_shortcut", "skip"),
+    ("quant_conv", "quant"),
+    ("post_quant_conv", "post_quant"),
+    ("mid_block.resnets.0", "middle.first"),
+    ("mid_block.resnets.1", "middle.second"),
+    ("mid_block.attentions.0.group_norm", "middle.norm"),
+    ("mid_block.attentions.0", "middle.attention"),
+    ("encoder.down_blocks.{}.downsamplers.0", "encoder.levels.{}.resample"),
+    ("encoder.down_blocks.{}.resnets", "encoder.levels.{}.residual"),
+    ("decoder.up_blocks.{}.upsamplers.0", "decoder.levels.{}.resample"),
+    ("decoder.up_blocks.{}.resnets", "decoder.levels.{}.residual"),
+]
+VAE_OLD_ATTENTION: Table = [("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")]  # until diffusers 0.18
+
+CLIP_TRANSFORMERS: Table = [  # CLIPTextModel; files of before and after its prefix "text_model" went
+    ("embeddings.token_embedding", "token_embedding"),
+    ("embeddings.position_embedding", "position_embedding"),
+    ("encoder.layers", "blocks"),
+    ("self_attn.q_proj", "attention.q"),
+    ("self_attn.k_proj", "attention.k"),
+    ("self_attn.v_proj", "attention.v"),
+    ("self_attn.out_proj", "attention.out"),
+    ("layer_norm1", "norm1"),
+    ("layer_norm2", "norm2"),
+    ("mlp.fc1", "up"),
+    ("mlp.fc2", "down"),
+    ("final_layer_norm", "norm_out"),
+]
+
+# Networks of CompVis's layout, the single file. Its U-Net numbers its layers in the order in which they run.
+
+
+def unet_compvis(attention: Sequence[bool] = (True, True, True, False), blocks: int = 2) -> Table:
+    """UNetModel; `attention` says which levels have transformers, finest first, and `blocks` is the residual blocks a level."""
+    levels, layers, k = len(attention), [("input_blocks.0.0", "conv_in")], 1
+    for level in range(levels):
+        for i in range(blocks):
+            layers += [(f"input_blocks.{k}.0", f"encoder.{level}.residual.{i}"), (f"input_blocks.{k}.1", f"encoder.{level}.attention.{i}")]
+            k += 1
+        if level < levels - 1:
+            layers.append((f"input_blocks.{k}.0.op", f"encoder.{level}.resample.conv"))
+            k += 1
+    layers += [("middle_block.0", "middle.residual.0"), ("middle_block.1", "middle.attention.0"), ("middle_block.2", "middle.residual.1")]
+    for k in range(levels * (blocks + 1)):
+        level, i = divmod(k, blocks + 1)
+        transformer = attention[levels - 1 - level]
+        layers.append((f"output_blocks.{k}.0", f"decoder.{level}.residual.{i}"))
+        if transformer:
+            layers.append((f"output_blocks.{k}.1", f"decoder.{level}.attention.{i}"))
+        if i == blocks and level < levels - 1:  # halving has a number of its own; doubling stands behind the last transformer, or in its place
+            layers.append((f"output_blocks.{k}.{1 + transformer}.conv", f"decoder.{level}.resample.conv"))
+    return [
+        *layers,
+        ("time_embed", "time"),  # above the residual blocks' "time": on the way back theirs must go first
+        ("residual.{}.in_layers.0", "residual.{}.norm1"),
+        ("residual.{}.in_layers.2", "residual.{}.conv1"),
+        ("residual.{}.emb_layers.1", "residual.{}.time"),
+        ("residual.{}.out_layers.0", "residual.{}.norm2"),
+        ("residual.{}.out_layers.3", "residual.{}.conv2"),
+        ("residual.{}.skip_connection", "residual.{}.skip"),
+        ("out.0", "norm_out"),
+        ("out.2", "conv_out"),
+        *_TRANSFORMER,
+    ]
+
+
+def vae_compvis(levels: int = 4) -> Table:
+    """AutoencoderKL of so many levels. Its attention is made of 1x1 convolutions: the same numbers, two axes more."""
+    decoder: Table = []
+    for level in range(levels):  # numbered from the finest, though it runs from the coarsest
+        decoder.append((f"decoder.up.{levels - 1 - level}.block", f"decoder.levels.{level}.residual"))
+        decoder.append((f"decoder.up.{levels - 1 - level}.upsample", f"decoder.levels.{level}.resample"))
+    return [
+        ("encoder.down.{}.block", "encoder.levels.{}.residual"),
+        ("encoder.down.{}.downsample", "encoder.levels.{}.resample"),
+        *decoder,
+        ("mid.block_1", "middle.first"),
+        ("mid.block_2", "middle.second"),
+        ("mid.attn_1.norm", "middle.norm"),
+        ("mid.attn_1", "middle.attention"),
+        ("middle.attention.proj_out", "middle.attention.out"),
+        ("nin_shortcut", "skip"),
+        ("quant_conv", "quant"),
+        ("post_quant_conv", "post_quant"),
+    ]
+
+
+CLIP_OPEN: Table = [  # open_clip's text tower, also in SD 2.x's single file. It keeps q, k and v in one matrix (see layouts)
+    ("positional_embedding", "position_embedding.weight"),
+    ("transformer.resblocks", "blocks"),
+    ("ln_1", "norm1"),
+    ("ln_2", "norm2"),
+    ("attn.out_proj", "attention.out"),
+    ("attn.in_proj_weight", "attention.qkv.weight"),
+    ("attn.in_proj_bias", "attention.qkv.bias"),
+    ("mlp.c_fc", "up"),
+    ("mlp.c_proj", "down"),
+    ("ln_final", "norm_out"),
 ]
