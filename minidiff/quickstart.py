@@ -37,11 +37,11 @@ from minidiff.vae import VAE
 SIZE = 32  # pixels; the world's default of 64 would cost four times the VAE
 SHAPES = ("circle", "square", "triangle")  # the part of the world that ten minutes suffice for
 COLOURS = ("red", "yellow", "green", "blue")
-VAE_STEPS, VAE_BATCH, VAE_LR = 700, 32, 3e-3
-STEPS, LR = 3450, 2e-3
+VAE_STEPS, VAE_BATCH, VAE_LR = 750, 32, 3e-3
+STEPS, LR = 3600, 2e-3
 PARTS = 2  # a step is PARTS batches, on as many cores at once
-SMALL_STEPS, SMALL_BATCH, BATCH = 1350, 48, 16  # the first steps see pictures of half the side: three times as many for the same work
-TWO_OBJECTS = 0.65  # the share of pictures that show two
+SMALL_STEPS, SMALL_BATCH, BATCH = 1400, 48, 16  # the first steps see pictures of half the side: three times as many for the same work
+TWO_OBJECTS = 0.7  # the share of pictures that show two
 POOL = 12_000  # pictures of two objects; half as many of one
 T_CENTRE, T_SPREAD = 0.6, 0.85  # of logit(t / 1000)
 GUIDANCE = 2.0

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 import minidiff
 from minidiff.errors import UserError
 from minidiff.weights import layouts, names
-from tests.parity.test_networks import gap, randomized
+
+from .test_networks import gap, randomized
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
