@@ -1,0 +1,67 @@
+"""What the verbs share: options, and checks that find all that can be wrong before anything slow. Torch is imported where it is needed."""
+import math
+import os
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from minidiff.errors import UserError
+
+Device = Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda|mps")]
+Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
+Sampler = Annotated[str | None, tyro.conf.arg(metavar="ddim|ddpm")]
+Integer = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+Prompts = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PROMPT ...")]]
+
+MODEL = Path("out/quickstart/model")
+EXAMPLE = "a small blue circle above a large red square"
+
+
+def sampling(model: Path, steps: int, guidance: float | None, sampler: str | None, seed: int, device: str, out: Path):
+    """The model (LatentDiffusion), and the arguments of its `sample`."""
+    check_out(out)
+    check_seed(seed)
+    check_positive("--steps", steps)
+    if guidance is not None and not math.isfinite(guidance):
+        raise UserError(f"--guidance is {guidance}; it must be finite, as in --guidance 4.")
+    device = pick_device(device)
+    import torch
+
+    from minidiff import load
+    from minidiff.samplers import by_name
+
+    generator = torch.Generator().manual_seed(seed)
+    if sampler is not None:
+        by_name(sampler)  # complains of unknown ones before anything slow
+    diffusion = load(model, device)
+    step = by_name(sampler or diffusion.sampler, generator)
+    diffusion.schedule.timesteps(steps)  # complains of more steps than noise levels
+    guidance = diffusion.guidance if guidance is None else guidance
+    return diffusion, {"steps": steps, "guidance": guidance, "step": step, "generator": generator}
+
+
+def check_positive(option: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"{option} is {value}; it must be at least 1.")
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed is {seed}; it must be from 0 to {2**63 - 1}.")
+
+
+def check_out(out: Path) -> None:
+    """That files can be written there; nothing is made yet, so that bad input leaves nothing behind."""
+    there = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(f'--out {out}: "{there}" is a file; name a folder.')
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f'--out {out}: no permission to write in "{there}"; name another folder.')
+
+
+def pick_device(name: str) -> str:
+    """The device a name means here; finding out imports torch."""
+    from minidiff import script
+
+    return script.pick_device(name)
