@@ -15,18 +15,12 @@ _MODULES = ("ddpm", "schedules", "denoiser", "samplers", "unet", "vae", "clip", 
 __all__ = [*_HOMES, *_MODULES, "load"]
 
 
-def load(path, device="cpu"):
-    """The model at a path, a LatentDiffusion ready to sample: a folder of ours, a diffusers folder, or a single file of Stable Diffusion."""
-    from pathlib import Path
+def load(path, device="cpu", dtype="fp32", **how):
+    """The model at a path, a LatentDiffusion ready to sample: a folder of ours, a diffusers folder, a single file of Stable Diffusion,
+    or a name on the Hugging Face Hub. dtype: fp32, bf16, fp16, or None for what is stored. More in weights/load.py."""
+    from minidiff.weights.load import load
 
-    path = Path(path)
-    if (path / "model_index.json").is_file() or path.is_file():
-        from minidiff.weights import layouts
-
-        return (layouts.from_single_file(path) if path.is_file() else layouts.from_diffusers(path)).to(device)
-    from minidiff.latent_diffusion import LatentDiffusion
-
-    return LatentDiffusion.load(path, device)
+    return load(path, device, dtype, **how)
 
 
 def __getattr__(name: str):

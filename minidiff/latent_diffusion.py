@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Shaped
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,6 +26,8 @@ from minidiff.labels import ClassLabels, Unconditional
 from minidiff.samplers import SAMPLERS, Frame, Step, by_name, sample
 from minidiff.unet import UNet
 from minidiff.vae import VAE, Pixels
+from minidiff.weights import files
+from minidiff.weights.fill import empty, fill
 
 FORMAT = "minidiff 1"
 PARTS = {cls.__name__: cls for cls in (VAE, Pixels, CLIPText, ClassLabels, Unconditional, UNet)}
@@ -36,17 +37,39 @@ class LatentDiffusion(nn.Module):
     """Composition only: pictures -> vae -> latents <- denoiser <- context <- text <- prompts."""
 
     def __init__(
-        self, vae: nn.Module, text: nn.Module, denoiser: Denoiser, size: int, dropout: float = 0.1, guidance: float = 4.0, sampler: str = "ddim"
+        self,
+        vae: nn.Module,
+        text: nn.Module,
+        denoiser: Denoiser,
+        size: int,
+        dropout: float = 0.1,
+        guidance: float = 4.0,
+        sampler: str = "ddim",
+        spacing: str = "trailing",
     ):
-        """size: the side of the training pictures in pixels. dropout: how often training hides the condition. guidance, sampler: what
-        sampling uses unless told otherwise."""
+        """size: the side of the training pictures in pixels. dropout: how often training hides the condition. guidance, sampler, spacing:
+        what sampling uses unless told otherwise."""
         super().__init__()
-        if text.dim != denoiser.network.context_dim:
-            raise UserError(f"the text encoder gives vectors of width {text.dim}, the U-Net expects {denoiser.network.context_dim}.")
         self.vae, self.text, self.denoiser = vae, text, denoiser
+        self.check_widths()
         if sampler not in SAMPLERS:
             raise ValueError(f'no sampler "{sampler}"; there is {", ".join(SAMPLERS)}')
-        self.size, self.dropout, self.guidance, self.sampler = size, dropout, guidance, sampler
+        self.size, self.dropout, self.guidance, self.sampler, self.spacing = size, dropout, guidance, sampler, spacing
+
+    def check_widths(self) -> None:
+        """That the parts fit: a U-Net of one version with the text tower of another does not."""
+        if self.text.dim != self.unet.context_dim:
+            raise UserError(f"the text encoder gives vectors of width {self.text.dim}, the U-Net expects {self.unet.context_dim}.")
+        z = self.vae.latent_channels
+        if self.unet.numbers["out_channels"] != z:
+            raise UserError(f"the VAE's latents have {z} channels, the U-Net gives {self.unet.numbers['out_channels']}.")
+
+    def cast(self, dtype: torch.dtype | None) -> "LatentDiffusion":
+        """Compute in this precision. In float16 the VAE stays in float32: Stable Diffusion's overflows and draws black pictures."""
+        for name, parameter in self.named_parameters():  # not the buffers: half a precision of the latent scale would shift colours
+            kept = torch.float32 if dtype == torch.float16 and name.startswith("vae.") else dtype
+            parameter.data = parameter.data.to(kept or parameter.dtype)
+        return self
 
     @property
     def unet(self) -> nn.Module:
@@ -125,7 +148,7 @@ class LatentDiffusion(nn.Module):
             save_file({k: v.contiguous() for k, v in part.state_dict().items()}, fresh / f"{name}.safetensors")
         numbers = {name: {"kind": type(part).__name__, **part.numbers} for name, part in parts.items()}
         how = {"target": self.denoiser.target, "weighting": self.denoiser.weighting, "schedule": schedules.to_json(self.schedule)}
-        settings = {name: getattr(self, name) for name in ("size", "dropout", "guidance", "sampler")}
+        settings = {name: getattr(self, name) for name in ("size", "dropout", "guidance", "sampler", "spacing")}
         whole = {"format": FORMAT, **settings, "denoiser": how, **numbers}
         (fresh / "model.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
         if path.exists():
@@ -143,20 +166,23 @@ class LatentDiffusion(nn.Module):
             raise UserError(f'no model folder "{path}"; `minidiff quickstart` makes one, or pass --model FOLDER.')
         if not (path / "model.json").is_file():
             raise UserError(f'"{path}" is no model folder: it has no model.json (a folder as written by `minidiff quickstart` has one).')
+        whole = files.read_json(path / "model.json")
         try:
-            whole = json.loads((path / "model.json").read_text(encoding="utf-8"))
             if whole["format"] != FORMAT:
                 raise ValueError(f'format "{whole["format"]}", but this version reads "{FORMAT}"')
-            parts = {name: _build(whole[name]) for name in ("vae", "text", "unet")}
+            parts = {name: _empty(whole[name]) for name in ("vae", "text", "unet")}
             how = whole["denoiser"]
             denoiser = Denoiser(parts["unet"], schedules.from_json(how["schedule"]), how["target"], how["weighting"])
             denoiser.schedule.timesteps(1)  # numbers of the wrong kind show now, not in the middle of a picture
-            how_to_sample = float(whole["guidance"]), str(whole.get("sampler", "ddim"))
+            how_to_sample = float(whole["guidance"]), str(whole.get("sampler", "ddim")), str(whole.get("spacing", "trailing"))
             model = cls(parts["vae"], parts["text"], denoiser, int(whole["size"]), float(whole["dropout"]), *how_to_sample)
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
             raise UserError(f"{path / 'model.json'} is damaged ({type(error).__name__}: {error}); save the model again.") from error
         for name, part in parts.items():
-            _load_weights(part, path / f"{name}.safetensors")
+            file = path / f"{name}.safetensors"
+            if not file.is_file():
+                raise UserError(f"{path} has no weights: {file.name} is missing; copy the whole folder, or save the model again.")
+            fill(part, files.tensors(files.inside(path, file)), f"{file} does not fit model.json")
         return model.to(device).eval()
 
 
@@ -167,19 +193,5 @@ def _finish_save(path: Path) -> None:
         os.replace(old, path)
 
 
-def _build(numbers: dict) -> nn.Module:
-    return PARTS[numbers["kind"]](**{k: v for k, v in numbers.items() if k != "kind"})
-
-
-def _load_weights(part: nn.Module, file: Path) -> None:
-    if not file.is_file():
-        raise UserError(f"{file.parent} has no weights: {file.name} is missing; copy the whole folder, or save the model again.")
-    try:
-        state = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged ({error}); copy it again, or save the model again.") from error
-    expected = part.state_dict()
-    wrong = sorted(expected.keys() ^ state.keys()) or [k for k in expected if expected[k].shape != state[k].shape]
-    if wrong:
-        raise UserError(f'{file} does not fit model.json: {len(wrong)} tensors differ, the first is "{wrong[0]}"; they must come from one save.')
-    part.load_state_dict(state)
+def _empty(numbers: dict) -> nn.Module:
+    return empty(PARTS[numbers["kind"]], {k: v for k, v in numbers.items() if k != "kind"})

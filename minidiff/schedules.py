@@ -102,6 +102,7 @@ class Discrete(NoiseSchedule):
     beta_1: float = 1e-4
     beta_T: float = 0.02
     zero_terminal_snr: bool = False
+    final: int = 0  # where the published DDIM stops: at 1, one level short of clean data, with Stable Diffusion
 
     def __post_init__(self) -> None:
         if self.betas not in BETAS:

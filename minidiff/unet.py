@@ -77,6 +77,7 @@ class UNet(nn.Module):
         groups: int = 32,
         pooled: bool = False,  # add the context's sum to the time embedding: every residual block hears the text from the first step on
         scale_shift: bool = False,  # time, and what is pooled, scale and shift in the residual blocks rather than only shift
+        middle: bool = True,  # False: pruned networks, whose decoder follows the encoder at once
     ):
         if not len(channels) == len(depth) == len(heads):
             raise ValueError(f"channels, depth and heads name {len(channels)}, {len(depth)} and {len(heads)} levels; they must agree")
@@ -107,7 +108,7 @@ class UNet(nn.Module):
             skips += [c] * (blocks + (level < last))
             width = c
 
-        self.middle = Level([residual(width, width), residual(width, width)], attention(last, 1, at_least=1), None)
+        self.middle = Level([residual(width, width), residual(width, width)], attention(last, 1, at_least=1), None) if middle else None
 
         self.decoder = nn.ModuleList()
         for level, c in reversed(list(enumerate(channels))):
@@ -136,17 +137,19 @@ class UNet(nn.Module):
     def forward(
         self, x: Float[Tensor, "B C H W"], t: Shaped[Tensor, "B"], context: Float[Tensor, "B L D"] | None = None
     ) -> Float[Tensor, "B C2 H W"]:
-        """t is the number a schedule's c_noise gives."""
+        """t is the number a schedule's c_noise gives. Computed in the weights' precision, returned in x's."""
         if x.shape[2] % self.multiple or x.shape[3] % self.multiple:
             raise ValueError(f"a side of {x.shape[2]}x{x.shape[3]} is not divisible by {self.multiple}, as halving it at every level needs")
         if (context is None) != (self.context_dim is None):
             raise ValueError("this U-Net needs a context" if context is None else "this U-Net takes no context; it has no context_dim")
 
-        emb = self.time(timestep_embedding(t, self.conv_in.out_channels).to(x.dtype))
+        dtype = self.conv_in.weight.dtype
+        context = None if context is None else context.to(dtype)
+        emb = self.time(timestep_embedding(t, self.conv_in.out_channels).to(dtype))
         if self.pool is not None:
             emb = emb + self.pool(context.sum(dim=1))  # a sum: a word weighs as much in a long prompt as in a short one
 
-        h = self.conv_in(x)
+        h = self.conv_in(x.to(dtype))
         skips = [h]
         for level in self.encoder:
             for i in range(len(level.residual)):
@@ -156,8 +159,9 @@ class UNet(nn.Module):
                 h = level.resample(h)
                 skips.append(h)
 
-        first, second = self.middle.residual
-        h = second(self.middle.attention[0](first(h, emb), context), emb)
+        if self.middle is not None:
+            first, second = self.middle.residual
+            h = second(self.middle.attention[0](first(h, emb), context), emb)
 
         for level in self.decoder:
             for i in range(len(level.residual)):
@@ -165,7 +169,7 @@ class UNet(nn.Module):
             if level.resample is not None:
                 h = level.resample(h)
 
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(F.silu(self.norm_out(h))).to(x.dtype)
 
 
 def unet_cifar10(context_dim: int | None = None) -> UNet:

@@ -124,7 +124,8 @@ class VAE(nn.Module):
 
     def posterior(self, images: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B Z h w"], Float[Tensor, "B Z h w"]]:
         """Mean and log-variance of q(z | image), [1] section 3, in raw units (before the latent scale)."""
-        mean, log_variance = self.quant(self.encoder(images)).chunk(2, dim=1)
+        moments = self.quant(self.encoder(images.to(self.quant.weight.dtype))).to(images.dtype)  # computed in the weights' precision
+        mean, log_variance = moments.chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)
 
     def encode(self, images: Float[Tensor, "B C H W"], noise: Float[Tensor, "B Z h w"] | None = None) -> Float[Tensor, "B Z h w"]:
@@ -134,7 +135,7 @@ class VAE(nn.Module):
 
     def decode(self, latents: Float[Tensor, "B Z h w"]) -> Float[Tensor, "B C H W"]:
         """Pictures from scaled latents; about [-1, 1], not clamped."""
-        return self.decoder(self.post_quant(latents / self.latent_scale))
+        return self.decoder(self.post_quant((latents / self.latent_scale).to(self.post_quant.weight.dtype))).to(latents.dtype)
 
     def loss(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B"]:
         """Negative evidence lower bound per example, [1] eq. 7, with |error| as in [2]: reconstruction + kl_weight KL(q(z|x) || N(0, I))."""

@@ -1,7 +1,8 @@
 """Our parameter names and the published ones, as short tables. Each table is all there is to one layout, and reads both ways.
 
 A row pairs a piece of a published name with the piece of ours that stands in its place; pieces begin and end at dots, {} is a number.
-Rows are applied from the top to come to our names, and from the bottom, turned round, to come back.
+Rows are applied from the top to come to our names, and from the bottom, turned round, to come back. None in place of ours: a tensor
+with this piece in its name is dropped on purpose.
 """
 import re
 from collections.abc import Sequence
@@ -9,23 +10,29 @@ from typing import TypeVar
 
 from minidiff.errors import UserError
 
-Table = list[tuple[str, str]]
+Table = list[tuple[str, str | None]]
 T = TypeVar("T")
 
 
-def _replace(name: str, old: str, new: str) -> str:
-    pattern = r"(?<![^.])" + re.escape(old).replace(r"\{\}", r"(\d+)") + r"(?![^.])"
-    for number in range(1, new.count("{}") + 1):
-        new = new.replace("{}", rf"\g<{number}>", 1)
-    return re.sub(pattern, new, name)
+def _pattern(piece: str) -> re.Pattern[str]:
+    return re.compile(r"(?<![^.])" + re.escape(piece).replace(r"\{\}", r"(\d+)") + r"(?![^.])")
 
 
 def _renamed(state: dict[str, T], table: Table) -> dict[str, T]:
+    dropped = [_pattern(old) for old, new in table if new is None]
+    rows = []
+    for old, new in table:
+        if new is not None:
+            for number in range(1, new.count("{}") + 1):
+                new = new.replace("{}", rf"\g<{number}>", 1)
+            rows.append((_pattern(old), new))
     result, meant = {}, {}
     for name, value in state.items():
+        if any(pattern.search(name) for pattern in dropped):
+            continue
         new = name
-        for old, replacement in table:
-            new = _replace(new, old, replacement)
+        for pattern, replacement in rows:
+            new = pattern.sub(replacement, new)
         if new in result:
             raise UserError(f'"{name}" and "{meant[new]}" both mean "{new}"; a checkpoint holds one of the two.')
         result[new], meant[new] = value, name
@@ -39,7 +46,7 @@ def to_ours(state: dict[str, T], table: Table) -> dict[str, T]:
 
 def to_published(state: dict[str, T], table: Table) -> dict[str, T]:
     """The same tensors under the published names."""
-    return _renamed(state, [(ours, published) for published, ours in reversed(table)])
+    return _renamed(state, [(ours, published) for published, ours in reversed(table) if ours is not None])
 
 
 # Networks of diffusers' layout.
@@ -89,6 +96,9 @@ VAE_DIFFUSERS: Table = [  # AutoencoderKL
 VAE_OLD_ATTENTION: Table = [("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")]  # until diffusers 0.18
 
 CLIP_TRANSFORMERS: Table = [  # CLIPTextModel; files of before and after its prefix "text_model" went
+    ("position_ids", None),  # 0, 1, ..., 76
+    ("text_projection", None),  # of use to the contrastive loss only
+    ("logit_scale", None),
     ("embeddings.token_embedding", "token_embedding"),
     ("embeddings.position_embedding", "position_embedding"),
     ("encoder.layers", "blocks"),
@@ -162,6 +172,9 @@ def vae_compvis(levels: int = 4) -> Table:
 
 
 CLIP_OPEN: Table = [  # open_clip's text tower, also in SD 2.x's single file. It keeps q, k and v in one matrix (see layouts)
+    ("attn_mask", None),
+    ("text_projection", None),
+    ("logit_scale", None),
     ("positional_embedding", "position_embedding.weight"),
     ("transformer.resblocks", "blocks"),
     ("ln_1", "norm1"),
@@ -172,4 +185,11 @@ CLIP_OPEN: Table = [  # open_clip's text tower, also in SD 2.x's single file. It
     ("mlp.c_fc", "up"),
     ("mlp.c_proj", "down"),
     ("ln_final", "norm_out"),
+]
+
+COMPVIS_DROPPED: Table = [  # beside the three networks: the noise levels as buffers, averages (see layouts), and what only training needs
+    *((piece, None) for piece in ("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")),
+    *((piece, None) for piece in ("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "logvar")),
+    *((piece, None) for piece in ("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2")),
+    *((piece, None) for piece in ("lvlb_weights", "model_ema", "loss", "scale_factor", "cond_stage_model.logit_scale")),
 ]

@@ -1,190 +1,232 @@
-"""Whole checkpoints, tiny and random, saved by diffusers and read here: every part says what diffusers' says of the same input.
+"""Whole checkpoints, tiny and random, in the true layouts: saved by diffusers and read here, written here and opened by diffusers.
 
-The single file is made of the same weights under CompVis's names, which diffusers' own converter must read back as what it was.
+The tiny models keep what single files do not say (8 heads in SD 1.x's U-Net, heads of 64 in SD 2.x's and in the text towers), so that
+every layout determines them.
 """
 import json
-import os
-import pickle
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import minidiff
 from minidiff.errors import UserError
-from minidiff.weights import layouts, names
+from minidiff.weights import write
+from minidiff.weights.load import load
 
 from .test_networks import gap, randomized
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 
-@pytest.fixture(scope="module", params=["sd1", "sd2"])
+@pytest.fixture(scope="module", params=["sd1", "sd2", "sd2-v"])
 def pipeline(request, tmp_path_factory):
-    """A Stable Diffusion of the true layout and a few thousand weights; returns its parts and its folder."""
-    second = request.param == "sd2"
+    """A StableDiffusionPipeline of the true layout and little weight, with SD's published scheduler settings; and its folder."""
+    second = request.param.startswith("sd2")
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 64, 64, 64), layers_per_block=2, cross_attention_dim=64,
-        attention_head_dim=(1, 2, 2, 2) if second else 2, use_linear_projection=second,
+        sample_size=8, block_out_channels=(64, 64, 128, 128) if second else (32, 64, 64, 64), layers_per_block=2, cross_attention_dim=64,
+        attention_head_dim=(1, 1, 2, 2) if second else 8, use_linear_projection=second,
     )
     vae = diffusers.AutoencoderKL(
         block_out_channels=(32, 32, 64, 64), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2, latent_channels=4, sample_size=64,
     )
     config = transformers.CLIPTextConfig(
-        vocab_size=49408, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, projection_dim=64,
-        hidden_act="gelu" if second else "quick_gelu",
+        vocab_size=49408, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=1, projection_dim=64,
+        hidden_act="gelu" if second else "quick_gelu", bos_token_id=49406, eos_token_id=49407,
     )
-    parts = {"unet": unet, "vae": vae, "text_encoder": transformers.CLIPTextModel(config)}
-    parts = {name: randomized(part, torch.float32) for name, part in parts.items()}
     folder = tmp_path_factory.mktemp(request.param)
-    for name, part in parts.items():
-        part.save_pretrained(folder / name)
-    diffusers.DDIMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction" if second else "epsilon", clip_sample=False
-    ).save_pretrained(folder / "scheduler")
-    (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"pad_token": "!" if second else "<|endoftext|>"}))
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-    return parts, folder, second
+    for name, content in write.tokenizer_files(0 if second else 49407, 77).items():
+        (folder / name).write_text(content, encoding="utf-8")
+    found = diffusers.StableDiffusionPipeline(
+        vae=randomized(vae, torch.float32),
+        text_encoder=randomized(transformers.CLIPTextModel(config), torch.float32),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(folder),
+        unet=randomized(unet, torch.float32),
+        scheduler=diffusers.DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+            prediction_type="v_prediction" if request.param == "sd2-v" else "epsilon",
+        ),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )
+    found.set_progress_bar_config(disable=True)
+    found.save_pretrained(folder / "model")
+    return found, folder / "model"
 
 
 @torch.no_grad()
-def agrees(model, parts):
+def agrees(model, pipeline):
     """U-Net, VAE both ways and text tower, within fp32's rounding."""
     x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([7, 830]), torch.randn(2, 9, 64)
-    assert gap(model.unet(x, t, context), parts["unet"](x, t, context).sample) < 1e-5
+    assert gap(model.unet(x, t, context), pipeline.unet(x, t, context).sample) < 1e-5
     pictures = torch.randn(1, 3, 64, 64)
     scale = model.vae.latent_scale
-    assert gap(model.vae.encode(pictures), parts["vae"].encode(pictures).latent_dist.mean * scale) < 1e-5
-    assert gap(model.vae.decode(x), parts["vae"].decode(x / scale).sample) < 1e-5
-    tokens = model.text.tokens(["a small blue circle above a large red square", ""])
-    assert gap(model.text(tokens), parts["text_encoder"](tokens).last_hidden_state) < 1e-5
+    assert gap(model.vae.encode(pictures), pipeline.vae.encode(pictures).latent_dist.mean * scale) < 1e-5
+    assert gap(model.vae.decode(x), pipeline.vae.decode(x / scale).sample) < 1e-5
+    prompts = ["a small blue circle above a large red square", ""]
+    tokens = pipeline.tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    assert torch.equal(model.text.tokens(prompts), tokens)
+    assert gap(model.text.encode(prompts), pipeline.text_encoder(tokens).last_hidden_state) < 1e-5
+
+
+def weights(model):
+    """Every tensor of the model, by the module it is in."""
+    return {f"{part}.{name}": value for part in ("vae", "text", "unet") for name, value in getattr(model, part).state_dict().items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
 
 
 def test_a_diffusers_folder(pipeline):
-    parts, folder, second = pipeline
-    model = layouts.from_diffusers(folder)
-    agrees(model, parts)
-    assert (model.denoiser.target, model.text.pad, model.size) == (("v", 0) if second else ("eps", 49407)) + (64,)
-    expected = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler").alphas_cumprod
-    assert torch.allclose(model.schedule.alpha_bar[1:].float(), expected, rtol=2e-6)
-    pictures = model.generate(["a small blue circle"], steps=2, generator=torch.Generator().manual_seed(0))
-    assert pictures.shape == (1, 3, 64, 64) and pictures.std() > 0.01
-    assert torch.equal(minidiff.load(folder).unet.conv_in.weight, model.unet.conv_in.weight)
+    theirs, folder = pipeline
+    model = minidiff.load(folder)
+    agrees(model, theirs)
+    second, v = theirs.unet.config.use_linear_projection, theirs.scheduler.config.prediction_type == "v_prediction"
+    assert (model.denoiser.target, model.text.pad) == ("v" if v else "eps", 0 if second else 49407)
+    assert (model.size, model.spacing, model.schedule.final) == (64, "leading", 1)
+    assert torch.allclose(model.schedule.alpha_bar[1:].float(), theirs.scheduler.alphas_cumprod, rtol=2e-6)
+    assert all(p.requires_grad for p in model.parameters())
 
 
-def single_file(parts, second, path):
-    """The same weights in CompVis's layout."""
-    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "pieces", "fp16", "old attention", "hub cache"])
+def test_spellings_of_a_diffusers_folder(pipeline, tmp_path, kind):
+    """The same model comes out of each."""
+    theirs, folder = pipeline
+    copy, expected = tmp_path / "copy", weights(minidiff.load(folder))
+    if kind == "bin":
+        theirs.save_pretrained(copy, safe_serialization=False)
+    elif kind == "pieces":
+        theirs.save_pretrained(copy, max_shard_size="300KB")
+        assert (copy / "unet" / "diffusion_pytorch_model.safetensors.index.json").is_file()
+    else:
+        shutil.copytree(folder, copy)
+    if kind == "fp16":
+        for part, stem in STEMS.items():
+            file = copy / part / f"{stem}.safetensors"
+            save_file({name: v.half() if v.is_floating_point() else v for name, v in load_file(file).items()}, file.with_suffix(".fp16.safetensors"))
+            file.unlink()
+        expected = {name: value if name == "vae.latent_scale" else value.half().float() for name, value in expected.items()}
+    elif kind == "old attention":
+        file = copy / "vae" / "diffusion_pytorch_model.safetensors"
+        state = load_file(file)
+        for ours, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            state = {name.replace(f".{ours}.", f".{old}."): value for name, value in state.items()}
+        assert "encoder.mid_block.attentions.0.proj_attn.weight" in state
+        save_file(state, file)
+    elif kind == "hub cache":  # files there are links to blobs beside the snapshots
+        cache = tmp_path / "models--owner--name"
+        (cache / "snapshots").mkdir(parents=True)
+        (cache / "blobs").mkdir()
+        shutil.move(copy, cache / "snapshots" / "abc")
+        copy = cache / "snapshots" / "abc"
+        for k, file in enumerate([file for file in copy.rglob("*") if file.is_file()]):
+            shutil.move(file, cache / "blobs" / str(k))
+            file.symlink_to(cache / "blobs" / str(k))
+    assert equal(weights(minidiff.load(copy)), expected)
 
-    unet = names.to_published(names.to_ours(parts["unet"].state_dict(), names.UNET_DIFFUSERS), names.unet_compvis())
-    vae = names.to_published(names.to_ours(parts["vae"].state_dict(), names.VAE_DIFFUSERS), names.vae_compvis())
-    vae = {name: value[..., None, None] if ".attn_1." in name and value.ndim == 2 else value for name, value in vae.items()}
-    whole = {f"model.diffusion_model.{name}": value for name, value in unet.items()} | {f"first_stage_model.{name}": v for name, v in vae.items()}
 
-    back = convert_ldm_unet_checkpoint(dict(whole), {"layers_per_block": 2, "class_embed_type": None, "addition_embed_type": None})
-    assert back.keys() == parts["unet"].state_dict().keys()
-    back = convert_ldm_vae_checkpoint(dict(whole), {"down_block_types": [0] * 4, "up_block_types": [0] * 4, "layers_per_block": 2})
-    assert back.keys() == parts["vae"].state_dict().keys()
-
-    text = {name.removeprefix("text_model."): value for name, value in parts["text_encoder"].state_dict().items()}
-    if second:  # open_clip keeps q, k and v together, and the block that SD 2.x does not run
-        ours = names.to_ours({name: value for name, value in text.items() if "position_ids" not in name}, names.CLIP_TRANSFORMERS)
-        for kind in ("weight", "bias"):
-            for block in (0, 1):
-                ours[f"blocks.{block}.attention.qkv.{kind}"] = torch.cat([ours.pop(f"blocks.{block}.attention.{p}.{kind}") for p in "qkv"])
-        ours |= {name.replace("blocks.1", "blocks.2"): torch.full_like(value, torch.nan) for name, value in ours.items() if "blocks.1" in name}
-        text = names.to_published(ours, names.CLIP_OPEN) | {"logit_scale": torch.ones(()), "text_projection": torch.ones(64, 64)}
-    prefix = "cond_stage_model.model." if second else "cond_stage_model.transformer.text_model."
-    whole |= {prefix + name: value for name, value in text.items()}
-    whole["alphas_cumprod"] = torch.ones(1000)
-    save_file({name: value.contiguous() for name, value in whole.items()}, path)
-    return whole
-
-
-def under(whole, prefix):
-    return {name.removeprefix(prefix): value for name, value in whole.items() if name.startswith(prefix)}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_round_trips(pipeline, tmp_path, dtype):
+    """diffusers -> CompVis -> ours -> diffusers: the same bits under each name, in the same precision."""
+    _, folder = pipeline
+    model = load(folder, dtype=dtype)
+    for parameter in model.vae.parameters():
+        parameter.data = parameter.data.to(dtype)  # `cast` keeps it in float32
+    first = write.save_diffusers(model, tmp_path / "a")
+    single = write.save_compvis(load(first, dtype=None), tmp_path / "b.safetensors")
+    ours = load(single, dtype=None).save(tmp_path / "c")
+    last = write.save_diffusers(load(ours, dtype=None), tmp_path / "d")
+    assert equal(weights(load(single, dtype=None)), weights(load(first, dtype=None)))
+    for part, stem in STEMS.items():
+        a, d = (load_file(place / part / f"{stem}.safetensors") for place in (first, last))
+        assert equal(a, d) and {value.dtype for value in a.values()} <= {dtype, torch.int64}
+        theirs = load_file(folder / part / f"{stem}.safetensors")
+        assert {name.removeprefix("text_model.") for name in a} - {"embeddings.position_ids"} == {name.removeprefix("text_model.") for name in theirs}
+        assert (first / part / "config.json").read_text() == (last / part / "config.json").read_text()
+    assert (first / "scheduler" / "scheduler_config.json").read_text() == (last / "scheduler" / "scheduler_config.json").read_text()
+    write.save_compvis(load(last, dtype=None), tmp_path / "e.safetensors")
+    assert equal(load_file(single), load_file(tmp_path / "e.safetensors"))
 
 
-def test_parts_of_a_single_file(pipeline, tmp_path):
-    """Heads and activation leave no trace in tensors; those of these tiny parts are told."""
-    parts, _, second = pipeline
-    whole = single_file(parts, second, tmp_path / "model.safetensors")
-    state = under(whole, layouts.UNET)
-    unet = layouts.unet(state, "file", layouts._compvis_table(state), heads=(1, 2, 2, 2) if second else (2, 2, 2, 2))
-    vae = layouts.vae(under(whole, layouts.FIRST_STAGE), "file", names.vae_compvis())
-    prefix, table = (layouts.TEXT_2, names.CLIP_OPEN) if second else (layouts.TEXT_1, names.CLIP_TRANSFORMERS)
-    told = {"heads": 2, "activation": "gelu" if second else "quick_gelu", "pad": 0 if second else 49407}
-    agrees(SimpleNamespace(unet=unet, vae=vae, text=layouts.text(under(whole, prefix), "file", table, **told)), parts)
+def test_diffusers_opens_what_is_written(pipeline, tmp_path):
+    """from_pretrained and from_single_file, offline, hold the same bits as what was read, and so give the same picture."""
+    theirs, folder = pipeline
+    written = write.save_diffusers(minidiff.load(folder), tmp_path / "a")
+    single = write.save_compvis(minidiff.load(folder), tmp_path / "b.safetensors")
+    latents = torch.randn(1, 4, 8, 8)
+
+    def same(pipe):
+        """The same weights at other addresses are added up in another order, and guidance makes 7.5 times as much of it: hence not 0."""
+        assert all(equal(getattr(pipe, part).state_dict(), getattr(theirs, part).state_dict()) for part in STEMS)
+        assert abs(picture(pipe) - expected).max() < 1e-4
+
+    def picture(pipe):
+        pipe.set_progress_bar_config(disable=True)
+        return pipe("a red apple", latents=latents.clone(), num_inference_steps=3, output_type="np").images
+
+    expected = picture(theirs)
+    same(diffusers.StableDiffusionPipeline.from_pretrained(written, local_files_only=True))
+    same(diffusers.StableDiffusionPipeline.from_single_file(single, config=str(written), local_files_only=True))
 
 
 def test_a_single_file(pipeline, tmp_path):
-    parts, _, second = pipeline
-    path = tmp_path / "model.safetensors"
-    whole = single_file(parts, second, path)
+    theirs, folder = pipeline
+    path = write.save_compvis(minidiff.load(folder), tmp_path / "model.safetensors")
+    model = minidiff.load(path)  # what it predicts stands in the metadata
+    agrees(model, theirs)
+    assert (model.denoiser.target, model.size, model.guidance) == (minidiff.load(folder).denoiser.target, 64, 7.5)
+
+    whole, second = load_file(path), theirs.unet.config.use_linear_projection
+    save_file(whole, path)  # without metadata
     if second:
         with pytest.warns(UserWarning, match=r"v is assumed"):
-            model = layouts.from_single_file(path)
-        assert layouts.from_single_file(path, "eps").size == 512
+            model = minidiff.load(path)
+        assert (model.denoiser.target, model.size) == ("v", 768)
+        model = minidiff.load(path, target="eps")
     else:
-        model = layouts.from_single_file(path)
-    assert (model.denoiser.target, model.size) == (("v", 768) if second else ("eps", 512))
-    state = names.to_published(model.unet.state_dict(), names.unet_compvis())
-    assert all(torch.equal(value, whole[layouts.UNET + name]) for name, value in state.items())
+        model = minidiff.load(path)
+    assert (model.denoiser.target, model.size) == ("eps", 512)
+    agrees(model, theirs)
 
-    averaged = {"model_ema.diffusion_model" + name.replace(".", ""): value + 1 for name, value in under(whole, layouts.UNET).items()}
-    save_file({**whole, **averaged}, path)
+    unet = {name.removeprefix("model.diffusion_model."): value for name, value in whole.items() if name.startswith("model.diffusion_model.")}
+    averaged = {"model_ema.diffusion_model" + name.replace(".", ""): value + 1 for name, value in unet.items()}
+    beside = {"alphas_cumprod": torch.ones(1000), "model_ema.decay": torch.ones(()), "logvar": torch.zeros(1000)}
+    if second:
+        beside |= {"cond_stage_model.model.text_projection": torch.ones(64, 64), "cond_stage_model.model.logit_scale": torch.ones(())}
+        name = "cond_stage_model.model.transformer.resblocks."
+        beside |= {key.replace(f"{name}1.", f"{name}2."): v + torch.nan for key, v in whole.items() if key.startswith(f"{name}1.")}
+        whole = {key: v for key, v in whole.items() if not key.startswith(f"{name}2.")}
+    torch.save({"state_dict": {**whole, **averaged, **beside}, "global_step": 1}, tmp_path / "model.ckpt")
     with pytest.warns(UserWarning, match=r"the averaged are taken"):
-        model = layouts.from_single_file(path, "eps")
-    assert torch.equal(model.unet.conv_in.bias, whole[layouts.UNET + "input_blocks.0.0.bias"] + 1)
+        model = minidiff.load(tmp_path / "model.ckpt", target="eps")
+    assert torch.equal(model.unet.conv_in.bias, unet["input_blocks.0.0.bias"] + 1)
 
 
-def test_a_pickle_with_a_state_dict(pipeline, tmp_path):
-    parts, _, second = pipeline
-    whole = single_file(parts, second, tmp_path / "model.safetensors")
-    torch.save({"state_dict": whole, "global_step": 1}, tmp_path / "model.ckpt")
-    model = layouts.from_single_file(tmp_path / "model.ckpt", "eps")
-    assert torch.equal(model.unet.conv_in.weight, whole[layouts.UNET + "input_blocks.0.0.weight"])
-
-
-class Code:
-    """A pickle that would run a command when it is opened."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return (os.system, (f"touch {self.marker}",))
-
-
-def test_files_that_are_refused(pipeline, tmp_path):
-    parts, _, second = pipeline
-    path = tmp_path / "model.safetensors"
-    whole = single_file(parts, second, path)
-    with pytest.raises(UserError, match=r'no file ".*nowhere.ckpt"'):
-        layouts.from_single_file(tmp_path / "nowhere.ckpt")
-    (tmp_path / "notes.txt").write_text("no model")
-    with pytest.raises(UserError, match=r"no checkpoint by its name"):
-        minidiff.load(tmp_path / "notes.txt")
-    with open(tmp_path / "code.ckpt", "wb") as file:
-        pickle.dump({"state_dict": Code(tmp_path / "ran")}, file, protocol=2)
-    with pytest.raises(UserError, match=r"code.ckpt is no plain file of tensors"):
-        layouts.from_single_file(tmp_path / "code.ckpt")
-    assert not (tmp_path / "ran").exists()
-    (tmp_path / "short.safetensors").write_bytes(path.read_bytes()[:100_000])
-    with pytest.raises(UserError, match=r"short.safetensors is damaged"):
-        layouts.from_single_file(tmp_path / "short.safetensors")
-    save_file({name: v.contiguous() for name, v in whole.items() if not name.startswith(layouts.FIRST_STAGE)}, path)
-    with pytest.raises(UserError, match=r"has no VAE; a whole model is needed"):
-        layouts.from_single_file(path)
-    save_file({name: v.contiguous() for name, v in whole.items() if not name.endswith("input_blocks.1.0.in_layers.0.bias")}, path)
-    with pytest.raises(UserError, match=r'1 tensors are missing and 0 left over; the first missing is "encoder.0.residual.0.norm1.bias"'):
-        layouts.from_single_file(path, "eps")
+def test_parts(pipeline, tmp_path):
+    """One network from a file of its own, or from another checkpoint."""
+    theirs, folder = pipeline
+    path = write.save_compvis(minidiff.load(folder), tmp_path / "model.safetensors")
+    whole = load_file(path)
+    halves = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
+    for part, prefix in halves.items():
+        state = {name.removeprefix(prefix): value for name, value in whole.items() if name.startswith(prefix)}
+        torch.save({"state_dict": state | {"loss.logvar": torch.zeros(())}}, tmp_path / f"{part}.ckpt")
+    how = {"vae": tmp_path / "vae.ckpt", "text": folder / "text_encoder"}
+    if theirs.text_encoder.config.hidden_act == "gelu":
+        how["text"] = folder
+    model = minidiff.load(tmp_path / "unet.ckpt", target=minidiff.load(folder).denoiser.target, **how)
+    agrees(model, theirs)
+    with pytest.raises(UserError, match=r"unet.ckpt has no VAE and no text tower; .* \(--vae PATH\)"):
+        minidiff.load(tmp_path / "unet.ckpt")
+    with pytest.raises(UserError, match=r"vae.ckpt has no text tower"):
+        minidiff.load(folder, text=tmp_path / "vae.ckpt")
+    ours = minidiff.load(minidiff.load(folder).save(tmp_path / "ours"), vae=folder / "vae" / "diffusion_pytorch_model.safetensors")
+    agrees(ours, theirs)
 
 
 def test_a_folder_that_is_refused(pipeline, tmp_path):
@@ -193,10 +235,13 @@ def test_a_folder_that_is_refused(pipeline, tmp_path):
     config = folder / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps({"prediction_type": "noise"}))
     with pytest.raises(UserError, match=r'prediction_type "noise"'):
-        layouts.from_diffusers(folder)
+        minidiff.load(folder)
     config.write_text("{")
-    with pytest.raises(UserError, match=r"scheduler_config.json is not JSON"):
-        layouts.from_diffusers(folder)
+    with pytest.raises(UserError, match=r"scheduler_config.json is damaged \(not JSON"):
+        minidiff.load(folder)
     config.unlink()
     with pytest.raises(UserError, match=r"scheduler_config.json is missing"):
-        layouts.from_diffusers(folder)
+        minidiff.load(folder)
+    config.symlink_to(pipeline[1] / "scheduler" / "scheduler_config.json")
+    with pytest.raises(UserError, match=r"scheduler_config.json is a link out of its folder"):
+        minidiff.load(folder)

@@ -1,0 +1,41 @@
+"""Tensors into networks: nothing is initialized, nothing is copied, and every tensor has its place."""
+import torch
+from torch import Tensor, nn
+
+from minidiff.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def empty(network: type[nn.Module], numbers: dict) -> nn.Module:
+    """A network of these numbers whose tensors have shapes and no memory."""
+    with torch.device("meta"):
+        return network(**numbers)
+
+
+def fill(module: nn.Module, state: dict[str, Tensor], where: str) -> nn.Module:
+    """The module, holding these very tensors. One that is missing, left over, of another shape or kind, or not finite is named.
+    `where` is the file, for messages."""
+    expected = module.state_dict()
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or extra:
+        kind, found = ("missing", missing) if missing else ("left over", extra)
+        raise UserError(f'{where}: {len(missing)} tensors are missing and {len(extra)} left over; the first {kind} is "{found[0]}".')
+    for name, value in state.items():
+        if value.shape != expected[name].shape:
+            raise UserError(f'{where}: "{name}" is {tuple(value.shape)}, where {tuple(expected[name].shape)} would fit the other tensors.')
+        if not value.is_floating_point():
+            raise UserError(f'{where}: "{name}" is made of {str(value.dtype).removeprefix("torch.")}; weights are floating-point numbers.')
+        if not value.sum(dtype=torch.promote_types(value.dtype, torch.float32)).isfinite():
+            raise UserError(f'{where}: "{name}" holds numbers that are not finite (NaN or infinity); training broke before it was saved.')
+    module.load_state_dict(state, assign=True)
+    return module.eval()
+
+
+def dtype_named(name: str | torch.dtype | None) -> torch.dtype | None:
+    """A torch.dtype, from its short name where it is one. None: as stored."""
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise UserError(f'no dtype "{name}"; there is {", ".join(DTYPES)}.')
+    return DTYPES[name]
