@@ -26,3 +26,33 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no real pictures here; set MINIDIFF_DATA to their folder")
     return folder
+
+
+@pytest.fixture
+def ran(capsys):
+    """What a command prints."""
+
+    def run(*args):
+        from minidiff.cli import main
+
+        main([str(arg) for arg in args])
+        return capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys):
+    """What is said of bad input: one line on stderr, nothing on stdout, exit code 2."""
+
+    def run(*args):
+        from minidiff.cli import main
+
+        with pytest.raises(SystemExit) as end:
+            main([str(arg) for arg in args])
+        out, err = capsys.readouterr()
+        assert (end.value.code, out) == (2, "")
+        assert err.startswith("minidiff: ") and err.endswith("\n") and err.count("\n") == 1 and "\r" not in err, err
+        return err.removeprefix("minidiff: ").removesuffix("\n")
+
+    return run

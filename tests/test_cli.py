@@ -41,30 +41,6 @@ def copy(tiny, tmp_path):
     return shutil.copytree(tiny, tmp_path / "model")
 
 
-@pytest.fixture
-def ran(capsys):
-    def run(*args):
-        main([str(arg) for arg in args])
-        return capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def refused(capsys):
-    """What is said of bad input: one line on stderr, nothing on stdout, exit code 2."""
-
-    def run(*args):
-        with pytest.raises(SystemExit) as end:
-            main([str(arg) for arg in args])
-        out, err = capsys.readouterr()
-        assert (end.value.code, out) == (2, "")
-        assert err.startswith("minidiff: ") and err.endswith("\n") and err.count("\n") == 1 and "\r" not in err, err
-        return err.removeprefix("minidiff: ").removesuffix("\n")
-
-    return run
-
-
 def shell(*args, **how):
     return subprocess.run([sys.executable, *args], capture_output=True, text=True, **how)
 

@@ -2,9 +2,11 @@
 
 What only minidiff has (pooled text, GroupNorm left out, ...) those layouts cannot say, and is refused by name.
 """
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -152,27 +154,24 @@ def tokenizer_files(pad: int, length: int) -> dict[str, str]:
 def save_diffusers(model: LatentDiffusion, folder: str | Path) -> Path:
     """A folder that StableDiffusionPipeline.from_pretrained opens. Written beside its place, then renamed; it must not exist."""
     check(model)
-    folder = _new(Path(folder))
-    fresh = folder.with_name(folder.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
     parts = {"unet": ("diffusers", "UNet2DConditionModel"), "vae": ("diffusers", "AutoencoderKL"), "text_encoder": ("transformers", "CLIPTextModel")}
     whole = parts | {"tokenizer": ("transformers", "CLIPTokenizer"), "scheduler": ("diffusers", "DDIMScheduler")}
-    for part in whole:
-        (fresh / part).mkdir(parents=True)
     kind = "StableDiffusionInpaintPipeline" if model.unet.numbers["in_channels"] == 9 else "StableDiffusionPipeline"
     absent = {part: (None, None) for part in ("safety_checker", "feature_extractor", "image_encoder")}
     index = {"_class_name": kind, "_diffusers_version": "0.30.0", "requires_safety_checker": False, **whole, **absent}
-    for part, config in (("unet", unet_config(model)), ("vae", vae_config(model)), ("text_encoder", text_config(model))):
-        _write_json(fresh / part / "config.json", config)
-    _write_json(fresh / "scheduler" / "scheduler_config.json", scheduler_config(model))
-    for name, content in tokenizer_files(model.text.pad, model.text.context_length).items():
-        (fresh / "tokenizer" / name).write_text(content, encoding="utf-8")
-    _save(names.to_published(model.unet.state_dict(), names.UNET_DIFFUSERS), fresh / "unet" / "diffusion_pytorch_model.safetensors")
-    _save(names.to_published(_vae_state(model), names.VAE_DIFFUSERS), fresh / "vae" / "diffusion_pytorch_model.safetensors")
-    _save(_transformers_text(model), fresh / "text_encoder" / "model.safetensors")
-    _write_json(fresh / "model_index.json", index)
-    os.replace(fresh, folder)
-    return folder
+    with _beside(Path(folder)) as fresh:
+        for part in whole:
+            (fresh / part).mkdir(parents=True)
+        for part, config in (("unet", unet_config(model)), ("vae", vae_config(model)), ("text_encoder", text_config(model))):
+            _write_json(fresh / part / "config.json", config)
+        _write_json(fresh / "scheduler" / "scheduler_config.json", scheduler_config(model))
+        for name, content in tokenizer_files(model.text.pad, model.text.context_length).items():
+            (fresh / "tokenizer" / name).write_text(content, encoding="utf-8")
+        _save(names.to_published(model.unet.state_dict(), names.UNET_DIFFUSERS), fresh / "unet" / "diffusion_pytorch_model.safetensors")
+        _save(names.to_published(_vae_state(model), names.VAE_DIFFUSERS), fresh / "vae" / "diffusion_pytorch_model.safetensors")
+        _save(_transformers_text(model), fresh / "text_encoder" / "model.safetensors")
+        _write_json(fresh / "model_index.json", index)
+    return Path(folder)
 
 
 def _vae_state(model: LatentDiffusion) -> State:
@@ -191,7 +190,7 @@ def _transformers_text(model: LatentDiffusion) -> State:
 def save_compvis(model: LatentDiffusion, file: str | Path) -> Path:
     """One file with CompVis's names, as the single-file tools open it. Written beside its place, then renamed; it must not exist."""
     check(model)
-    file = _new(Path(file))
+    file = Path(file)
     if file.suffix != ".safetensors":
         raise UserError(f"{file} should end in .safetensors; pickles are not written.")
     n = model.unet.numbers
@@ -204,10 +203,9 @@ def save_compvis(model: LatentDiffusion, file: str | Path) -> Path:
         text = {f"cond_stage_model.transformer.{name}": value for name, value in _transformers_text(model).items()}
     whole = {f"model.diffusion_model.{name}": value for name, value in unet.items()}
     whole |= {f"first_stage_model.{name}": value for name, value in vae.items()} | text
-    fresh = file.with_name(file.name + ".new")
     said = {"prediction_type": {"eps": "epsilon"}.get(model.denoiser.target, model.denoiser.target), "resolution": f"{model.size}x{model.size}"}
-    _save(whole, fresh, {f"modelspec.{name}": value for name, value in said.items()})  # no tensor tells eps from v
-    os.replace(fresh, file)
+    with _beside(file) as fresh:
+        _save(whole, fresh, {f"modelspec.{name}": value for name, value in said.items()})  # no tensor tells eps from v
     return file
 
 
@@ -222,11 +220,27 @@ def _openclip_text(model: LatentDiffusion) -> State:
     return names.to_published(state, names.CLIP_OPEN)
 
 
-def _new(path: Path) -> Path:
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A place beside the path, renamed to it at the end. Nothing is written over, and what fails leaves nothing."""
     if path.exists():
         raise UserError(f'"{path}" exists; nothing is written over it: name another place, or remove it.')
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+    fresh = path.with_name(path.name + ".new")
+    _remove(fresh)
+    try:
+        yield fresh
+        os.replace(fresh, path)
+    except BaseException:
+        _remove(fresh)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _write_json(file: Path, content: dict) -> None:
