@@ -7,7 +7,8 @@ import torch
 from minidiff import schedules
 from minidiff.denoiser import Denoiser, Prediction
 from minidiff.errors import UserError
-from minidiff.samplers import by_name, ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, sample
+from minidiff.samplers import SAMPLERS, by_name, ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, sample, unipc
+from minidiff.verbs import options
 
 SCHEDULES = [schedules.cosine(), schedules.Flow(), schedules.Karras()]
 MEAN, STD = 0.7, 0.4
@@ -209,7 +210,7 @@ def test_times_replace_the_spacing():
     assert [frame.t for frame in sample(exact_gaussian(schedule), schedule, x, 3, ddim(), times=times)] == times.tolist()
 
 
-@pytest.mark.parametrize("multistep", [dpmpp_2m, dpmpp_2m_sde])
+@pytest.mark.parametrize("multistep", [dpmpp_2m, dpmpp_2m_sde, unipc])
 def test_memory_starts_afresh(multistep):
     """One step object for several chains: after a whole one, one broken off, one of another shape, each is what a new object gives."""
     schedule, denoise = schedules.cosine(), exact_gaussian(schedules.cosine())
@@ -228,5 +229,9 @@ def test_names():
     for name, step in (("ddim", ddim(0.0)), ("ddpm", ddim(1.0, torch.Generator().manual_seed(3)))):
         named = by_name(name, torch.Generator().manual_seed(3))
         assert torch.equal(named(exact_gaussian(schedule), schedule, x, t, s)[0], step(exact_gaussian(schedule), schedule, x, t, s)[0])
-    with pytest.raises(UserError, match="ddim, ddpm"):
+    with pytest.raises(UserError, match="ddim, ddpm, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, unipc, lcm"):
         by_name("dimm")
+
+
+def test_the_command_line_lists_every_sampler():
+    assert options.Sampler.__metadata__[0].metavar == "|".join(SAMPLERS)  # written out there, since --help imports no torch

@@ -12,7 +12,7 @@ import torch
 
 from minidiff import schedules
 from minidiff.denoiser import Denoiser
-from minidiff.samplers import ddim, dpmpp_2m, dpmpp_2m_sde, euler, euler_ancestral, heun, sample
+from minidiff.samplers import ddim, dpmpp_2m, dpmpp_2m_sde, euler, euler_ancestral, heun, lcm, sample, unipc
 
 diffusers = pytest.importorskip("diffusers")
 STEPS = [1, 2, 3, 10, 50, 1000]
@@ -38,7 +38,10 @@ def in_float64(monkeypatch):
             monkeypatch.setattr(home, library.__name__.replace("numpy", "np"), double)
         return getattr(home, name)(**SD, **config)
 
-    return scheduler
+    before = torch.get_default_dtype()  # of an integer times 10.0
+    torch.set_default_dtype(torch.float64)
+    yield scheduler
+    torch.set_default_dtype(before)
 
 
 def normal(seed):
@@ -126,3 +129,34 @@ def test_dpm_solver(in_float64, kind, step, steps, target, prediction):
         x = scheduler.step(Net()(x, t.expand(2)), t, x, generator=z).prev_sample
         expected.append(x)
     close(ours(target, grid(scheduler), step()), expected)
+
+
+@pytest.mark.parametrize("target, prediction", TARGETS)
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("variant", ["bh1", "bh2"])
+def test_unipc(in_float64, variant, steps, target, prediction):
+    scheduler = in_float64("UniPCMultistepScheduler", "scheduling_unipc_multistep", prediction_type=prediction, solver_type=variant,
+                           timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    x = normal(0)
+    expected = [x]
+    for t in scheduler.timesteps:
+        x = scheduler.step(Net()(x, t.expand(2)), t, x).prev_sample
+        expected.append(x)
+    if variant == "bh1":  # B(h) = h is infinite where s is clean, and diffusers multiplies it by 0: its last state is all nan
+        assert expected[-1].isnan().all()
+        expected[-1] = scheduler.model_outputs[-1]  # x0: a step of first order to clean data
+    close(ours(target, grid(scheduler), unipc(variant)), expected)
+
+
+@pytest.mark.parametrize("target, prediction", TARGETS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 50])  # it has 50 steps at most, those it was distilled for
+def test_lcm(in_float64, steps, target, prediction):
+    scheduler = in_float64("LCMScheduler", "scheduling_lcm", prediction_type=prediction, clip_sample=False)
+    scheduler.set_timesteps(steps)
+    x, z = normal(0), generator()
+    expected = [x]
+    for t in scheduler.timesteps:
+        x = scheduler.step(Net()(x, t.expand(2)), t, x, generator=z).prev_sample
+        expected.append(x)
+    close(ours(target, grid(scheduler), lcm(generator())), expected)
