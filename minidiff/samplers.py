@@ -1,14 +1,12 @@
-"""From noise to data: the sampling loop, and the steps it can take.
+"""From noise to data, and back: the sampling loop, its inversion, and the names of the steps it can take.
 
-A step moves x from time t to the cleaner time s:  (denoise, schedule, x, t, s) -> (x_s, x0_hat). The loop is a generator, so the
-caller plots, logs or stops:
+A step moves x from time t to the cleaner time s:  (denoise, schedule, x, t, s) -> (x_s, x0_hat); all of them are in steps.py. The loop is a
+generator, so the caller plots, logs or stops:
 
     *chain, last = sample(denoise, schedule, x_T, steps=25, step=ddim())
 
-Because every schedule says alpha = 1, sigma = 0 at the clean end, no step is special, neither the first nor the last.
-
 [1] Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. arXiv:2010.02502
-[2] Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. arXiv:2006.11239
+[2] Mokady et al. Null-text Inversion for Editing Real Images using Guided Diffusion Models. 2022. arXiv:2211.09794
 """
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -21,8 +19,7 @@ from torch import Tensor
 from minidiff.denoiser import Denoise
 from minidiff.errors import UserError
 from minidiff.schedules import NoiseSchedule
-
-Step = Callable[[Denoise, NoiseSchedule, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+from minidiff.steps import Step, ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, euler, euler_ancestral, heun, lcm, unipc
 
 
 class Frame(NamedTuple):
@@ -35,10 +32,18 @@ class Frame(NamedTuple):
 
 @torch.no_grad()  # on the generator itself: a `with` around a yield would leak into the caller
 def sample(
-    denoise: Denoise, schedule: NoiseSchedule, x_T: Float[Tensor, "B *dims"], steps: int, step: Step, spacing: str = "trailing"
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    x_T: Float[Tensor, "B *dims"],
+    steps: int,
+    step: Step,
+    spacing: str = "trailing",
+    times: Shaped[Tensor, "steps1"] | None = None,
 ) -> Iterator[Frame]:
-    """Walk from x_T to data; yields steps + 1 frames, the last one clean."""
-    x, times = x_T, schedule.timesteps(steps, spacing)
+    """Walk from x_T to data; yields steps + 1 frames, the last one clean. times, where given, replaces schedule.timesteps(steps, spacing):
+    steps + 1 of them, decreasing to 0."""
+    times = schedule.timesteps(steps, spacing) if times is None else _checked(times, schedule, steps)
+    x = x_T
     for t, s in pairwise(times):
         x_s, x0 = step(denoise, schedule, x, t, s)
         yield Frame(t.item(), x, x0)
@@ -46,33 +51,57 @@ def sample(
     yield Frame(times[-1].item(), x, x)
 
 
-def ddim(eta: float = 0.0, generator: torch.Generator | None = None) -> Step:
-    """[1] eq. 12 and 16 for any schedule. eta = 0 is deterministic: Euler's method for flow matching and in sigma. eta = 1 is
-    DDPM's ancestral step."""
-
-    def step(
-        denoise: Denoise, schedule: NoiseSchedule, x: Float[Tensor, "B *dims"], t: Shaped[Tensor, ""], s: Shaped[Tensor, ""]
-    ) -> tuple[Float[Tensor, "B *dims"], Float[Tensor, "B *dims"]]:
-        x0, eps = denoise(x, t.expand(len(x)))
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
-        up = eta * (sigma_s / sigma_t) * (sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2).sqrt()  # noise put back
-        down = (sigma_s**2 - up**2).clamp(min=0).sqrt()  # noise kept
-        x_s = alpha_s.item() * x0 + down.item() * eps
-        if eta > 0:
-            x_s = x_s + up.item() * torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)  # drawn on the CPU: one seed, one picture
-        return x_s, x0
-
-    return step
+def _checked(times: Shaped[Tensor, "steps1"], schedule: NoiseSchedule, steps: int) -> Shaped[Tensor, "steps1"]:
+    if len(times) != steps + 1:
+        raise UserError(f"{len(times)} times for {steps} steps; there must be one more than steps.")
+    most = schedule.timesteps(1)[0].item()
+    if not (times[0] <= most and times[-1] == 0):
+        raise UserError(f"times run from {times[0]:g} to {times[-1]:g}; they must begin at {most:g} or below, and end at 0.")
+    for t, s in pairwise(times.tolist()):
+        if not t > s:
+            raise UserError(f"{s:g} follows {t:g} in the times; they must decrease.")
+    return times
 
 
-def ddpm(generator: torch.Generator | None = None) -> Step:
-    """Ancestral sampling, [2] algorithm 2, over any times."""
-    return ddim(eta=1.0, generator=generator)
+@torch.no_grad()
+def invert(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    x0: Float[Tensor, "B *dims"],
+    steps: int,
+    spacing: str = "trailing",
+    times: Shaped[Tensor, "steps1"] | None = None,
+    rounds: int = 1,
+) -> Iterator[Frame]:
+    """From data to the noise that ddim() makes it from: yields steps + 1 frames, from clean to x_T; arguments as of `sample`.
+
+    DDIM's step from s down to t is x_t = x_s + (alpha_t - alpha_s) x0 + (sigma_t - sigma_s) eps, both guessed from x_s. To walk it up, x_s must
+    be known already: it begins as x_t, as in [2] section 3.2, and is improved `rounds` times. One round is a method of first order;
+    the more, the nearer sample(..., ddim()) comes to x0 again, as long as steps are small.
+    """
+    times = schedule.timesteps(steps, spacing) if times is None else _checked(times, schedule, steps)
+    x, guess = x0, x0
+    for t, s in pairwise(times.flip(0)):
+        yield Frame(t.item(), x, guess)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t.clamp(min=schedule.final)), schedule.alpha_sigma(s)
+        x_s = x
+        for _ in range(rounds):
+            guess, eps = denoise(x_s, s.expand(len(x)))
+            x_s = x + (alpha_s - alpha_t).item() * guess + (sigma_s - sigma_t).item() * eps
+        x = x_s
+    yield Frame(times[0].item(), x, guess)
 
 
 SAMPLERS: dict[str, Callable[[torch.Generator | None], Step]] = {
     "ddim": lambda generator: ddim(0.0, generator),
     "ddpm": ddpm,
+    "euler": lambda _: euler(),
+    "euler_ancestral": euler_ancestral,
+    "heun": lambda generator: heun(generator=generator),
+    "dpmpp_2m": lambda _: dpmpp_2m(),
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "unipc": lambda _: unipc(),
+    "lcm": lcm,
 }
 
 

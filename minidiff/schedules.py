@@ -12,6 +12,8 @@ picture casts them to the picture's dtype (a GPU without float64 never sees one)
 [5] Karras, Aittala, Aila, Laine. Elucidating the Design Space of Diffusion-Based Generative Models. 2022. arXiv:2206.00364
 [6] Esser et al. Scaling Rectified Flow Transformers for High-Resolution Image Synthesis. 2024. arXiv:2403.03206
 [7] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. 2022. arXiv:2112.10752
+[8] Lu et al. DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling in Around 10 Steps. 2022. arXiv:2206.00927
+[9] Sabour, Fidler, Kreis. Align Your Steps: Optimizing Sampling Schedules in Diffusion Models. 2024. arXiv:2404.14507
 """
 import math
 from dataclasses import asdict, dataclass
@@ -23,15 +25,27 @@ from torch import Tensor
 
 from minidiff.errors import UserError
 
-Times = Shaped[Tensor, "*B"]  # integers 0..T for Discrete, real numbers for the others
+Times = Shaped[Tensor, "*B"]  # 0..T for Discrete, trained at the whole numbers; real numbers for the others
 Scales = Float[Tensor, "*B"]  # float64
+SIGMA_MAX = 80.0  # sigma / alpha above which nothing is seen of data ([5] table 1)
+AYS = (1000, 851, 737, 646, 546, 456, 344, 234, 125, 25, 1)  # [9], Stable Diffusion 1.5 in 10 steps; there counted from 0
 
 
 class NoiseSchedule:
     """What every schedule can say. Subclasses are frozen dataclasses, so their numbers are all there is to save."""
 
+    final = 0  # the time at which the published DDIM stops
+
     def alpha_sigma(self, t: Times) -> tuple[Scales, Scales]:
         """Scales of signal and noise at t."""
+        raise NotImplementedError
+
+    def unit(self, t: Times) -> Scales:
+        """What Heun's method takes for 1: it follows x_t / unit_t. Which units are best differs by schedule; Euler's method has no choice."""
+        return torch.ones_like(t, dtype=torch.float64)
+
+    def at_log_snr(self, log_snr: Scales) -> Times:
+        """The time at which log SNR has this value: the inverse of snr(t).log()."""
         raise NotImplementedError
 
     def sample_t(self, batch: int, generator: torch.Generator | None = None) -> Shaped[Tensor, "B"]:
@@ -61,6 +75,19 @@ def _check(steps: int, spacing: str, allowed: tuple[str, ...], most: int | None 
         raise UserError(f"steps is {steps}; it must be at least 1" + (f" and at most {most}" if most else "") + ".")
     if spacing not in allowed:
         raise UserError(f'no spacing "{spacing}" for this schedule; there is {", ".join(allowed)}.')
+
+
+def _ramp(first: float, last: float, steps: int, spacing: str, rho: float = 7.0) -> Scales:
+    """Numbers from first to last, with equal strides in their rho-th root ("karras", [5] eq. 5) or in their logarithm ("log-snr")."""
+    if spacing == "karras":
+        return torch.linspace(first ** (1 / rho), last ** (1 / rho), steps, dtype=torch.float64) ** rho
+    return torch.linspace(math.log(first), math.log(last), steps, dtype=torch.float64).exp()
+
+
+def _between(table: Float[Tensor, "N"], place: Scales) -> Scales:
+    """A table read at real places: straight lines between its entries."""
+    low = place.long().clamp(max=len(table) - 2)
+    return torch.lerp(table[low], table[low + 1], place - low)
 
 
 def _betas_linear(T: int, beta_1: float, beta_T: float) -> Tensor:
@@ -102,7 +129,7 @@ class Discrete(NoiseSchedule):
     beta_1: float = 1e-4
     beta_T: float = 0.02
     zero_terminal_snr: bool = False
-    final: int = 0  # where the published DDIM stops: at 1, one level short of clean data, with Stable Diffusion
+    final: int = 0  # the time at which the published DDIM stops: Stable Diffusion's is 1 (diffusers: set_alpha_to_one = False)
 
     def __post_init__(self) -> None:
         if self.betas not in BETAS:
@@ -118,9 +145,26 @@ class Discrete(NoiseSchedule):
             alpha_bar[1:] = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
         return alpha_bar
 
+    @cached_property
+    def _log_snr(self) -> Float[Tensor, "T1"]:
+        """For t = 0..T; kept finite at clean data and at pure noise, so that there is something between them and their neighbours."""
+        return self.alpha_bar.logit(eps=1e-12)
+
     def alpha_sigma(self, t: Times) -> tuple[Scales, Scales]:
-        alpha_bar = self.alpha_bar[t.long()]
+        """Between two levels log SNR runs straight, as in k-diffusion; a network that was shown whole numbers takes such times well."""
+        place = t.double()
+        alpha_bar = torch.where(place == place.floor(), self.alpha_bar[t.long()], _between(self._log_snr, place).sigmoid())
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+    def unit(self, t: Times) -> Scales:
+        """alpha: data keep their size and noise is added to them, [5] table 1. Where next to nothing of data is left, sigma is the measure."""
+        alpha, sigma = self.alpha_sigma(t)
+        return torch.maximum(alpha, sigma / SIGMA_MAX)
+
+    def at_log_snr(self, log_snr: Scales) -> Times:
+        high = torch.searchsorted(-self._log_snr, -log_snr).clamp(1, self.T)
+        before, after = self._log_snr[high - 1], self._log_snr[high]
+        return (high - 1 + (log_snr - before) / (after - before)).clamp(0, self.T)
 
     def sample_t(self, batch: int, generator: torch.Generator | None = None) -> Shaped[Tensor, "B"]:
         """Uniform over 1..T, [1] algorithm 1."""
@@ -128,16 +172,23 @@ class Discrete(NoiseSchedule):
 
     def timesteps(self, steps: int, spacing: str = "trailing") -> Shaped[Tensor, "steps1"]:
         """trailing: T down to 0 in equal strides ([4] table 2). leading: Stable Diffusion's, starts a stride below T.
-        linspace: both T and 1 included ([2] section 4)."""
-        _check(steps, spacing, ("trailing", "leading", "linspace"), most=self.T)
+        linspace: both T and 1 included ([2] section 4). Between levels fall karras: equal strides in (sigma / alpha)^(1/7) ([5] eq. 5);
+        log-snr: equal strides in log SNR ([8] section 3.4); ays: Stable Diffusion's optimal levels for 10 steps, interpolated ([9])."""
+        _check(steps, spacing, ("trailing", "leading", "linspace", "karras", "log-snr", "ays"), most=self.T)
         if spacing == "trailing":
             return torch.linspace(self.T, 0, steps + 1, dtype=torch.float64).round().long()
         if spacing == "leading":  # SD counts t from 0 and offsets by 1, which is 2 in a count where 0 is clean data
             offset = 2 if self.T // steps > 1 else 1
             visited = torch.arange(steps).flip(0) * (self.T // steps) + offset
-        else:
+        elif spacing == "linspace":
             visited = torch.linspace(self.T - 1, 0, steps, dtype=torch.float64).round().long() + 1  # rounded in the published count
-        return torch.cat([visited, torch.zeros(1, dtype=torch.long)])
+        elif spacing == "ays":
+            levels = scaled_linear()._log_snr[list(AYS)]
+            visited = self.at_log_snr(_between(levels, torch.linspace(0, len(AYS) - 1, steps + 1, dtype=torch.float64)[:-1]))
+        else:
+            noisiest, cleanest = (-self._log_snr[[self.T, 1]] / 2).exp().clamp(max=SIGMA_MAX).tolist()  # sigma / alpha
+            visited = self.at_log_snr(-2 * _ramp(noisiest, cleanest, steps, spacing).log())
+        return torch.cat([visited, torch.zeros(1, dtype=visited.dtype)])
 
     def c_noise(self, t: Times) -> Shaped[Tensor, "*B"]:
         return t - 1  # published networks count their noise levels from 0
@@ -160,10 +211,20 @@ class Flow(NoiseSchedule):
     def sample_t(self, batch: int, generator: torch.Generator | None = None) -> Shaped[Tensor, "B"]:
         return torch.sigmoid(self.mean + self.std * torch.randn(batch, generator=generator, dtype=torch.float64))
 
+    def at_log_snr(self, log_snr: Scales) -> Times:
+        return torch.sigmoid(-log_snr / 2)
+
     def timesteps(self, steps: int, spacing: str = "trailing") -> Shaped[Tensor, "steps1"]:
-        _check(steps, spacing, ("trailing",))
-        t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-        return self.shift * t / (1 + (self.shift - 1) * t)
+        """trailing: equal strides, shifted. karras: equal strides in t^(1/7), and log-snr: in log SNR; both to a last level of 1/1000."""
+        _check(steps, spacing, ("trailing", "karras", "log-snr"))
+        if spacing == "trailing":
+            t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+            return self.shift * t / (1 + (self.shift - 1) * t)
+        if spacing == "karras":
+            visited = _ramp(1, 1e-3, steps, spacing)
+        else:  # pure noise, t = 1, is infinitely far: begin as near to it as the last level is to data
+            visited = self.at_log_snr(-2 * _ramp(999, 1 / 999, steps, spacing).log())
+        return torch.cat([visited, torch.zeros(1, dtype=torch.float64)])
 
     def c_noise(self, t: Times) -> Shaped[Tensor, "*B"]:
         return 1000 * t  # the sinusoidal embedding expects numbers in the hundreds
@@ -186,11 +247,14 @@ class Karras(NoiseSchedule):
         """ln(sigma) ~ N(P_mean, P_std^2), [5] table 1."""
         return torch.exp(self.P_mean + self.P_std * torch.randn(batch, generator=generator, dtype=torch.float64))
 
+    def at_log_snr(self, log_snr: Scales) -> Times:
+        return (-log_snr / 2).exp()
+
     def timesteps(self, steps: int, spacing: str = "trailing") -> Shaped[Tensor, "steps1"]:
-        """[5] eq. 5: equal strides in sigma^(1/rho)."""
-        _check(steps, spacing, ("trailing",))
-        ramp = torch.linspace(self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho), steps, dtype=torch.float64)
-        return torch.cat([ramp**self.rho, torch.zeros(1, dtype=torch.float64)])
+        """trailing, also called karras: [5] eq. 5, equal strides in sigma^(1/rho). log-snr: in log(sigma)."""
+        _check(steps, spacing, ("trailing", "karras", "log-snr"))
+        visited = _ramp(self.sigma_max, self.sigma_min, steps, "karras" if spacing == "trailing" else spacing, self.rho)
+        return torch.cat([visited, torch.zeros(1, dtype=torch.float64)])
 
     def c_noise(self, t: Times) -> Shaped[Tensor, "*B"]:
         return t.log() / 4

@@ -7,7 +7,8 @@ import torch
 from minidiff import schedules
 from minidiff.denoiser import Denoiser, Prediction
 from minidiff.errors import UserError
-from minidiff.samplers import by_name, ddim, ddpm, sample
+from minidiff.samplers import SAMPLERS, by_name, ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, sample, unipc
+from minidiff.verbs import options
 
 SCHEDULES = [schedules.cosine(), schedules.Flow(), schedules.Karras()]
 MEAN, STD = 0.7, 0.4
@@ -191,10 +192,46 @@ def test_noise_is_drawn_on_the_cpu_whatever_the_device():
     assert torch.equal(*after)
 
 
+@pytest.mark.parametrize("times, complaint", [
+    ([1000, 500, 0], "3 times for 5 steps"),
+    ([1000, 800, 600, 600, 200, 0], "600 follows 600"),
+    ([1000, 800, 600, float("nan"), 200, 0], "nan follows 600"),
+    ([1001, 800, 600, 400, 200, 0], "run from 1001 to 0; they must begin at 1000 or below"),
+    ([1000, 800, 600, 400, 200, 1], "end at 0"),
+])
+def test_bad_times(times, complaint):
+    with pytest.raises(UserError, match=complaint):
+        next(sample(exact_gaussian(schedules.cosine()), schedules.cosine(), torch.zeros(1, 1), 5, ddim(), times=torch.tensor(times)))
+
+
+def test_times_replace_the_spacing():
+    schedule, x = schedules.cosine(), torch.randn(2, 1, dtype=torch.float64)
+    times = torch.tensor([900.0, 333.3, 20.5, 0.0], dtype=torch.float64)
+    assert [frame.t for frame in sample(exact_gaussian(schedule), schedule, x, 3, ddim(), times=times)] == times.tolist()
+
+
+@pytest.mark.parametrize("multistep", [dpmpp_2m, dpmpp_2m_sde, unipc])
+def test_memory_starts_afresh(multistep):
+    """One step object for several chains: after a whole one, one broken off, one of another shape, each is what a new object gives."""
+    schedule, denoise = schedules.cosine(), exact_gaussian(schedules.cosine())
+
+    def chain(step, x, stop=None):
+        torch.manual_seed(3)
+        return [frame.x for _, frame in zip(range(stop or 9), sample(denoise, schedule, x, 8, step), strict=False)]
+
+    x, used = torch.randn(4, 1, dtype=torch.float64), multistep()
+    for start, stop in ((x, None), (x, None), (x, 3), (x, None), (x[:2], 5), (x, None)):
+        assert all(torch.equal(a, b) for a, b in zip(chain(used, start, stop), chain(multistep(), start, stop), strict=True))
+
+
 def test_names():
     schedule, x, (t, s) = schedules.cosine(), torch.randn(2, 1, dtype=torch.float64), torch.tensor([500, 400])
     for name, step in (("ddim", ddim(0.0)), ("ddpm", ddim(1.0, torch.Generator().manual_seed(3)))):
         named = by_name(name, torch.Generator().manual_seed(3))
         assert torch.equal(named(exact_gaussian(schedule), schedule, x, t, s)[0], step(exact_gaussian(schedule), schedule, x, t, s)[0])
-    with pytest.raises(UserError, match="ddim, ddpm"):
+    with pytest.raises(UserError, match="ddim, ddpm, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, unipc, lcm"):
         by_name("dimm")
+
+
+def test_the_command_line_lists_every_sampler():
+    assert options.Sampler.__metadata__[0].metavar == "|".join(SAMPLERS)  # written out there, since --help imports no torch

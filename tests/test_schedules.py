@@ -63,6 +63,74 @@ def test_timesteps_are_the_nearest_integers_for_every_number_of_steps():
             assert times[-1] == 0 and times[0] <= T and all(a > b for a, b in pairwise(times))
 
 
+GRIDS = [(s, spacing) for s in ALL for spacing in ("karras", "log-snr", "ays") if spacing != "ays" or isinstance(s, schedules.Discrete)]
+ZERO_SNR = schedules.Discrete("scaled_linear", 1000, 0.00085, 0.012, zero_terminal_snr=True)
+
+
+@pytest.mark.parametrize("schedule, spacing", [*GRIDS, (ZERO_SNR, "karras"), (ZERO_SNR, "log-snr")], ids=str)
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 50])
+def test_grids_keep_the_promise(schedule, spacing, steps):
+    times = schedule.timesteps(steps, spacing)
+    assert times.shape == (steps + 1,) and (times.diff() < 0).all() and times[-1] == 0
+    assert times[0] <= schedule.timesteps(1)[0] and schedule.snr(times[:1]) < 0.01
+
+
+@pytest.mark.parametrize("schedule", [s for s, spacing in GRIDS if spacing == "karras"], ids=name)
+def test_equal_strides(schedule):
+    """In (sigma / alpha)^(1/7), a flow's in t^(1/7); and in log SNR. Ends: EDM's sigma_max or the noisiest level, and the cleanest."""
+    for spacing, axis in (("karras", lambda t, noise: (t if isinstance(schedule, schedules.Flow) else noise) ** (1 / 7)),
+                          ("log-snr", lambda t, noise: noise.log())):
+        times = schedule.timesteps(20, spacing)[:-1]
+        alpha, sigma = schedule.alpha_sigma(times)
+        strides = axis(times, sigma / alpha).diff()
+        assert ((strides / strides.mean() - 1).abs() < 1e-9).all()  # roundings: what is left of log SNR where alpha is nearly 1
+    if isinstance(schedule, schedules.Discrete):
+        noise = schedule.snr(times).rsqrt()
+        assert abs(times[-1] - 1) < 1e-9 and noise[0] == pytest.approx(min(80, schedule.snr(torch.tensor(schedule.T)).rsqrt().item()), rel=1e-9)
+
+
+@pytest.mark.parametrize("schedule", [*ALL, ZERO_SNR], ids=name)
+def test_times_between_levels(schedule):
+    """Finite and monotone all the way, also next to clean data and to pure noise; at_log_snr is the inverse."""
+    most = schedule.timesteps(1)[0].item()
+    times = torch.linspace(most, 0, 12_345, dtype=torch.float64)
+    alpha, sigma = schedule.alpha_sigma(times)
+    assert (alpha.diff() >= 0).all() and (sigma.diff() < 0).all()
+    inner = times[(alpha > 1e-3) & (sigma > 1e-3)]  # elsewhere snr(t) itself has too few digits left
+    torch.testing.assert_close(schedule.at_log_snr(schedule.snr(inner).log()), inner, rtol=1e-7, atol=1e-9)
+
+
+def test_whole_times_are_the_table_itself():
+    schedule, t = schedules.linear(), torch.arange(1001)
+    for ours, theirs in zip(schedule.alpha_sigma(t), schedule.alpha_sigma(t.double()), strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(schedule.alpha_sigma(t)[0], schedule.alpha_bar.sqrt())
+
+
+@pytest.mark.parametrize("steps", [2, 10, 25])  # of 1, diffusers' only step starts at the cleanest level
+def test_karras_grid_equals_diffusers(steps):
+    """Its Euler's times are real numbers, too: log sigma read between levels. Their tables are fp32, their times fp32 numbers up to 1000."""
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, use_karras_sigmas=True)
+    theirs.set_timesteps(steps)
+    schedule = schedules.scaled_linear()
+    times = schedule.timesteps(steps, "karras")
+    torch.testing.assert_close(schedule.snr(times[:-1]).rsqrt(), theirs.sigmas[:-1].double(), rtol=2e-5, atol=0)  # fp32: 1 - alpha_bar_1 = 0.00085
+    torch.testing.assert_close(times[:-1], theirs.timesteps.double() + 1, rtol=0, atol=2e-2)
+
+
+def test_align_your_steps_is_the_published_table():
+    """Exactly at 10 steps; at others log sigma is interpolated along the list, whose last entry is then clean data."""
+    utils = pytest.importorskip("diffusers.schedulers.scheduling_utils")
+    published = utils.AysSchedules["StableDiffusionTimesteps"]
+    schedule = schedules.scaled_linear()
+    assert schedule.timesteps(10, "ays").tolist() == [*(t + 1 for t in published), 0]
+    assert schedule.timesteps(20, "ays")[::2].tolist() == [*(t + 1 for t in published), 0]
+    noise = schedule.snr(schedule.timesteps(20, "ays")[:-1]).rsqrt()
+    torch.testing.assert_close(noise[1:-1:2], (noise[:-2:2] * noise[2::2]).sqrt(), rtol=1e-9, atol=0)  # geometric means
+    torch.testing.assert_close(schedules.cosine().snr(schedules.cosine().timesteps(20, "ays")[:-1]).rsqrt(), noise, rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("schedule", ALL, ids=name)
 def test_what_every_schedule_promises(schedule):
     times = schedule.timesteps(10)
@@ -153,10 +221,16 @@ def test_c_noise(schedule, t, shown):
 
 @pytest.mark.parametrize("steps, spacing", [(0, "trailing"), (1001, "trailing"), (10, "sideways")])
 def test_bad_steps(steps, spacing):
-    with pytest.raises(UserError, match=r"steps is 0|at most 1000|trailing, leading, linspace"):
+    with pytest.raises(UserError, match=r"steps is 0|at most 1000|trailing, leading, linspace, karras, log-snr, ays"):
         schedules.linear().timesteps(steps, spacing)
 
 
 def test_unknown_betas():
     with pytest.raises(UserError, match="linear, scaled_linear, cosine, sigmoid"):
         schedules.Discrete("quadratic")
+
+
+def test_an_older_model_folder_has_no_final():
+    numbers = schedules.to_json(schedules.scaled_linear())
+    assert numbers.pop("final") == 0
+    assert schedules.from_json(numbers) == schedules.scaled_linear()

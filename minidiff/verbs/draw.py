@@ -44,7 +44,7 @@ def generate(
         n: pictures of each prompt.
         steps: sampling steps; more is slower and a little better.
         guidance: how strongly the text steers; 1 is off, 0 ignores the text. Left out, it is the model's own.
-        sampler: ddim (deterministic) or ddpm (adds noise on the way). Left out, it is the model's own.
+        sampler: how to step from noise to picture; dpmpp_2m or unipc where steps are few. Left out, it is the model's own.
         size: side of the pictures in pixels. Left out, it is the size the model was trained at.
         seed: everything random follows from it; the same seed gives the same bytes.
         device: where to compute; auto takes a GPU if there is one.

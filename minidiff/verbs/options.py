@@ -10,7 +10,7 @@ from minidiff.errors import UserError
 
 Device = Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda|mps")]
 Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
-Sampler = Annotated[str | None, tyro.conf.arg(metavar="ddim|ddpm")]
+Sampler = Annotated[str | None, tyro.conf.arg(metavar="ddim|ddpm|euler|euler_ancestral|heun|dpmpp_2m|dpmpp_2m_sde|unipc|lcm")]  # all of SAMPLERS
 Integer = Annotated[int | None, tyro.conf.arg(metavar="INT")]
 Prompts = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PROMPT ...")]]
 

@@ -58,7 +58,7 @@ def reverse(
         model: the model: our folder, a diffusers folder, or one .safetensors or .ckpt file of Stable Diffusion.
         steps: sampling steps.
         guidance: how strongly the text steers; 1 is off, 0 ignores the text. Left out, it is the model's own.
-        sampler: ddim (deterministic) or ddpm (adds noise on the way). Left out, it is the model's own.
+        sampler: how to step from noise to picture; dpmpp_2m or unipc where steps are few. Left out, it is the model's own.
         seed: everything random follows from it.
         device: where to compute; auto takes a GPU if there is one.
         out: folder for reverse.png and reverse.gif.

@@ -1,0 +1,162 @@
+"""Whole trajectories of every sampler against diffusers' schedulers: the same network, the same noise, the same times.
+
+diffusers keeps its tables and some of its sums in fp32, and over 1000 steps that shows. Here its own code computes in float64 (`in_float64`), so
+that only the order of roundings differs: 1e-10, relative to the state's size, at every step.
+"""
+import importlib
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from minidiff import schedules
+from minidiff.denoiser import Denoiser
+from minidiff.samplers import ddim, dpmpp_2m, dpmpp_2m_sde, euler, euler_ancestral, heun, lcm, sample, unipc
+
+diffusers = pytest.importorskip("diffusers")
+STEPS = [1, 2, 3, 10, 50, 1000]
+TARGETS = [("eps", "epsilon"), ("v", "v_prediction")]
+SCHEDULE, SD = schedules.scaled_linear(), dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+
+
+class Net(torch.nn.Module):
+    """A fixed nonlinear function of x and of the time it is shown."""
+
+    def forward(self, x, t, context=None):
+        return torch.sin(3 * x) * 0.5 + 0.3 * x * (1 + t.to(x).view(-1, 1, 1, 1) / 1000)
+
+
+@pytest.fixture
+def in_float64(monkeypatch):
+    """A scheduler whose code reads float64 wherever it says float32."""
+
+    def scheduler(name, module, **config):
+        home = importlib.import_module(f"diffusers.schedulers.{module}")
+        for library in (torch, np):
+            double = types.SimpleNamespace(**{**vars(library), "float32": library.float64})
+            monkeypatch.setattr(home, library.__name__.replace("numpy", "np"), double)
+        return getattr(home, name)(**SD, **config)
+
+    before = torch.get_default_dtype()  # of an integer times 10.0
+    torch.set_default_dtype(torch.float64)
+    yield scheduler
+    torch.set_default_dtype(before)
+
+
+def normal(seed):
+    return torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def close(ours, theirs):
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() / b.abs().max() < 1e-10
+
+
+def grid(theirs):
+    """The times of a scheduler that was set, in our count, where clean data is 0."""
+    return torch.cat([theirs.timesteps.long().cpu() + 1, torch.zeros(1, dtype=torch.long)])
+
+
+def ours(target, times, step, schedule=SCHEDULE):
+    return [frame.x for frame in sample(Denoiser(Net(), schedule, target), schedule, normal(0), len(times) - 1, step, times=times)]
+
+
+def generator():
+    return torch.Generator().manual_seed(1)
+
+
+@pytest.mark.parametrize("target, theirs", TARGETS)
+@pytest.mark.parametrize("steps", [1, 2, 10, 50, 1000])  # of 3, diffusers' stride is not the distance of its own times
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_published_ddim_stops_at_alpha_bar_1(in_float64, target, theirs, steps, eta):
+    """Stable Diffusion's settings; euler, which does not stop there, differs."""
+    scheduler = in_float64("DDIMScheduler", "scheduling_ddim", prediction_type=theirs, clip_sample=False, set_alpha_to_one=False,
+                           timestep_spacing="leading", steps_offset=1 if steps < 1000 else 0)
+    scheduler.set_timesteps(steps)
+    x, z = normal(0), generator()
+    expected = [x]
+    for t in scheduler.timesteps:
+        x = scheduler.step(Net()(x, t.expand(2)), t, x, eta=eta, generator=z).prev_sample
+        expected.append(x)
+    schedule = schedules.Discrete("scaled_linear", 1000, 0.00085, 0.012, final=1)
+    times = schedule.timesteps(steps, "leading")
+    assert torch.equal(times, grid(scheduler))
+    close(ours(target, times, ddim(eta, generator()), schedule), expected)
+    if eta == 0:
+        assert (ours(target, times, euler(), schedule)[-1] - expected[-1]).abs().max() > 1e-3
+
+
+SIGMA = {  # diffusers walks x / alpha for these
+    "EulerDiscreteScheduler": ("scheduling_euler_discrete", {"timestep_spacing": "trailing"}, lambda: euler()),
+    "EulerAncestralDiscreteScheduler": (
+        "scheduling_euler_ancestral_discrete", {"timestep_spacing": "trailing"}, lambda: euler_ancestral(generator())),
+    "HeunDiscreteScheduler": ("scheduling_heun_discrete", {"timestep_spacing": "trailing"}, lambda: heun()),
+}
+
+
+@pytest.mark.parametrize("target, prediction", TARGETS)
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("name", SIGMA)
+def test_methods_in_sigma(in_float64, name, steps, target, prediction):
+    module, config, step = SIGMA[name]
+    scheduler = in_float64(name, module, prediction_type=prediction, **config)
+    scheduler.set_timesteps(steps)
+    times = grid(scheduler).unique().flip(0)  # Heun's method lists a time for each evaluation
+    alpha = SCHEDULE.alpha_sigma(times)[0]
+    x, z = normal(0) / alpha[0], generator()
+    expected = [x]
+    for k, t in enumerate(scheduler.timesteps, start=1):
+        out = Net()(scheduler.scale_model_input(x, t), t.expand(2))
+        x = scheduler.step(out, t, x, **({"generator": z} if "Ancestral" in name else {})).prev_sample
+        if getattr(scheduler, "state_in_first_order", True) or k == len(scheduler.timesteps):  # Heun's method halts halfway, but for the last time
+            expected.append(x)
+    expected = [a * b for a, b in zip(alpha, expected, strict=True)]
+    close(ours(target, times, step()), expected)
+
+
+@pytest.mark.parametrize("target, prediction", [*TARGETS, ("x0", "sample")])
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("kind, step", [("dpmsolver++", dpmpp_2m), ("sde-dpmsolver++", lambda: dpmpp_2m_sde(generator()))])
+def test_dpm_solver(in_float64, kind, step, steps, target, prediction):
+    scheduler = in_float64("DPMSolverMultistepScheduler", "scheduling_dpmsolver_multistep", prediction_type=prediction, algorithm_type=kind,
+                           timestep_spacing="trailing")  # its linspace visits 501 twice in 1000 steps
+    scheduler.set_timesteps(steps)
+    x, z = normal(0), generator()
+    expected = [x]
+    for t in scheduler.timesteps:
+        x = scheduler.step(Net()(x, t.expand(2)), t, x, generator=z).prev_sample
+        expected.append(x)
+    close(ours(target, grid(scheduler), step()), expected)
+
+
+@pytest.mark.parametrize("target, prediction", TARGETS)
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("variant", ["bh1", "bh2"])
+def test_unipc(in_float64, variant, steps, target, prediction):
+    scheduler = in_float64("UniPCMultistepScheduler", "scheduling_unipc_multistep", prediction_type=prediction, solver_type=variant,
+                           timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    x = normal(0)
+    expected = [x]
+    for t in scheduler.timesteps:
+        x = scheduler.step(Net()(x, t.expand(2)), t, x).prev_sample
+        expected.append(x)
+    if variant == "bh1":  # B(h) = h is infinite where s is clean, and diffusers multiplies it by 0: its last state is all nan
+        assert expected[-1].isnan().all()
+        expected[-1] = scheduler.model_outputs[-1]  # x0: a step of first order to clean data
+    close(ours(target, grid(scheduler), unipc(variant)), expected)
+
+
+@pytest.mark.parametrize("target, prediction", TARGETS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 50])  # it has 50 steps at most, those it was distilled for
+def test_lcm(in_float64, steps, target, prediction):
+    scheduler = in_float64("LCMScheduler", "scheduling_lcm", prediction_type=prediction, clip_sample=False)
+    scheduler.set_timesteps(steps)
+    x, z = normal(0), generator()
+    expected = [x]
+    for t in scheduler.timesteps:
+        x = scheduler.step(Net()(x, t.expand(2)), t, x, generator=z).prev_sample
+        expected.append(x)
+    close(ours(target, grid(scheduler), lcm(generator())), expected)
