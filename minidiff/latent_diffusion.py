@@ -17,13 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidiff import schedules
+from minidiff import editing, finite, schedules
 from minidiff.clip import CLIPText
 from minidiff.data.folder import check_size
 from minidiff.denoiser import Denoiser, guide
 from minidiff.errors import UserError
 from minidiff.labels import ClassLabels, Unconditional
-from minidiff.samplers import SAMPLERS, Frame, Step, by_name, sample
+from minidiff.samplers import SAMPLERS, Frame, by_name, sample
+from minidiff.steps import Step
+from minidiff.tiling import tiled
 from minidiff.unet import UNet
 from minidiff.vae import VAE, Pixels
 from minidiff.weights import files
@@ -102,38 +104,108 @@ class LatentDiffusion(nn.Module):
         steps: int = 25,
         guidance: float | None = None,
         step: Step | None = None,
-        size: int | None = None,
+        size: int | tuple[int, int] | None = None,
         generator: torch.Generator | None = None,
         x_T: Float[Tensor, "B Z h w"] | None = None,
+        negative: str = "",
+        spacing: str | None = None,
+        times: Shaped[Tensor, "steps1"] | None = None,
+        image: Float[Tensor, "1 C H W"] | None = None,
+        strength: float = 1.0,
+        mask: Float[Tensor, "1 1 H W"] | None = None,
+        **steering,
     ) -> Iterator[Frame]:
         """Yields a Frame of latents for each of steps + 1 times; pictures are self.vae.decode(frame.x0).
 
+        size: side, or height and width, in pixels. negative: what guidance steers away from. spacing or times: which times are visited.
+        image: a picture in [-1, 1] to start from; the last `strength` of the steps are walked. mask: 1 where the image is to be drawn anew;
+        all else stays. steering: more of guide's arguments.
+
         Noise is drawn on the CPU, so a seed means the same picture on every device. x_T, where given, is that noise.
         """
-        size = self.size if size is None else size
-        check_size(size, self.vae.factor * self.unet.multiple)
-        side = size // self.vae.factor
-        first = self.schedule.timesteps(steps)[0]
+        height, width = self._shape(size if image is None else tuple(image.shape[2:]))
+        times = self.schedule.timesteps(steps, spacing or self.spacing) if times is None else times
+        step = step or by_name(self.sampler, generator)
+        shape = (len(conditions), self.vae.latent_channels, height // self.vae.factor, width // self.vae.factor)
+        noise = (torch.randn(shape, generator=generator) if x_T is None else x_T).to(self.device)
+        denoiser, x = self.denoiser, noise
         if x_T is None:
-            alpha, sigma = self.schedule.alpha_sigma(first)
-            spread = (alpha**2 + sigma**2).sqrt().item()  # of x_T, for data of unit variance
-            x_T = spread * torch.randn(len(conditions), self.vae.latent_channels, side, side, generator=generator)
+            alpha, sigma = self.schedule.alpha_sigma(times[0])
+            x = (alpha**2 + sigma**2).sqrt().item() * noise  # the spread of x_T, for data of unit variance
+        if mask is not None and image is None:
+            raise UserError("a mask needs an image that it belongs to.")
+        if image is not None:
+            z0 = self.vae.encode(image.to(self.device)).expand(shape)
+            times = editing.late(times, strength)
+            if mask is None or strength < 1:
+                x = editing.noised(self.schedule, z0, noise, times[0])
+        if self.unet.numbers["in_channels"] != self.vae.latent_channels:
+            denoiser = self._inpainting(image, mask)
+        elif mask is not None:
+            step = editing.keeping(step, z0, noise, editing.shrunk(mask, self.vae.factor).to(self.device))
+        context, null = self.text.encode(conditions), self.text.null(len(conditions))
+        if negative:
+            null = self.text.encode([negative]).expand(len(conditions), -1, -1)
         scale = self.guidance if guidance is None else guidance
-        denoise = guide(self.denoiser, self.text.encode(conditions), self.text.null(len(conditions)), scale)
-        yield from sample(denoise, self.schedule, x_T.to(self.device), steps, step or by_name(self.sampler, generator))
+        denoise = guide(denoiser, context, null, scale, **steering)
+        yield from sample(denoise, self.schedule, x, len(times) - 1, step, times=times)
+
+    def _shape(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
+        height, width = (size, size) if isinstance(size, int) else size or (self.size, self.size)
+        for side in (height, width):
+            check_size(side, self.vae.factor * self.unet.multiple)
+        return height, width
+
+    def _inpainting(self, image: Float[Tensor, "1 C H W"] | None, mask: Float[Tensor, "1 1 H W"] | None) -> Denoiser:
+        channels, z = self.unet.numbers["in_channels"], self.vae.latent_channels
+        if channels != 2 * z + 1:
+            raise UserError(f"this U-Net takes {channels} channels; known are {z}, and {2 * z + 1} for inpainting.")
+        if image is None or mask is None:
+            raise UserError("this model is for inpainting; it needs an image and a mask (--image FILE --mask FILE).")
+        kept = self.vae.encode((image * (mask < 0.5)).to(self.device))
+        network = editing.Inpainting(self.unet, editing.shrunk(mask, self.vae.factor).to(self.device), kept)
+        return Denoiser(network, self.schedule, self.denoiser.target)
+
+    def generate(self, conditions: list[str], batch: int = 64, steps: int = 25, **how) -> Float[Tensor, "B C H W"]:
+        """Pictures in [-1, 1], all at once; `how` are draw's arguments and sample's."""
+        return torch.cat(list(self.draw(conditions, batch, steps, **how)))
 
     @torch.no_grad()
-    def generate(self, conditions: list[str], batch: int = 64, steps: int = 25, progress: bool = False, **how) -> Float[Tensor, "B C H W"]:
-        """Pictures in [-1, 1], a batch at a time; steps and `how` are sample's. progress: show a bar, once the first step is done."""
+    def draw(
+        self, conditions: list[str], batch: int = 64, steps: int = 25, progress: bool = False, tile: bool | None = None, **how
+    ) -> Iterator[Float[Tensor, "B C H W"]]:
+        """The same, yielded a batch at a time. progress: show a bar, once the first step is done. tile: decode in tiles; None does above
+        1024x1024 pixels. Numbers that are not finite are a UserError that names the module where they began."""
         if not conditions:
             raise UserError("no conditions to generate from; name at least one.")
-        pictures, starts = [], range(0, len(conditions), batch)
-        with tqdm(desc="sampling", total=len(starts) * steps, unit="step", delay=0.01, disable=not progress) as bar:
-            for i in starts:
-                for frame in self.sample(conditions[i : i + batch], steps, **how):
+        generator, starts = how.get("generator"), range(0, len(conditions), batch)
+        walked = max(1, int(steps * how.get("strength", 1.0)))
+        with tqdm(desc="sampling", total=len(starts) * walked, unit="step", delay=0.01, disable=not progress) as bar:
+
+            def drawn(some: list[str]) -> Float[Tensor, "B C H W"]:
+                for frame in self.sample(some, steps, **how):
                     bar.update(frame.t > 0)  # the last frame of a chain is clean, and took no step
-                pictures.append(self.vae.decode(frame.x0).clamp(-1, 1))
-        return torch.cat(pictures)
+                return self.decode(frame.x0, tile)
+
+            for some in (conditions[i : i + batch] for i in starts):
+                before = None if generator is None else generator.get_state()
+                pictures = drawn(some)
+                if not pictures.isfinite().all():  # the same again, with a look at every module
+                    if generator is not None:
+                        generator.set_state(before)
+                    with finite.watched(self, advice := "compute in bf16 or fp32 (--dtype)."):
+                        drawn(some)
+                    raise UserError(f"the pictures hold numbers that are not finite; {advice}")
+                yield pictures.clamp(-1, 1)
+
+    def decode(self, latents: Float[Tensor, "B Z h w"], tile: bool | None = None) -> Float[Tensor, "B C H W"]:
+        """Pictures from latents in bounded memory: about a megapixel at a time, and above it, or where asked, in tiles."""
+        pixels = latents[0, 0].numel() * self.vae.factor**2
+        together = latents.split(max(1, 2**20 // pixels))
+        if tile or (tile is None and pixels > 2**20):
+            f = self.vae.factor
+            return torch.cat([tiled(self.vae.decode, z, 512 // f, 128 // f, f) for z in together])
+        return torch.cat([self.vae.decode(z) for z in together])
 
     def save(self, path: str | Path) -> Path:
         """Write the model folder beside its place, then rename: an interrupted save leaves the old folder as it was."""

@@ -103,7 +103,8 @@ def test_a_picture_carries_its_settings(ran, tiny, tmp_path):
     ran("generate", "苹果 on white", "--steps", 2, "--model", tiny, "--guidance", 2.5, "--size", 48, "--seed", 7, "--out", tmp_path)
     with Image.open(tmp_path / "000-苹果-on-white.png") as picture:
         assert picture.size == (48, 48)
-        settings = {"seed": "7", "steps": "2", "guidance": "2.5", "sampler": "ddim", "size": "48", "model": "tiny"}
+        settings = {"seed": "7", "steps": "2", "guidance": "2.5", "sampler": "ddim", "size": "48x48", "model": "tiny"}
+        settings |= {"spacing": "trailing", "dtype": "fp32"}
         assert picture.text == {"prompt": "苹果 on white", "picture": "1 of 1", **settings}
 
 
@@ -164,7 +165,7 @@ def test_a_long_prompt_says_in_one_line_which_words_fell_off(ran, tiny, tmp_path
     (["generate", PROMPT, "--stepps", "3", "--gidance", "2"], "perhaps you meant --guidance, --steps; see minidiff generate --help."),
     (["generate", PROMPT, "--seed", "x"], '--seed takes a whole number, not "x"; see minidiff generate --help.'),
     (["generate", PROMPT, "--seed", "1.5"], '--seed takes a whole number, not "1.5"; see'),
-    (["generate", PROMPT, "--size", "big"], '--size takes a whole number, not "big"; see'),
+    (["generate", PROMPT, "--size", "big"], '--size takes a side in pixels, or a width and a height as in 768x512; not "big".'),
     (["generate", PROMPT, "--guidance", "it's"], '--guidance takes a number, not "it\'s"; see'),
     (["plot", "reverse", "--seed"], "--seed"),
     (["generate", PROMPT, "--n", "2", PROMPT], f"{PROMPT}; see minidiff generate --help."),

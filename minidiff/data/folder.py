@@ -51,8 +51,8 @@ def check_size(size: int, multiple: int) -> None:
     raise UserError(f"size {size} is not divisible by {multiple}; the nearest valid {nearest}")
 
 
-def load_picture(path: str | Path, size: int | None = None) -> UInt8[Tensor, "3 H W"]:
-    """Any picture as upright RGB on white; with a size, its shorter side is scaled to that and the centre is cut out, size x size."""
+def load_picture(path: str | Path, size: int | tuple[int, int] | None = None) -> UInt8[Tensor, "3 H W"]:
+    """Any picture as upright RGB on white; with a size (a side, or height and width), it is scaled to cover that and the centre is cut out."""
     try:
         with Image.open(path) as file:
             image = _rgb(ImageOps.exif_transpose(file))
@@ -62,7 +62,8 @@ def load_picture(path: str | Path, size: int | None = None) -> UInt8[Tensor, "3 
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: not a readable picture ({reason}); replace it, or take it out of the data") from None
     if size is not None:
-        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+        height, width = (size, size) if isinstance(size, int) else size
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 

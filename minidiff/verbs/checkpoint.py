@@ -6,15 +6,13 @@ import tyro
 
 from minidiff.errors import UserError
 from minidiff.verbs import options
-from minidiff.verbs.options import Device
+from minidiff.verbs.options import Device, File, Target
 
 Source = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FILE_OR_DIR")]]
-Target = Annotated[str | None, tyro.conf.arg(metavar="eps|v")]
-Place = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
-Dtype = Annotated[str | None, tyro.conf.arg(metavar="fp32|bf16|fp16")]
+Stored = Annotated[str | None, tyro.conf.arg(metavar="fp32|bf16|fp16")]
 
 
-def inspect(path: Source, seed: int = 0, device: Device = "auto", out: Place = None) -> None:
+def inspect(path: Source, seed: int = 0, device: Device = "auto", out: File = None) -> None:
     """Say what a checkpoint is: layout, version, what it predicts, parts, sizes, keys that are missing or extra, what it cannot do.
 
     Args:
@@ -46,11 +44,11 @@ def convert(
     source: Source,
     destination: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DST")]],
     to: Literal["minidiff", "diffusers", "compvis"],
-    dtype: Dtype = None,
+    dtype: Stored = None,
     target: Target = None,
-    vae: Place = None,
-    text: Place = None,
-    unet: Place = None,
+    vae: File = None,
+    text: File = None,
+    unet: File = None,
     seed: int = 0,
     device: Device = "auto",
     out: Path = Path("."),

@@ -1,10 +1,11 @@
 """Verbs that draw: quickstart and generate."""
 import re
+import warnings
 from pathlib import Path
 
 from minidiff.errors import UserError
 from minidiff.verbs import options
-from minidiff.verbs.options import EXAMPLE, MODEL, Device, Integer, Number, Prompts, Sampler
+from minidiff.verbs.options import EXAMPLE, MODEL, Device, Dtype, File, Integer, Number, Prompts, Sampler, Size, Spacing, Target
 
 
 def quickstart(out: Path = Path("out/quickstart"), seed: int = 0, device: Device = "auto", resume: bool = False) -> None:
@@ -31,7 +32,18 @@ def generate(
     steps: int = 25,
     guidance: Number = None,
     sampler: Sampler = None,
-    size: Integer = None,
+    size: Size = None,
+    negative: str = "",
+    rescale: float = 0.0,
+    spacing: Spacing = None,
+    image: File = None,
+    strength: Number = None,
+    mask: File = None,
+    dtype: Dtype = "fp32",
+    tile: bool = False,
+    batch: Integer = None,
+    target: Target = None,
+    vae: File = None,
     seed: int = 0,
     device: Device = "auto",
     out: Path = Path("out/generate"),
@@ -40,12 +52,23 @@ def generate(
 
     Args:
         prompts: what to draw; each in quotes, before the options.
-        model: the model: our folder, a diffusers folder, or one .safetensors or .ckpt file of Stable Diffusion.
+        model: our folder, a diffusers folder, one .safetensors or .ckpt file of Stable Diffusion, or a name on the Hugging Face Hub.
         n: pictures of each prompt.
         steps: sampling steps; more is slower and a little better.
         guidance: how strongly the text steers; 1 is off, 0 ignores the text. Left out, it is the model's own.
         sampler: how to step from noise to picture; dpmpp_2m or unipc where steps are few. Left out, it is the model's own.
-        size: side of the pictures in pixels. Left out, it is the size the model was trained at.
+        size: side of the pictures in pixels, or width and height as in 768x512. Left out, it is the size the model was trained at.
+        negative: what the pictures should not show; guidance steers away from it.
+        rescale: from 0 to 1, how much of the contrast that guidance adds is taken back (0.7 where pictures are burnt).
+        spacing: which noise levels the steps visit. Left out, it is the model's own.
+        image: a picture to begin from.
+        strength: how much of the way from noise to walk again from that picture: 0.8 unless there is a mask, then 1.
+        mask: a picture, white where the image is to be drawn anew.
+        dtype: the precision to compute in.
+        tile: decode in tiles: less memory. Above 1024x1024 it is done anyway.
+        batch: pictures drawn at once. Left out, it is a megapixel of them, at most 64.
+        target: what the model predicts, where its file does not say: single files of SD 2.x predict v at 768 pixels, eps at 512.
+        vae: take the VAE from this checkpoint instead.
         seed: everything random follows from it; the same seed gives the same bytes.
         device: where to compute; auto takes a GPU if there is one.
         out: folder for the pictures; each carries its prompt and its settings inside.
@@ -53,23 +76,88 @@ def generate(
     if not prompts:
         raise UserError(f'no prompt; say what to draw, as in: minidiff generate "{EXAMPLE}".')
     options.check_positive("--n", n)
-    diffusion, how = options.sampling(model, steps, guidance, sampler, seed, device, out)
+    options.check_positive("--batch", 1 if batch is None else batch)
+    shape = parsed_size(size)
+    if strength is not None and image is None:
+        raise UserError("--strength needs an --image to begin from.")
+    if strength is not None and not 0 < strength <= 1:
+        raise UserError(f"--strength is {strength:g}; it must be above 0 (the picture stays) and at most 1.")
+    if mask is not None and image is None:
+        raise UserError("--mask needs the --image that it belongs to.")
+    if not 0 <= rescale <= 1:
+        raise UserError(f"--rescale is {rescale:g}; it must be from 0 to 1.")
+    how = {"dtype": dtype, "target": target, "vae": vae}
+    diffusion, how = options.sampling(model, steps, guidance, sampler, seed, device, out, spacing, **how)
+    import torch
+
     from minidiff import plots
     from minidiff.data.folder import check_size
 
-    size = diffusion.size if size is None else size
-    check_size(size, diffusion.vae.factor * diffusion.unet.multiple)
+    height, width = shape or (diffusion.size, diffusion.size)
+    if image is not None:
+        given = pictured(image, shape, diffusion)
+        height, width = given.shape[2:]
+        how |= {"image": given, "strength": (0.8 if mask is None else 1.0) if strength is None else strength}
+    multiple = diffusion.vae.factor * diffusion.unet.multiple
+    for side in (height, width):
+        check_size(side, multiple)
+    if mask is not None:
+        how["mask"] = hole = white(mask, height, width)
+    if (height, width) != (diffusion.size, diffusion.size):
+        trained = f"the model was trained at {diffusion.size}x{diffusion.size}"
+        warnings.warn(f"{width}x{height} pixels, but {trained}: things may repeat when larger, and fall apart when smaller", stacklevel=2)
+    how |= {"negative": negative} if negative else {}
+    how |= {"rescale": rescale} if rescale else {}
     wanted = [prompt for prompt in prompts for _ in range(n)]
-    pictures = diffusion.generate(wanted, size=size, progress=True, **how).cpu()
-    sampler = sampler or diffusion.sampler
-    settings = {"seed": seed, "steps": steps, "guidance": how["guidance"], "sampler": sampler, "size": size, "model": model.resolve().name}
+    batch = batch or max(1, min(64, 2**20 // (height * width)))
+    settings = {"seed": seed, "steps": steps, "guidance": how["guidance"], "sampler": sampler or diffusion.sampler, "size": f"{width}x{height}"}
+    settings |= {"spacing": spacing or diffusion.spacing, "dtype": dtype, "model": model.resolve().name}
+    settings |= {name: how[name] for name in ("negative", "rescale", "strength") if name in how}
+    settings |= {name: file.name for name, file in (("image", image), ("mask", mask)) if file is not None}
     settings = {name: str(value) for name, value in settings.items()}
-    written = []
-    for k, (picture, prompt) in enumerate(zip(pictures, wanted, strict=True)):
-        text = {"prompt": prompt, "picture": f"{k + 1} of {len(wanted)}", **settings}
-        written.append(plots.save_png(picture, out / f"{k:03d}-{slug(prompt)}.png", text))
-    written.append(plots.grid(pictures, wanted, out / "grid.png", columns=min(n, 8) if n > 1 else None))
+    written, pictures = [], []
+    for drawn in diffusion.draw(wanted, batch, size=(height, width), tile=tile or None, progress=True, **how):
+        drawn = drawn.cpu() if mask is None else hole * drawn.cpu() + (1 - hole) * given  # outside the mask, to the byte
+        for picture in drawn:  # written as soon as they are there: an interruption loses a batch at most
+            k, prompt = len(pictures), wanted[len(pictures)]
+            pictures.append(picture)
+            text = {"prompt": prompt, "picture": f"{k + 1} of {len(wanted)}", **settings}
+            written.append(plots.save_png(picture, out / f"{k:03d}-{slug(prompt)}.png", text))
+    written.append(plots.grid(torch.stack(pictures), wanted, out / "grid.png", columns=min(n, 8) if n > 1 else None))
     print(*written, sep="\n")
+
+
+def parsed_size(size: str | None) -> tuple[int, int] | None:
+    """Height and width, from "512" or "768x512", where the width comes first."""
+    if size is None:
+        return None
+    found = re.fullmatch(r"(-?\d+)(?:[xX](-?\d+))?", size)
+    if not found:
+        raise UserError(f'--size takes a side in pixels, or a width and a height as in 768x512; not "{size}".')
+    width = int(found[1])
+    return (int(found[2]) if found[2] else width), width
+
+
+def pictured(file: Path, shape: tuple[int, int] | None, diffusion):
+    """The picture to begin from, (1, 3, H, W) in [-1, 1]: of the size asked for, or its shorter side as the model was trained at."""
+    from minidiff.data.folder import load_picture, to_model
+
+    picture = load_picture(file)
+    if shape is None:
+        multiple, (height, width) = diffusion.vae.factor * diffusion.unet.multiple, picture.shape[1:]
+        scale = diffusion.size / min(height, width)
+        shape = tuple(max(multiple, round(side * scale / multiple) * multiple) for side in (height, width))
+    return to_model(load_picture(file, shape))[None]
+
+
+def white(file: Path, height: int, width: int):
+    """The mask, (1, 1, H, W): 1 where the picture is lighter than grey."""
+    from minidiff.data.folder import load_picture
+
+    mask = (load_picture(file, (height, width)).float().mean(0) > 127).float()[None, None]
+    if not mask.any():
+        raise UserError(f"{file}: nothing in it is white; paint white what is to be drawn anew.")
+    return mask
 
 
 def slug(prompt: str) -> str:

@@ -12,14 +12,29 @@ Device = Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda|mps")]
 Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
 Sampler = Annotated[str | None, tyro.conf.arg(metavar="ddim|ddpm|euler|euler_ancestral|heun|dpmpp_2m|dpmpp_2m_sde|unipc|lcm")]  # all of SAMPLERS
 Integer = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+Size = Annotated[str | None, tyro.conf.arg(metavar="INT|WIDTHxHEIGHT")]
+Spacing = Annotated[str | None, tyro.conf.arg(metavar="trailing|leading|linspace|karras|log-snr|ays")]
+Target = Annotated[str | None, tyro.conf.arg(metavar="eps|v")]
+Dtype = Annotated[str, tyro.conf.arg(metavar="fp32|bf16|fp16")]
+File = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
 Prompts = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PROMPT ...")]]
 
 MODEL = Path("out/quickstart/model")
 EXAMPLE = "a small blue circle above a large red square"
 
 
-def sampling(model: Path, steps: int, guidance: float | None, sampler: str | None, seed: int, device: str, out: Path):
-    """The model (LatentDiffusion), and the arguments of its `sample`."""
+def sampling(
+    model: Path,
+    steps: int,
+    guidance: float | None,
+    sampler: str | None,
+    seed: int,
+    device: str,
+    out: Path,
+    spacing: str | None = None,
+    **loading: object,
+):
+    """The model (LatentDiffusion), and the arguments of its `sample`. loading: more of minidiff.load's arguments."""
     check_out(out)
     check_seed(seed)
     check_positive("--steps", steps)
@@ -34,11 +49,12 @@ def sampling(model: Path, steps: int, guidance: float | None, sampler: str | Non
     generator = torch.Generator().manual_seed(seed)
     if sampler is not None:
         by_name(sampler)  # complains of unknown ones before anything slow
-    diffusion = load(model, device)
+    diffusion = load(model, device, **loading)
     step = by_name(sampler or diffusion.sampler, generator)
-    diffusion.schedule.timesteps(steps)  # complains of more steps than noise levels
+    spacing = spacing or diffusion.spacing
+    diffusion.schedule.timesteps(steps, spacing)  # complains of more steps than noise levels, and of unknown spacings
     guidance = diffusion.guidance if guidance is None else guidance
-    return diffusion, {"steps": steps, "guidance": guidance, "step": step, "generator": generator}
+    return diffusion, {"steps": steps, "guidance": guidance, "step": step, "generator": generator, "spacing": spacing}
 
 
 def check_positive(option: str, value: int) -> None:
