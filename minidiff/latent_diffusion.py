@@ -198,6 +198,7 @@ class LatentDiffusion(nn.Module):
                     raise UserError(f"the pictures hold numbers that are not finite; {advice}")
                 yield pictures.clamp(-1, 1)
 
+    @torch.no_grad()
     def decode(self, latents: Float[Tensor, "B Z h w"], tile: bool | None = None) -> Float[Tensor, "B C H W"]:
         """Pictures from latents in bounded memory: about a megapixel at a time, and above it, or where asked, in tiles."""
         pixels = latents[0, 0].numel() * self.vae.factor**2
