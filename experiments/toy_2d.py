@@ -18,7 +18,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minidiff import plots, schedules
-from minidiff.denoiser import Denoise, Denoiser, Prediction
+from minidiff.denoiser import Denoiser
+from minidiff.exact import Mixture
 from minidiff.layers import timestep_embedding
 from minidiff.samplers import ddim, sample
 from minidiff.script import follow, last_loss, read_log, run, write_results
@@ -37,36 +38,21 @@ def ring(u: Float[Tensor, "K"]) -> Float[Tensor, "K 2"]:
     return torch.stack([angle.cos(), angle.sin()], dim=1)
 
 
-class Mixture:
+class Curve(Mixture):
     """64 equal Gaussians along a curve, scaled to zero mean and unit variance: everything about it is known in closed form."""
 
     def __init__(self, density: str, std: float = 0.08):
         centres = {"moons": moons, "ring": ring}[density]((torch.arange(64, dtype=torch.float64) + 0.5) / 64)
         centres = centres - centres.mean(0)
-        scale = (centres.pow(2).mean() + std**2).sqrt()
-        self.centres, self.std = centres / scale, std / scale.item()
+        scale = (centres.pow(2).mean() + std**2).sqrt().item()
+        super().__init__(centres / scale, std / scale)
 
     def draw(self, n: int, generator: torch.Generator) -> Float[Tensor, "N 2"]:
-        which = torch.randint(len(self.centres), (n,), generator=generator)
-        return self.centres[which].float() + self.std * torch.randn(n, 2, generator=generator)
+        return super().draw(n, generator).float()
 
     def strays(self, x: Float[Tensor, "N 2"]) -> float:
         """The share of points more than 4 standard deviations from every centre: of exact draws, at most exp(-8) = 0.0003."""
-        return (torch.cdist(x.double(), self.centres).min(dim=1).values > 4 * self.std).double().mean().item()
-
-    def denoiser(self, schedule: schedules.NoiseSchedule) -> Denoise:
-        """x0 = E[x0 | x_t]: each Gaussian's own posterior mean, weighted by how likely x_t came from it."""
-
-        def denoise(x: Float[Tensor, "N 2"], t: Tensor) -> Prediction:
-            alpha, sigma = (scale[:, None] for scale in schedule.alpha_sigma(t))
-            spread = alpha**2 * self.std**2 + sigma**2  # variance of x_t about each alpha * centre
-            away = x[:, None] - alpha[..., None] * self.centres
-            weight = torch.softmax(-away.pow(2).sum(-1) / (2 * spread), dim=1)
-            means = self.centres + (alpha * self.std**2 / spread)[..., None] * away
-            x0 = (weight[..., None] * means).sum(1)
-            return Prediction(x0.to(x), ((x - alpha * x0) / sigma).to(x))
-
-        return denoise
+        return (torch.cdist(x.double(), self.means).min(dim=1).values > 4 * self.std[0, 0]).double().mean().item()
 
 
 class MLP(nn.Module):
@@ -119,7 +105,7 @@ def main(
         resume: go on where an interrupted run stopped.
     """
     torch.manual_seed(seed)
-    schedule, mixture = schedules.cosine(), Mixture(density)
+    schedule, mixture = schedules.cosine(), Curve(density)
     denoiser = Denoiser(MLP(width), schedule, target="v")
     ema = EMA(denoiser, decay=0.999)
 

@@ -13,6 +13,10 @@ into the same thing: a Prediction of (x0, eps). Nothing outside this file knows 
 [7] Ho, Salimans. Classifier-Free Diffusion Guidance. 2022. arXiv:2207.12598
 [8] Karras et al. Analyzing and Improving the Training Dynamics of Diffusion Models. 2023. arXiv:2312.02696
 [9] Kendall, Gal, Cipolla. Multi-Task Learning Using Uncertainty to Weigh Losses. 2017. arXiv:1705.07115
+[10] Lin, Liu, Li, Yang. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023. arXiv:2305.08891
+[11] Kynkäänniemi et al. Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion Models. 2024. arXiv:2404.07724
+[12] Saharia et al. Photorealistic Text-to-Image Diffusion Models with Deep Language Understanding. 2022. arXiv:2205.11487
+[13] Karras et al. Guiding a Diffusion Model with a Bad Version of Itself. 2024. arXiv:2406.02507
 """
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,6 +25,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from minidiff.errors import UserError
 from minidiff.schedules import NoiseSchedule
 
 SIGMA_DATA = 0.5  # s_d, the standard deviation EDM assumes of its data, [4] table 1
@@ -97,13 +102,21 @@ class Denoiser(nn.Module):
         return self.network(x, self.schedule.c_noise(t).to(precise).to(x.device), context)
 
     def forward(self, x: Float[Tensor, "B *dims"], t: Shaped[Tensor, "B"], context: Float[Tensor, "B L D"] | None = None) -> Prediction:
-        """Solve  x = alpha x0 + sigma eps,  F = a x0 + b eps  for (x0, eps). t is a CPU tensor."""
+        """What the network says of x0 and eps. t is a CPU tensor."""
+        return self.solve(x, t, self.output(x, t, context).to(x.dtype))
+
+    def solve(self, x: Float[Tensor, "B *dims"], t: Shaped[Tensor, "B"], F: Float[Tensor, "B *dims"]) -> Prediction:
+        """Solve  x = alpha x0 + sigma eps,  F = a x0 + b eps  for (x0, eps)."""
         alpha, sigma, a, b = self._row(t)
-        F = self.output(x, t, context).to(x.dtype)
         det = alpha * b - sigma * a
         x0 = _like(b / det, x) * x - _like(sigma / det, x) * F
         eps = _like(alpha / det, x) * F - _like(a / det, x) * x
         return Prediction(x0, eps)
+
+    def unsolve(self, said: Prediction, t: Shaped[Tensor, "B"]) -> Float[Tensor, "B *dims"]:
+        """The output that says this:  F = a x0 + b eps."""
+        _, _, a, b = self._row(t)
+        return _like(a, said.x0) * said.x0 + _like(b, said.eps) * said.eps
 
     def loss(
         self,
@@ -132,20 +145,64 @@ class Denoiser(nn.Module):
         return each / u.exp() + u
 
 
-def guide(denoiser: Denoiser, context: Float[Tensor, "B L D"] | None, null: Float[Tensor, "B L D"] | None, scale: float) -> Denoise:
+def guide(
+    denoiser: Denoiser,
+    context: Float[Tensor, "B L D"] | None,
+    null: Float[Tensor, "B L D"] | None,
+    scale: float,
+    rescale: float = 0.0,
+    interval: tuple[float, float] | None = None,
+    threshold: float | None = None,
+    weak: Denoiser | None = None,
+) -> Denoise:
     """Classifier-free guidance, [7] eq. 6 as Stable Diffusion counts it: null + scale (context - null).
 
     scale 1 is off, 0 is unconditional, above 1 exaggerates what the condition changes. Both halves run as one batch. At a fixed
-    x_t the solve of Denoiser.forward is affine in F, so guiding x0, eps or F is the same thing.
+    x_t the solve of Denoiser is affine in F, so guiding x0, eps or F is the same thing.
+
+    null: the empty prompt, or any other to steer away from: a negative prompt.
+    rescale: how far, 0 to 1, the standard deviation of the guided F is taken back to that of the conditional F ([10] section 3.4).
+    interval: guide only in this stretch of schedule.progress(t), 0 data to 1 noise, ends included; elsewhere scale is 1 ([11] eq. 6).
+    threshold: the share, as 0.995, of values of x0 that the range [-s, s] must hold; where s > 1, values beyond it are cut off and all are
+    divided by s ([12] section 2.3). For pixels, whose range is [-1, 1]; latents have no range.
+    weak: a worse denoiser, shown the context, to steer away from in place of null ([13] eq. 3).
     """
-    if context is None or null is None or scale == 1:
-        return lambda x, t: denoiser(x, t, context)
-    if scale == 0:
-        return lambda x, t: denoiser(x, t, null)
-    both = torch.cat([null, context])
+    if not 0 <= rescale <= 1:
+        raise UserError(f"rescale is {rescale}; it must be from 0 (off) to 1.")
+    if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
+        raise UserError(f"the guidance interval is {interval}; it must be two numbers from 0 (data) to 1 (noise), the smaller one first.")
+    if threshold is not None and not 0 < threshold <= 1:
+        raise UserError(f"threshold is {threshold}; it must be a share above 0 and up to 1, as in 0.995.")
+
+    def steered(x: Tensor, t: Tensor) -> Prediction:
+        progress = denoiser.schedule.progress(t)
+        inside = torch.ones_like(progress) if interval is None else ((interval[0] <= progress) & (progress <= interval[1])).double()
+        if scale == 1 or not inside.any() or (weak is None and (context is None or null is None)):
+            return denoiser(x, t, context)
+        if weak is not None:
+            towards, away = denoiser(x, t, context), weak(x, t, context)
+        elif scale == 0 and inside.all():
+            return denoiser(x, t, null)
+        else:
+            halves = [half.chunk(2) for half in denoiser(torch.cat([x, x]), torch.cat([t, t]), torch.cat([null, context]))]
+            away, towards = (Prediction(*half) for half in zip(*halves, strict=True))
+        g = scale if interval is None else _like(1 + (scale - 1) * inside, x)
+        guided = Prediction(*(a + g * (b - a) for a, b in zip(away, towards, strict=True)))
+        return _rescaled(x, t, guided, towards) if rescale > 0 else guided
+
+    def _rescaled(x: Tensor, t: Tensor, guided: Prediction, towards: Prediction) -> Prediction:
+        F, wanted = denoiser.unsolve(guided, t), denoiser.unsolve(towards, t)
+        ratio = wanted.flatten(1).std(1) / F.flatten(1).std(1)
+        return denoiser.solve(x, t, _like(1 - rescale + rescale * ratio, x) * F)
 
     def denoise(x: Tensor, t: Tensor) -> Prediction:
-        guided = [n + scale * (c - n) for n, c in (p.chunk(2) for p in denoiser(torch.cat([x, x]), torch.cat([t, t]), both))]
-        return Prediction(*guided)
+        guided = steered(x, t)
+        if threshold is None:
+            return guided
+        sizes = guided.x0.flatten(1).abs().to(torch.promote_types(x.dtype, torch.float32))
+        s = _like(sizes.quantile(threshold, dim=1).clamp(min=1), x)
+        x0 = guided.x0.clamp(-s, s) / s
+        alpha, sigma = denoiser.schedule.alpha_sigma(t)
+        return Prediction(x0, (x - _like(alpha, x) * x0) / _like(sigma, x))
 
     return denoise

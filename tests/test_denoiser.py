@@ -4,6 +4,7 @@ import torch
 
 from minidiff import schedules
 from minidiff.denoiser import HASTE, LEVELS, SIGMA_DATA, TARGETS, WEIGHTINGS, Denoiser, Prediction, guide
+from minidiff.errors import UserError
 
 ALL_SCHEDULES = [schedules.linear(), schedules.scaled_linear(), schedules.cosine(), schedules.sigmoid(), schedules.Flow(), schedules.Karras()]
 PAIRS = [(target, s) for target in TARGETS for s in ALL_SCHEDULES]
@@ -184,6 +185,110 @@ def test_guidance_costs_one_evaluation_and_none_more_where_it_is_off():
     for scale in (1, 0, 7.5):
         guide(denoiser, torch.ones(2, 1, 4), torch.zeros(2, 1, 4), scale)(x, t)
     assert Counts.calls == [2, 2, 4]
+
+
+class Shifts(torch.nn.Module):
+    """An output of its own for every context, with a standard deviation of its own, too."""
+
+    def __init__(self, strength=1.0):
+        super().__init__()
+        self.strength, self.calls = strength, []
+
+    def forward(self, x, c_noise, context=None):
+        self.calls.append(len(x))
+        word = 0 if context is None else context.mean(dim=(1, 2)).view(-1, 1, 1, 1)
+        return torch.sin(3 * x) + self.strength * word * x.flip(-1)
+
+
+def pictures(target="eps"):
+    denoiser, other = Denoiser(Shifts(), schedules.scaled_linear(), target), Denoiser(Shifts(0.3), schedules.scaled_linear(), "x0")
+    x, t = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.tensor([400, 400])
+    context, null = torch.full((2, 1, 4), 0.8, dtype=torch.float64), torch.full((2, 1, 4), -0.4, dtype=torch.float64)
+    return denoiser, other, x, t, context, null
+
+
+@pytest.mark.parametrize("target", ["eps", "v"])
+@pytest.mark.parametrize("rescale", [0.0, 0.7, 1.0])
+def test_rescaled_guidance_equals_diffusers(target, rescale):
+    """On the network's own output, as there: on eps of an eps-model, on v of a v-model."""
+    pipeline = pytest.importorskip("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")
+    denoiser, _, x, t, context, null = pictures(target)
+    with_text, without = denoiser.output(x, t, context), denoiser.output(x, t, null)
+    F = pipeline.rescale_noise_cfg(without + 7.5 * (with_text - without), with_text, rescale)
+    for ours, theirs in zip(guide(denoiser, context, null, 7.5, rescale)(x, t), denoiser.solve(x, t, F), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_fully_rescaled_output_has_the_conditional_standard_deviation():
+    denoiser, _, x, t, context, null = pictures("v")
+    F = denoiser.unsolve(guide(denoiser, context, null, 7.5, 1.0)(x, t), t)
+    torch.testing.assert_close(F.flatten(1).std(1), denoiser.output(x, t, context).flatten(1).std(1), rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_unsolve_is_the_inverse_of_solve(target):
+    denoiser, x, t = Denoiser(Knows(), schedules.cosine(), target), torch.randn(3, 5, dtype=torch.float64), torch.tensor([1, 500, 999])
+    F = torch.randn(3, 5, dtype=torch.float64)
+    torch.testing.assert_close(denoiser.unsolve(denoiser.solve(x, t, F), t), F, rtol=1e-9, atol=1e-9)  # eps at alpha = 0.002 costs digits
+
+
+def test_guidance_in_an_interval():
+    """Inside as everywhere, outside the conditional prediction, at half the cost; each example by its own t."""
+    denoiser, _, x, _, context, null = pictures()
+    limited, always = guide(denoiser, context, null, 7.5, interval=(0.2, 0.6)), guide(denoiser, context, null, 7.5)
+    for t, where in (((200, 600), "inside"), ((199, 601), "outside"), ((300, 900), "both")):
+        t = torch.tensor(t)
+        denoiser.network.calls.clear()
+        found = limited(x, t)
+        assert denoiser.network.calls == ([2] if where == "outside" else [4])
+        inside, outside = always(x, t).x0, denoiser(x, t, context).x0
+        expected = {"inside": inside, "outside": outside, "both": torch.stack([inside[0], outside[1]])}[where]
+        torch.testing.assert_close(found.x0, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_dynamic_thresholding_equals_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDIMScheduler(thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=1e9)
+    denoiser, _, x, t, context, null = pictures()
+    plain, found = guide(denoiser, context, null, 7.5)(x, t), guide(denoiser, context, null, 7.5, threshold=0.9)(x, t)
+    assert plain.x0.abs().max() > 1 >= found.x0.abs().max()
+    torch.testing.assert_close(found.x0, scheduler._threshold_sample(plain.x0), rtol=1e-12, atol=1e-12)
+    alpha, sigma = (scale.view(-1, 1, 1, 1) for scale in denoiser.schedule.alpha_sigma(t))
+    torch.testing.assert_close(alpha * found.x0 + sigma * found.eps, x, rtol=1e-12, atol=1e-12)  # eps says the same as x0
+    small = Denoiser(Shifts(), denoiser.schedule, "x0")
+    torch.testing.assert_close(guide(small, None, None, 1, threshold=1.0)(0.1 * x, t).x0, small(0.1 * x, t).x0)  # within [-1, 1]: untouched
+
+
+def test_a_negative_prompt_is_another_null_for_each_example():
+    denoiser, _, x, t, context, null = pictures()
+    null = torch.cat([null[:1], 3 * null[1:]])
+    found = guide(denoiser, context, null, 4.0)(x, t)
+    for k in range(2):
+        alone = guide(denoiser, context[k : k + 1], null[k : k + 1], 4.0)(x[k : k + 1], t[k : k + 1])
+        torch.testing.assert_close(found.x0[k], alone.x0[0], rtol=1e-12, atol=1e-12)
+
+
+def test_autoguidance_steers_away_from_a_weak_denoiser():
+    """Both see the context, or none; the weak one may predict another target."""
+    denoiser, weak, x, t, context, _ = pictures()
+    for shown in (context, None):
+        good, bad = denoiser(x, t, shown), weak(x, t, shown)
+        found = guide(denoiser, shown, None, 2.5, weak=weak)(x, t)
+        torch.testing.assert_close(found.x0, bad.x0 + 2.5 * (good.x0 - bad.x0), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found.eps, bad.eps + 2.5 * (good.eps - bad.eps), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("how, complaint", [
+    ({"rescale": 1.5}, "rescale is 1.5; it must be from 0"),
+    ({"interval": (0.6, 0.2)}, "smaller one first"),
+    ({"interval": (0.0, 600)}, "from 0 .data. to 1"),
+    ({"threshold": 0.0}, "threshold is 0.0; it must be a share"),
+    ({"threshold": 99.5}, "as in 0.995"),
+])
+def test_bad_guidance(how, complaint):
+    denoiser, _, _, _, context, null = pictures()
+    with pytest.raises(UserError, match=complaint):
+        guide(denoiser, context, null, 7.5, **how)
 
 
 def test_the_network_is_shown_exact_times_in_bfloat16():

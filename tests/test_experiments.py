@@ -55,22 +55,8 @@ def picture(path, seed, size=32):
 # The plane.
 
 
-@pytest.mark.parametrize("density", ["moons", "ring"])
-def test_toy_exact_score_is_the_gradient_of_the_log_density(density):
-    """-eps / sigma_t against autograd through log p_t(x) = log sum_k N(x; alpha c_k, alpha^2 std^2 + sigma^2)."""
-    mixture, schedule = toy_2d.Mixture(density), schedules.cosine()
-    x, t = torch.randn(20, 2, dtype=torch.float64, requires_grad=True), torch.full((20,), 300)
-    alpha, sigma = (scale[0].item() for scale in schedule.alpha_sigma(t))
-    spread = alpha**2 * mixture.std**2 + sigma**2
-    log_density = torch.logsumexp(-(x[:, None] - alpha * mixture.centres).pow(2).sum(-1) / (2 * spread), dim=1)
-    score = torch.autograd.grad(log_density.sum(), x)[0]
-    found = mixture.denoiser(schedule)(x.detach(), t)
-    assert torch.allclose(-found.eps / sigma, score, rtol=1e-10, atol=1e-10)
-    assert torch.allclose(alpha * found.x0 + sigma * found.eps, x, rtol=1e-12, atol=1e-12)
-
-
 def test_toy_density_has_unit_variance_and_no_strays():
-    mixture = toy_2d.Mixture("moons")
+    mixture = toy_2d.Curve("moons")
     draws = mixture.draw(20_000, torch.Generator().manual_seed(0))
     assert draws.mean(0).abs().max() < 0.03 and abs(draws.pow(2).mean() - 1) < 0.03  # four standard errors
     assert mixture.strays(draws) < 0.001 and mixture.strays(torch.full((4, 2), 9.0)) == 1

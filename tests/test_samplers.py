@@ -1,13 +1,16 @@
 """Samplers against exact denoisers of known distributions, and against published loops over whole trajectories."""
+import math
 from itertools import pairwise
 
 import pytest
 import torch
 
+import minidiff.steps
 from minidiff import schedules
 from minidiff.denoiser import Denoiser, Prediction
 from minidiff.errors import UserError
-from minidiff.samplers import SAMPLERS, by_name, ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, sample, unipc
+from minidiff.exact import Mixture
+from minidiff.samplers import SAMPLERS, by_name, ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, euler_ancestral, heun, invert, lcm, sample, unipc
 from minidiff.verbs import options
 
 SCHEDULES = [schedules.cosine(), schedules.Flow(), schedules.Karras()]
@@ -20,13 +23,7 @@ def name(schedule):
 
 def exact_gaussian(schedule):
     """The posterior mean of x0 for data N(MEAN, STD^2), in closed form."""
-
-    def denoise(x, t):
-        alpha, sigma = (s.view(-1, 1) for s in schedule.alpha_sigma(t))
-        x0 = MEAN + STD**2 * alpha / (alpha**2 * STD**2 + sigma**2) * (x - alpha * MEAN)
-        return Prediction(x0, (x - alpha * x0) / sigma)
-
-    return denoise
+    return Mixture(torch.full((1, 1), MEAN, dtype=torch.float64), STD).denoiser(schedule)
 
 
 def orders(errors):
@@ -49,53 +46,91 @@ def test_ddim_carries_noise_to_the_data_distribution(schedule):
     assert (orders(errors) - 1).abs().max() < 0.1
 
 
+ORDERS = {"euler": 1, "heun": 2, "dpmpp_2m": 2, "unipc": 3}  # UniPC-p is of order p + 1: its corrector adds one (Zhao et al., theorem 3.1)
+
+
+def even(schedule, steps, noisiest=80.0, cleanest=1e-5):
+    """Equal strides in log SNR, then clean data; down to where the last step's error is nothing."""
+    ends = [-2 * math.log(noisiest), -2 * math.log(cleanest)]
+    visited = schedule.at_log_snr(torch.linspace(*ends, steps, dtype=torch.float64))
+    return torch.cat([visited, torch.zeros(1, dtype=torch.float64)])
+
+
+@pytest.mark.parametrize("sampler, order", [*ORDERS.items(), ("ddim", 1)])
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=name)
-def test_ddim_carries_quantiles_of_a_mixture(schedule):
-    """In one dimension a flow cannot cross itself, so it keeps quantiles: CDF_0(x_0) = CDF_T(x_T), here for two Gaussians."""
-    weights, means, std = (torch.tensor(v, dtype=torch.float64) for v in ([0.3, 0.7], [-1.0, 0.6], 0.2))
-
-    def parts(alpha, sigma):
-        return torch.distributions.Normal(alpha * means, (alpha**2 * std**2 + sigma**2).sqrt())
-
-    def denoise(x, t):
-        alpha, sigma = (s.view(-1, 1) for s in schedule.alpha_sigma(t))
-        share = torch.softmax(parts(alpha, sigma).log_prob(x) + weights.log(), dim=1)
-        x0 = (share * (means + std**2 * alpha / (alpha**2 * std**2 + sigma**2) * (x - alpha * means))).sum(1, keepdim=True)
-        return Prediction(x0, (x - alpha * x0) / sigma)
+def test_order_of_accuracy(schedule, sampler, order):
+    """In one dimension a flow cannot cross itself, so it keeps quantiles: CDF_0(x_0) = CDF_T(x_T), here for two Gaussians. That is the exact
+    answer, and the error falls as steps^-order."""
+    mixture = Mixture(torch.tensor([[-1.0], [0.6]], dtype=torch.float64), 0.3, torch.tensor([0.3, 0.7]))
 
     def cdf(x, t):
-        return (weights * parts(*schedule.alpha_sigma(t)).cdf(x)).sum(1)
+        alpha, sigma = schedule.alpha_sigma(t)
+        spread = ((alpha * mixture.std) ** 2 + sigma**2).sqrt()
+        return (mixture.weights * torch.distributions.Normal(alpha * mixture.means, spread).cdf(x[..., None])[..., 0]).sum(1)
 
-    start, end = schedule.timesteps(1)
-    alpha, sigma = schedule.alpha_sigma(start)
-    x_T = alpha * 0.12 + sigma * torch.linspace(-1.5, 1.5, 9, dtype=torch.float64)[:, None]  # 0.12: the mixture's mean
-    errors = []
-    for steps in (250, 500, 1000):
-        *_, last = sample(denoise, schedule, x_T, steps, ddim())
-        errors.append((cdf(last.x0, end) - cdf(x_T, start)).abs().max().item())
-    assert (orders(errors) - 1).abs().max() < 0.1
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=name)
-def test_ancestral_sampling_has_the_right_mean_and_variance(schedule):
-    """On Gaussian data every ancestral step is x_s = A x + b + up z, so mean and variance of the whole chain follow without sampling:
-    the mean is exact, and the variance falls short by a share that goes as 1/steps."""
-    shortfall = []
-    x = torch.tensor([[0.0], [0.0], [1.0]], dtype=torch.float64)
-    for steps in (250, 500):
-        times = schedule.timesteps(steps)
+    counts, errors = torch.tensor([50, 100, 200, 400]), []
+    for steps in counts.tolist():
+        times = even(schedule, steps)
         alpha, sigma = schedule.alpha_sigma(times[0])
-        mean, variance = alpha * MEAN, alpha**2 * STD**2 + sigma**2
-        for k, (t, s) in enumerate(pairwise(times)):
-            z = torch.randn(x.shape, generator=torch.Generator().manual_seed(k), dtype=x.dtype)  # what the step will draw
-            x_s, _ = ddpm(torch.Generator().manual_seed(k))(exact_gaussian(schedule), schedule, x, t, s)
-            up = (x_s[0] - x_s[1]) / (z[0] - z[1])
-            b = x_s[0] - up * z[0]
-            A = x_s[2] - up * z[2] - b
-            mean, variance = A * mean + b, A**2 * variance + up**2
+        x_T = alpha * 0.12 + sigma * torch.linspace(-1.5, 1.5, 9, dtype=torch.float64)[:, None]  # 0.12: the mixture's mean
+        *_, last = sample(mixture.denoiser(schedule), schedule, x_T, steps, by_name(sampler), times=times)
+        errors.append((cdf(last.x0, times[-1]) - cdf(x_T, times[0])).abs().max())
+    logs, errors = counts.double().log(), torch.stack(errors).log()
+    fitted = -((logs - logs.mean()) * errors).sum() / (logs - logs.mean()).pow(2).sum()
+    assert abs(fitted / order - 1) < 0.1, fitted
+
+
+class Impulses:
+    """In place of random numbers: the k-th draw is 1 in row k + 2 of the batch, and 0 elsewhere."""
+
+    def __init__(self):
+        self.draws = 0
+
+    def __call__(self, x, generator):
+        self.draws += 1
+        return torch.nn.functional.one_hot(torch.tensor(self.draws + 1), len(x)).to(x)[:, None]
+
+
+def moments(step, schedule, times, monkeypatch, denoise):
+    """Mean and variance of what a sampler draws where every step is affine in x and in its noise, as on Gaussian data: row 0 has no
+    noise at all, row 1 a unit of it in x_T, each other row a unit of one draw. Exact; nothing is sampled."""
+    monkeypatch.setattr(minidiff.steps, "_normal", Impulses())
+    steps = len(times) - 1
+    alpha, sigma = schedule.alpha_sigma(times[0])
+    x_T = (alpha * MEAN).expand(steps + 2, 1).clone()
+    x_T[1] += (alpha**2 * STD**2 + sigma**2).sqrt()
+    *_, last = sample(denoise, schedule, x_T, steps, step, times=times)
+    return last.x[0].item(), (last.x[1:] - last.x[0]).pow(2).sum().item()
+
+
+@pytest.mark.parametrize("make, order", [
+    (lambda steps: ddpm(), 1),
+    (lambda steps: euler_ancestral(), 1),
+    (lambda steps: dpmpp_2m_sde(), 2),
+    (lambda steps: heun(churn=20 / steps), 2),
+], ids=["ddpm", "euler_ancestral", "dpmpp_2m_sde", "heun, S_churn 20"])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=name)
+def test_stochastic_samplers_have_the_right_mean_and_variance(schedule, make, order, monkeypatch):
+    """The mean is exact, and the variance is off by a share that falls as steps^-order."""
+    off = []
+    for steps in (200, 400, 800):
+        mean, variance = moments(make(steps), schedule, even(schedule, steps), monkeypatch, exact_gaussian(schedule))
         assert abs(mean - MEAN) < 1e-10
-        shortfall.append((variance / STD**2 - 1).item())
-    assert (orders(shortfall) - 1).abs().max() < 0.1
+        off.append(variance / STD**2 - 1)
+    assert (orders(off) / order - 1).abs().max() < 0.1, off
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("schedule", SCHEDULES[:2], ids=name)
+def test_lcm_is_exact_for_an_exact_consistency_function(schedule, steps, monkeypatch):
+    """One that jumps from anywhere on the probability-flow ODE of Gaussian data to its end, where x is MEAN + STD z."""
+    def jump(x, t):
+        alpha, sigma = (scale.view(-1, 1) for scale in schedule.alpha_sigma(t))
+        x0 = MEAN + STD * (x - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2).sqrt()
+        return Prediction(x0, (x - alpha * x0) / sigma)
+
+    mean, variance = moments(lcm(), schedule, schedule.timesteps(steps), monkeypatch, jump)
+    assert abs(mean - MEAN) < 1e-6 and abs(variance / STD**2 - 1) < 1e-6  # c_skip is at most 4e-8 from t = 0.25 on
 
 
 @pytest.mark.parametrize("schedule", [schedules.Flow(), schedules.Karras()], ids=name)
@@ -108,6 +143,83 @@ def test_ddim_is_eulers_method(schedule):
         x_s, guess = ddim()(denoise, schedule, x, t, s)
         assert torch.equal(guess, x0)
         torch.testing.assert_close(x_s, x + (s - t) * slope, rtol=1e-12, atol=1e-12)  # a few roundings in float64
+
+
+def test_heun_is_heuns_method_in_time_for_a_flow():
+    """x_s = x + (s - t) (v_t + v_s) / 2 with v = eps - x0, where v_s is looked up at the end of Euler's step; from pure noise on."""
+    schedule, x = schedules.Flow(), torch.randn(5, 1, dtype=torch.float64)
+    denoise = exact_gaussian(schedule)
+
+    def v(x, t):
+        x0, eps = denoise(x, t.expand(5))
+        return eps - x0
+
+    for t, s in pairwise(schedule.timesteps(10)[:-1]):
+        euler_end = x + (s - t) * v(x, t)
+        x_s, _ = heun()(denoise, schedule, x, t, s)
+        torch.testing.assert_close(x_s, x + (s - t) * (v(x, t) + v(euler_end, s)) / 2, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("S_churn", [0.0, 5.0, 40.0])
+def test_heun_equals_edm_algorithm_2(S_churn):
+    """Karras et al. 2022, written out with their names; gamma reaches its bound sqrt(2) - 1 in the caller's hands."""
+    schedule, steps, S_tmin, S_tmax, S_noise = schedules.Karras(), 18, 0.05, 50.0, 1.003
+    gamma = min(S_churn / steps, 2**0.5 - 1)
+    denoise, z, t = exact_gaussian(schedule), torch.Generator().manual_seed(4), schedule.timesteps(steps)
+    x = x_T = 80 * torch.randn(5, 1, dtype=torch.float64)
+    for i in range(steps):
+        t_hat = t[i] * (1 + gamma) if S_tmin <= t[i] <= S_tmax else t[i]
+        if t_hat > t[i]:
+            x = x + (t_hat**2 - t[i] ** 2).sqrt() * S_noise * torch.randn(5, 1, dtype=torch.float64, generator=z)
+        d = (x - denoise(x, t_hat.expand(5)).x0) / t_hat
+        x_next = x + (t[i + 1] - t_hat) * d
+        if t[i + 1] != 0:
+            d_next = (x_next - denoise(x_next, t[i + 1].expand(5)).x0) / t[i + 1]
+            x_next = x + (t[i + 1] - t_hat) * (d + d_next) / 2
+        x = x_next
+    step = heun(gamma, S_noise, (S_tmin, S_tmax), torch.Generator().manual_seed(4))
+    *_, last = sample(denoise, schedule, x_T, steps, step)
+    assert (last.x - x).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("schedule", [schedules.Flow(), schedules.Discrete("linear", zero_terminal_snr=True), schedules.cosine(), schedules.Karras()],
+                         ids=["flow", "zero terminal SNR", "cosine", "karras"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 8])
+def test_every_sampler_lives_with_pure_noise_and_clean_data(schedule, sampler, steps):
+    """alpha = 0 at the first time, sigma = 0 at the last, and no time between where anything is infinite, or larger than it should be."""
+    mixture = Mixture(torch.tensor([[-1.0, 0.5], [0.6, -0.5]], dtype=torch.float64), 0.3)
+    alpha, sigma = schedule.alpha_sigma(schedule.timesteps(1)[0])
+    x_T = (alpha**2 + sigma**2).sqrt() * torch.randn(20, 2, dtype=torch.float64)
+    frames = list(sample(mixture.denoiser(schedule), schedule, x_T, steps, by_name(sampler, torch.Generator().manual_seed(0))))
+    assert all(frame.x.isfinite().all() for frame in frames)
+    if not (sampler == "heun" and isinstance(schedule, schedules.Karras) and steps < 8):  # EDM's takes the mean slope of sigma = 80 and 0.002 there
+        assert all(frame.x0.abs().max() < 4 for frame in frames)
+
+
+@pytest.mark.parametrize("make", [lambda: heun(churn=0.2), lambda: unipc("bh1"), lambda: dpmpp_2m(eta=0.5)], ids=["churn", "bh1", "eta 0.5"])
+def test_variants_live_with_pure_noise_too(make):
+    schedule = schedules.Flow()
+    *_, last = sample(exact_gaussian(schedule), schedule, torch.randn(20, 1, dtype=torch.float64), 8, make())
+    assert (last.x - MEAN).abs().max() < 6 * STD
+
+
+@pytest.mark.parametrize("schedule", [*SCHEDULES, schedules.Discrete("scaled_linear", 1000, 0.00085, 0.012, final=1)],
+                         ids=["cosine", "flow", "karras", "final = 1"])
+def test_inversion_is_what_ddim_undoes(schedule):
+    mixture = Mixture(torch.tensor([[-1.0, 0.5], [0.6, -0.5]], dtype=torch.float64), 0.3)
+    denoise, x0 = mixture.denoiser(schedule), mixture.draw(20, torch.Generator().manual_seed(0))
+
+    def there_and_back(steps, rounds):
+        frames = list(invert(denoise, schedule, x0, steps, rounds=rounds))
+        assert [frame.t for frame in frames] == schedule.timesteps(steps).flip(0).tolist() and torch.equal(frames[0].x, x0)
+        *_, last = sample(denoise, schedule, frames[-1].x, steps, ddim())
+        return (last.x - x0).abs().max().item()
+
+    assert there_and_back(50, rounds=100) < 1e-12
+    assert there_and_back(50, rounds=5) < 1e-2
+    if schedule != schedules.Karras():  # there, sigma grows by half in one of 50 strides: too far for a single round
+        assert abs(orders([there_and_back(steps, rounds=1) for steps in (100, 200)]).item() - 1) < 0.15
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
