@@ -56,3 +56,24 @@ def refused(capsys):
         return err.removeprefix("minidiff: ").removesuffix("\n")
 
     return run
+
+
+@pytest.fixture(scope="session")
+def sd():
+    """Makes a Stable Diffusion of little weight, whose layouts determine it: sd(second=True) is of version 2.x; more are the U-Net's numbers."""
+    from minidiff import schedules
+    from minidiff.clip import CLIPText
+    from minidiff.denoiser import Denoiser
+    from minidiff.latent_diffusion import LatentDiffusion
+    from minidiff.unet import UNet
+    from minidiff.vae import VAE
+    from minidiff.weights.layouts import STABLE_DIFFUSION
+
+    def make(second: bool = False, channels: int = 4, **how) -> LatentDiffusion:
+        width = (64, 128) if second else (32, 64)
+        unet = UNet(channels, 4, width, 1, (1, 0), (1, 2) if second else (8, 8), 64, linear_projection=second, **how)
+        text = CLIPText(64, 1, 1, activation="gelu" if second else "quick_gelu", pad=0 if second else 49407)
+        vae, schedule = VAE(3, 4, (32, 32), 1, latent_scale=0.18215), schedules.Discrete(**STABLE_DIFFUSION)
+        return LatentDiffusion(vae, text, Denoiser(unet, schedule), 16, guidance=7.5, spacing="leading")
+
+    return make

@@ -10,25 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minidiff
-from minidiff import schedules
-from minidiff.clip import CLIPText
-from minidiff.denoiser import Denoiser
-from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.unet import UNet, unet_sd1
-from minidiff.vae import VAE
+from minidiff.unet import unet_sd1
 from minidiff.weights import layouts, names, write
 
 
-def sd(second=False, channels=4, **how):
-    width = (64, 128) if second else (32, 64)
-    unet = UNet(channels, 4, width, 1, (1, 0), (1, 2) if second else (8, 8), 64, linear_projection=second, **how)
-    text = CLIPText(64, 1, 1, activation="gelu" if second else "quick_gelu", pad=0 if second else 49407)
-    schedule = schedules.Discrete(**layouts.STABLE_DIFFUSION)
-    return LatentDiffusion(VAE(3, 4, (32, 32), 1, latent_scale=0.18215), text, Denoiser(unet, schedule), 16, guidance=7.5, spacing="leading")
-
-
 @pytest.fixture(scope="module")
-def single(tmp_path_factory):
+def single(sd, tmp_path_factory):
     return write.save_compvis(sd(), tmp_path_factory.mktemp("sd") / "model.safetensors")
 
 
@@ -36,7 +23,7 @@ def rows(out):
     return {line[: line.index("  ")]: line[line.index("  ") :].strip() for line in out.splitlines() if "  " in line}
 
 
-def test_inspect_a_single_file(ran, single, tmp_path):
+def test_inspect_a_single_file(sd, ran, single, tmp_path):
     said = rows(ran("inspect", single).out)
     assert said["layout"] == "CompVis single file"
     assert said["version"] == "Stable Diffusion 1.x, of other sizes (pruned or small)"
@@ -50,7 +37,7 @@ def test_inspect_a_single_file(ran, single, tmp_path):
 
 
 @pytest.mark.parametrize("second", [False, True])
-def test_inspect_says_the_same_of_every_layout(ran, tmp_path, second):
+def test_inspect_says_the_same_of_every_layout(sd, ran, tmp_path, second):
     model = sd(second)
     folder, ours = write.save_diffusers(model, tmp_path / "folder"), model.save(tmp_path / "ours")
     torch.save(load_file(write.save_compvis(model, tmp_path / "m.safetensors")), tmp_path / "m.ckpt")
@@ -74,7 +61,7 @@ def test_inspect_names_what_is_wrong(ran, single, tmp_path):
     assert "be loaded: 1 keys of the U-Net are missing" in said
 
 
-def test_inspect_of_parts_and_versions(ran, single, tmp_path):
+def test_inspect_of_parts_and_versions(sd, ran, single, tmp_path):
     unet = {name: value for name, value in load_file(single).items() if name.startswith(layouts.UNET[0])}
     save_file(unet, tmp_path / "unet.safetensors")
     assert "draw by itself: no VAE and no text tower in it" in ran("inspect", tmp_path / "unet.safetensors").out
@@ -131,7 +118,7 @@ def test_convert_there_and_back(ran, single, tmp_path):
     assert minidiff.load(tmp_path / "half.safetensors").unet.conv_in.weight.dtype == torch.float32
 
 
-def test_what_cannot_be_converted(refused, single, tmp_path):
+def test_what_cannot_be_converted(sd, refused, single, tmp_path):
     (tmp_path / "there").mkdir()
     assert "exists; nothing is written over it" in refused("convert", single, tmp_path / "there", "--to", "diffusers")
     assert "should end in .safetensors" in refused("convert", single, tmp_path / "m.ckpt", "--to", "compvis")
