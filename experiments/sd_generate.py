@@ -1,0 +1,110 @@
+"""Stable Diffusion, line by line: everything between a prompt and a picture stands in this file, and the trace of what runs inside.
+
+    python experiments/sd_generate.py                                       the trace of Stable Diffusion 1.5, no weights needed
+    python experiments/sd_generate.py --model stable-diffusion-v1-5 --prompt "a photograph of an astronaut riding a horse"
+
+Writes trace.txt: shapes, parameters and multiply-adds, from 512x512 pixels to the 8x8 bottom of the U-Net and back. With a model also
+picture.png, chain.png (the guess of the picture along the way) and results.json. Look at the trace: two thirds of the U-Net's
+parameters sit where maps are 16x16 or smaller, and two thirds of its work where they are 64x64 and 32x32.
+"""
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import minidiff
+from minidiff import plots
+from minidiff.clip import clip_vit_l14
+from minidiff.denoiser import guide
+from minidiff.samplers import by_name
+from minidiff.script import pick_device, run, write_results
+from minidiff.trace import table, trace_half, trace_unet
+from minidiff.unet import unet_sd1
+from minidiff.vae import vae_sd
+
+
+def main(
+    model: str | None = None,
+    prompt: str = "a photograph of an astronaut riding a horse",
+    negative: str = "",
+    steps: int = 25,
+    guidance: float = 7.5,
+    sampler: str = "dpmpp_2m",
+    size: int | None = None,
+    dtype: str = "fp32",
+    device: str = "auto",
+    seed: int = 0,
+    out: Path = Path("out/sd_generate"),
+) -> None:
+    """Draw one picture with Stable Diffusion, step by step, and say what ran.
+
+    Args:
+        model: a diffusers folder, a single file, a folder of ours, or a name on the Hugging Face Hub; left out, only the trace is made.
+        prompt: what to draw.
+        negative: what the picture should not show.
+        steps: sampling steps.
+        guidance: how strongly the prompt steers.
+        sampler: how to step from noise to picture.
+        size: side in pixels; left out, the model's own.
+        dtype: the precision to compute in: fp32, bf16 or fp16.
+        device: where to compute.
+        seed: of the noise.
+        out: folder for everything written.
+    """
+    if model is None:
+        with torch.device("meta"):  # shapes without numbers
+            vae, text, unet, side = vae_sd(), clip_vit_l14(), unet_sd1(), size or 512
+    else:
+        found = minidiff.load(model, pick_device(device), dtype)
+        vae, text, unet, side = found.vae, found.text, found.unet, size or found.size
+    traced = traces(vae, text, unet, side)
+    print(traced)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "trace.txt").write_text(traced + "\n", encoding="utf-8")
+    print(out / "trace.txt")
+    if model is None:
+        return
+
+    # Words become vectors, 77 of them; what guidance steers away from are the vectors of other words, or of none.
+    with torch.no_grad():
+        context, null = text.encode([prompt]), text.encode([negative])
+
+    # Noise, on the CPU, so that a seed means the same picture everywhere.
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, vae.latent_channels, side // vae.factor, side // vae.factor, generator=generator).to(found.device)
+
+    # From noise to latents: at each time the U-Net guesses what is noise in x, once with and once without the words.
+    denoise, step = guide(found.denoiser, context, null, guidance), by_name(sampler, generator)
+    times, guesses = found.schedule.timesteps(steps, found.spacing), []
+    with torch.no_grad():
+        for t, s in zip(tqdm(times[:-1], "sampling"), times[1:], strict=True):
+            x, x0 = step(denoise, found.schedule, x, t, s)
+            guesses.append(x0)
+
+    # Latents become pixels, also those of the guesses along the way.
+    shown = [guesses[round(k * (steps - 1) / 5)] for k in range(6)] if steps > 5 else guesses
+    chain = torch.cat([found.decode(x0) for x0 in shown]).clamp(-1, 1).cpu()
+    picture = found.decode(x).clamp(-1, 1).cpu()[0]
+    print(plots.save_png(picture, out / "picture.png", {"prompt": prompt, "seed": str(seed), "steps": str(steps), "sampler": sampler}))
+    print(plots.grid(chain, [f"guess {k + 1} of {len(chain)}" for k in range(len(chain))], out / "chain.png", columns=len(chain)))
+    settings = {"model": model, "prompt": prompt, "negative": negative, "steps": steps, "guidance": guidance, "sampler": sampler}
+    print(write_results(out, **settings, size=side, dtype=dtype, seed=seed))
+
+
+def traces(vae, text, unet, side: int) -> str:
+    """Encoder, U-Net and decoder, on networks of the same numbers without memory."""
+    with torch.device("meta"):
+        vae, unet = type(vae)(**vae.numbers), type(unet)(**unet.numbers)
+    z, small = vae.latent_channels, side // vae.factor
+    words, width = text.context_length, text.dim
+    parameters = sum(p.numel() for p in text.parameters())
+    return "\n\n".join([
+        f"VAE encoder, from 3 x {side} x {side}\n{table(trace_half(vae.encoder, 3, side))}",
+        f"U-Net, from {z} x {small} x {small} and {words} x {width} of words\n{table(trace_unet(unet, small, words))}",
+        f"VAE decoder, from {z} x {small} x {small}\n{table(trace_half(vae.decoder, z, small))}",
+        f"text tower: {words} tokens to {words} x {width}, {parameters / 1e6:.2f} M parameters",
+    ])
+
+
+if __name__ == "__main__":
+    run(main)
