@@ -58,7 +58,8 @@ def examine(folder: Path, layout: str = "captions", caption_column: str = "text"
     rows = {"captions": captioned_rows, "classes": class_rows, "pictures": bare_rows}[layout](folder, there, caption_column, findings)
     paths = {row.name: row.path for row in rows if row.path is not None}
     loose = {os.path.relpath(path, folder): path for path in there} if layout == "captions" else {}
-    loose = {name: path for name, path in loose.items() if name not in paths}
+    named = {row.name for row in rows}
+    loose = {name: path for name, path in loose.items() if name not in named}
 
     pictures = {}
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock

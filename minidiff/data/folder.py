@@ -162,7 +162,10 @@ def metadata_lines(folder: Path) -> Iterator[tuple[str, bytes]]:
     path = folder / "metadata.jsonl"
     if not path.is_file():
         raise Fault("no metadata.jsonl", f"{path}: not found; {_instead(folder)}")
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise Fault("no metadata.jsonl", f"{path}: {error.strerror}; check its permissions") from None
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise Fault("not UTF-8", f"{path}: this is UTF-16; save the file as UTF-8")
     empty = True

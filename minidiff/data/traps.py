@@ -2,6 +2,7 @@
 
 What does stop the training is decided by the loader, folder.py. Traps are looked for by the data doctor, doctor.py, after one pass over the folder.
 """
+import codecs
 import hashlib
 import os
 import re
@@ -34,6 +35,7 @@ class Picture(NamedTuple):
     transparent: bool
     deep: bool  # 16 bits a channel
     animated: bool
+    bars: float  # share of black margins
     digest: bytes  # of the pixels
     bits: Bool[np.ndarray, "192"]
     colour: Float[np.ndarray, "3"]
@@ -74,8 +76,8 @@ def look(path: Path) -> Picture:
     """Read a picture as training will, or raise the loader's Fault."""
     pixels = load_picture(path).permute(1, 2, 0).numpy()
     with Image.open(path) as file:
-        orientation, transparent = file.getexif().get(0x0112, 1), file.has_transparency_data
         deep = file.mode.startswith("I") or re.search(r";16[BLN]", str(file.tile)) is not None  # Pillow opens 16-bit RGB as RGB
+        orientation, transparent = file.getexif().get(0x0112, 1), file.has_transparency_data
         try:
             animated = getattr(file, "is_animated", False)
         except Exception:  # there is a second frame, and it is damaged; only the first is read
@@ -84,7 +86,10 @@ def look(path: Path) -> Picture:
     small = np.asarray(Image.fromarray(pixels).resize((9, 8), Image.Resampling.BOX), float)
     bits = (small[:, 1:] > small[:, :-1]).ravel()  # a difference hash: is it brighter than its left neighbour, in each of three colours?
     digest = hashlib.blake2b(pixels.tobytes() + repr(pixels.shape).encode(), digest_size=16).digest()
-    return Picture(pixels.shape[1], pixels.shape[0], mode, orientation, transparent, deep, animated, digest, bits, small.mean((0, 1)))
+    height, width = pixels.shape[:2]
+    lit = [np.flatnonzero(pixels.max(axes) > 16) for axes in ((1, 2), (0, 2))]  # rows and columns with any light in them; JPEG's black is not 0
+    bars = 1 - np.prod([line[-1] + 1 - line[0] if len(line) else 0 for line in lit]) / (height * width)
+    return Picture(width, height, mode, orientation, transparent, deep, animated, float(bars), digest, bits, small.mean((0, 1)))
 
 
 # What a trap looks at.
@@ -128,7 +133,7 @@ def alike_names(seen: Seen) -> Places:
 
 def byte_order_mark(seen: Seen) -> Places:
     path = seen.folder / "metadata.jsonl"
-    if path.is_file() and path.open("rb").read(3) == b"\xef\xbb\xbf":
+    if any(row.line for row in seen.rows) and path.read_bytes().startswith(codecs.BOM_UTF8):
         yield str(path), ""
 
 
@@ -189,9 +194,9 @@ def nearest(side: int, multiple: int) -> str:
     return f"{below} and {below + multiple}" if below else f"{multiple}"
 
 
-def indivisible(p: Picture, _: int) -> str:
+def indivisible(p: Picture, size: int) -> str:
     """Sides that an uncropped training cannot take: a VAE halves them three times (8), with Stable Diffusion's U-Net six times (64)."""
-    if p.width % 64 == 0 == p.height % 64:
+    if p.width % 64 == 0 == p.height % 64 or min(p.width, p.height) < size:  # smaller ones are another trap
         return ""
     by = [f"by {m} {' x '.join(str(max(m, round(side / m) * m)) for side in (p.width, p.height))}" for m in (8, 64)]
     return f"{p.width} x {p.height}; nearest {', '.join(by)}"
@@ -218,6 +223,7 @@ TRAPS = {
     "near-duplicate": Trap("warning", near_duplicates, "look at both: what is seen often is learnt by heart; take one out if they show the same"),
     "smaller than the training size": Trap("warning", each_picture(enlarged), "it is blurred: take a larger picture, or a smaller --size"),
     "long and narrow": Trap("warning", each_picture(elongated), "only its centre square is seen: crop it yourself"),
+    "black bars": Trap("warning", each_picture(lambda p, _: p.bars > 0.05 and f"{p.bars:.0%} of it"), "they are learnt and drawn: cut them off"),
     "training size not divisible by 64": Trap("warning", training_size, "Stable Diffusion needs it"),
     "link out of the folder": Trap("warning", links_out, "a copy of the folder will lack it: copy the file here"),
     "names that differ in case alone": Trap("warning", alike_names, "one overwrites the other on Windows and macOS: rename one"),
