@@ -144,6 +144,7 @@ def summary(seen: Seen, findings: list[Finding]) -> dict[str, object]:
     counts = {trap: sum(finding.trap == trap for finding in findings) for trap in ("the same picture twice", "near-duplicate")}
     return {
         "pictures": len(seen.pictures),
+        "pictures that no line names": len(seen.unlisted),
         "captions": len(captions),
         "different captions": len(set(captions)),
         "shorter side in pixels": spread(sides),
@@ -188,16 +189,16 @@ def as_text(report: Report, examples: int = 3) -> str:
         lines += [f"      {line:.300}" for line in shown]
         if len(group) > examples:
             lines.append(f"      and {len(group) - examples} more")
-    return "\n".join(printable(line) for line in [*lines, "", verdict(report)])
+    end = f"{report.seen.folder}: {'cannot' if report.errors else 'can'} be trained on"
+    return "\n".join(printable(line) for line in [*lines, "", end])
 
 
 def verdict(report: Report) -> str:
-    if not report.errors:
-        return f"{report.seen.folder}: can be trained on"
+    """Why it cannot be trained on, in one line: the first fault as the loader says it."""
     traps = ", ".join(f"{trap}: {len(group)}" for (_, trap), group in by_trap(report.errors).items())
     first = report.errors[0]
     more = f"; {said}" if (said := advice(first.trap)) else ""
-    return printable(f"{report.seen.folder}: cannot be trained on ({traps}); the first: {first.what}{more}")
+    return printable(f"cannot be trained on ({traps}): {first.what}{more}")
 
 
 def printable(text: str) -> str:
