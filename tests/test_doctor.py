@@ -405,10 +405,14 @@ def test_the_seed_chooses_the_sheet(check, clean, tmp_path):
 
 
 def test_strange_names_are_printed_as_escapes(clean):
+    os.rename(clean / "0.png", clean / "0é.png")
     os.rename(clean / "3.png", os.fsencode(clean) + b"/0\xff\x1b[31m.png")
     command = ["data", "check", str(clean), "--layout", "pictures", "--out", str(clean.parent / "out"), "--size", "128"]
     ran = subprocess.run([sys.executable, "-m", "minidiff.cli", *command], capture_output=True, env=os.environ | {"PYTHONIOENCODING": "utf-8"})
-    assert ran.returncode == 0 and rb"0\udcff\x1b[31m.png  64 x 64: enlarged 2 times" in ran.stdout and b"\x1b" not in ran.stdout
+    assert ran.returncode == 0 and b"\xc3\xa9.png" in ran.stdout
+    assert rb"0\udcff\x1b[31m.png  64 x 64: enlarged 2 times" in ran.stdout and b"\x1b" not in ran.stdout
+    ran = subprocess.run([sys.executable, "-m", "minidiff.cli", *command], capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert ran.returncode == 0 and rb"0\xe9.png" in ran.stdout
 
 
 # No folder is too broken.

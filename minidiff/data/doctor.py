@@ -55,11 +55,13 @@ def examine(folder: Path, layout: str = "captions", caption_column: str = "text"
     folder = loader.existing(folder)
     findings: list[Finding] = []
     there = pictures_in(folder)
-    rows = {"captions": captioned_rows, "classes": class_rows, "pictures": bare_rows}[layout](folder, there, caption_column, findings)
+    if layout == "captions":
+        rows = captioned_rows(folder, there, caption_column, findings)
+    else:
+        rows = class_rows(folder, findings) if layout == "classes" else bare_rows(folder, there, findings)
     paths = {row.name: row.path for row in rows if row.path is not None}
-    loose = {os.path.relpath(path, folder): path for path in there} if layout == "captions" else {}
-    named = {row.name for row in rows}
-    loose = {name: path for name, path in loose.items() if name not in named}
+    names = {row.name for row in rows}
+    loose = {name: path for path in there if layout == "captions" and (name := os.path.relpath(path, folder)) not in names}
 
     pictures = {}
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
@@ -103,7 +105,7 @@ def captioned_rows(folder: Path, there: list[Path], caption_column: str, finding
     return rows
 
 
-def class_rows(folder: Path, there: list[Path], caption_column: str, findings: list[Finding]) -> list[Row]:
+def class_rows(folder: Path, findings: list[Finding]) -> list[Row]:
     """Every picture of every class; the caption is the name of the class."""
     try:
         data = loader.ClassFolder(folder)
@@ -114,7 +116,7 @@ def class_rows(folder: Path, there: list[Path], caption_column: str, findings: l
     return [Row(name, name, path, caption, b"") for name, path, caption in zip(names, data.paths, data.captions, strict=True)]
 
 
-def bare_rows(folder: Path, there: list[Path], caption_column: str, findings: list[Finding]) -> list[Row]:
+def bare_rows(folder: Path, there: list[Path], findings: list[Finding]) -> list[Row]:
     """Pictures without captions: those of a DreamBooth subject."""
     if not there:
         findings.append(Finding("error", "no pictures", str(folder), f"{folder}: there are no pictures below it"))

@@ -1,4 +1,5 @@
 """Verbs that make and check folders of captioned pictures."""
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -92,7 +93,8 @@ def check(
 
     report = doctor.examine(folder, layout, caption_column, size)
     written = doctor.write(report, out, seed)
-    print(doctor.as_text(report), *written, sep="\n")
+    said = "\n".join([doctor.as_text(report), *map(str, written)])
+    print(said.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding))  # strangers' captions on any terminal
     if report.errors:
         raise UserError(f"{doctor.verdict(report)} (all in {out / 'report.json'})")
 
