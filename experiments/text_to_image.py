@@ -2,7 +2,7 @@
 
     python experiments/text_to_image.py --data FOLDER [--prompts "A large white bowl of many green apples."]
 
-FOLDER holds pictures and a metadata.jsonl (experiments/coco_metadata.py makes one of COCO's files). With a hundred pictures this is memorisation,
+FOLDER holds pictures and a metadata.jsonl (minidiff data coco makes one of COCO's files). With a hundred pictures this is memorisation,
 on purpose: every part of Stable Diffusion at work on a CPU, with an answer that can be checked. Writes model/,
 generated.png, real_vs_generated.png, reverse.png and .gif, the losses and results.json. Ctrl-C saves; --resume goes on, bit for bit.
 """

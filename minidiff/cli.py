@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 from minidiff import console
-from minidiff.verbs import checkpoint, draw, plot
+from minidiff.verbs import checkpoint, data, draw, plot
 
 VERBS: dict[str, Callable[..., None]] = {
     "quickstart": draw.quickstart,
@@ -14,6 +14,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "plot forward": plot.forward,
     "plot reverse": plot.reverse,
     "plot schedules": plot.schedules,
+    "data coco": data.coco,
+    "data check": data.check,
     "inspect": checkpoint.inspect,
     "convert": checkpoint.convert,
 }

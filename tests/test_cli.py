@@ -168,6 +168,10 @@ def test_a_long_prompt_says_in_one_line_which_words_fell_off(ran, tiny, tmp_path
     (["generate", PROMPT, "--size", "big"], '--size takes a side in pixels, or a width and a height as in 768x512; not "big".'),
     (["generate", PROMPT, "--guidance", "it's"], '--guidance takes a number, not "it\'s"; see'),
     (["plot", "reverse", "--seed"], "--seed"),
+    (["data"], "data what? There is data coco, data check."),
+    (["data", "check"], "missing from minidiff data check: DIR the folder to check."),
+    (["data", "coco", "--size", "3"], "missing from minidiff data coco: --annotations FILE"),
+    (["data", "coco", "--annotations"], "no --annotations; name a COCO caption file, such as captions_val2017.json."),
     (["generate", PROMPT, "--n", "2", PROMPT], f"{PROMPT}; see minidiff generate --help."),
     (["generate"], "no prompt; say what to draw, as in: minidiff generate"),
     (["generate", "\udcff"], r"the argument '\udcff' is not valid UTF-8;"),
@@ -199,7 +203,8 @@ def test_settings_that_cannot_be(refused, tiny, tmp_path, options, said):
 def test_a_device_that_is_not_there(refused, monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    for verb in (["quickstart"], ["generate", PROMPT], *(name.split() for name in VERBS if name.startswith("plot "))):
+    data = ["data", "check", "."], ["data", "coco", "--annotations", "captions.json"]
+    for verb in (["quickstart"], ["generate", PROMPT], *data, *(name.split() for name in VERBS if name.startswith("plot "))):
         assert refused(*verb, "--device", device) == f'no "{device}" on this machine; pass --device cpu, or auto.'
 
 
@@ -225,7 +230,7 @@ def test_a_model_that_is_not_there_or_not_whole(refused, copy, tmp_path):
 def test_a_place_that_cannot_be_written(refused, tiny, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     verbs = (["quickstart"], ["generate", PROMPT, "--model", tiny], ["plot", "forward"], ["plot", "reverse", "--model", tiny], ["plot", "schedules"])
-    for verb in verbs:
+    for verb in (*verbs, ["data", "check", "."], ["data", "coco", "--annotations", "captions.json"]):
         for out in (tmp_path / "file", tmp_path / "file" / "below"):
             assert refused(*verb, "--out", out) == f'--out {out}: "{tmp_path / "file"}" is a file; name a folder.'
     long = tmp_path / ("x" * 300)

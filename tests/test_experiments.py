@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from minidiff import schedules, script
 from minidiff.errors import UserError
 
-NAMES = ("toy_2d", "forward_chain", "cifar_ddpm", "text_to_image", "coco_metadata")
+NAMES = ("toy_2d", "forward_chain", "cifar_ddpm", "text_to_image")
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 with install_import_hook(NAMES, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
-    toy_2d, forward_chain, cifar_ddpm, text_to_image, coco_metadata = (importlib.import_module(name) for name in NAMES)
+    toy_2d, forward_chain, cifar_ddpm, text_to_image = (importlib.import_module(name) for name in NAMES)
 
 
 def written(out, *names):
@@ -176,37 +176,6 @@ def test_text_to_image_refuses_a_size_before_it_trains(captioned, tmp_path):
     with pytest.raises(UserError, match="32 and 64"):
         text_to_image.main(data=captioned, size=40, caption_column="caption", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-# COCO.
-
-
-def test_coco_metadata(tmp_path, capsys):
-    for name in ("1.jpg", "2.jpg", "3.jpg"):
-        picture(tmp_path / "images" / name, seed=1)
-    images = [{"id": k, "file_name": f"{k}.jpg", "license": 4} for k in (1, 2, 9)]
-    captions = [(1, "A cat. "), (2, "A bowl of apples."), (1, "A cat\non a bed."), (9, "A dog.")]
-    annotations = [{"image_id": k, "caption": caption} for k, caption in captions]
-    whole = {"images": images, "annotations": annotations, "licenses": [{"id": 4, "url": "by"}]}
-    (tmp_path / "captions.json").write_text(json.dumps(whole))
-    coco_metadata.main((tmp_path / "captions.json",), tmp_path / "images", tmp_path / "out")
-    lines = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
-    assert [line["text"] for line in lines] == ["A cat.", "A bowl of apples."] and lines[0]["captions"] == ["A cat.", "A cat on a bed."]
-    assert lines[0]["license"] == "by" and all((tmp_path / "out" / line["file_name"]).is_file() for line in lines)
-    assert "2 pictures; left out: 1 pictures without captions, 1 captioned pictures" in capsys.readouterr().out
-
-    coco_metadata.main((tmp_path / "captions.json",), tmp_path / "images", tmp_path / "few", contains=("apples",))
-    assert len((tmp_path / "few" / "metadata.jsonl").read_text().splitlines()) == 1
-    (tmp_path / "captions.json").write_text("{}")
-    with pytest.raises(UserError, match="not a COCO caption file"):
-        coco_metadata.main((tmp_path / "captions.json",), tmp_path / "images", tmp_path / "out")
-
-
-def test_coco_metadata_on_real_annotations(real_data, tmp_path):
-    annotations = tuple(real_data / "coco" / name for name in ("captions_val2017.json", "captions_train2017_subset.json"))
-    coco_metadata.main(annotations, real_data / "coco" / "images", tmp_path)
-    texts = {json.loads(line)["file_name"]: json.loads(line)["text"] for line in (tmp_path / "metadata.jsonl").read_text().splitlines()}
-    assert len(texts) == 111 and texts["images/000000002149.jpg"] == "A large white bowl of many green apples."
 
 
 # As commands.

@@ -6,13 +6,17 @@ A captioned folder follows the Hugging Face image-folder convention, one line a 
     DIR/images/apple.png
 
 A class folder is the older layout, DIR/<class>/<any name>.png; there the name of the class is the caption.
+
+What cannot be trained on is decided in this file alone, and raised as a Fault by whatever meets it first; the data doctor (doctor.py) asks the
+same functions about every line and every picture.
 """
 
+import codecs
 import difflib
 import json
 import os
-import struct
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,7 +33,14 @@ from minidiff.errors import UserError
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 CAPTION_NAMES = ("text", "caption", "prompt", "description", "captions")  # what people call the column, for a better suggestion
 _EXAMPLE = '{"file_name": "a.png", "text": "a caption"}'
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # what Pillow raises on broken files
+
+
+class Fault(UserError):
+    """Data that cannot be trained on; `trap` is what the doctor calls a fault of this kind."""
+
+    def __init__(self, trap: str, message: str):
+        super().__init__(message)
+        self.trap = trap
 
 
 def to_model(pictures: UInt8[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
@@ -53,14 +64,17 @@ def check_size(size: int, multiple: int) -> None:
 
 def load_picture(path: str | Path, size: int | tuple[int, int] | None = None) -> UInt8[Tensor, "3 H W"]:
     """Any picture as upright RGB on white; with a size (a side, or height and width), it is scaled to cover that and the centre is cut out."""
+    if not os.path.isfile(path):
+        raise Fault("missing picture", f"{path}: no such picture")
+    advice = "replace it, or take it out of the data"
+    if not os.path.getsize(path):
+        raise Fault("empty file", f"{path}: not a readable picture (the file is empty); {advice}")
     try:
         with Image.open(path) as file:
             image = _rgb(ImageOps.exif_transpose(file))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such picture") from None
-    except UNREADABLE as error:
+    except Exception as error:  # a damaged file makes Pillow raise almost anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: not a readable picture ({reason}); replace it, or take it out of the data") from None
+        raise Fault("unreadable picture", f"{path}: not a readable picture ({reason}); {advice}") from None
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
@@ -105,11 +119,12 @@ class CaptionedFolder(Pictures):
     all of them, give the picture one line per caption."""
 
     def __init__(self, folder: str | Path, size: int | None = None, caption_column: str = "text"):
-        folder = _existing(folder)
+        folder = existing(folder)
         paths, captions = [], []
-        for where, row in metadata_rows(folder):
-            paths.append(_named_picture(folder, where, _column(where, row, "file_name")))
-            captions.append(_caption(where, row, caption_column))
+        for where, line in metadata_lines(folder):
+            row = row_of(where, line)
+            paths.append(picture_of(folder, where, row, lambda: pictures_in(folder)))
+            captions.append(caption_of(where, row, caption_column))
         super().__init__(paths, captions, size)
 
 
@@ -117,11 +132,11 @@ class ClassFolder(Pictures):
     """DIR/<class>/<picture>: `classes` are the sorted names of the folders that hold pictures, `labels` one index into them per picture."""
 
     def __init__(self, folder: str | Path, size: int | None = None):
-        folder = _existing(folder)
-        by_class = _class_folders(folder)
+        folder = existing(folder)
+        by_class = class_folders(folder)
         if not by_class:
             hint = "put the pictures of each class into a folder of its own" if pictures_in(folder) else "there are no pictures below it"
-            raise UserError(f"{folder}: no class folders (DIR/<class>/<name>.png); {hint}")
+            raise Fault("no class folders", f"{folder}: no class folders (DIR/<class>/<name>.png); {hint}")
         self.classes = list(by_class)
         self.labels = [label for label, paths in enumerate(by_class.values()) for _ in paths]
         paths = [path for paths in by_class.values() for path in paths]
@@ -143,32 +158,48 @@ def load_all(dataset: Pictures, size: int, limit: int | None = None) -> tuple[UI
 # Reading metadata.jsonl: every complaint names the file and the line.
 
 
-def metadata_rows(folder: Path) -> Iterator[tuple[str, dict]]:
-    """Yield ("DIR/metadata.jsonl, line 3", the object on that line); blank lines are skipped."""
+def metadata_lines(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield ("DIR/metadata.jsonl, line 3", that line); blank lines are skipped."""
     path = folder / "metadata.jsonl"
     if not path.is_file():
-        raise UserError(f"{path}: not found; {_instead(folder)}")
+        raise Fault("no metadata.jsonl", f"{path}: not found; {_instead(folder)}")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise Fault("no metadata.jsonl", f"{path}: {error.strerror}; check its permissions") from None
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise Fault("not UTF-8", f"{path}: this is UTF-16; save the file as UTF-8")
     empty = True
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
-        where = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 (byte {line[error.start]:#x} at column {error.start + 1}); save the file as UTF-8") from None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line, {_EXAMPLE}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: not a JSON object; write one object a line, {_EXAMPLE}")
-        empty = False
-        yield where, row
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), 1):
+        if line.strip():
+            empty = False
+            yield f"{path}, line {number}", line
     if empty:
-        raise UserError(f"{path}: empty; write one object a line, {_EXAMPLE}")
+        raise Fault("no metadata.jsonl", f"{path}: empty; write one object a line, {_EXAMPLE}")
+
+
+def row_of(where: str, line: bytes) -> dict:
+    """The object on a line."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        message = f"{where}: not UTF-8 (byte {line[error.start]:#x} at column {error.start + 1}); save the file as UTF-8"
+        raise Fault("not UTF-8", message) from None
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and brackets within brackets within ...
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error).split(";")[0]
+        raise Fault("not JSON", f"{where}: not JSON ({reason}); write one object a line, {_EXAMPLE}") from None
+    if not isinstance(row, dict):
+        raise Fault("not JSON", f"{where}: not a JSON object; write one object a line, {_EXAMPLE}")
+    return row
 
 
 def _quoted(name: str) -> str:
     return json.dumps(name, ensure_ascii=False)
+
+
+def _shown(value: object) -> str:
+    """A wrong value, short; what may be nested beyond what can be printed is only named."""
+    return f"a {type(value).__name__}" if value and isinstance(value, dict | list) else json.dumps(value)[:60]
 
 
 def _column(where: str, row: dict, column: str) -> object:
@@ -183,35 +214,46 @@ def _column(where: str, row: dict, column: str) -> object:
         advice = f"Rename {_quoted(close[0])}" if close else "Add it, with the picture's path inside the folder"
     elif best:
         advice = f"Rename it, or pass --caption-column {best}"
-    raise UserError(f"{where}: no column {_quoted(column)}; found {found}. {advice}.")
+    trap = "no file_name column" if column == "file_name" else "no caption column"
+    raise Fault(trap, f"{where}: no column {_quoted(column)}; found {found}. {advice}.")
 
 
-def _caption(where: str, row: dict, column: str) -> str:
+def caption_of(where: str, row: dict, column: str) -> str:
+    """The caption in a row; of a list, the first."""
     value = _column(where, row, column)
     first = value[0] if isinstance(value, list) and value else value
     if not isinstance(first, str):
-        raise UserError(f"{where}: column {_quoted(column)} holds {json.dumps(value)[:60]}, not a caption; write a string, or a list of strings")
+        message = f"{where}: column {_quoted(column)} holds {_shown(value)}, not a caption; write a string, or a list of strings"
+        raise Fault("not a caption", message)
+    if re.search("[\ud800-\udfff]", first):  # JSON can write them, and no tokenizer can read them
+        raise Fault("not a caption", f"{where}: column {_quoted(column)} holds half a character, {first[:60]!a}; write the caption anew")
     return first
 
 
-def _named_picture(folder: Path, where: str, name: object) -> Path:
+def picture_of(folder: Path, where: str, row: dict, known: Callable[[], list[Path]]) -> Path:
+    """The picture that a row names. `known` lists those there are, and is asked for a better name only if this one is wrong."""
+    name = _column(where, row, "file_name")
     if not isinstance(name, str) or not name:
-        raise UserError(f'{where}: "file_name" holds {json.dumps(name)[:60]}; write the path of a picture inside the folder')
+        raise Fault("no file_name column", f'{where}: "file_name" holds {_shown(name)}; write the path of a picture inside the folder')
     path = folder / name
-    try:
-        inside, found = path.resolve().is_relative_to(folder.resolve()), path.is_file()
-    except (OSError, ValueError, RuntimeError):  # too long to be a name, a NUL in it, links in a circle
-        inside, found = True, False
-    if not inside:
-        raise UserError(f'{where}: "file_name" {_quoted(name)} points outside the folder; copy the picture into {folder}')
-    if not found:
-        near = difflib.get_close_matches(name, [p.relative_to(folder).as_posix() for p in pictures_in(folder)], 1)
+    if not inside(folder, path):
+        raise Fault("outside the folder", f'{where}: "file_name" {_quoted(name)} points outside the folder; copy the picture into {folder}')
+    if not os.path.isfile(path):
+        near = difflib.get_close_matches(name, [p.relative_to(folder).as_posix() for p in known()], 1)
         hint = f"did you mean {_quoted(near[0])}?" if near else "add the picture, or take the line out"
-        raise UserError(f"{where}: picture {_quoted(name[:200])} is missing; {hint}")
+        raise Fault("missing picture", f"{where}: picture {_quoted(name[:200])} is missing; {hint}")
     return path
 
 
-def _existing(folder: str | Path) -> Path:
+def inside(folder: Path, path: Path) -> bool:
+    """Whether the path, its links followed, stays in the folder; so does one that cannot be followed."""
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # too long to be a name, a NUL in it, links in a circle
+        return True
+
+
+def existing(folder: str | Path) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: {'this is a file; pass the folder it lies in' if folder.exists() else 'no such folder'}")
@@ -220,7 +262,7 @@ def _existing(folder: str | Path) -> Path:
     return folder
 
 
-def _class_folders(folder: Path) -> dict[str, list[Path]]:
+def class_folders(folder: Path) -> dict[str, list[Path]]:
     below = sorted(place for place in folder.iterdir() if place.is_dir() and not place.name.startswith(".") and place.name != "__MACOSX")
     return {place.name: paths for place in below if (paths := pictures_in(place))}
 
@@ -229,7 +271,9 @@ def _instead(folder: Path) -> str:
     """What to do about a folder without metadata.jsonl depends on what is there."""
     if (folder / "metadata.csv").is_file():
         return f"metadata.csv is not read; write the same as one JSON object a line, {_EXAMPLE}"
-    if classes := _class_folders(folder):
+    if nested := sorted(folder.glob("*/metadata.jsonl")):
+        return f"there is {nested[0]}; pass the folder it lies in"
+    if classes := class_folders(folder):
         names = ", ".join(list(classes)[:3]) + (", ..." if len(classes) > 3 else "")
         return f"there are folders of pictures ({names}): load it as class folders if those are classes, or write one line a picture, {_EXAMPLE}"
     return f"write one line a picture there, {_EXAMPLE}"
