@@ -235,7 +235,8 @@ def _single_file(file: Path, reader: Read) -> Checkpoint:
         found.parts["vae"] = vae(autoencoder, str(file), names.vae_compvis(levels)) if levels else vae(old, str(file), names.VAE_DIFFUSERS)
     if tower := network((TEXT_2,), ("transformer.resblocks.",)):
         words = {name: value for name, value in tower.items() if not name.startswith("visual.")}
-        known = {} if bare else {"penultimate": True, "activation": "gelu", "pad": 0}
+        second = not bare or tower["token_embedding.weight"].shape[-1] == 1024  # else a file of another tower than SD 2.x's
+        known = {"penultimate": True, "activation": "gelu", "pad": 0} if second else {}
         found.parts["text"] = text(words, str(file), names.CLIP_OPEN, **known)
     elif tower := network((TEXT_1,), ("text_model.", "encoder.layers.")):
         words = {name: value for name, value in tower.items() if not name.startswith(("vision_model.", "visual_projection."))}

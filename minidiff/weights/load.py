@@ -11,7 +11,7 @@ from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.unet import UNet
 from minidiff.vae import VAE
-from minidiff.weights import files, hub, layouts
+from minidiff.weights import files, hub, layouts, towers
 from minidiff.weights.fill import dtype_named, empty, fill
 
 NETWORKS = {"unet": UNet, "vae": VAE, "text": CLIPText}
@@ -44,19 +44,17 @@ def load(
 
 
 def part(path: str | Path, name: str) -> torch.nn.Module:
-    """One network of a checkpoint, as stored: name is unet, vae or text. The file may hold this one alone."""
+    """One network of a checkpoint, as stored: name is unet, vae or text. The file may hold this one alone; text may be MODEL:TAG of open_clip."""
     path = hub.resolve(path)
     if (path / "model.json").is_file():
         model = LatentDiffusion.load(path)
         return {"unet": model.unet, "vae": model.vae, "text": model.text}[name]
-    if name == "text" and path.is_dir() and not (path / "model_index.json").is_file():
-        found = layouts.transformers_tower(path, path, files.tensors)
-    else:
-        parts = layouts.read(path, files.tensors).parts
-        if name not in parts:
-            raise UserError(f"{path} has no {layouts.KINDS[name]}.")
-        found = parts[name]
-    return _built(name, found)
+    if name == "text":
+        return _built(name, towers.text_part(path))
+    parts = layouts.read(path, files.tensors).parts
+    if name not in parts:
+        raise UserError(f"{path} has no {layouts.KINDS[name]}.")
+    return _built(name, parts[name])
 
 
 def _built(name: str, found: layouts.Part) -> torch.nn.Module:

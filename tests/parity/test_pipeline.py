@@ -79,7 +79,7 @@ def test_image_to_image(pipeline, model, strength, monkeypatch):
     again.set_progress_bar_config(disable=True)
     picture, _, given = images(*picture_and_mask())
     how = {"num_inference_steps": 10, "strength": strength, "guidance_scale": 4.0, "output_type": "np"}
-    expected = again(PROMPTS, image=picture, generator=torch.Generator().manual_seed(3), **how).images
+    expected = again(PROMPTS, image=[picture] * 2, generator=torch.Generator().manual_seed(3), **how).images
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     found = ours(model, 10, "ddim", x_T=noise, guidance=4.0, image=given, strength=strength)
     assert abs(found - expected).max() < TOLERANCE
