@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from minidiff import schedules, script
 from minidiff.errors import UserError
 
-NAMES = ("toy_2d", "forward_chain", "cifar_ddpm", "text_to_image", "coco_metadata")
+NAMES = ("toy_2d", "sampler_order", "forward_chain", "cifar_ddpm", "text_to_image", "coco_metadata")
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 with install_import_hook(NAMES, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
-    toy_2d, forward_chain, cifar_ddpm, text_to_image, coco_metadata = (importlib.import_module(name) for name in NAMES)
+    toy_2d, sampler_order, forward_chain, cifar_ddpm, text_to_image, coco_metadata = (importlib.import_module(name) for name in NAMES)
 
 
 def written(out, *names):
@@ -73,6 +73,20 @@ def test_toy_2d(tmp_path):
     toy_2d.main(out=tmp_path, steps=4, batch=16, width=16, n=50, sampling_steps=3)
     results = written(tmp_path, "toy_2d.png", "loss.png")
     assert {"distance_floor", "distance_exact", "distance_learnt", "score_error_t250", "strays_learnt", "loss", "seed"} <= results.keys()
+
+
+# The order of samplers.
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "flow", "karras"])
+def test_sampler_order(schedule, tmp_path):
+    sampler_order.main(schedule, steps=(64, 128), points=8, out=tmp_path)
+    results = written(tmp_path, "sampler_order.png")
+    for name, order in {"euler": 1, "heun": 2, "dpmpp_2m": 2, "unipc": 3, "ddpm": 1, "dpmpp_2m_sde": 2}.items():
+        assert results[name]["order"] == pytest.approx(order, rel=0.15)  # two step numbers, and not yet very many
+        assert results[name]["evaluations"] == ([128, 256] if name == "heun" else [64, 128])
+    with pytest.raises(UserError, match="at least two numbers"):
+        sampler_order.main(schedule, steps=(16,), out=tmp_path)
 
 
 # The forward chain.

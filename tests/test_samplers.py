@@ -1,4 +1,4 @@
-"""Samplers against exact denoisers of known distributions, and against published loops over whole trajectories."""
+"""Samplers against exact denoisers of known distributions, and against published algorithms written out; parity/ compares trajectories."""
 import math
 from itertools import pairwise
 
@@ -7,7 +7,7 @@ import torch
 
 import minidiff.steps
 from minidiff import schedules
-from minidiff.denoiser import Denoiser, Prediction
+from minidiff.denoiser import Prediction
 from minidiff.errors import UserError
 from minidiff.exact import Mixture
 from minidiff.samplers import SAMPLERS, by_name, ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, euler_ancestral, heun, invert, lcm, sample, unipc
@@ -113,7 +113,7 @@ def moments(step, schedule, times, monkeypatch, denoise):
 def test_stochastic_samplers_have_the_right_mean_and_variance(schedule, make, order, monkeypatch):
     """The mean is exact, and the variance is off by a share that falls as steps^-order."""
     off = []
-    for steps in (200, 400, 800):
+    for steps in (100, 200, 400):
         mean, variance = moments(make(steps), schedule, even(schedule, steps), monkeypatch, exact_gaussian(schedule))
         assert abs(mean - MEAN) < 1e-10
         off.append(variance / STD**2 - 1)
@@ -233,54 +233,6 @@ def test_ddim_step_equals_the_paper(eta):
         expected = a_s.sqrt() * x0 + (1 - a_s - sigma**2).sqrt() * eps + sigma * z
         step = ddim(eta, torch.Generator().manual_seed(7))
         torch.testing.assert_close(step(lambda *_: Prediction(x0, eps), schedule, x, t, s)[0], expected, rtol=0, atol=1e-12)
-
-
-class Net(torch.nn.Module):
-    """A fixed nonlinear function of x and t."""
-
-    def forward(self, x, t, context=None):
-        return torch.sin(3 * x) * 0.5 + 0.3 * x * (1 + t.to(x).view(-1, 1, 1, 1) / 1000)
-
-
-def picture_noise(seed=0):
-    return torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("eta", [0.0, 1.0], ids=["ddim", "ddpm"])
-@pytest.mark.parametrize("target, theirs", [("eps", "epsilon"), ("x0", "sample"), ("v", "v_prediction")])
-@pytest.mark.parametrize("steps", [1, 2, 10, 50, 1000])  # divisors of 1000: elsewhere diffusers' stride is not the distance of its own times
-def test_trajectories_equal_diffusers(target, theirs, steps, eta):
-    """Every state on the way, with the same noise. Their tables are replaced by ours in float64 (fp32 tables are compared in
-    test_schedules), so only the order of roundings differs."""
-    diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.DDIMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="trailing", prediction_type=theirs, clip_sample=False
-    )
-    schedule, net = schedules.scaled_linear(), Net()
-    scheduler.set_timesteps(steps)
-    scheduler.alphas_cumprod = schedule.alpha_bar[1:]
-    scheduler.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
-    x = x_T = picture_noise()
-    expected, generator = [x], torch.Generator().manual_seed(1)
-    for t in scheduler.timesteps:
-        z = torch.randn(x.shape, generator=generator, dtype=x.dtype) if eta else None
-        x = scheduler.step(net(x, t.expand(2)), t, x, eta=eta, variance_noise=z).prev_sample
-        expected.append(x)
-    step = ddim(eta, torch.Generator().manual_seed(1))
-    ours = [frame.x for frame in sample(Denoiser(net, schedule, target), schedule, x_T, steps, step)]
-    for a, b in zip(ours, expected, strict=True):
-        assert (a - b).abs().max() / b.abs().max() < 1e-10
-
-
-def test_flow_euler_equals_diffusers():
-    diffusers = pytest.importorskip("diffusers")
-    scheduler, schedule, net = diffusers.FlowMatchEulerDiscreteScheduler(), schedules.Flow(), Net()
-    scheduler.set_timesteps(sigmas=schedule.timesteps(20)[:-1].tolist())
-    x = x_T = picture_noise()
-    for t in scheduler.timesteps:
-        x = scheduler.step(net(x, t.double().expand(2)), t, x).prev_sample
-    *_, last = sample(Denoiser(net, schedule, "flow"), schedule, x_T, 20, ddim())
-    assert (last.x0 - x).abs().max() / x.abs().max() < 2e-6  # their times and sums are fp32
 
 
 def test_the_loop_is_a_generator_that_leaves_the_caller_alone():
