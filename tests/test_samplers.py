@@ -46,7 +46,7 @@ def test_ddim_carries_noise_to_the_data_distribution(schedule):
     assert (orders(errors) - 1).abs().max() < 0.1
 
 
-ORDERS = {"euler": 1, "heun": 2, "dpmpp_2m": 2, "unipc": 3}  # UniPC-p is of order p + 1: its corrector adds one (Zhao et al., theorem 3.1)
+ORDERS = {"euler": 1, "heun": 2, "dpmpp_2m": 2, "unipc": 3}  # UniPC-p is of order p + 1: its corrector adds one (Zhao et al. 2023)
 
 
 def even(schedule, steps, noisiest=80.0, cleanest=1e-5):
@@ -244,13 +244,14 @@ def test_the_loop_is_a_generator_that_leaves_the_caller_alone():
     assert [frame.t for frame in rest] == [800, 600, 400, 200, 0] and torch.equal(rest[-1].x, rest[-1].x0)
 
 
-def test_noise_is_drawn_on_the_cpu_whatever_the_device():
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_noise_is_drawn_on_the_cpu_whatever_the_device(sampler):
     """The meta device stands in for a GPU: a step there takes the CPU's generator, and draws from it what it draws on the CPU."""
     schedule, (t, s) = schedules.cosine(), torch.tensor([500, 400])
     after = []
     for device in ("cpu", "meta"):
         generator, x = torch.Generator().manual_seed(0), torch.zeros(2, 3, device=device)
-        x_s, _ = ddpm(generator)(lambda x, t: Prediction(x, x), schedule, x, t, s)
+        x_s, _ = by_name(sampler, generator)(lambda x, t: Prediction(x, x), schedule, x, t, s)
         assert x_s.device.type == device
         after.append(generator.get_state())
     assert torch.equal(*after)
@@ -266,6 +267,24 @@ def test_noise_is_drawn_on_the_cpu_whatever_the_device():
 def test_bad_times(times, complaint):
     with pytest.raises(UserError, match=complaint):
         next(sample(exact_gaussian(schedules.cosine()), schedules.cosine(), torch.zeros(1, 1), 5, ddim(), times=torch.tensor(times)))
+
+
+def test_bad_numbers():
+    with pytest.raises(UserError, match="rounds is 0"):
+        next(invert(exact_gaussian(schedules.cosine()), schedules.cosine(), torch.zeros(1, 1), 5, rounds=0))
+    with pytest.raises(UserError, match='no variant "bh3" of UniPC; there is bh1 and bh2'):
+        unipc("bh3")
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace", "karras", "log-snr", "ays"])
+def test_final_with_every_grid(sampler, spacing):
+    """Those that visit level 1 do so to a rounding, above or below, and stay there."""
+    schedule = schedules.Discrete("scaled_linear", 1000, 0.00085, 0.012, final=1)
+    frames = list(sample(exact_gaussian(schedule), schedule, torch.randn(4, 1, dtype=torch.float64), 7, by_name(sampler), spacing))
+    assert all(frame.x.isfinite().all() for frame in frames)
+    if frames[-2].t == pytest.approx(1):
+        torch.testing.assert_close(frames[-1].x, frames[-2].x, rtol=1e-9, atol=1e-9)
 
 
 def test_times_replace_the_spacing():
