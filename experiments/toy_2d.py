@@ -2,7 +2,7 @@
 
     python experiments/toy_2d.py [--density ring]
 
-Under a minute on one CPU core. Writes toy_2d.png (draws, score fields and sampling paths, exact and learnt), loss.png and results.json.
+A minute on one CPU core. Writes toy_2d.png (draws, score fields and sampling paths, exact and learnt), loss.png and results.json.
 The exact denoiser is an oracle: with the same sampler and the same noise, what differs between the halves of the figure is the network.
 The distances it prints stand beside their floor, the distance between two exact draws of the same size.
 """

@@ -10,7 +10,9 @@ _HOMES = {
     "DDPM": "minidiff.ddpm",
     "World": "minidiff.data.world",
 }
-_MODULES = ("ddpm", "schedules", "denoiser", "samplers", "unet", "vae", "clip", "latent_diffusion", "train", "plots", "evaluate", "data")
+_MODULES = (
+    "ddpm", "schedules", "denoiser", "steps", "samplers", "exact", "unet", "vae", "clip", "latent_diffusion", "train", "plots", "evaluate", "data",
+)
 
 __all__ = [*_HOMES, *_MODULES, "load"]
 

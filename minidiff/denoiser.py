@@ -162,10 +162,10 @@ def guide(
 
     null: the empty prompt, or any other to steer away from: a negative prompt.
     rescale: how far, 0 to 1, the standard deviation of the guided F is taken back to that of the conditional F ([10] section 3.4).
-    interval: guide only in this stretch of schedule.progress(t), 0 data to 1 noise, ends included; elsewhere scale is 1 ([11] eq. 6).
+    interval: guide only in this stretch of schedule.progress(t), 0 data to 1 noise, ends included; elsewhere scale is 1 ([11]).
     threshold: the share, as 0.995, of values of x0 that the range [-s, s] must hold; where s > 1, values beyond it are cut off and all are
     divided by s ([12] section 2.3). For pixels, whose range is [-1, 1]; latents have no range.
-    weak: a worse denoiser, shown the context, to steer away from in place of null ([13] eq. 3).
+    weak: a worse denoiser, shown the context, to steer away from in place of null ([13]).
     """
     if not 0 <= rescale <= 1:
         raise UserError(f"rescale is {rescale}; it must be from 0 (off) to 1.")

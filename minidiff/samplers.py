@@ -76,9 +76,11 @@ def invert(
     """From data to the noise that ddim() makes it from: yields steps + 1 frames, from clean to x_T; arguments as of `sample`.
 
     DDIM's step from s down to t is x_t = x_s + (alpha_t - alpha_s) x0 + (sigma_t - sigma_s) eps, both guessed from x_s. To walk it up, x_s must
-    be known already: it begins as x_t, as in [2] section 3.2, and is improved `rounds` times. One round is a method of first order;
+    be known already: it begins as x_t, the usual approximation ([2]), and is improved `rounds` times. One round is a method of first order;
     the more, the nearer sample(..., ddim()) comes to x0 again, as long as steps are small.
     """
+    if rounds < 1:
+        raise UserError(f"rounds is {rounds}; it must be at least 1.")
     times = schedule.timesteps(steps, spacing) if times is None else _checked(times, schedule, steps)
     x, guess = x0, x0
     for t, s in pairwise(times.flip(0)):

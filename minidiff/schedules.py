@@ -174,7 +174,8 @@ class Discrete(NoiseSchedule):
         """trailing: T down to 0 in equal strides ([4] table 2). leading: Stable Diffusion's, starts a stride below T.
         linspace: both T and 1 included ([2] section 4). Between levels fall karras: equal strides in (sigma / alpha)^(1/7) ([5] eq. 5);
         log-snr: equal strides in log SNR ([8] section 3.4); ays: Stable Diffusion's optimal levels for 10 steps, interpolated ([9])."""
-        _check(steps, spacing, ("trailing", "leading", "linspace", "karras", "log-snr", "ays"), most=self.T)
+        whole = ("trailing", "leading", "linspace")
+        _check(steps, spacing, (*whole, "karras", "log-snr", "ays"), most=self.T if spacing in whole else None)
         if spacing == "trailing":
             return torch.linspace(self.T, 0, steps + 1, dtype=torch.float64).round().long()
         if spacing == "leading":  # SD counts t from 0 and offsets by 1, which is 2 in a count where 0 is clean data

@@ -13,13 +13,14 @@ one seed, one picture, on any device.
 """
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from minidiff.denoiser import Denoise
+from minidiff.errors import UserError
 from minidiff.schedules import NoiseSchedule
 
 State = Float[Tensor, "B *dims"]
@@ -39,7 +40,7 @@ def ddim(eta: float = 0.0, generator: torch.Generator | None = None, final: bool
         x0, eps = denoise(x, t.expand(len(x)))
         s = s.clamp(min=schedule.final) if final else s
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
-        up = eta * (sigma_s / sigma_t) * (sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2).sqrt()  # noise put back
+        up = eta * (sigma_s / sigma_t) * (sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2).clamp(min=0).sqrt()  # noise put back
         down = (sigma_s**2 - up**2).clamp(min=0).sqrt()  # noise kept
         x_s = alpha_s.item() * x0 + down.item() * eps
         if eta > 0:
@@ -103,7 +104,7 @@ def heun(
 
 
 class _Stride(NamedTuple):
-    """The way from t to s in lambda = log(alpha / sigma), which [4] counts in. It may be infinite at either end."""
+    """The way from t to s in lambda = log(alpha / sigma), which [4] and [5] count in. It may be infinite at either end."""
 
     h: Tensor  # lambda_s - lambda_t
     r: Tensor  # e^-h
@@ -134,7 +135,7 @@ class _Past:
 
 def dpmpp_2m(eta: float = 0.0, generator: torch.Generator | None = None) -> Step:
     """DPM-Solver++(2M), [4] algorithm 2: second order at one evaluation a step, by leaning on the x0 of the step before.
-    eta = 1 is its SDE form, [4] eq. 18; values between are k-diffusion's eta."""
+    eta = 1 is SDE-DPM-Solver++(2M) of [4]; values between are k-diffusion's eta."""
     past = _Past()
 
     def step(denoise: Denoise, schedule: NoiseSchedule, x: State, t: Time, s: Time) -> tuple[State, State]:
@@ -154,13 +155,15 @@ def dpmpp_2m(eta: float = 0.0, generator: torch.Generator | None = None) -> Step
 
 
 def dpmpp_2m_sde(generator: torch.Generator | None = None) -> Step:
-    """SDE-DPM-Solver++(2M), [4] eq. 18."""
+    """SDE-DPM-Solver++(2M), [4]: dpmpp_2m with as much new noise as ancestral sampling has."""
     return dpmpp_2m(eta=1.0, generator=generator)
 
 
-def unipc(variant: Literal["bh1", "bh2"] = "bh2") -> Step:
-    """UniPC-2, [5] algorithms 1 and 2: DPM-Solver++(2M) predicts x_s; the x0 that is found there, and only there, then corrects x_s before the next
-    step leaves from it. No evaluation more. variant: B(h) of [5] section 3.1, which weighs what has not three points to go by."""
+def unipc(variant: str = "bh2") -> Step:
+    """UniPC-2, [5] section 3: DPM-Solver++(2M) predicts x_s; the x0 that is found there, and only there, then corrects x_s before the next
+    step leaves from it. No evaluation more. variant: B(h) of [5], which weighs what has not three points to go by."""
+    if variant not in ("bh1", "bh2"):
+        raise UserError(f'no variant "{variant}" of UniPC; there is bh1 and bh2.')
     past = _Past()
 
     def B(stride: _Stride) -> Tensor:

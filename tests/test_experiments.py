@@ -11,13 +11,15 @@ from jaxtyping import install_import_hook
 from PIL import Image
 from safetensors.torch import load_file
 
+import minidiff
 from minidiff import schedules, script
+from minidiff.data.folder import load_picture, to_uint8
 from minidiff.errors import UserError
 
-NAMES = ("toy_2d", "forward_chain", "cifar_ddpm", "text_to_image")
+NAMES = ("toy_2d", "sampler_order", "forward_chain", "cifar_ddpm", "text_to_image", "sd_generate", "sd_speed")
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 with install_import_hook(NAMES, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
-    toy_2d, forward_chain, cifar_ddpm, text_to_image = (importlib.import_module(name) for name in NAMES)
+    toy_2d, sampler_order, forward_chain, cifar_ddpm, text_to_image, sd_generate, sd_speed = (importlib.import_module(name) for name in NAMES)
 
 
 def written(out, *names):
@@ -73,6 +75,20 @@ def test_toy_2d(tmp_path):
     toy_2d.main(out=tmp_path, steps=4, batch=16, width=16, n=50, sampling_steps=3)
     results = written(tmp_path, "toy_2d.png", "loss.png")
     assert {"distance_floor", "distance_exact", "distance_learnt", "score_error_t250", "strays_learnt", "loss", "seed"} <= results.keys()
+
+
+# The order of samplers.
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "flow", "karras"])
+def test_sampler_order(schedule, tmp_path):
+    sampler_order.main(schedule, steps=(64, 128), points=8, out=tmp_path)
+    results = written(tmp_path, "sampler_order.png")
+    for name, order in {"euler": 1, "heun": 2, "dpmpp_2m": 2, "unipc": 3, "ddpm": 1, "dpmpp_2m_sde": 2}.items():
+        assert results[name]["order"] == pytest.approx(order, rel=0.15)  # two step numbers, and not yet very many
+        assert results[name]["evaluations"] == ([128, 256] if name == "heun" else [64, 128])
+    with pytest.raises(UserError, match="at least two numbers"):
+        sampler_order.main(schedule, steps=(16,), out=tmp_path)
 
 
 # The forward chain.
@@ -204,3 +220,27 @@ def test_a_device_that_is_not_there():
     with pytest.raises(UserError, match="--device is one of auto"):
         script.pick_device("tpu")
     assert script.pick_device("auto") in ("cpu", "cuda", "mps")
+
+
+def test_stable_diffusion_line_by_line(sd, tmp_path, capsys):
+    """Its own loop draws what the library draws."""
+    made = sd()
+    torch.nn.init.normal_(made.unet.conv_out.weight, std=0.1)
+    folder = made.save(tmp_path / "model")
+    sd_generate.main(str(folder), "an apple", "a bowl", steps=7, sampler="ddim", seed=3, out=tmp_path / "out")
+    written(tmp_path / "out", "trace.txt", "picture.png", "chain.png", "results.json")
+    generator = torch.Generator().manual_seed(3)
+    how = {"steps": 7, "guidance": 7.5, "negative": "a bowl", "generator": generator}
+    expected = minidiff.load(folder).generate(["an apple"], **how)[0]
+    assert torch.equal(load_picture(tmp_path / "out" / "picture.png"), to_uint8(expected))
+    sd_generate.main(out=tmp_path / "trace")
+    assert "859.52 M" in capsys.readouterr().out and not (tmp_path / "trace" / "picture.png").exists()
+
+
+def test_speed_beside_diffusers(tmp_path):
+    pytest.importorskip("diffusers")
+    sd_speed.main(steps=2, size=64, small=True, peak_tflops=1.0, out=tmp_path)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["largest_difference"] < 1e-5 and found["ratio"] > 0
+    assert found["opening"]["minidiff"]["weights_gb"] == pytest.approx(found["opening"]["diffusers"]["weights_gb"], rel=1e-3)
+    assert len(found["turns"]["diffusers"]) == 2 and [path.name for path in tmp_path.iterdir()] == ["results.json"]

@@ -12,11 +12,12 @@ import torch
 
 from minidiff import schedules
 from minidiff.denoiser import Denoiser
-from minidiff.samplers import ddim, dpmpp_2m, dpmpp_2m_sde, euler, euler_ancestral, heun, lcm, sample, unipc
+from minidiff.samplers import ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, euler, euler_ancestral, heun, lcm, sample, unipc
 
 diffusers = pytest.importorskip("diffusers")
 STEPS = [1, 2, 3, 10, 50, 1000]
-TARGETS = [("eps", "epsilon"), ("v", "v_prediction")]
+DIVISORS = [1, 2, 10, 50, 1000]  # for DDIM and DDPM: elsewhere diffusers' stride is not the distance of its own times
+TARGETS = [("eps", "epsilon"), ("v", "v_prediction"), ("x0", "sample")]
 SCHEDULE, SD = schedules.scaled_linear(), dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 
 
@@ -36,7 +37,7 @@ def in_float64(monkeypatch):
         for library in (torch, np):
             double = types.SimpleNamespace(**{**vars(library), "float32": library.float64})
             monkeypatch.setattr(home, library.__name__.replace("numpy", "np"), double)
-        return getattr(home, name)(**SD, **config)
+        return getattr(home, name)(**(config if "Flow" in name else SD | config))
 
     before = torch.get_default_dtype()  # of an integer times 10.0
     torch.set_default_dtype(torch.float64)
@@ -44,19 +45,23 @@ def in_float64(monkeypatch):
     torch.set_default_dtype(before)
 
 
+def cases(counts, targets=2):
+    """(steps, target, their name of it): all numbers of steps for eps, two for the others."""
+    return [(n, *target) for target in TARGETS[:targets] for n in counts if target[0] == "eps" or n in (2, 10)]
+
+
 def normal(seed):
     return torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def close(ours, theirs):
-    assert len(ours) == len(theirs)
+def close(ours, theirs, tolerance=1e-10):
     for a, b in zip(ours, theirs, strict=True):
-        assert (a - b).abs().max() / b.abs().max() < 1e-10
+        assert (a - b).abs().max() / b.abs().max() < tolerance
 
 
 def grid(theirs):
     """The times of a scheduler that was set, in our count, where clean data is 0."""
-    return torch.cat([theirs.timesteps.long().cpu() + 1, torch.zeros(1, dtype=torch.long)])
+    return torch.cat([theirs.timesteps + 1, torch.zeros(1, dtype=theirs.timesteps.dtype)])
 
 
 def ours(target, times, step, schedule=SCHEDULE):
@@ -67,8 +72,20 @@ def generator():
     return torch.Generator().manual_seed(1)
 
 
-@pytest.mark.parametrize("target, theirs", TARGETS)
-@pytest.mark.parametrize("steps", [1, 2, 10, 50, 1000])  # of 3, diffusers' stride is not the distance of its own times
+@pytest.mark.parametrize("steps, target, theirs", cases(DIVISORS, targets=3))
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_ddim(in_float64, target, theirs, steps, eta):
+    scheduler = in_float64("DDIMScheduler", "scheduling_ddim", prediction_type=theirs, clip_sample=False, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    x, z = normal(0), generator()
+    expected = [x]
+    for t in scheduler.timesteps:
+        x = scheduler.step(Net()(x, t.expand(2)), t, x, eta=eta, generator=z).prev_sample
+        expected.append(x)
+    close(ours(target, SCHEDULE.timesteps(steps), ddim(eta, generator())), expected)
+
+
+@pytest.mark.parametrize("steps, target, theirs", cases(DIVISORS))
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_published_ddim_stops_at_alpha_bar_1(in_float64, target, theirs, steps, eta):
     """Stable Diffusion's settings; euler, which does not stop there, differs."""
@@ -88,19 +105,29 @@ def test_published_ddim_stops_at_alpha_bar_1(in_float64, target, theirs, steps, 
         assert (ours(target, times, euler(), schedule)[-1] - expected[-1]).abs().max() > 1e-3
 
 
-SIGMA = {  # diffusers walks x / alpha for these
-    "EulerDiscreteScheduler": ("scheduling_euler_discrete", {"timestep_spacing": "trailing"}, lambda: euler()),
-    "EulerAncestralDiscreteScheduler": (
-        "scheduling_euler_ancestral_discrete", {"timestep_spacing": "trailing"}, lambda: euler_ancestral(generator())),
-    "HeunDiscreteScheduler": ("scheduling_heun_discrete", {"timestep_spacing": "trailing"}, lambda: heun()),
-}
+@pytest.mark.parametrize("steps, target, prediction", cases(DIVISORS))
+def test_ddpm(in_float64, steps, target, prediction):
+    scheduler = in_float64("DDPMScheduler", "scheduling_ddpm", prediction_type=prediction, clip_sample=False, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    x, z = normal(0), generator()
+    expected = [x]
+    for t in scheduler.timesteps:
+        x = scheduler.step(Net()(x, t.expand(2)), t, x, generator=z).prev_sample
+        expected.append(x)
+    close(ours(target, grid(scheduler), ddpm(generator())), expected, 1e-9)  # they keep variances at 1e-20 or above: noise of 1e-10 at the end
 
 
-@pytest.mark.parametrize("target, prediction", TARGETS)
-@pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("name", SIGMA)
-def test_methods_in_sigma(in_float64, name, steps, target, prediction):
-    module, config, step = SIGMA[name]
+SIGMA = [  # diffusers walks x / alpha for these; Karras' grid visits times between levels, where sigma is interpolated
+    ("EulerDiscreteScheduler", "scheduling_euler_discrete", {"timestep_spacing": "trailing"}, lambda: euler(), STEPS),
+    ("EulerDiscreteScheduler", "scheduling_euler_discrete", {"use_karras_sigmas": True}, lambda: euler(), [2, 3, 10, 50]),
+    ("EulerAncestralDiscreteScheduler", "scheduling_euler_ancestral_discrete", {"timestep_spacing": "trailing"},
+     lambda: euler_ancestral(generator()), STEPS),
+    ("HeunDiscreteScheduler", "scheduling_heun_discrete", {"timestep_spacing": "trailing"}, lambda: heun(), STEPS),
+]
+
+
+@pytest.mark.parametrize("name, module, config, step, steps, target, prediction", [(*row, *case) for *row, counts in SIGMA for case in cases(counts)])
+def test_methods_in_sigma(in_float64, name, module, config, step, steps, target, prediction):
     scheduler = in_float64(name, module, prediction_type=prediction, **config)
     scheduler.set_timesteps(steps)
     times = grid(scheduler).unique().flip(0)  # Heun's method lists a time for each evaluation
@@ -116,8 +143,7 @@ def test_methods_in_sigma(in_float64, name, steps, target, prediction):
     close(ours(target, times, step()), expected)
 
 
-@pytest.mark.parametrize("target, prediction", [*TARGETS, ("x0", "sample")])
-@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("steps, target, prediction", cases(STEPS, targets=3))
 @pytest.mark.parametrize("kind, step", [("dpmsolver++", dpmpp_2m), ("sde-dpmsolver++", lambda: dpmpp_2m_sde(generator()))])
 def test_dpm_solver(in_float64, kind, step, steps, target, prediction):
     scheduler = in_float64("DPMSolverMultistepScheduler", "scheduling_dpmsolver_multistep", prediction_type=prediction, algorithm_type=kind,
@@ -131,8 +157,7 @@ def test_dpm_solver(in_float64, kind, step, steps, target, prediction):
     close(ours(target, grid(scheduler), step()), expected)
 
 
-@pytest.mark.parametrize("target, prediction", TARGETS)
-@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("steps, target, prediction", cases(STEPS))
 @pytest.mark.parametrize("variant", ["bh1", "bh2"])
 def test_unipc(in_float64, variant, steps, target, prediction):
     scheduler = in_float64("UniPCMultistepScheduler", "scheduling_unipc_multistep", prediction_type=prediction, solver_type=variant,
@@ -149,8 +174,7 @@ def test_unipc(in_float64, variant, steps, target, prediction):
     close(ours(target, grid(scheduler), unipc(variant)), expected)
 
 
-@pytest.mark.parametrize("target, prediction", TARGETS)
-@pytest.mark.parametrize("steps", [1, 2, 3, 10, 50])  # it has 50 steps at most, those it was distilled for
+@pytest.mark.parametrize("steps, target, prediction", cases([1, 2, 3, 10, 50]))  # it has 50 steps at most, those it was distilled for
 def test_lcm(in_float64, steps, target, prediction):
     scheduler = in_float64("LCMScheduler", "scheduling_lcm", prediction_type=prediction, clip_sample=False)
     scheduler.set_timesteps(steps)
@@ -160,3 +184,36 @@ def test_lcm(in_float64, steps, target, prediction):
         x = scheduler.step(Net()(x, t.expand(2)), t, x, generator=z).prev_sample
         expected.append(x)
     close(ours(target, grid(scheduler), lcm(generator())), expected)
+
+
+def test_flow_euler_equals_diffusers():
+    scheduler, schedule, net = diffusers.FlowMatchEulerDiscreteScheduler(), schedules.Flow(), Net()
+    scheduler.set_timesteps(sigmas=schedule.timesteps(20)[:-1].tolist())
+    x = x_T = normal(0)
+    for t in scheduler.timesteps:
+        x = scheduler.step(net(x, t.double().expand(2)), t, x).prev_sample
+    *_, last = sample(Denoiser(net, schedule, "flow"), schedule, x_T, 20, ddim())
+    assert (last.x0 - x).abs().max() / x.abs().max() < 2e-6  # their times and sums are fp32
+
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 50])
+@pytest.mark.parametrize("name, module, config, step", [
+    ("FlowMatchHeunDiscreteScheduler", "scheduling_flow_match_heun_discrete", {}, heun),
+    ("DPMSolverMultistepScheduler", "scheduling_dpmsolver_multistep", FLOW, dpmpp_2m),
+    ("UniPCMultistepScheduler", "scheduling_unipc_multistep", FLOW, unipc),
+])
+def test_higher_orders_on_a_flow(in_float64, name, module, config, step, steps):
+    """On their times, of which the multistep methods' begin a little short of pure noise; ours need not."""
+    scheduler = in_float64(name, module, **config)
+    scheduler.set_timesteps(steps)
+    times = scheduler.sigmas.unique().flip(0)
+    x = normal(0)
+    expected = [x]
+    for k, (t, named) in enumerate(zip(scheduler.sigmas, scheduler.timesteps, strict=False), start=1):  # named: sometimes rounded
+        x = scheduler.step(Net()(x, 1000 * t.expand(2)), named, x).prev_sample
+        if getattr(scheduler, "state_in_first_order", True) or k == len(scheduler.timesteps):
+            expected.append(x)
+    close(ours("flow", times, step(), schedules.Flow()), expected)
