@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minidiff.layers import timestep_embedding
 from minidiff.unet import UNet, unet_sd1
 from minidiff.weights import write
 from minidiff.weights.fill import empty, fill
@@ -67,14 +68,17 @@ def test_every_tensor_is_consumed_and_reproduced(sd, tmp_path):
 
 
 @torch.no_grad()
-def test_the_unet_equals_diffusers():
-    """One network's weights in both, fp32: 1e-5 of the output's size, as in the small ones."""
+@pytest.mark.parametrize("dtype, side, tolerance", [(torch.float32, 64, 1e-5), (torch.float64, 16, 1e-12)])
+def test_the_unet_equals_diffusers(dtype, side, tolerance):
+    """One network's weights in both; the same tolerances as with the small ones, of the output's size."""
     how = {"sample_size": 64, "block_out_channels": LEVELS, "cross_attention_dim": 768, "attention_head_dim": 8}
-    theirs = randomized(diffusers.UNet2DConditionModel(**how), torch.float32)
+    theirs = randomized(diffusers.UNet2DConditionModel(**how), dtype)
     with torch.device("meta"):
         numbers = unet_sd1().numbers
     ours = fill(empty(UNet, numbers), to_ours(theirs.state_dict(), UNET_DIFFUSERS), "theirs")
-    x, t, context = torch.randn(1, 4, 64, 64), torch.tensor([321]), torch.randn(1, 77, 768)
+    if dtype == torch.float64:  # diffusers computes the sines of the time embedding in fp32 whatever the dtype; the fp32 case compares them
+        theirs.time_proj.forward = lambda t: timestep_embedding(t.double(), 320)
+    x, t, context = torch.randn(1, 4, side, side, dtype=dtype), torch.tensor([321]), torch.randn(1, 77, 768, dtype=dtype)
     expected = theirs(x, t, context).sample
     assert expected.std() > 0.1
-    assert gap(ours(x, t, context), expected) < 1e-5
+    assert gap(ours(x, t.to(dtype), context), expected) < tolerance
