@@ -31,15 +31,22 @@ from minidiff.weights.layouts import STABLE_DIFFUSION
 from minidiff.weights.write import save_compvis, save_diffusers
 
 OPENING = """
-import json, resource, sys, time
+import json, time
 import torch
 {library}
-before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+
+
+def memory(what):  # of this process, in bytes; the peak that getrusage tells counts its parent's too
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what)) * 1024
+
+
+before, start = memory("VmRSS"), time.perf_counter()
 model = {call}
 weights = sum(p.numel() * p.element_size() + 0 * p.sum().item() for part in ({parts}) for p in part.parameters())  # sum: all of it is read
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-print(json.dumps({{"seconds": time.perf_counter() - start, "weights_gb": weights / 1e9, "peak_gb": peak * 1024 / 1e9}}))
+seconds, peak = time.perf_counter() - start, memory("VmHWM") - before
+print(json.dumps({{"seconds": seconds, "weights_gb": weights / 1e9, "peak_gb": peak / 1e9, "peak_by_weights": peak / weights}}))
 """
+WAYS = ("minidiff", "minidiff, single file", "diffusers")
 
 
 def main(
@@ -78,7 +85,8 @@ def main(
     with tempfile.TemporaryDirectory(dir=out) as folder:
         folder, file = Path(folder) / "sd", Path(folder) / "sd.safetensors"
         numbers = written(small, folder, file)
-        figures = {what: opened(what, folder, file, dtype) for what in ("minidiff", "minidiff, single file", "diffusers")}
+        rounds = [[opened(what, folder, file, dtype) for what in WAYS] for _ in range(3)]  # in turns: files get into the cache, disks get busy
+        figures = {what: {key: statistics.median(r[k][key] for r in rounds) for key in rounds[0][k]} for k, what in enumerate(WAYS)}
         from minidiff.weights.load import part
 
         ours = part(folder, "unet").to(device, precision).eval()
@@ -121,7 +129,7 @@ def written(small: bool, folder: Path, file: Path) -> dict:
 
 
 def opened(what: str, folder: Path, file: Path, dtype: str) -> dict[str, float]:
-    """Seconds and peak memory of opening a whole model in a new process, beyond those of the imports."""
+    """Seconds and peak memory of opening a whole model and reading all of it in a new process, beyond those of the imports. Linux only."""
     if what == "diffusers":
         library, parts = "from diffusers import StableDiffusionPipeline", "model.unet, model.vae, model.text_encoder"
         call = f"StableDiffusionPipeline.from_pretrained({str(folder)!r}, torch_dtype={DTYPES[dtype]})"

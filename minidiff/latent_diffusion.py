@@ -29,7 +29,7 @@ from minidiff.tiling import tiled
 from minidiff.unet import UNet
 from minidiff.vae import VAE, Pixels
 from minidiff.weights import files
-from minidiff.weights.fill import empty, fill
+from minidiff.weights.fill import empty, fill, precision_of
 
 FORMAT = "minidiff 1"
 PARTS = {cls.__name__: cls for cls in (VAE, Pixels, CLIPText, ClassLabels, Unconditional, UNet)}
@@ -65,13 +65,6 @@ class LatentDiffusion(nn.Module):
         z = self.vae.latent_channels
         if self.unet.numbers["out_channels"] != z:
             raise UserError(f"the VAE's latents have {z} channels, the U-Net gives {self.unet.numbers['out_channels']}.")
-
-    def cast(self, dtype: torch.dtype | None) -> "LatentDiffusion":
-        """Compute in this precision. In float16 the VAE stays in float32: Stable Diffusion's overflows and draws black pictures."""
-        for name, parameter in self.named_parameters():  # not the buffers: half a precision of the latent scale would shift colours
-            kept = torch.float32 if dtype == torch.float16 and name.startswith("vae.") else dtype
-            parameter.data = parameter.data.to(kept or parameter.dtype)
-        return self
 
     @property
     def unet(self) -> nn.Module:
@@ -231,8 +224,8 @@ class LatentDiffusion(nn.Module):
         return path
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "LatentDiffusion":
-        """Read a model folder; every problem is a UserError that names the file."""
+    def load(cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32) -> "LatentDiffusion":
+        """Read a model folder, in this precision or as stored (None); every problem is a UserError that names the file."""
         path = Path(path)
         _finish_save(path)
         if not path.is_dir():
@@ -255,7 +248,7 @@ class LatentDiffusion(nn.Module):
             file = path / f"{name}.safetensors"
             if not file.is_file():
                 raise UserError(f"{path} has no weights: {file.name} is missing; copy the whole folder, or save the model again.")
-            fill(part, files.tensors(files.inside(path, file)), f"{file} does not fit model.json")
+            fill(part, files.tensors(files.inside(path, file)), f"{file} does not fit model.json", precision_of(name, dtype))
         return model.to(device).eval()
 
 

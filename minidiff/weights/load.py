@@ -12,7 +12,7 @@ from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 from minidiff.weights import files, hub, layouts, towers
-from minidiff.weights.fill import dtype_named, empty, fill
+from minidiff.weights.fill import dtype_named, empty, fill, precision_of
 
 NETWORKS = {"unet": UNet, "vae": VAE, "text": CLIPText}
 
@@ -34,40 +34,40 @@ def load(
         raise UserError(f'no part "{min(unknown)}"; there is {", ".join(NETWORKS)}.')
     others = {name: place for name, place in others.items() if place is not None}
     if not path.is_file() and not (path / "model_index.json").is_file():
-        model = LatentDiffusion.load(path)
+        model = LatentDiffusion.load(path, dtype=dtype)
         for name, place in others.items():
-            setattr(model.denoiser if name == "unet" else model, "network" if name == "unet" else name, part(place, name))
+            setattr(model.denoiser if name == "unet" else model, "network" if name == "unet" else name, part(place, name, dtype))
         model.check_widths()
     else:
-        model = _composed(path, target, others)
-    return model.cast(dtype).to(device).eval()
+        model = _composed(path, target, others, dtype)
+    return model.to(device).eval()
 
 
-def part(path: str | Path, name: str) -> torch.nn.Module:
-    """One network of a checkpoint, as stored: name is unet, vae or text. The file may hold this one alone; text may be MODEL:TAG of open_clip."""
+def part(path: str | Path, name: str, dtype: torch.dtype | None = None) -> torch.nn.Module:
+    """One network of a checkpoint: name is unet, vae or text. The file may hold this one alone; text may be MODEL:TAG of open_clip."""
     path = hub.resolve(path)
     if (path / "model.json").is_file():
-        model = LatentDiffusion.load(path)
+        model = LatentDiffusion.load(path, dtype=dtype)
         return {"unet": model.unet, "vae": model.vae, "text": model.text}[name]
     if name == "text":
-        return _built(name, towers.text_part(path))
+        return _built(name, towers.text_part(path), dtype)
     parts = layouts.read(path, files.tensors).parts
     if name not in parts:
         raise UserError(f"{path} has no {layouts.KINDS[name]}.")
-    return _built(name, parts[name])
+    return _built(name, parts[name], dtype)
 
 
-def _built(name: str, found: layouts.Part) -> torch.nn.Module:
+def _built(name: str, found: layouts.Part, dtype: torch.dtype | None) -> torch.nn.Module:
     """A VAE's latent scale is a tensor with us, and a number or nothing in other layouts."""
     try:
         module = empty(NETWORKS[name], found.numbers)
     except (ValueError, TypeError, ZeroDivisionError, KeyError, RuntimeError) as error:  # numbers that no network can have
         raise UserError(f"{found.where}: no {layouts.KINDS[name]} has such sizes ({error}).") from error
     scale = {"latent_scale": torch.tensor(found.numbers["latent_scale"])} if name == "vae" else {}
-    return fill(module, found.state | scale, found.where)
+    return fill(module, found.state | scale, found.where, precision_of(name, dtype))
 
 
-def _composed(path: Path, target: str | None, others: dict[str, str | Path]) -> LatentDiffusion:
+def _composed(path: Path, target: str | None, others: dict[str, str | Path], dtype: torch.dtype | None) -> LatentDiffusion:
     """Stable Diffusion, of the parts of one checkpoint, or of several."""
     found = layouts.read(path, files.tensors)
     for note in found.notes:
@@ -81,7 +81,7 @@ def _composed(path: Path, target: str | None, others: dict[str, str | Path]) -> 
         raise UserError(f"{path} has no {missing}; name a checkpoint that has one, as in {option}=PATH (--{option} PATH).")
     modules = {}
     for name in NETWORKS:
-        modules[name] = part(others[name], name) if name in others else _built(name, found.parts[name])
+        modules[name] = part(others[name], name, dtype) if name in others else _built(name, found.parts[name], dtype)
     if target is not None and target not in TARGETS:
         raise UserError(f'no target "{target}"; there is {", ".join(TARGETS)}.')
     target = target or found.target

@@ -100,7 +100,7 @@ def test_round_trips(pipeline, tmp_path, dtype):
     _, folder = pipeline
     model = load(folder, dtype=dtype)
     for parameter in model.vae.parameters():
-        parameter.data = parameter.data.to(dtype)  # `cast` keeps it in float32
+        parameter.data = parameter.data.to(dtype)  # loading keeps it in float32
     first = write.save_diffusers(model, tmp_path / "a")
     single = write.save_compvis(load(first, dtype=None), tmp_path / "b.safetensors")
     ours = load(single, dtype=None).save(tmp_path / "c")
