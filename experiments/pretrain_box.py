@@ -45,6 +45,7 @@ from minidiff.train import EMA, seed_of, train
 from minidiff.vae import VAE
 
 TWO_OBJECTS = 0.8  # the share of pictures that show two
+EARLY, LATE = (0.6, 0.85), (1.9, 0.9)  # centre and spread of logit(t / 1000): shapes are decided at medium noise, whose colour is whose above 840
 
 
 def pairs(scene: Scene) -> list[tuple[str, str]]:
@@ -120,8 +121,8 @@ def pool_of(world: World, vae: VAE, size: int, objects: int, seed: int) -> Pool:
     return Pool(torch.cat(latents), scenes)
 
 
-def parts(world: World, one: Pool, two: Pool, batch: int, seed: int, dropout: float, start: int) -> Iterator[Part]:
-    """Batches start, start + 1, ... with all that is random about them."""
+def parts(world: World, one: Pool, two: Pool, batch: int, late: int, seed: int, dropout: float, start: int) -> Iterator[Part]:
+    """Batches start, start + 1, ... with all that is random about them; from batch `late` on, t is drawn higher."""
     for k in count(start):
         generator, rng = torch.Generator().manual_seed(seed_of(seed, k)), random.Random(f"{seed} {k}")
         latents, captions = [], []
@@ -131,7 +132,8 @@ def parts(world: World, one: Pool, two: Pool, batch: int, seed: int, dropout: fl
             latents.append(pool.latents[i])
             captions.append("" if rng.random() < dropout else world.caption(pool.scenes[i], rng))
         x0 = torch.stack(latents).contiguous(memory_format=torch.channels_last)
-        yield Part(x0, captions, noise_levels(batch, generator), torch.randn(x0.shape, generator=generator))
+        levels = noise_levels(batch, generator, *(EARLY if k < late else LATE))
+        yield Part(x0, captions, levels, torch.randn(x0.shape, generator=generator))
 
 
 def main(
@@ -142,6 +144,7 @@ def main(
     text_batch: int = 128,
     text_lr: float = 2e-3,
     steps: int = 34_000,
+    late: int = 15_000,
     batch: int = 16,
     lr: float = 1.5e-3,
     pool: int = 60_000,
@@ -160,6 +163,7 @@ def main(
         text_batch: its captions a step.
         text_lr: its peak learning rate.
         steps: training steps of the U-Net.
+        late: from this step on, it sees more of the highest noise.
         batch: its pictures a step.
         lr: its peak learning rate.
         pool: pictures of two things that are drawn and encoded once; a quarter as many of one.
@@ -183,7 +187,7 @@ def main(
     def loss(part: Part) -> tuple[Tensor, Tensor]:
         return denoiser.loss(part.latents, text.encode(part.captions), part.t, part.eps), model.schedule.progress(part.t)
 
-    data = partial(parts, world, one, two, batch, seed, model.dropout)
+    data = partial(parts, world, one, two, batch, late, seed, model.dropout)
     speed = follow(train(loss, model, data, steps, lr, ema=ema, seed=seed, folder=training / "unet", resume=resume), "3/3 U-Net", steps, batch)
 
     # What is judged is what is shipped: half precision, read back from the folder.
@@ -194,7 +198,7 @@ def main(
     print(plots.grid(pictures, prompts, out / "samples.png", columns=8, title="held-out captions, judged by the critic", marks=verdicts))
     for name in ("text", "unet"):
         print(plots.loss(read_log(training / name), out / ("loss.png" if name == "unet" else f"{name}_loss.png")))
-    made = dict(vae_steps=vae_steps, text_steps=text_steps, steps=steps, batch=batch, lr=lr, pool=pool, guidance=guidance, seed=seed)
+    made = dict(vae_steps=vae_steps, text_steps=text_steps, steps=steps, late=late, batch=batch, lr=lr, pool=pool, guidance=guidance, seed=seed)
     losses = {f"{name}_loss": last_loss(read_log(training / name)) for name in ("vae", "text", "unet")}
     megabytes = round(sum(file.stat().st_size for file in box.iterdir()) / 1e6, 2)
     sizes = dict(megabytes=megabytes, peak_memory_gb=peak_memory_gb())

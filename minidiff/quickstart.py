@@ -129,11 +129,11 @@ class Pool:
         self.latents, self.small = torch.cat(latents), torch.cat(small)
 
 
-def noise_levels(n: int, generator: torch.Generator) -> Int[Tensor, "B"]:
+def noise_levels(n: int, generator: torch.Generator, centre: float = T_CENTRE, spread: float = T_SPREAD) -> Int[Tensor, "B"]:
     """t for n examples, stratified ([1] appendix I.1): logit-normal ([2] section 3.1) around the t where place, shape and colour are
     decided; one in four anywhere."""
     u = (torch.arange(n) + torch.rand(n, generator=generator)) / n
-    t = torch.sigmoid(T_CENTRE + T_SPREAD * torch.special.ndtri(u.double().clamp(1e-6, 1 - 1e-6)))
+    t = torch.sigmoid(centre + spread * torch.special.ndtri(u.double().clamp(1e-6, 1 - 1e-6)))
     anywhere = torch.rand(n, generator=generator) < 1 / 4
     return (1000 * torch.where(anywhere, u, t)).ceil().long().clamp(1, 1000)
 
