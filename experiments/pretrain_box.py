@@ -1,4 +1,4 @@
-"""The model in the box, trained from nothing: the VAE, the text tower and the U-Net that ship in minidiff/box, in about 80 minutes of one CPU core.
+"""The model in the box, from nothing: the VAE, text tower and U-Net that ship in minidiff/box, in a little over an hour of one CPU core.
 
     python experiments/pretrain_box.py --out out/box
 

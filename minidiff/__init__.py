@@ -15,11 +15,14 @@ _MODULES = ("ddpm", "schedules", "denoiser", "samplers", "unet", "vae", "clip", 
 __all__ = [*_HOMES, *_MODULES, "load"]
 
 
-def load(path, device="cpu"):
-    """The model at a path, a LatentDiffusion ready to sample: a folder of ours, a diffusers folder, or a single file of Stable Diffusion."""
+def load(path="box", device="cpu"):
+    """The model at a path, a LatentDiffusion ready to sample: a folder of ours, a diffusers folder, or a single file of Stable Diffusion.
+
+    "box" is no path but the small model that ships with minidiff (docs/box.md); a folder of that name is meant by its whole path.
+    """
     from pathlib import Path
 
-    path = Path(path)
+    path = Path(__file__).parent / "box" if Path(path) == Path("box") else Path(path)
     if (path / "model_index.json").is_file() or path.is_file():
         from minidiff.weights import layouts
 

@@ -14,7 +14,7 @@ Sampler = Annotated[str | None, tyro.conf.arg(metavar="ddim|ddpm")]
 Integer = Annotated[int | None, tyro.conf.arg(metavar="INT")]
 Prompts = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PROMPT ...")]]
 
-MODEL = Path("out/quickstart/model")
+MODEL = Path("box")  # what minidiff.load takes for the model that ships with it
 EXAMPLE = "a small blue circle above a large red square"
 
 
