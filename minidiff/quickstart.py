@@ -129,11 +129,11 @@ class Pool:
         self.latents, self.small = torch.cat(latents), torch.cat(small)
 
 
-def noise_levels(n: int, generator: torch.Generator) -> Int[Tensor, "B"]:
+def noise_levels(n: int, generator: torch.Generator, centre: float = T_CENTRE, spread: float = T_SPREAD) -> Int[Tensor, "B"]:
     """t for n examples, stratified ([1] appendix I.1): logit-normal ([2] section 3.1) around the t where place, shape and colour are
     decided; one in four anywhere."""
     u = (torch.arange(n) + torch.rand(n, generator=generator)) / n
-    t = torch.sigmoid(T_CENTRE + T_SPREAD * torch.special.ndtri(u.double().clamp(1e-6, 1 - 1e-6)))
+    t = torch.sigmoid(centre + spread * torch.special.ndtri(u.double().clamp(1e-6, 1 - 1e-6)))
     anywhere = torch.rand(n, generator=generator) < 1 / 4
     return (1000 * torch.where(anywhere, u, t)).ceil().long().clamp(1, 1000)
 
@@ -190,18 +190,20 @@ def train_model(world: World, vae: VAE, folder: Path, seed: int, device: str, re
     return ema.average
 
 
-def judge(model: LatentDiffusion, world: World, seed: int) -> tuple[dict, Float[Tensor, "N 3 H W"], list[str], list[bool]]:
-    """Act three: the critic on held-out captions. Returns figures, and a few pictures with captions and verdicts."""
+def judge(
+    model: LatentDiffusion, world: World, seed: int, count: int = CAPTIONS
+) -> tuple[dict, Float[Tensor, "N 3 H W"], list[str], list[bool]]:
+    """Act three: the critic on `count` held-out captions of each kind. Returns figures, and a few pictures with captions and verdicts."""
     figures, shown = {}, ([], [], [])
     for objects, name in ((1, "one_object"), (2, "two_objects")):
-        captions = evaluate.held_out(world, CAPTIONS, objects, seed)
+        captions = evaluate.held_out(world, count, objects, seed)
         accuracy, pictures, verdicts = evaluate.caption_accuracy(model, captions, seed=seed)
         figures[f"accuracy_{name}"] = accuracy
         figures[f"mistakes_{name}"] = evaluate.mistakes(pictures, captions)
         figures[f"accuracy_{name}_shuffled_captions"] = critic.accuracy(pictures, evaluate.shuffled(captions))
         for some, values in zip(shown, (list(pictures[:12]), captions[:12], verdicts[:12]), strict=True):
             some.extend(values)
-        truth = world.batch(CAPTIONS, f"truth {seed}", objects=objects, split="held-out", full=True)
+        truth = world.batch(count, f"truth {seed}", objects=objects, split="held-out", full=True)
         with torch.no_grad():
             rebuilt = model.vae.decode(model.vae.encode(truth[0].to(model.device))).clamp(-1, 1).cpu()
         figures[f"accuracy_{name}_vae_alone"] = critic.accuracy(rebuilt, truth[1])  # no model can beat its VAE

@@ -1,6 +1,7 @@
 """Every experiment at its smallest size: it writes what it says, resumes bit for bit, and complains in one line."""
 import importlib
 import json
+import random
 import signal
 import sys
 from pathlib import Path
@@ -14,12 +15,14 @@ from safetensors.torch import load_file
 import minidiff
 from minidiff import schedules, script
 from minidiff.data.folder import load_picture, to_uint8
+from minidiff.data.world import INVERSE, Scene, World
 from minidiff.errors import UserError
 
-NAMES = ("toy_2d", "sampler_order", "forward_chain", "cifar_ddpm", "text_to_image", "sd_generate", "sd_speed")
+NAMES = ("toy_2d", "sampler_order", "forward_chain", "cifar_ddpm", "text_to_image", "pretrain_box", "sd_generate", "sd_speed")
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 with install_import_hook(NAMES, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
-    toy_2d, sampler_order, forward_chain, cifar_ddpm, text_to_image, sd_generate, sd_speed = (importlib.import_module(name) for name in NAMES)
+    modules = [importlib.import_module(name) for name in NAMES]
+    toy_2d, sampler_order, forward_chain, cifar_ddpm, text_to_image, pretrain_box, sd_generate, sd_speed = modules
 
 
 def written(out, *names):
@@ -39,9 +42,9 @@ def stop_at(step):
     return follow
 
 
-def same(a, b):
+def same(a, b, model="model"):
     for part in ("unet", "text", "vae"):
-        ours, theirs = load_file(a / "model" / f"{part}.safetensors"), load_file(b / "model" / f"{part}.safetensors")
+        ours, theirs = load_file(a / model / f"{part}.safetensors"), load_file(b / model / f"{part}.safetensors")
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
     for name in ("log.jsonl",):
         for path in (a / "training").rglob(name):
@@ -192,6 +195,37 @@ def test_text_to_image_refuses_a_size_before_it_trains(captioned, tmp_path):
     with pytest.raises(UserError, match="32 and 64"):
         text_to_image.main(data=captioned, size=40, caption_column="caption", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# The model in the box.
+
+
+def test_pretrain_box(tmp_path, monkeypatch):
+    settings = dict(vae_steps=3, text_steps=3, text_batch=4, steps=4, batch=2, pool=8, captions=2)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    pretrain_box.main(**settings, out=whole)
+    results = written(whole, "samples.png", "loss.png", "text_loss.png", "box/model.json")
+    assert {"accuracy_one_object", "accuracy_two_objects_vae_alone", "megabytes", "images_per_second", "seed"} <= results.keys()
+    assert results["megabytes"] <= 12
+
+    for step in (1, 2, 3):  # Ctrl-C in every act
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(pretrain_box, "follow", stop_at(1))
+            pretrain_box.main(**settings, out=halves, resume=step > 1)
+    pretrain_box.main(**settings, out=halves, resume=True)
+    same(whole, halves, "box")
+
+
+def test_a_scene_is_the_same_whichever_thing_is_named_first():
+    """ "A above B" and "B below A" are one picture, and one lesson; every lesson has a code."""
+    world, rng = World(32, pretrain_box.SHAPES, pretrain_box.COLOURS), random.Random(0)
+    for _ in range(50):
+        scene = world.scene(rng, objects=2)
+        turned = Scene(scene.things[::-1], scene.background, INVERSE[scene.relation])
+        assert sorted(pretrain_box.pairs(scene)) == sorted(pretrain_box.pairs(turned)) and len(set(pretrain_box.pairs(scene))) == 7
+        assert set(pretrain_box.pairs(scene)) <= set(pretrain_box.all_pairs(world))
+    swapped = Scene(scene.things[::-1], scene.background, scene.relation)
+    assert sorted(pretrain_box.pairs(scene)) != sorted(pretrain_box.pairs(swapped))
 
 
 # As commands.

@@ -52,7 +52,8 @@ def generate(
 
     Args:
         prompts: what to draw; each in quotes, before the options.
-        model: our folder, a diffusers folder, one .safetensors or .ckpt file of Stable Diffusion, or a name on the Hugging Face Hub.
+        model: box, the small model that ships with minidiff; our folder, a diffusers folder, one .safetensors or .ckpt file of Stable Diffusion,
+            or a name on the Hugging Face Hub.
         n: pictures of each prompt.
         steps: sampling steps; more is slower and a little better.
         guidance: how strongly the text steers; 1 is off, 0 ignores the text. Left out, it is the model's own.

@@ -19,7 +19,7 @@ Dtype = Annotated[str, tyro.conf.arg(metavar="fp32|bf16|fp16")]
 File = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
 Prompts = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PROMPT ...")]]
 
-MODEL = Path("out/quickstart/model")
+MODEL = Path("box")  # what minidiff.load takes for the model that ships with it
 EXAMPLE = "a small blue circle above a large red square"
 
 

@@ -55,7 +55,7 @@ def reverse(
 
     Args:
         prompts: what to draw; the PNG shows the first, the GIF all.
-        model: the model: our folder, a diffusers folder, or one .safetensors or .ckpt file of Stable Diffusion.
+        model: box, the small model that ships with minidiff; or our folder, a diffusers folder, one .safetensors or .ckpt file of Stable Diffusion.
         steps: sampling steps.
         guidance: how strongly the text steers; 1 is off, 0 ignores the text. Left out, it is the model's own.
         sampler: how to step from noise to picture; dpmpp_2m or unipc where steps are few. Left out, it is the model's own.

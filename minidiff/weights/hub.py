@@ -10,7 +10,10 @@ SETTINGS = ["model_index.json", "*/config.json", "*/scheduler_config.json", "*/t
 
 
 def resolve(path: str | Path) -> Path:
-    """The path itself, or where the cache keeps a name such as stable-diffusion-v1-5/stable-diffusion-v1-5."""
+    """The path itself, or where the cache keeps a name such as stable-diffusion-v1-5/stable-diffusion-v1-5. "box" is the model that ships
+    with minidiff; a folder of that name is meant by its whole path."""
+    if str(path) == "box":
+        return Path(__file__).parents[1] / "box"
     path = Path(path)
     if path.exists() or not REPOSITORY.fullmatch(path.as_posix()) or path.suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".pth"):
         return path

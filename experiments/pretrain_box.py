@@ -1,0 +1,210 @@
+"""The model in the box, from nothing: the VAE, text tower and U-Net that ship in minidiff/box, in a little over an hour of one CPU core.
+
+    python experiments/pretrain_box.py --out out/box
+
+Three acts on the built-in world, which is endless: a VAE learns to squeeze pictures; a text tower learns to read captions, before it sees
+a picture; a U-Net learns to denoise, with both frozen. Writes box/ (float16), samples.png, loss.png, text_loss.png and results.json.
+Ctrl-C saves; --resume goes on, bit for bit.
+
+[1] Radford et al. Learning Transferable Visual Models From Natural Language Supervision. 2021. arXiv:2103.00020
+[2] Saharia et al. Photorealistic Text-to-Image Diffusion Models with Deep Language Understanding. 2022. arXiv:2205.11487
+"""
+import random
+from collections.abc import Iterator
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minidiff import plots, schedules
+from minidiff.clip import CLIPText
+from minidiff.data.world import INVERSE, RELATIONS, SIZES, Scene, World
+from minidiff.denoiser import Denoiser
+from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.quickstart import (
+    COLOURS,
+    SHAPES,
+    SIZE,
+    VAE_BATCH,
+    Part,
+    crops,
+    judge,
+    noise_levels,
+    peak_memory_gb,
+    text_quickstart,
+    unet_quickstart,
+    vae_quickstart,
+)
+from minidiff.quickstart import batches as pictures_of
+from minidiff.script import follow, last_loss, read_log, run, write_results
+from minidiff.train import EMA, seed_of, train
+from minidiff.vae import VAE
+
+TWO_OBJECTS = 0.8  # the share of pictures that show two
+EARLY, LATE = (0.6, 0.85), (1.9, 0.9)  # centre and spread of logit(t / 1000): shapes are decided at medium noise, whose colour is whose above 840
+
+
+def pairs(scene: Scene) -> list[tuple[str, str]]:
+    """All there is to see, as (place, attribute): "A above B" and "B below A" are the same list in another order."""
+    places = (scene.relation, INVERSE[scene.relation]) if scene.relation else ("alone",)
+    things = [(place, said) for place, thing in zip(places, scene.things, strict=True) for said in (thing.shape, thing.colour, thing.size)]
+    return [("behind", scene.background), *things]
+
+
+def all_pairs(world: World) -> list[tuple[str, str]]:
+    attributes = (*world.shapes, *world.colours, *SIZES)
+    return [*(("behind", name) for name in world.backgrounds), *((place, name) for place in ("alone", *RELATIONS) for name in attributes)]
+
+
+Lesson = tuple[list[str], Float[Tensor, "B D"]]
+
+
+def lessons(world: World, codes: dict[tuple[str, str], Tensor], batch: int, seed: int, start: int) -> Iterator[Lesson]:
+    """Batches start, start + 1, ... of captions, each with the sum of the codes of what its scene shows."""
+    for k in count(start):
+        rng = random.Random(f"text {seed} {k}")
+        scenes = [world.scene(rng, two_objects=TWO_OBJECTS) for _ in range(batch)]
+        meant = torch.stack([torch.stack([codes[pair] for pair in pairs(scene)]).sum(0) for scene in scenes])
+        yield [world.caption(scene, rng) for scene in scenes], meant
+
+
+def train_text(world: World, folder: Path, steps: int, batch: int, lr: float, seed: int, resume: bool) -> CLIPText:
+    """Act two: the tower learns to read, then stays as it is, as in [2]. Every (place, attribute) is given a direction of its own; the sum of
+    the words' vectors is to be the sum of the directions of what there is to see. So which colour is whose is settled here, where it takes a
+    minute; of pictures and captions alone, as [1] has it, a tower this small learns it slowly (docs/box.md)."""
+    torch.manual_seed(seed)
+    text, names = text_quickstart(), all_pairs(world)
+    directions = nn.init.orthogonal_(torch.empty(len(names), text.dim)) * text.dim**0.5  # as long as a vector of unit variance
+    codes = dict(zip(names, directions, strict=True))
+
+    def loss(lesson: Lesson) -> tuple[Tensor, None]:
+        captions, meant = lesson
+        return (text.encode(captions).sum(1) - meant).pow(2).mean(1), None
+
+    data = partial(lessons, world, codes, batch, seed)
+    follow(train(loss, text, data, steps, lr, seed=seed, folder=folder, resume=resume), "2/3 text", steps, batch)
+    return text.requires_grad_(False).eval()
+
+
+def train_vae(world: World, folder: Path, steps: int, lr: float, seed: int, resume: bool) -> VAE:
+    """Act one: pictures to latents and back."""
+    torch.manual_seed(seed)
+    vae = vae_quickstart().to(memory_format=torch.channels_last)
+
+    def loss(pictures: Tensor) -> tuple[Tensor, None]:
+        return vae.loss(crops(pictures, 2 * VAE_BATCH)), None
+
+    data = partial(pictures_of, world, f"vae {seed}")
+    follow(train(loss, vae, data, steps, lr, seed=seed, folder=folder, resume=resume), "1/3 VAE", steps, VAE_BATCH)
+    vae.measure_scale(world.batch(256, f"scale {seed}", two_objects=TWO_OBJECTS)[0])
+    return vae.requires_grad_(False).eval()
+
+
+class Pool(NamedTuple):
+    """Scenes drawn and encoded once; each time one is met, its words and the noise are new."""
+
+    latents: Float[Tensor, "N Z h w"]
+    scenes: list[Scene]
+
+
+@torch.no_grad()
+def pool_of(world: World, vae: VAE, size: int, objects: int, seed: int) -> Pool:
+    latents, scenes, batch = [], [], 100
+    for k in range(-(-size // batch)):
+        pictures, _, shown = world.batch(batch, f"pool {seed} {objects} {k}", objects=objects)
+        latents.append(vae.encode(pictures.contiguous(memory_format=torch.channels_last)))
+        scenes += shown
+    return Pool(torch.cat(latents), scenes)
+
+
+def parts(world: World, one: Pool, two: Pool, batch: int, late: int, seed: int, dropout: float, start: int) -> Iterator[Part]:
+    """Batches start, start + 1, ... with all that is random about them; from batch `late` on, t is drawn higher."""
+    for k in count(start):
+        generator, rng = torch.Generator().manual_seed(seed_of(seed, k)), random.Random(f"{seed} {k}")
+        latents, captions = [], []
+        for _ in range(batch):
+            pool = two if rng.random() < TWO_OBJECTS else one
+            i = rng.randrange(len(pool.scenes))
+            latents.append(pool.latents[i])
+            captions.append("" if rng.random() < dropout else world.caption(pool.scenes[i], rng))
+        x0 = torch.stack(latents).contiguous(memory_format=torch.channels_last)
+        levels = noise_levels(batch, generator, *(EARLY if k < late else LATE))
+        yield Part(x0, captions, levels, torch.randn(x0.shape, generator=generator))
+
+
+def main(
+    out: Path = Path("out/box"),
+    vae_steps: int = 2000,
+    vae_lr: float = 3e-3,
+    text_steps: int = 1500,
+    text_batch: int = 128,
+    text_lr: float = 2e-3,
+    steps: int = 34_000,
+    late: int = 15_000,
+    batch: int = 16,
+    lr: float = 1.5e-3,
+    pool: int = 60_000,
+    guidance: float = 2.0,
+    captions: int = 500,
+    seed: int = 0,
+    resume: bool = False,
+) -> None:
+    """Train the model in the box on one CPU core, and let the critic judge what is shipped.
+
+    Args:
+        out: folder for everything written.
+        vae_steps: training steps of the VAE.
+        vae_lr: its peak learning rate.
+        text_steps: training steps of the text tower.
+        text_batch: its captions a step.
+        text_lr: its peak learning rate.
+        steps: training steps of the U-Net.
+        late: from this step on, it sees more of the highest noise.
+        batch: its pictures a step.
+        lr: its peak learning rate.
+        pool: pictures of two things that are drawn and encoded once; a quarter as many of one.
+        guidance: how strongly the text steers when the model is used.
+        captions: held-out captions behind each accuracy.
+        seed: everything random follows from it.
+        resume: go on where an interrupted run stopped.
+    """
+    torch.set_num_threads(1)  # the recipe is one core's: on networks this small a second thread would mostly wait
+    world, training = World(SIZE, SHAPES, COLOURS), out / "training"
+    vae = train_vae(world, training / "vae", vae_steps, vae_lr, seed, resume)
+    text = train_text(world, training / "text", text_steps, text_batch, text_lr, seed, resume)
+
+    # Act three: the U-Net learns to denoise latents.
+    torch.manual_seed(seed + 1)
+    denoiser = Denoiser(unet_quickstart(), schedules.cosine(), target="x0", weighting="learned")
+    model = LatentDiffusion(vae, text, denoiser, SIZE, guidance=guidance, sampler="ddpm").to(memory_format=torch.channels_last)
+    ema = EMA(model, decay=0.999)
+    one, two = pool_of(world, vae, -(-pool // 4), 1, seed), pool_of(world, vae, pool, 2, seed)
+
+    def loss(part: Part) -> tuple[Tensor, Tensor]:
+        return denoiser.loss(part.latents, text.encode(part.captions), part.t, part.eps), model.schedule.progress(part.t)
+
+    data = partial(parts, world, one, two, batch, late, seed, model.dropout)
+    speed = follow(train(loss, model, data, steps, lr, ema=ema, seed=seed, folder=training / "unet", resume=resume), "3/3 U-Net", steps, batch)
+
+    # What is judged is what is shipped: half precision, read back from the folder.
+    box = ema.average.half().save(out / "box")
+    model = LatentDiffusion.load(box)
+    figures, pictures, prompts, verdicts = judge(model, world, seed, captions)
+    print(box)
+    print(plots.grid(pictures, prompts, out / "samples.png", columns=8, title="held-out captions, judged by the critic", marks=verdicts))
+    for name in ("text", "unet"):
+        print(plots.loss(read_log(training / name), out / ("loss.png" if name == "unet" else f"{name}_loss.png")))
+    made = dict(vae_steps=vae_steps, text_steps=text_steps, steps=steps, late=late, batch=batch, lr=lr, pool=pool, guidance=guidance, seed=seed)
+    losses = {f"{name}_loss": last_loss(read_log(training / name)) for name in ("vae", "text", "unet")}
+    megabytes = round(sum(file.stat().st_size for file in box.iterdir()) / 1e6, 2)
+    sizes = dict(megabytes=megabytes, peak_memory_gb=peak_memory_gb())
+    print(write_results(out, **made, **figures, captions_each=captions, **losses, **speed, **sizes))
+    print(f"one object {figures['accuracy_one_object']:.3f}, two objects {figures['accuracy_two_objects']:.3f}; {megabytes} MB")
+
+
+if __name__ == "__main__":
+    run(main)
