@@ -1,5 +1,7 @@
 """Stable Diffusion 1.5 at its true size, with random weights: every tensor of every layout, and the U-Net's numbers. Minutes and gigabytes."""
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ from minidiff.weights.load import load
 from minidiff.weights.names import UNET_DIFFUSERS, to_ours
 
 from .test_networks import gap, randomized
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
+import sd_speed
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -65,6 +70,9 @@ def test_every_tensor_is_consumed_and_reproduced(sd, tmp_path):
         back = load_file(again / part / f"{stems[part]}.safetensors")
         assert back.keys() == state.keys()
         assert all(torch.equal(back[name], value) and back[name].dtype == value.dtype for name, value in state.items())
+    if Path("/proc/self/status").is_file():  # where memory can be told
+        for way, dtype in (("minidiff", "fp16"), ("minidiff", "fp32"), ("minidiff, single file", "bf16")):
+            assert sd_speed.opened(way, again, single, dtype)["peak_by_weights"] < 1.3
 
 
 @torch.no_grad()
