@@ -1,16 +1,22 @@
 """LoRA: it begins as nothing, trains two small matrices alone, goes into the weights and out again to the bit; files, names and errors."""
 import copy
 import json
+import re
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import minidiff
-from minidiff import lora
+from minidiff import lora, schedules
+from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
-from minidiff.unet import unet_sd1
+from minidiff.labels import ClassLabels
+from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.unet import UNet, unet_sd1
+from minidiff.vae import Pixels
 from minidiff.weights import names, write
 
 EVERY = (*lora.ATTENTION, "conv1", "proj_in", "resample.conv")  # linear layers, convolutions of 1x1, 3x3, and of stride 2
@@ -254,8 +260,10 @@ STEM = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     ({f"{STEM[:-1]}k.lora_A.weight": torch.ones(1, 32)}, None, r'to_k" has no B \(up\)'),
     ({f"{STEM[:-1]}k.lora_B.weight": torch.ones(32, 1)}, None, r'to_k" has no A \(down\)'),
     ({f"{STEM}.lora_A.weight": torch.ones(2, 48)}, None, r'to_q": A is \(2, 48\); at rank 2 this model\'s layer takes \(2, 32\)'),
+    ({f"{STEM}.lora_A.weight": torch.ones(0, 32), f"{STEM}.lora_B.weight": torch.ones(32, 0)}, None, r'to_q": A is \(0, 32\)'),
     ({f"{STEM}.lora_B.weight": torch.ones(32, 5)}, None, r'to_q": B is \(32, 5\); at rank 4 this model\'s layer takes \(32, 4\)'),
     ({f"{STEM}.lora_A.weight": torch.full((4, 32), torch.nan)}, None, 'to_q": A holds what is no finite number'),
+    ({f"{STEM}.lora.down.weight": torch.ones(4, 32)}, None, 'to_q.*stands in it twice'),
     ({f"{STEM}.alpha": torch.tensor(torch.inf)}, None, 'to_q": alpha is inf'),
     ({f"{STEM}.alpha": torch.ones(4)}, None, r'to_q.alpha" is \(4,\); alpha is one number'),
     ({STEM.replace("unet.", "lora_unet_").replace(".", "_") + f".lora_{way}.weight": value
@@ -294,3 +302,56 @@ def test_what_else_is_refused(model, tmp_path):
     with pytest.raises(UserError, match='no file "'):
         lora.load(model, tmp_path / "nowhere.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_text_has_loras_too(tmp_path):
+    """Pixels and classes, sizes of any kind: only the U-Net has names in files."""
+    unet = UNet(3, 3, (8, 16), 1, (0, 1), (1, 2), context_dim=12, groups=4, pooled=True)
+    model = randomized(LatentDiffusion(Pixels(3), ClassLabels(["cat", "dog"], dim=12), Denoiser(unet, schedules.Karras(), "edm"), size=8))
+    lora.add(model.unet, 2, targets=["pool", "time.0", "cross_attention.out"])
+    for value in lora.state(model).values():
+        value.normal_()
+    file = lora.save(model, tmp_path / "l.safetensors", "kohya")
+    x, before = torch.randn(1, 3, 8, 8), {name: value.clone() for name, value in lora.state(model).items()}
+    expected = model.unet(x, torch.tensor([0.3]), model.text.encode(["cat"]))
+    lora.remove(model)
+    assert lora.load(model, file).moved > 0
+    assert all(torch.equal(value, before[name]) for name, value in lora.state(model).items())
+    assert torch.equal(model.unet(x, torch.tensor([0.3]), model.text.encode(["cat"])), expected)
+
+
+# The command line.
+
+
+def test_generate_with_loras(ran, refused, model, tmp_path):
+    """What each file did is said, and what was drawn with is written into the picture; two stand on top of one another."""
+    where = model.save(tmp_path / "m")
+    with_lora(model)
+    first = lora.save(model, tmp_path / "first.safetensors")
+    second = peft_file(tmp_path, name="second.safetensors")
+
+    def drawn(name, *args):
+        said = ran("generate", "a circle", "--model", where, "--steps", 2, "--size", 16, "--out", tmp_path / name, *args).out
+        picture = Image.open(tmp_path / name / "000-a-circle.png")
+        return said, picture.text.get("lora"), picture.tobytes()
+
+    said, text, both = drawn("both", "--lora", first, "--lora", f"{second}:0.5")
+    lines = re.findall(r"^(.*): (\d+) layers, probe moved by ([\d.e+]+) %$", said, re.M)
+    assert [(line[0], int(line[1])) for line in lines] == [(str(first), len(lora.adapted(model))), (str(second), 2)]
+    assert all(float(line[2]) > 0 for line in lines) and text == "first.safetensors:1, second.safetensors:0.5"
+    pictures = [both, drawn("one", "--lora", first)[2], drawn("none")[2]]
+    assert len(set(pictures)) == 3 and drawn("again", "--lora", f"{first}:1", "--lora", f"{second}:0.5")[2] == both
+    assert 'no file "' in refused("generate", "a circle", "--model", where, "--lora", tmp_path / "nowhere.safetensors:0.5")
+    assert "the scale must be finite" in refused("generate", "a circle", "--model", where, "--lora", f"{first}:nan")
+    assert "holds no LoRA" in refused("generate", "a circle", "--model", where, "--lora", where / "vae.safetensors")
+
+
+def test_convert_with_a_lora(ran, model, tmp_path):
+    where = model.save(tmp_path / "m")
+    layers = with_lora(model)
+    file = lora.save(model, tmp_path / "l.safetensors", "kohya")
+    lora.scale(model, 0.8)
+    expected = output(model)
+    said = ran("convert", where, tmp_path / "new", "--to", "diffusers", "--lora", f"{file}:0.8").out.splitlines()
+    assert said[0].startswith(f"{file}: {len(layers)} layers, probe moved by ") and said[1:] == [str(tmp_path / "new")]
+    assert (output(minidiff.load(tmp_path / "new")) - expected).norm() / expected.norm() < 1e-5  # fp32

@@ -121,7 +121,9 @@ def _read(file: Path) -> dict[str, dict[str, Tensor | float]]:
         if half == "alpha" and value.numel() != 1:
             raise UserError(f'{file}: "{key}" is {tuple(value.shape)}; alpha is one number.')
         (name,) = names.to_ours({match["layer"]: None}, names.LORA_OLD)
-        found.setdefault(name, {})[half] = value
+        if half in found.setdefault(name, {}):
+            raise UserError(f'{file}: "{key}" stands in it twice, by two names; a file has one of the two.')
+        found[name][half] = value
     if not found:
         raise UserError(f'{file} holds no LoRA; its first tensor is "{min(left, default="none")}".')
     if left:
@@ -137,13 +139,10 @@ def _read(file: Path) -> dict[str, dict[str, Tensor | float]]:
 
 def _told_alphas(file: Path, found: dict[str, dict[str, Tensor | float]]) -> dict[str, float]:
     """What PEFT's configuration says: in the file's metadata where diffusers wrote it, or in adapter_config.json beside it."""
-    text, config = files.metadata(file).get("lora_adapter_metadata"), file.with_name("adapter_config.json")
+    text, beside = files.metadata(file).get("lora_adapter_metadata", "{}"), file.with_name("adapter_config.json")
+    config = files.read_json(beside) if file.stem == "adapter_model" and beside.is_file() else {}
     try:
-        if text is not None:
-            said = json.loads(text)
-        else:
-            said = files.read_json(config) if file.stem == "adapter_model" and config.is_file() else {}
-        told = {}
+        said, told = config | json.loads(text), {}
         for name, values in found.items():
             part, layer = name.split(".", 1) if name.startswith(("unet.", "text_encoder.")) else ("", name)
             of = said | {key.removeprefix(f"{part}."): value for key, value in said.items() if key.startswith(f"{part}.")}
@@ -151,22 +150,24 @@ def _told_alphas(file: Path, found: dict[str, dict[str, Tensor | float]]) -> dic
             alpha = special[0] if special else of.get("lora_alpha")
             if alpha is not None:
                 told[name] = float(alpha) * (math.sqrt(len(values["A"])) if of.get("use_rslora") else 1)  # then it means alpha / sqrt(r)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{file}: its LoRA configuration is damaged ({type(error).__name__}: {error}); {files.AGAIN}.") from error
     return told
 
 
 def _fitted(place: Place, values: dict[str, Tensor | float], where: str) -> LoRA:
     """The LoRA of a layer, of a file's tensors. A 1x1 kernel may be left out or written out."""
-    rank = len(values["A"]) if values["A"].numel() else 1
-    lora = LoRA(place.layer, rank, float(values.get("alpha", rank)))
-    for half in ("A", "B"):
-        value, expected = values[half], getattr(lora, half)
-        if _trimmed(value.shape) != _trimmed(expected.shape):
-            raise UserError(f"{where}: {half} is {tuple(value.shape)}; at rank {rank} this model's layer takes {tuple(expected.shape)}.")
+    out, *inner = place.layer.weight.shape
+    rank = len(values["A"]) if values["A"].ndim else 0
+    for half, expected in (("A", (rank, *inner)), ("B", (out, rank, *[1] * (len(inner) - 1)))):
+        value = values[half]
+        if _trimmed(value.shape) != _trimmed(expected) or not rank:
+            raise UserError(f"{where}: {half} is {tuple(value.shape)}; at rank {rank} this model's layer takes {expected}.")
         if not value.is_floating_point() or not value.float().sum().isfinite():
             raise UserError(f"{where}: {half} holds what is no finite number; training broke before it was saved.")
-        expected.data.copy_(value.reshape(expected.shape))
+    lora = LoRA(place.layer, rank, float(values.get("alpha", rank)))
+    for half in ("A", "B"):
+        getattr(lora, half).data.copy_(values[half].view_as(getattr(lora, half)))
     if not math.isfinite(lora.alpha):
         raise UserError(f"{where}: alpha is {lora.alpha}; it must be finite.")
     return lora
