@@ -24,7 +24,7 @@ from minidiff.weights import files, names
 PREFIXES = {  # the rename table, then what stands before a name at diffusers and at kohya; the first of each is written, all are read
     "unet": (names.UNET_DIFFUSERS, ("unet.", "base_model.model.", ""), ("lora_unet_",)),
     "text": (names.CLIP_TRANSFORMERS, ("text_encoder.text_model.", "text_encoder.", "base_model.model.text_model.", "text_model."),
-             ("lora_te_text_model_", "lora_te1_text_model_")),
+             ("lora_te_text_model_", "lora_te1_text_model_", "lora_te1_")),
 }
 HALVES = {"diffusers": (".lora_A.weight", ".lora_B.weight"), "kohya": (".lora_down.weight", ".lora_up.weight")}
 
@@ -104,7 +104,7 @@ def load(model: LatentDiffusion, file: str | Path, scale: float = 1.0) -> Loaded
     moved = ((after - before).norm() / before.norm().clamp(min=1e-12)).item()
     if moved == 0:
         why = "its scale is 0" if scale == 0 else "all its B are zero, as before training, or the U-Net's own output is"
-        warnings.warn(f"{file.name} changes nothing: {why}", stacklevel=2)
+        warnings.warn(f"{file.name} changes nothing: {why}", stacklevel=3)
     return Loaded(list(ready), moved)
 
 

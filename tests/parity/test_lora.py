@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import minidiff
 from minidiff import lora, samplers
@@ -33,24 +34,22 @@ def ours(model):
     return (model.decode(last.x0).clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).numpy()
 
 
-def trained(model, alpha, convolutions):
-    """A few steps of training in U-Net and text tower, long enough strides to show in the picture."""
-    targets = (*lora.ATTENTION, "ff.up", *(("conv1", "skip", "proj_in", "resample.conv", "conv_in") if convolutions else ()))
-    layers = [*lora.add(model.unet, 4, alpha, targets), *lora.add(model.text, 4, alpha)]
+def trained(model, alpha):
+    """A few steps of training in U-Net and text tower, in strides that show in the picture; convolutions of 1x1, 3x3 and stride 2 among them."""
+    lora.add(model.unet, 4, alpha, (*lora.ATTENTION, "ff.up", "conv1", "skip", "proj_in", "resample.conv", "conv_in"))
+    lora.add(model.text, 4, alpha)
     optimizer = torch.optim.Adam([p for part in (model.unet, model.text) for p in part.parameters() if p.requires_grad], lr=0.02)
-    for _ in range(5):
+    for _ in range(3):
         optimizer.zero_grad()
         model.loss(torch.rand(2, 3, 64, 64) * 2 - 1, PROMPTS).mean().backward()
         optimizer.step()
-    return layers
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
-@pytest.mark.parametrize("convolutions", [False, True], ids=["attention", "convolutions"])
-def test_what_is_trained_here_draws_there(both, tmp_path, layout, convolutions):
+def test_what_is_trained_here_draws_there(both, tmp_path, layout):
     pipe, model = both
     bare = ours(model)
-    trained(model, alpha=2.0, convolutions=convolutions)
+    trained(model, alpha=2.0)
     expected = ours(model)
     assert abs(expected - bare).max() > 0.02
     pipe.load_lora_weights(lora.save(model, tmp_path / "l.safetensors", layout))
@@ -59,10 +58,10 @@ def test_what_is_trained_here_draws_there(both, tmp_path, layout, convolutions):
     assert abs(ours(model) - expected).max() < TOLERANCE
 
 
-def with_peft(pipe, alpha, convolutions):
+def with_peft(pipe, alpha):
     """Adapters of PEFT in their U-Net and text tower, of random numbers."""
     config = {"r": 4, "lora_alpha": alpha, "init_lora_weights": False}
-    pipe.unet.add_adapter(peft.LoraConfig(target_modules=["to_q", "to_k", "to_v", "to_out.0", *(CONVOLUTIONS if convolutions else ())], **config))
+    pipe.unet.add_adapter(peft.LoraConfig(target_modules=["to_q", "to_k", "to_v", "to_out.0", *CONVOLUTIONS], **config))
     pipe.text_encoder.add_adapter(peft.LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "out_proj"], **config))
     for module in (pipe.unet, pipe.text_encoder):
         for name, p in module.named_parameters():
@@ -70,30 +69,42 @@ def with_peft(pipe, alpha, convolutions):
                 torch.nn.init.normal_(p, std=0.1)
 
 
-@pytest.mark.parametrize("alpha", [4, 10])
-@pytest.mark.parametrize("convolutions", [False, True], ids=["attention", "convolutions"])
-def test_what_is_made_there_draws_here(both, tmp_path, alpha, convolutions):
-    """Saved as its training scripts do, with the metadata that carries alpha."""
-    from diffusers.training_utils import _collate_lora_metadata
+def saved(pipe, folder, kind):
+    """Their LoRA as their own code writes it: with metadata that carry alpha, as training scripts long did, and for kohya's tools."""
+    from diffusers import training_utils, utils
 
+    parts = {part: getattr(pipe, part) for part in ("unet", "text_encoder")}
+    layers = {part: peft.get_peft_model_state_dict(network) for part, network in parts.items()}
+    if kind == "kohya":
+        whole = {f"{part}.{name}": value for part, state in layers.items() for name, value in state.items()}
+        save_file(utils.convert_state_dict_to_kohya(whole), folder / "l.safetensors")
+        return folder / "l.safetensors"
+    if kind == "scripts":
+        layers, metadata = {part: utils.convert_state_dict_to_diffusers(state) for part, state in layers.items()}, {}
+    else:
+        metadata = training_utils._collate_lora_metadata(parts)
+    pipe.save_lora_weights(folder, layers["unet"], layers["text_encoder"], **metadata)
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+@pytest.mark.parametrize("kind, alpha", [("peft", 10), ("scripts", 4), ("kohya", 4)])
+def test_what_is_made_there_draws_here(both, tmp_path, kind, alpha):
     pipe, model = both
     bare = ours(model)
-    with_peft(pipe, alpha, convolutions)
+    with_peft(pipe, alpha)
     expected = theirs(pipe)
-    layers = {f"{part}_lora_layers": peft.get_peft_model_state_dict(getattr(pipe, part)) for part in ("unet", "text_encoder")}
-    metadata = _collate_lora_metadata({part: getattr(pipe, part) for part in ("unet", "text_encoder")})
-    pipe.save_lora_weights(tmp_path, **layers, **metadata)
-    file = tmp_path / "pytorch_lora_weights.safetensors"
+    file = saved(pipe, tmp_path, kind)
     with safe_open(file, "pt") as opened:
-        assert json.loads(opened.metadata()["lora_adapter_metadata"])["unet.lora_alpha"] == alpha
+        keys, said = list(opened.keys()), (opened.metadata() or {}).get("lora_adapter_metadata")
+    assert (kind == "peft") == (said is not None) and (said is None or json.loads(said)["unet.lora_alpha"] == alpha)
     found = lora.load(model, file)
-    assert len(found.layers) == sum(len(layers) for layers in layers.values()) // 2 and found.moved > 0.01
+    assert len(found.layers) == sum(not key.endswith("alpha") for key in keys) // 2 and found.moved > 0.01
     assert abs(expected - bare).max() > 0.02 and abs(ours(model) - expected).max() < TOLERANCE
 
 
 def test_scale(both, tmp_path):
     pipe, model = both
-    trained(model, alpha=4.0, convolutions=False)
+    trained(model, alpha=4.0)
     pipe.load_lora_weights(lora.save(model, tmp_path / "l.safetensors"), adapter_name="l")
     pipe.set_adapters("l", 0.6)
     full = ours(model)
