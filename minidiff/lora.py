@@ -67,13 +67,18 @@ def _added(layer: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return output if layer.lora.kept is not None else output + layer.lora(inputs[0])
 
 
-def hang(layer: Layer, lora: LoRA) -> None:
-    layer.lora, lora.hook = lora, layer.register_forward_hook(_added)
+def hang(module: nn.Module, pairs: Iterable[tuple[Layer, LoRA]]) -> None:
+    """Give each of these layers of the module its LoRA, and freeze the module but for all LoRAs in it."""
+    for layer, lora in pairs:
+        layer.lora, lora.hook = lora, layer.register_forward_hook(_added)
+    module.requires_grad_(False)
+    for layer in adapted(module).values():
+        layer.lora.requires_grad_(True)
 
 
 def add(module: nn.Module, rank: int, alpha: float | None = None, targets: Iterable[str] = ATTENTION) -> list[str]:
     """Give a LoRA to every linear layer and convolution whose name is one of the targets or ends in one ("q", "cross_attention.k",
-    "conv1"); the rest of the module is frozen. alpha is the rank if left out. Returns the names of the layers."""
+    "conv1"); all of the module but its LoRAs is frozen. alpha is the rank if left out. Returns the names of the layers."""
     if rank < 1:
         raise UserError(f"a LoRA of rank {rank}; the rank must be at least 1.")
     targets = tuple(targets)
@@ -84,9 +89,7 @@ def add(module: nn.Module, rank: int, alpha: float | None = None, targets: Itera
         raise UserError(f"no layer is named {' or '.join(idle) or 'by no target'}; names of this network end in {', '.join(endings)}.")
     chosen = {name: layer for name, layer in layers.items() if any(ends(name, target) for target in targets)}
     check_free(chosen)
-    module.requires_grad_(False)
-    for layer in chosen.values():
-        hang(layer, LoRA(layer, rank, rank if alpha is None else alpha))
+    hang(module, [(layer, LoRA(layer, rank, rank if alpha is None else alpha)) for layer in chosen.values()])
     return list(chosen)
 
 
@@ -119,7 +122,7 @@ def scale(module: nn.Module, by: float) -> None:
 
 
 def merge(module: nn.Module) -> None:
-    """Add every LoRA to the weight of its layer: sampling costs nothing more, and the weights take their old place in memory once more."""
+    """Add every LoRA to the weight of its layer: sampling costs nothing more. Until unmerge or remove the old weight is kept beside it."""
     for layer in adapted(module).values():
         if layer.lora.kept is None:
             layer.lora.kept = layer.weight.data

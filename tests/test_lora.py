@@ -53,7 +53,7 @@ def output(model, seed=0, dtype=torch.float32):
 
 def test_it_begins_as_nothing_and_trains_alone(model):
     before, weights = output(model), copy.deepcopy(model.unet.state_dict())
-    layers = lora.add(model.unet, rank=2, targets=EVERY)
+    layers = lora.add(model.unet, rank=2, targets=["q"]) + lora.add(model.unet, rank=1, targets=set(EVERY) - {"q"})
     assert torch.equal(output(model), before)
     assert "encoder.0.attention.0.blocks.0.cross_attention.k" in layers and "encoder.0.resample.conv" in layers
     optimizer = torch.optim.SGD([p for p in model.unet.parameters() if p.requires_grad], lr=10)
@@ -107,6 +107,23 @@ def test_merge_and_unmerge(model, dtype):
     lora.remove(model)
     assert model.state_dict().keys() == weights.keys() and torch.equal(output(model, dtype=dtype), bare)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_merging_in_bfloat16_costs_no_more_than_bfloat16(model):
+    """The change is rounded together with the weight, to 8 bits, as the weight was. Against float32, either way."""
+    with_lora(model, rank=4, alpha=4.0)
+    for name, value in lora.state(model).items():
+        value.mul_(0.05 if name.endswith(".B") else 1)  # as large as training makes it: it moves the output by a few percent
+    true = output(model)
+    for layer in [layer for layer in model.modules() if not isinstance(layer, lora.LoRA)]:
+        for p in layer.parameters(recurse=False):
+            p.data = p.data.bfloat16()
+    beside = (output(model) - true).norm()
+    lora.merge(model)
+    inside = (output(model) - true).norm()
+    lora.scale(model, 0)
+    without = (output(model) - true).norm()
+    assert inside < 1.3 * beside and 2 * inside < without
 
 
 def test_removed_while_merged_it_stays_in_the_weights(model):

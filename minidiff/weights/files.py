@@ -2,7 +2,7 @@
 
 A safetensors file is a length, a JSON header and bytes; `header` reads the first two without torch, in milliseconds whatever the
 file's size. Its tensors are memory maps: what is not used is never read. A .ckpt or .bin is a zip of a pickle and raw storages;
-`weights_only` runs nothing in it.
+`weights_only` runs nothing in it. What is written is written `beside` its place first.
 """
 import contextlib
 import json

@@ -96,10 +96,9 @@ def load(model: LatentDiffusion, file: str | Path, scale: float = 1.0) -> Loaded
         ready[place.name] = place.layer, _fitted(place, values, f'{file}: "{name}"')
     check_free({name: layer for name, (layer, _) in ready.items()})
     before = _probe(model)
-    model.requires_grad_(False)
-    for layer, lora in ready.values():
+    for _, lora in ready.values():
         lora.scale = float(scale)
-        hang(layer, lora)
+    hang(model, ready.values())
     after = _probe(model)
     moved = ((after - before).norm() / before.norm().clamp(min=1e-12)).item()
     if moved == 0:
