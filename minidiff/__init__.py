@@ -11,7 +11,8 @@ _HOMES = {
     "World": "minidiff.data.world",
 }
 _MODULES = (
-    "ddpm", "schedules", "denoiser", "steps", "samplers", "exact", "unet", "vae", "clip", "latent_diffusion", "train", "plots", "evaluate", "data",
+    "ddpm", "schedules", "denoiser", "steps", "samplers", "exact", "unet", "vae", "clip", "latent_diffusion", "train", "lora", "plots",
+    "evaluate", "data",
 )
 
 __all__ = [*_HOMES, *_MODULES, "load"]

@@ -23,6 +23,7 @@ from minidiff.data.folder import check_size
 from minidiff.denoiser import Denoiser, guide
 from minidiff.errors import UserError
 from minidiff.labels import ClassLabels, Unconditional
+from minidiff.lora import merged_state
 from minidiff.samplers import SAMPLERS, Frame, by_name, sample
 from minidiff.steps import Step
 from minidiff.tiling import tiled
@@ -202,7 +203,8 @@ class LatentDiffusion(nn.Module):
         return torch.cat([self.vae.decode(z) for z in together])
 
     def save(self, path: str | Path) -> Path:
-        """Write the model folder beside its place, then rename: an interrupted save leaves the old folder as it was."""
+        """Write the model folder beside its place, then rename: an interrupted save leaves the old folder as it was.
+        What LoRAs change is written into the weights."""
         path = Path(path)
         fresh, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
         _finish_save(path)
@@ -211,7 +213,7 @@ class LatentDiffusion(nn.Module):
         fresh.mkdir(parents=True)
         parts = {"vae": self.vae, "text": self.text, "unet": self.unet}
         for name, part in parts.items():
-            save_file({k: v.contiguous() for k, v in part.state_dict().items()}, fresh / f"{name}.safetensors")
+            save_file({k: v.contiguous() for k, v in merged_state(part).items()}, fresh / f"{name}.safetensors")
         numbers = {name: {"kind": type(part).__name__, **part.numbers} for name, part in parts.items()}
         how = {"target": self.denoiser.target, "weighting": self.denoiser.weighting, "schedule": schedules.to_json(self.schedule)}
         settings = {name: getattr(self, name) for name in ("size", "dropout", "guidance", "sampler", "spacing")}

@@ -6,7 +6,7 @@ import tyro
 
 from minidiff.errors import UserError
 from minidiff.verbs import options
-from minidiff.verbs.options import Device, File, Target
+from minidiff.verbs.options import Device, File, Loras, Target
 
 Source = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FILE_OR_DIR")]]
 Stored = Annotated[str | None, tyro.conf.arg(metavar="fp32|bf16|fp16")]
@@ -49,6 +49,7 @@ def convert(
     vae: File = None,
     text: File = None,
     unet: File = None,
+    lora: Loras = (),
     seed: int = 0,
     device: Device = "auto",
     out: Path = Path("."),
@@ -64,6 +65,7 @@ def convert(
         vae: take the VAE from this checkpoint instead.
         text: take the text tower from this checkpoint instead.
         unet: take the U-Net from this checkpoint instead.
+        lora: low-rank weights to add to the model's, and how much of them, as in style.safetensors:0.8; give it again for more.
         seed: accepted as everywhere; nothing here is random.
         device: accepted as everywhere; this is quick on the CPU.
         out: the folder that the destination is in.
@@ -77,9 +79,11 @@ def convert(
     options.check_out(destination.parent)
     if to == "compvis" and destination.suffix != ".safetensors":
         raise UserError(f"{destination} should end in .safetensors; pickles are not written.")
+    loras = options.parsed_loras(lora)
     from minidiff import load
     from minidiff.weights import write
 
     model = load(source, dtype=dtype, target=target, vae=vae, text=text, unet=unet)
+    options.put_in(model, loras)
     writers = {"minidiff": model.save, "diffusers": lambda place: write.save_diffusers(model, place)}
     print(writers.get(to, lambda place: write.save_compvis(model, place))(destination))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from minidiff.errors import UserError
 from minidiff.verbs import options
-from minidiff.verbs.options import EXAMPLE, MODEL, Device, Dtype, File, Integer, Number, Prompts, Sampler, Size, Spacing, Target
+from minidiff.verbs.options import EXAMPLE, MODEL, Device, Dtype, File, Integer, Loras, Number, Prompts, Sampler, Size, Spacing, Target
 
 
 def quickstart(out: Path = Path("out/quickstart"), seed: int = 0, device: Device = "auto", resume: bool = False) -> None:
@@ -44,6 +44,7 @@ def generate(
     batch: Integer = None,
     target: Target = None,
     vae: File = None,
+    lora: Loras = (),
     seed: int = 0,
     device: Device = "auto",
     out: Path = Path("out/generate"),
@@ -70,6 +71,7 @@ def generate(
         batch: pictures drawn at once. Left out, it is a megapixel of them, at most 64.
         target: what the model predicts, where its file does not say: single files of SD 2.x predict v at 768 pixels, eps at 512.
         vae: take the VAE from this checkpoint instead.
+        lora: low-rank weights to add to the model's, and how much of them, as in style.safetensors:0.8; give it again for more.
         seed: everything random follows from it; the same seed gives the same bytes.
         device: where to compute; auto takes a GPU if there is one.
         out: folder for the pictures; each carries its prompt and its settings inside.
@@ -87,8 +89,9 @@ def generate(
         raise UserError("--mask needs the --image that it belongs to.")
     if not 0 <= rescale <= 1:
         raise UserError(f"--rescale is {rescale:g}; it must be from 0 to 1.")
-    how = {"dtype": dtype, "target": target, "vae": vae}
+    how, loras = {"dtype": dtype, "target": target, "vae": vae}, options.parsed_loras(lora)
     diffusion, how = options.sampling(model, steps, guidance, sampler, seed, device, out, spacing, **how)
+    options.put_in(diffusion, loras)
     import torch
 
     from minidiff import plots
@@ -115,6 +118,7 @@ def generate(
     settings |= {"spacing": spacing or diffusion.spacing, "dtype": dtype, "model": model.resolve().name}
     settings |= {name: how[name] for name in ("negative", "rescale", "strength") if name in how}
     settings |= {name: file.name for name, file in (("image", image), ("mask", mask)) if file is not None}
+    settings |= {"lora": ", ".join(f"{file.name}:{scale:g}" for file, scale in loras)} if loras else {}
     settings = {name: str(value) for name, value in settings.items()}
     written, pictures = [], []
     for drawn in diffusion.draw(wanted, batch, size=(height, width), tile=tile or None, progress=True, **how):

@@ -17,6 +17,7 @@ Spacing = Annotated[str | None, tyro.conf.arg(metavar="trailing|leading|linspace
 Target = Annotated[str | None, tyro.conf.arg(metavar="eps|v")]
 Dtype = Annotated[str, tyro.conf.arg(metavar="fp32|bf16|fp16")]
 File = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
+Loras = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE[:SCALE]"), tyro.conf.UseAppendAction]
 Prompts = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PROMPT ...")]]
 
 MODEL = Path("box")  # what minidiff.load takes for the model that ships with it
@@ -55,6 +56,34 @@ def sampling(
     diffusion.schedule.timesteps(steps, spacing)  # complains of more steps than noise levels, and of unknown spacings
     guidance = diffusion.guidance if guidance is None else guidance
     return diffusion, {"steps": steps, "guidance": guidance, "step": step, "generator": generator, "spacing": spacing}
+
+
+def parsed_loras(loras: tuple[str, ...]) -> list[tuple[Path, float]]:
+    """Files and scales, from FILE or FILE:SCALE."""
+    pairs = []
+    for lora in loras:
+        name, colon, scale = lora.rpartition(":")
+        try:
+            pair = (Path(name), float(scale)) if colon and not Path(lora).exists() else (Path(lora), 1.0)
+        except ValueError:  # the colon is a part of the name
+            pair = Path(lora), 1.0
+        if not math.isfinite(pair[1]):
+            raise UserError(f"--lora {lora}: the scale must be finite, as in --lora {name}:0.8.")
+        if not pair[0].is_file():
+            raise UserError(f'--lora {lora}: no file "{pair[0]}".')
+        pairs.append(pair)
+    return pairs
+
+
+def put_in(diffusion, loras: list[tuple[Path, float]]) -> None:
+    """Merge LoRAs into the weights for good, one after the other, and say what each did."""
+    from minidiff import lora
+
+    for file, scale in loras:
+        found = lora.load(diffusion, file, scale)
+        lora.merge(diffusion)
+        lora.remove(diffusion)
+        print(f"{file}: {len(found.layers)} layers, probe moved by {100 * found.moved:.2g} %")
 
 
 def check_positive(option: str, value: int) -> None:

@@ -1,14 +1,12 @@
 """What a checkpoint is, told from names, shapes and settings alone: no tensor is read, and torch is not needed for files of safetensors."""
-import re
 from collections import Counter
 from pathlib import Path
 
 from minidiff.errors import UserError
-from minidiff.weights import files, layouts, sizes
+from minidiff.weights import files, layouts, names, sizes
 
 Rows = list[tuple[str, str]]
 LISTED = {"unet": sizes.unet_names, "vae": sizes.vae_names, "text": sizes.text_names}
-DOWN = re.compile(r"(.+?)\.(lora_down|lora_A|lora\.down|.*_lora\.down)(\.default)?\.weight")
 WORDS = {"eps": "eps, the noise", "v": "v", "x0": "x0, the clean data", None: "eps (base, 512) or v (768): no tensor says which; --target says it"}
 
 
@@ -88,7 +86,8 @@ def _cannot(found: layouts.Checkpoint) -> list[str]:
 
 def _lora(state: dict[str, files.Stored]) -> Rows:
     """Low-rank weights: which naming, of what rank, for how many layers."""
-    found = {match[1]: value for name, value in state.items() if (match := DOWN.fullmatch(name))}
+    matches = ((names.LORA.fullmatch(name), value) for name, value in state.items())
+    found = {match["layer"]: value for match, value in matches if match and match["half"] in ("A", "down")}
     if not found:
         return []
     kohya = any(name.startswith("lora_") for name in found)

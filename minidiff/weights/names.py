@@ -193,3 +193,16 @@ COMPVIS_DROPPED: Table = [  # beside the three networks: the noise levels as buf
     *((piece, None) for piece in ("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2")),
     *((piece, None) for piece in ("lvlb_weights", "model_ema", "loss", "scale_factor", "cond_stage_model.logit_scale")),
 ]
+
+# Low-rank weights. Which layer, and which half: A and down are the same, and so are B and up.
+
+LORA = re.compile(
+    r"(?P<layer>.+?)"
+    r"(?:(?:\.lora_|[._]lora\.|\.lora_linear_layer\.)(?P<half>A|B|down|up)(?:\.default(?:_\d+)?)?\.weight|(?:[._]lora)?\.(?P<alpha>alpha))"
+)
+LORA_OLD: Table = [  # until diffusers 0.22 they belonged to the attention, not to its layers
+    *((f"processor.to_{piece}", f"to_{piece}") for piece in "qkv"),
+    ("processor.to_out", "to_out.0"),
+    *((f"self_attn.to_{piece}", f"self_attn.{piece}_proj") for piece in "qkv"),
+    ("self_attn.to_out", "self_attn.out_proj"),
+]

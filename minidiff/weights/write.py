@@ -2,11 +2,7 @@
 
 What only minidiff has (pooled text, GroupNorm left out, ...) those layouts cannot say, and is refused by name.
 """
-import contextlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,10 +12,11 @@ from torch import Tensor
 from minidiff.clip import END, CLIPText, tokenizer
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.lora import merged_state
 from minidiff.schedules import Discrete
 from minidiff.unet import UNet
 from minidiff.vae import VAE
-from minidiff.weights import names
+from minidiff.weights import files, names
 
 State = dict[str, Tensor]
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
@@ -159,7 +156,7 @@ def save_diffusers(model: LatentDiffusion, folder: str | Path) -> Path:
     kind = "StableDiffusionInpaintPipeline" if model.unet.numbers["in_channels"] == 9 else "StableDiffusionPipeline"
     absent = {part: (None, None) for part in ("safety_checker", "feature_extractor", "image_encoder")}
     index = {"_class_name": kind, "_diffusers_version": "0.30.0", "requires_safety_checker": False, **whole, **absent}
-    with _beside(Path(folder)) as fresh:
+    with files.beside(Path(folder)) as fresh:
         for part in whole:
             (fresh / part).mkdir(parents=True)
         for part, config in (("unet", unet_config(model)), ("vae", vae_config(model)), ("text_encoder", text_config(model))):
@@ -167,7 +164,7 @@ def save_diffusers(model: LatentDiffusion, folder: str | Path) -> Path:
         _write_json(fresh / "scheduler" / "scheduler_config.json", scheduler_config(model))
         for name, content in tokenizer_files(model.text.pad, model.text.context_length).items():
             (fresh / "tokenizer" / name).write_text(content, encoding="utf-8")
-        _save(names.to_published(model.unet.state_dict(), names.UNET_DIFFUSERS), fresh / "unet" / "diffusion_pytorch_model.safetensors")
+        _save(names.to_published(merged_state(model.unet), names.UNET_DIFFUSERS), fresh / "unet" / "diffusion_pytorch_model.safetensors")
         _save(names.to_published(_vae_state(model), names.VAE_DIFFUSERS), fresh / "vae" / "diffusion_pytorch_model.safetensors")
         _save(_transformers_text(model), fresh / "text_encoder" / "model.safetensors")
         _write_json(fresh / "model_index.json", index)
@@ -175,11 +172,11 @@ def save_diffusers(model: LatentDiffusion, folder: str | Path) -> Path:
 
 
 def _vae_state(model: LatentDiffusion) -> State:
-    return {name: value for name, value in model.vae.state_dict().items() if name != "latent_scale"}
+    return {name: value for name, value in merged_state(model.vae).items() if name != "latent_scale"}
 
 
 def _transformers_text(model: LatentDiffusion) -> State:
-    state = names.to_published(model.text.state_dict(), names.CLIP_TRANSFORMERS)
+    state = names.to_published(merged_state(model.text), names.CLIP_TRANSFORMERS)
     state["embeddings.position_ids"] = torch.arange(model.text.context_length)[None]  # published files list them
     return {f"text_model.{name}": value for name, value in state.items()}
 
@@ -194,7 +191,7 @@ def save_compvis(model: LatentDiffusion, file: str | Path) -> Path:
     if file.suffix != ".safetensors":
         raise UserError(f"{file} should end in .safetensors; pickles are not written.")
     n = model.unet.numbers
-    unet = names.to_published(model.unet.state_dict(), names.unet_compvis([d > 0 for d in n["depth"]], n["blocks"]))
+    unet = names.to_published(merged_state(model.unet), names.unet_compvis([d > 0 for d in n["depth"]], n["blocks"]))
     vae = names.to_published(_vae_state(model), names.vae_compvis(len(model.vae.numbers["channels"])))
     vae = {name: value[..., None, None] if ".attn_1." in name and value.ndim == 2 else value for name, value in vae.items()}
     if model.text.numbers["activation"] == "gelu":  # SD 2.x
@@ -204,43 +201,20 @@ def save_compvis(model: LatentDiffusion, file: str | Path) -> Path:
     whole = {f"model.diffusion_model.{name}": value for name, value in unet.items()}
     whole |= {f"first_stage_model.{name}": value for name, value in vae.items()} | text
     said = {"prediction_type": {"eps": "epsilon"}.get(model.denoiser.target, model.denoiser.target), "resolution": f"{model.size}x{model.size}"}
-    with _beside(file) as fresh:
+    with files.beside(file) as fresh:
         _save(whole, fresh, {f"modelspec.{name}": value for name, value in said.items()})  # no tensor tells eps from v
     return file
 
 
 def _openclip_text(model: LatentDiffusion) -> State:
     """q, k and v in one matrix. The last block, which SD 2.x does not run, was dropped when it was read: zeros stand in its place."""
-    state, last = model.text.state_dict(), model.text.numbers["layers"]
+    state, last = merged_state(model.text), model.text.numbers["layers"]
     state |= {name.replace("blocks.0.", f"blocks.{last}."): torch.zeros_like(value) for name, value in state.items() if "blocks.0." in name}
     for block in range(last + 1):
         for kind in ("weight", "bias"):
             place = f"blocks.{block}.attention."
             state[f"{place}qkv.{kind}"] = torch.cat([state.pop(f"{place}{piece}.{kind}") for piece in "qkv"])
     return names.to_published(state, names.CLIP_OPEN)
-
-
-@contextlib.contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A place beside the path, renamed to it at the end. Nothing is written over, and what fails leaves nothing."""
-    if path.exists():
-        raise UserError(f'"{path}" exists; nothing is written over it: name another place, or remove it.')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".new")
-    _remove(fresh)
-    try:
-        yield fresh
-        os.replace(fresh, path)
-    except BaseException:
-        _remove(fresh)
-        raise
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _write_json(file: Path, content: dict) -> None:
