@@ -183,5 +183,13 @@ def diversity(features: Float[Tensor, "P R D"]) -> Float[Tensor, "P"]:
 def memorised(fake: Features, training: Others) -> Float[Tensor, "n"]:
     """[5] section 3: 1 for each generated picture whose nearest training picture is three times nearer than the second nearest. A copy of a
     picture that is there twice goes unseen, unless it is exact."""
-    distance = nearest(fake, training, 2)[0]
+    return _lonely(nearest(fake, training, 2)[0])
+
+
+def memorised_floor(training: Others) -> Float[Tensor, "m"]:
+    """The same for training pictures among the others: what looks like a copy without being one, or is there twice."""
+    return _lonely(nearest(training, training, 3)[0][:, 1:])
+
+
+def _lonely(distance: Float[Tensor, "n 2"]) -> Float[Tensor, "n"]:
     return ((3 * distance[:, 0] < distance[:, 1]) | (distance[:, 0] == 0)).double()

@@ -167,6 +167,8 @@ def test_copies_are_memorised_and_fresh_pictures_are_not():
     assert metrics.memorised(copies, training).mean() == 1
     assert metrics.memorised(torch.cat([training, training])[:3], torch.cat([training, training])).mean() == 1  # exact, and there twice
     assert metrics.memorised(torch.randn(200, 20), training).mean() == 0
+    assert metrics.memorised_floor(training).mean() == 0
+    assert metrics.memorised_floor(torch.cat([training, training[:20]])).sum() == 40  # both of each pair
     distance, place = metrics.nearest(training[7:8], training, 2)
     assert place[0, 0] == 7 and distance[0, 0] == 0 < distance[0, 1]
 
