@@ -5,6 +5,7 @@
 import csv
 import hashlib
 import io
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -94,8 +95,12 @@ def quality(row: Row) -> str:
 
 
 def point(row: Row) -> tuple[float, float, float]:
-    """Quality, diversity and minus the evaluations: more is better in each."""
-    return float(row[quality(row)]), float(row[DIVERSITY]), -float(row[SPEED])
+    """Quality, diversity and minus the evaluations: more is better in each. More diversity than real pictures have counts as theirs: it is errors."""
+    return float(row[quality(row)]), min(float(row[DIVERSITY]), real_diversity(row)), -float(row[SPEED])
+
+
+def real_diversity(row: Row) -> float:
+    return float(row.get(f"{DIVERSITY} floor", math.inf))
 
 
 def front(rows: list[Row]) -> list[Row]:
@@ -114,28 +119,29 @@ def cheapest(rows: list[Row], share: float = 0.99) -> Row:
 
 
 def figure(rows: list[Row], path: Path) -> Path:
-    """Quality against diversity, colour for speed; the front is ringed and numbered, and its names stand beside."""
+    """Quality against diversity, colour for speed; the front is ringed, numbered from the fastest, and named beside."""
     import matplotlib.figure
     from matplotlib.colors import LogNorm
 
     best = sorted(front(rows), key=lambda row: -point(row)[2])
+    x, y, speed = ([float(row[column]) for row in rows] for column in (DIVERSITY, quality(rows[0]), SPEED))
     with _style():
         sheet = matplotlib.figure.Figure((7.5, 4.0), layout="constrained")
-        axis = sheet.subplots()
-        x, y, speed = ([point(row)[k] for row in rows] for k in (1, 0, 2))
-        norm = LogNorm(min(-s for s in speed), max(max(-s for s in speed), 1.01 * min(-s for s in speed)))
-        dots = axis.scatter(x, y, 40, [-s for s in speed], cmap="viridis_r", norm=norm, zorder=2)
-        axis.scatter([point(row)[1] for row in best], [point(row)[0] for row in best], 110, facecolors="none", edgecolors="black", zorder=3)
+        axis, names = sheet.subplots(1, 2, width_ratios=(3, 1))
+        dots = axis.scatter(x, y, 40, speed, cmap="viridis_r", norm=LogNorm(min(speed), max(speed) * 1.01), zorder=2)
         for number, row in enumerate(best, 1):
-            axis.annotate(str(number), (point(row)[1], point(row)[0]), (6, 5), textcoords="offset points")
-        if floor := rows[0].get(f"{DIVERSITY} floor"):
-            axis.axvline(float(floor), color="black", linestyle=":", linewidth=1)
-            axis.annotate("real pictures", (float(floor), axis.get_ylim()[0]), (3, 3), textcoords="offset points", rotation=90)
-        axis.set(xlabel=f"diversity: {DIVERSITY}", ylabel=f"quality: {quality(rows[0])}", title=f"n = {rows[0]['n']}; ringed: the Pareto front")
+            place = float(row[DIVERSITY]), point(row)[0]
+            axis.scatter(*place, 110, facecolors="none", edgecolors="black", zorder=3)
+            axis.annotate(str(number), place, (6, 5), textcoords="offset points")
+        if math.isfinite(real := real_diversity(rows[0])):
+            axis.axvline(real, color="black", linestyle=":", linewidth=1)
+            axis.annotate("real pictures", (real, axis.get_ylim()[0]), (3, 3), textcoords="offset points", rotation=90)
+        axis.set(xlabel=DIVERSITY, ylabel=quality(rows[0]), title=f"quality against diversity, n = {rows[0]['n']}")
         bar = sheet.colorbar(dots, ax=axis, label=SPEED)
-        ticks = sorted({-s for s in speed})
+        ticks = sorted(set(speed))
         bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
         bar.minorticks_off()
-        names = "\n".join(f"{number}  {name(row)}" for number, row in enumerate(best, 1))
-        sheet.text(1.01, 0.5, names, verticalalignment="center", fontsize=7)
+        names.axis("off")
+        said = "\n".join(f"{number}  {name(row)}" for number, row in enumerate(best, 1))
+        names.text(0, 1, f"The Pareto front\n\n{said}", verticalalignment="top", fontsize=7)
         return _save(sheet, path)

@@ -167,6 +167,8 @@ def lines(*points):
 def test_the_front_is_what_nothing_beats():
     rows = lines((0.9, 0.5, 50), (0.9, 0.4, 50), (0.8, 0.9, 50), (0.5, 0.1, 2), (0.9, 0.5, 100), (0.8, 0.9, 50))
     assert [rows.index(row) for row in trilemma.front(rows)] == [0, 2, 3, 2]  # of two that are equal, both
+    with_floor = [row | {f"{trilemma.DIVERSITY} floor": "0.5"} for row in rows]
+    assert [with_floor.index(row) for row in trilemma.front(with_floor)] == [0, 3]  # 0.9 is no better than 0.5 where real pictures have 0.5
     assert trilemma.cheapest(lines((1.0, 0, 50), (0.99, 0, 20), (0.995, 0, 20), (0.98, 0, 5)))[trilemma.QUALITY[0]] == "0.995"
 
 
