@@ -1,0 +1,147 @@
+"""Quality, diversity, speed: pick two. One line of a CSV file for every way to sample, the ways that no other beats, and the figure, in this file.
+
+[1] Xiao, Kreis, Vahdat. Tackling the Generative Learning Trilemma with Denoising Diffusion GANs. 2022. arXiv:2112.07804
+"""
+import csv
+import hashlib
+import io
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from minidiff.errors import UserError
+from minidiff.evaluate import Bench, Figure, draw, figures
+from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.plots import _save, _style
+
+NETWORKS = ["pixels-8x8", "random-conv-0"]
+QUALITY = ("accuracy critic", "precision random-conv-0")  # the first that was measured
+DIVERSITY, SPEED = "diversity per prompt pixels-8x8", "evaluations per picture"
+
+
+class Setting(NamedTuple):
+    """One way to sample."""
+
+    sampler: str
+    steps: int
+    guidance: float
+
+
+Row = dict[str, str]  # a line of the CSV file, its numbers as they are written there
+
+
+def flat(rows: Iterable[Figure]) -> dict[str, str]:
+    """Figures as columns: "frechet pixels-8x8", and beside it "frechet pixels-8x8 floor"."""
+    columns = {}
+    for row in rows:
+        name = f"{row.metric} {row.features}".strip()
+        columns[name] = f"{row.value:.6g}"
+        if row.floor is not None:
+            columns[f"{name} floor"] = f"{row.floor:.6g}"
+    return columns
+
+
+def read(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, row: Row) -> Path:
+    """One line more, and never half a line: written beside, then renamed."""
+    rows = read(path)
+    if rows and list(rows[0]) != list(row):
+        raise UserError(f"{path} has other columns than this evaluation; name another --out, or move the file away.")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(row), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([*rows, row])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(text.getvalue(), encoding="utf-8")
+    os.replace(fresh, path)
+    return path
+
+
+def fingerprint(model: LatentDiffusion) -> str:
+    """Eight letters that change with the weights: a line measured on another training of the same folder is not taken for this one's."""
+    sums = [weight.double().sum().item() for weight in model.state_dict().values()]
+    return hashlib.sha256(repr(sums).encode()).hexdigest()[:8]
+
+
+def sweep(model: LatentDiffusion, bench: Bench, settings: list[Setting], path: Path, run: Row, seed: int = 0) -> list[Row]:
+    """Measure the settings that have no line in the file yet; returns the lines of all. run: what else a line must have in common to count."""
+    wanted = [run | {"sampler": s.sampler, "steps": str(s.steps), "guidance": f"{s.guidance:g}"} for s in settings]
+    for number, (setting, key) in enumerate(zip(settings, wanted, strict=True), 1):
+        if not any(key.items() <= row.items() for row in read(path)):
+            sampler, steps, guidance = setting
+            print(f"{number} of {len(settings)}: {name(key)}", flush=True)
+            drawn = draw(model, bench, sampler, seed, steps=steps, guidance=guidance, progress=True)
+            append(path, key | flat(figures(bench, drawn, NETWORKS, seed)))
+    rows = read(path)
+    return [next(row for row in rows if key.items() <= row.items()) for key in wanted]
+
+
+def name(row: Row) -> str:
+    return f"{row['sampler']}, {row['steps']} steps, guidance {row['guidance']}"
+
+
+def quality(row: Row) -> str:
+    """The column that stands for quality in this file."""
+    return next(column for column in QUALITY if column in row)
+
+
+def point(row: Row) -> tuple[float, float, float]:
+    """Quality, diversity and minus the evaluations: more is better in each. More diversity than real pictures have counts as theirs: it is errors."""
+    return float(row[quality(row)]), min(float(row[DIVERSITY]), real_diversity(row)), -float(row[SPEED])
+
+
+def real_diversity(row: Row) -> float:
+    return float(row.get(f"{DIVERSITY} floor", math.inf))
+
+
+def front(rows: list[Row]) -> list[Row]:
+    """The Pareto front: those that no other equals in quality, diversity and speed and beats in one of them."""
+
+    def beaten(row: Row) -> bool:
+        return any(point(other) != point(row) and all(a >= b for a, b in zip(point(other), point(row), strict=True)) for other in rows)
+
+    return [row for row in rows if not beaten(row)]
+
+
+def cheapest(rows: list[Row], share: float = 0.99) -> Row:
+    """The fewest evaluations that reach this share of the best quality; of equals the better."""
+    enough = share * max(point(row)[0] for row in rows)
+    return max((row for row in rows if point(row)[0] >= enough), key=lambda row: (point(row)[2], point(row)[0]))
+
+
+def figure(rows: list[Row], path: Path) -> Path:
+    """Quality against diversity, colour for speed; the front is ringed, numbered from the fastest, and named beside."""
+    import matplotlib.figure
+    from matplotlib.colors import LogNorm
+
+    best = sorted(front(rows), key=lambda row: -point(row)[2])
+    x, y, speed = ([float(row[column]) for row in rows] for column in (DIVERSITY, quality(rows[0]), SPEED))
+    with _style():
+        sheet = matplotlib.figure.Figure((7.5, 4.0), layout="constrained")
+        axis, names = sheet.subplots(1, 2, width_ratios=(3, 1))
+        dots = axis.scatter(x, y, 40, speed, cmap="viridis_r", norm=LogNorm(min(speed), max(speed) * 1.01), zorder=2)
+        for number, row in enumerate(best, 1):
+            place = float(row[DIVERSITY]), point(row)[0]
+            axis.scatter(*place, 110, facecolors="none", edgecolors="black", zorder=3)
+            axis.annotate(str(number), place, (6, 5), textcoords="offset points")
+        if math.isfinite(real := real_diversity(rows[0])):
+            axis.axvline(real, color="black", linestyle=":", linewidth=1)
+            axis.annotate("real pictures", (real, axis.get_ylim()[0]), (3, 3), textcoords="offset points", rotation=90)
+        axis.set(xlabel=DIVERSITY, ylabel=quality(rows[0]), title=f"quality against diversity, n = {rows[0]['n']}")
+        bar = sheet.colorbar(dots, ax=axis, label=SPEED)
+        ticks = sorted(set(speed))
+        bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        bar.minorticks_off()
+        names.axis("off")
+        said = "\n".join(f"{number}  {name(row)}" for number, row in enumerate(best, 1))
+        names.text(0, 1, f"The Pareto front\n\n{said}", verticalalignment="top", fontsize=7)
+        return _save(sheet, path)

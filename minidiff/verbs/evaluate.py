@@ -1,0 +1,138 @@
+"""The verb that measures: quality, diversity and speed."""
+import math
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from minidiff.errors import UserError
+from minidiff.verbs import options
+from minidiff.verbs.data import words
+from minidiff.verbs.options import MODEL, Device, Number, Sampler
+
+Listed = Annotated[str, tyro.conf.arg(metavar="NAME,NAME")]
+Numbers = Annotated[str, tyro.conf.arg(metavar="N,N")]
+LEAST = 10  # pictures: fewer have no neighbours to speak of
+
+
+def evaluate(
+    model: Path = MODEL,
+    data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
+    n: int = 500,
+    steps: int = 25,
+    guidance: Number = None,
+    sampler: Sampler = None,
+    world: Annotated[str, tyro.conf.arg(metavar="quickstart|whole")] = "quickstart",
+    features: Listed = "",
+    clip: bool = False,
+    caption_column: str = "text",
+    trilemma: bool = False,
+    samplers: Listed = "ddim,ddpm,dpmpp_2m",
+    sweep_steps: Numbers = "5,10,25",
+    sweep_guidance: Numbers = "1,2,4",
+    seed: int = 0,
+    device: Device = "auto",
+    out: Path = Path("out/evaluate"),
+) -> None:
+    """Measure a model: quality, diversity and speed, each beside what real pictures score.
+
+    Args:
+        model: our folder, a diffusers folder, one .safetensors or .ckpt file of Stable Diffusion, or a name on the Hugging Face Hub.
+        data: a captioned folder to measure against; left out, it is the built-in world.
+        n: pictures; a fourth as many again are drawn for diversity. Of a folder, at most half.
+        steps: sampling steps.
+        guidance: how strongly the text steers. Left out, it is the model's own.
+        sampler: how to step from noise to picture. Left out, it is the model's own.
+        world: how much of the built-in world the model knows: what quickstart teaches, or the whole.
+        features: what distances are measured in: pixels-8x8, random-conv-0, critic-attributes, inception-v3-compat. Left out, all that suit the data.
+        clip: also the CLIP score, if CLIP's weights can be had.
+        caption_column: where the folder's metadata.jsonl has the captions.
+        trilemma: measure every combination of the three lists below instead; goes on where it stopped.
+        samplers: for the trilemma.
+        sweep_steps: for the trilemma.
+        sweep_guidance: for the trilemma.
+        seed: everything random follows from it.
+        device: where to compute; auto takes a GPU if there is one.
+        out: folder for results.json and evaluate.csv, or trilemma.csv and trilemma.png.
+    """
+    if n < LEAST:
+        raise UserError(f"--n is {n}; it must be at least {LEAST}.")
+    if world not in ("quickstart", "whole"):
+        raise UserError(f'no world "{world}"; --world is quickstart or whole.')
+    listed = (numbers("--sweep-steps", sweep_steps), numbers("--sweep-guidance", sweep_guidance)) if trilemma else ([], [])
+    diffusion, how = options.sampling(model, steps, guidance, sampler, seed, device, out)
+    from minidiff import evaluate, quickstart
+    from minidiff import trilemma as sweeps
+    from minidiff.data.world import World
+    from minidiff.features import INCEPTION, OFFLINE, by_name
+    from minidiff.script import write_results
+
+    suit = [name for name in OFFLINE if data is None or name != "critic-attributes"]
+    networks = words(features) or suit
+    for network in networks:
+        by_name(network)
+    if data is None:
+        parts = (quickstart.SHAPES, quickstart.COLOURS) if world == "quickstart" else ()
+        bench = evaluate.of_world(World(diffusion.size, *parts), n, seed)
+    else:
+        bench = evaluate.of_folder(data, diffusion.size, n, seed, caption_column)
+    run = {"model": str(model), "weights": sweeps.fingerprint(diffusion), "data": str(data or f"{world} world"), "n": str(n), "seed": str(seed)}
+    if trilemma:
+        settings = swept(diffusion, words(samplers), *listed)
+        rows = sweeps.sweep(diffusion, bench, settings, out / "trilemma.csv", run, seed)
+        best = sweeps.cheapest(rows)
+        print("the Pareto front of quality, diversity and speed:", *map(sweeps.name, sweeps.front(rows)), sep="\n  ")
+        said = f"{sweeps.quality(best)} {best[sweeps.quality(best)]} at {best[sweeps.SPEED]} evaluations per picture"
+        print(f"99 % of the best quality at the fewest evaluations: {sweeps.name(best)} ({said})")
+        print(out / "trilemma.csv", sweeps.figure(rows, out / "trilemma.png"), sep="\n")
+        return
+    sampler, guidance = sampler or diffusion.sampler, how["guidance"]
+    drawn = evaluate.draw(diffusion, bench, sampler, seed, steps=steps, guidance=guidance, progress=True)
+    rows = evaluate.figures(bench, drawn, networks, seed)
+    if clip:
+        rows.append(evaluate.clip_score(bench, drawn))
+    print(table(rows))
+    if data is None:
+        print("prompts are held-out captions; a floor is what as many real pictures score in the model's place.")
+    if INCEPTION not in networks:
+        print("no Fréchet distance here is an FID: that name belongs to Inception's features (--features inception-v3-compat).")
+    settings = {"sampler": sampler, "steps": str(steps), "guidance": f"{guidance:g}"}
+    written = write_results(out, **run, **settings, figures=[row._asdict() for row in rows])
+    print(written, sweeps.append(out / "evaluate.csv", run | settings | sweeps.flat(rows)), sep="\n")
+
+
+def swept(diffusion, names: list[str], steps: list[float], guidance: list[float]):
+    """Every combination, each checked before anything slow."""
+    from minidiff.samplers import by_name
+    from minidiff.trilemma import Setting
+
+    for name in names:
+        by_name(name)
+    for count in steps:
+        if count != int(count):
+            raise UserError(f"--sweep-steps holds {count:g}; steps are whole numbers.")
+        diffusion.schedule.timesteps(int(count), diffusion.spacing)
+    if not names:
+        raise UserError("--samplers names none; write them as in ddim,dpmpp_2m.")
+    return [Setting(name, int(count), scale) for name in names for count in steps for scale in guidance]
+
+
+def numbers(option: str, text: str) -> list[float]:
+    """The numbers of "5, 10, 25"."""
+    try:
+        found = [float(part) for part in words(text)]
+    except ValueError:
+        found = []
+    if not found or not all(map(math.isfinite, found)):
+        raise UserError(f'{option} is "{text}"; write numbers with commas between, as in 5,10,25.')
+    return found
+
+
+def table(rows) -> str:
+    """Figures in columns; the interval is the middle 95 % of a bootstrap."""
+    lines = [("metric", "features", "value", "95 %", "floor", "n")]
+    for row in rows:
+        between = "" if row.low is None else f"{row.low:.3g} .. {row.high:.3g}"
+        lines.append((row.metric, row.features, f"{row.value:.4g}", between, "" if row.floor is None else f"{row.floor:.4g}", str(row.n)))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)

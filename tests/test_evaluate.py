@@ -1,0 +1,189 @@
+"""What a model is worth: figures against their floors, the verb, and the sweep that goes on where it stopped."""
+import csv
+import json
+
+import pytest
+import torch
+
+from minidiff import evaluate, quickstart, schedules, trilemma
+from minidiff.data.world import World
+from minidiff.denoiser import Denoiser
+from minidiff.errors import UserError
+from minidiff.evaluate import Drawn
+from minidiff.latent_diffusion import LatentDiffusion
+
+WORLD = World(32, quickstart.SHAPES, quickstart.COLOURS)
+NETWORKS = ["pixels-8x8", "critic-attributes"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Of the quickstart's sizes, with random weights."""
+    torch.manual_seed(0)
+    text, unet = quickstart.text_quickstart(), quickstart.unet_quickstart()
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.1)  # else it starts at zero and no prompt, no step makes a difference
+    return LatentDiffusion(quickstart.vae_quickstart(), text, Denoiser(unet, schedules.cosine(), "x0"), 32, guidance=2.0).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, model):
+    return model.save(tmp_path_factory.mktemp("evaluate") / "model")
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return evaluate.of_world(WORLD, 40, seed=0)
+
+
+def by_metric(figures):
+    return {(row.metric, row.features): row for row in figures}
+
+
+def test_real_pictures_in_the_models_place_score_their_floors(bench):
+    """The floors are no other computation: given the very pictures they are measured on, every figure is its floor."""
+    real = bench._replace(prompts=bench.captions_instead)
+    rows = evaluate.figures(real, Drawn(bench.instead, bench.repeated_instead, 0.0, 0.0), NETWORKS)
+    measured = [row for row in rows if row.floor is not None]
+    assert len(measured) == 3 + 7 * len(NETWORKS)
+    assert [row.value for row in measured] == pytest.approx([row.floor for row in measured], rel=1e-12)
+    found = by_metric(rows)
+    assert found["accuracy", "critic"].value > 0.95 and found["accuracy, two objects", "critic"].n == 20
+    assert 0 < found["diversity per prompt", "pixels-8x8"].value < 1  # pictures of one prompt are more alike than of two
+
+
+def test_bad_pictures_score_worse_than_their_floors(bench):
+    """The same picture for every prompt, and noise: each is caught where it should be."""
+    one, noise = bench.instead[:1].expand(40, -1, -1, -1), torch.rand(40, 3, 32, 32) * 2 - 1
+    frozen = by_metric(evaluate.figures(bench, Drawn(one, one[:10], 0.0, 0.0), NETWORKS[:1]))
+    assert frozen["recall", "pixels-8x8"].value < 0.1 and frozen["diversity per prompt", "pixels-8x8"].value < 1e-6
+    random = by_metric(evaluate.figures(bench, Drawn(noise, noise[:10], 0.0, 0.0), NETWORKS[:1]))
+    assert random["accuracy", "critic"].value == 0
+    for found in (frozen, random):
+        assert found["frechet", "pixels-8x8"].value > 2 * found["frechet", "pixels-8x8"].floor
+        assert found["kid", "pixels-8x8"].low > 0
+        assert found["coverage", "pixels-8x8"].value < 0.5 < found["coverage", "pixels-8x8"].floor
+
+
+def test_the_bench_of_the_world_is_held_out_and_follows_from_its_seed(bench):
+    again, other = evaluate.of_world(WORLD, 40, 0), evaluate.of_world(WORLD, 40, 1)
+    assert torch.equal(again.real, bench.real) and again.prompts == bench.prompts != other.prompts
+    assert not torch.equal(bench.real, bench.instead)
+    assert len(bench.repeated) == len(bench.repeated_instead) == 2 * evaluate.EACH
+    assert bench.repeated[0] == bench.repeated[evaluate.EACH - 1] != bench.repeated[evaluate.EACH]
+
+
+@pytest.mark.parametrize(("guidance", "evaluations"), [(1.0, 3), (2.0, 6)])
+def test_evaluations_are_counted(model, bench, guidance, evaluations):
+    few = bench._replace(prompts=bench.prompts[:3], repeated=bench.repeated[:2])
+    drawn = evaluate.draw(model, few, "ddim", steps=3, guidance=guidance)
+    assert (len(drawn.pictures), len(drawn.repeated), drawn.evaluations) == (3, 2, evaluations)
+    assert torch.equal(drawn.pictures, evaluate.draw(model, few, "ddim", steps=3, guidance=guidance).pictures)
+    assert evaluate.draw(model, few, "heun", steps=3, guidance=1.0).evaluations == 5  # two a step, but for the last
+
+
+def captioned(place, pictures):
+    from minidiff import plots
+
+    place.mkdir()
+    for k, picture in enumerate(pictures):
+        plots.save_png(picture, place / f"{k}.png")
+    lines = [json.dumps({"file_name": f"{k}.png", "text": f"picture {k}"}) for k in range(len(pictures))]
+    (place / "metadata.jsonl").write_text("\n".join(lines))
+    return place
+
+
+def test_a_folder_is_halved_and_copies_of_it_are_memorised(tmp_path, bench):
+    place = captioned(tmp_path / "data", bench.real[:30])
+    halves = evaluate.of_folder(place, 32, 15, seed=0)
+    assert len(halves.real) == len(halves.instead) == len(halves.prompts) == 15 and len(halves.training) == 30
+    assert not any((a == b).all() for a in halves.real for b in halves.instead)
+    found = {}
+    for what, pictures in (("copies", halves.instead), ("fresh", bench.instead[:15])):
+        rows = by_metric(evaluate.figures(halves, Drawn(pictures, pictures[:10], 0.0, 0.0), NETWORKS[:1]))
+        found[what], floor = rows["memorised", "pixels-8x8"].value, rows["memorised", "pixels-8x8"].floor
+        assert not any(metric.startswith("accuracy") for metric, _ in rows)
+    assert found["copies"] == 1 and max(found["fresh"], floor) <= 0.2  # by chance the one or other stands where another stood
+    with pytest.raises(UserError, match=r"holds 30 pictures; .* pass --n 15 or less"):
+        evaluate.of_folder(place, 32, 16, seed=0)
+
+
+# The verb.
+
+
+def test_the_verb_writes_a_table_results_and_a_row(ran, folder, tmp_path):
+    out = tmp_path / "out"
+    args = ("evaluate", "--model", folder, "--n", 12, "--steps", 1, "--features", "pixels-8x8", "--device", "cpu", "--out", out)
+    said = ran(*args).out
+    assert "accuracy, two objects" in said and "no Fréchet distance here is an FID" in said
+    assert "FID" not in said.replace("is an FID", "")
+    results = json.loads((out / "results.json").read_text())
+    assert {"metric", "features", "value", "low", "high", "floor", "n"} == set(results["figures"][0])
+    assert (results["n"], results["steps"], results["sampler"], results["guidance"]) == ("12", "1", "ddim", "2")
+    ran(*args)
+    rows = list(csv.DictReader((out / "evaluate.csv").open()))
+    assert len(rows) == 2
+    timed = "seconds per picture"
+    assert {k: v for k, v in rows[0].items() if k != timed} == {k: v for k, v in rows[1].items() if k != timed}  # one seed, the same figures
+
+
+def test_the_sweep_goes_on_where_it_stopped(ran, folder, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    args = ["evaluate", "--model", folder, "--n", 10, "--trilemma", "--sweep-steps", "1,2", "--sweep-guidance", "1", "--device", "cpu", "--out", out]
+    ran(*args, "--samplers", "ddim")
+    before = (out / "trilemma.csv").read_text()
+    drawn = []
+    monkeypatch.setattr(trilemma, "draw", lambda *a, **how: drawn.append((a[2], how["steps"])) or evaluate.draw(*a, **how))
+    said = ran(*args, "--samplers", "ddim,dpmpp_2m").out
+    assert drawn == [("dpmpp_2m", 1), ("dpmpp_2m", 2)]
+    after = (out / "trilemma.csv").read_text()
+    assert after.startswith(before) and after.count("\n") == 5
+    assert "99 % of the best quality at the fewest evaluations: " in said and (out / "trilemma.png").stat().st_size > 10_000
+    ran(*args, "--samplers", "ddim", "--seed", "1")
+    assert (out / "trilemma.csv").read_text().count("\n") == 7  # another seed is another line
+
+
+@pytest.mark.parametrize(("args", "said"), [
+    (["--n", "3"], "--n is 3; it must be at least 10."),
+    (["--world", "mars"], 'no world "mars"; --world is quickstart or whole.'),
+    (["--features", "vgg"], 'no features "vgg"; there is pixels-8x8'),
+    (["--trilemma", "--sweep-steps", "5,x"], '--sweep-steps is "5,x"; write numbers'),
+    (["--trilemma", "--sweep-steps", "2.5"], "--sweep-steps holds 2.5; steps are whole numbers."),
+    (["--trilemma", "--samplers", "magic"], 'no sampler "magic"; there is ddim'),
+    (["--data", "nowhere"], "nowhere: no such folder"),
+])  # fmt: skip
+def test_what_the_verb_refuses(refused, folder, tmp_path, args, said):
+    assert refused("evaluate", "--model", folder, "--out", tmp_path / "out", *args).startswith(said)
+    assert not (tmp_path / "out").exists()
+
+
+# Of the sweep's lines.
+
+
+def lines(*points):
+    """Lines with this quality, diversity and number of evaluations."""
+    return [{trilemma.QUALITY[0]: str(q), trilemma.DIVERSITY: str(d), trilemma.SPEED: str(e)} for q, d, e in points]
+
+
+def test_the_front_is_what_nothing_beats():
+    rows = lines((0.9, 0.5, 50), (0.9, 0.4, 50), (0.8, 0.9, 50), (0.5, 0.1, 2), (0.9, 0.5, 100), (0.8, 0.9, 50))
+    assert [rows.index(row) for row in trilemma.front(rows)] == [0, 2, 3, 2]  # of two that are equal, both
+    with_floor = [row | {f"{trilemma.DIVERSITY} floor": "0.5"} for row in rows]
+    assert [with_floor.index(row) for row in trilemma.front(with_floor)] == [0, 3]  # 0.9 is no better than 0.5 where real pictures have 0.5
+    assert trilemma.cheapest(lines((1.0, 0, 50), (0.99, 0, 20), (0.995, 0, 20), (0.98, 0, 5)))[trilemma.QUALITY[0]] == "0.995"
+
+
+def test_other_columns_are_not_mixed(tmp_path):
+    trilemma.append(tmp_path / "a.csv", {"x": "1"})
+    with pytest.raises(UserError, match=r"a\.csv has other columns"):
+        trilemma.append(tmp_path / "a.csv", {"y": "1"})
+    assert (tmp_path / "a.csv").read_text() == "x\n1\n"
+
+
+def test_the_fingerprint_changes_with_the_weights(model):
+    before = trilemma.fingerprint(model)
+    assert before == trilemma.fingerprint(model)
+    with torch.no_grad():
+        model.unet.conv_out.bias += 1e-3
+        after = trilemma.fingerprint(model)
+        model.unet.conv_out.bias -= 1e-3
+    assert before != after
