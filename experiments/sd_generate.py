@@ -4,7 +4,7 @@
     python experiments/sd_generate.py --model stable-diffusion-v1-5 --prompt "a photograph of an astronaut riding a horse"
 
 Writes trace.txt: shapes, parameters and multiply-adds, from 512x512 pixels to the 8x8 bottom of the U-Net and back. With a model also
-picture.png, chain.png (the guess of the picture along the way) and results.json. Look at the trace: two thirds of the U-Net's
+picture.png, chain.png (the guess of the picture along the way) and results.json. Look at the trace: five sixths of the U-Net's
 parameters sit where maps are 16x16 or smaller, and two thirds of its work where they are 64x64 and 32x32.
 """
 from pathlib import Path

@@ -144,6 +144,24 @@ def test_generate_from_a_picture(ran, model, tmp_path):
         assert drawn.size == (32, 16)
 
 
+def test_generate_from_parts_of_several_files(ran, refused, model, tmp_path):
+    """A U-Net alone, completed by the other parts of a whole model, draws what the whole model draws."""
+    from safetensors.torch import load_file, save_file
+
+    from minidiff.weights import write
+
+    whole = write.save_compvis(model, tmp_path / "whole.safetensors")
+    unet = {name: value for name, value in load_file(whole).items() if name.startswith("model.diffusion_model.")}
+    save_file(unet, tmp_path / "unet.safetensors")
+    how = ["--steps", 2, "--size", 16]
+    assert "has no VAE and no text tower" in refused("generate", "an apple", "--model", tmp_path / "unet.safetensors", "--out", tmp_path / "x", *how)
+    ran("generate", "an apple", "--model", whole, "--out", tmp_path / "a", *how)
+    parts = ["--vae", whole, "--text", whole]
+    ran("generate", "an apple", "--model", tmp_path / "unet.safetensors", "--out", tmp_path / "b", *parts, *how)
+    a, b = (np.asarray(Image.open(tmp_path / folder / "000-an-apple.png")) for folder in "ab")
+    assert (a == b).all()
+
+
 @pytest.mark.parametrize("options, said", [
     (["--strength", 0.5], "--strength needs an --image"),
     (["--image", "red.png", "--strength", 0], "--strength is 0; it must be above 0"),

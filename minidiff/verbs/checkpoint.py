@@ -63,7 +63,7 @@ def convert(
         dtype: the precision to write; left out, it stays as it is.
         target: what the U-Net predicts, where the source does not say: single files of SD 2.x predict v at 768 pixels, eps at 512.
         vae: take the VAE from this checkpoint instead.
-        text: take the text tower from this checkpoint instead.
+        text: take the text tower from this checkpoint instead; or MODEL:TAG of open_clip, as in ViT-L-14:openai.
         unet: take the U-Net from this checkpoint instead.
         lora: low-rank weights to add to the model's, and how much of them, as in style.safetensors:0.8; give it again for more.
         seed: accepted as everywhere; nothing here is random.

@@ -44,6 +44,8 @@ def generate(
     batch: Integer = None,
     target: Target = None,
     vae: File = None,
+    text: File = None,
+    unet: File = None,
     lora: Loras = (),
     seed: int = 0,
     device: Device = "auto",
@@ -71,6 +73,8 @@ def generate(
         batch: pictures drawn at once. Left out, it is a megapixel of them, at most 64.
         target: what the model predicts, where its file does not say: single files of SD 2.x predict v at 768 pixels, eps at 512.
         vae: take the VAE from this checkpoint instead.
+        text: take the text tower from this checkpoint instead; or MODEL:TAG of open_clip, as in ViT-L-14:openai.
+        unet: take the U-Net from this checkpoint instead.
         lora: low-rank weights to add to the model's, and how much of them, as in style.safetensors:0.8; give it again for more.
         seed: everything random follows from it; the same seed gives the same bytes.
         device: where to compute; auto takes a GPU if there is one.
@@ -89,7 +93,7 @@ def generate(
         raise UserError("--mask needs the --image that it belongs to.")
     if not 0 <= rescale <= 1:
         raise UserError(f"--rescale is {rescale:g}; it must be from 0 to 1.")
-    how, loras = {"dtype": dtype, "target": target, "vae": vae}, options.parsed_loras(lora)
+    how, loras = {"dtype": dtype, "target": target, "vae": vae, "text": text, "unet": unet}, options.parsed_loras(lora)
     diffusion, how = options.sampling(model, steps, guidance, sampler, seed, device, out, spacing, **how)
     options.put_in(diffusion, loras)
     import torch
@@ -126,8 +130,8 @@ def generate(
         for picture in drawn:  # written as soon as they are there: an interruption loses a batch at most
             k, prompt = len(pictures), wanted[len(pictures)]
             pictures.append(picture)
-            text = {"prompt": prompt, "picture": f"{k + 1} of {len(wanted)}", **settings}
-            written.append(plots.save_png(picture, out / f"{k:03d}-{slug(prompt)}.png", text))
+            carried = {"prompt": prompt, "picture": f"{k + 1} of {len(wanted)}", **settings}
+            written.append(plots.save_png(picture, out / f"{k:03d}-{slug(prompt)}.png", carried))
     written.append(plots.grid(torch.stack(pictures), wanted, out / "grid.png", columns=min(n, 8) if n > 1 else None))
     print(*written, sep="\n")
 
