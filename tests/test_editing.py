@@ -116,6 +116,13 @@ def test_where_nan_began(model, tmp_path):
     assert not any(part._forward_hooks for part in model.modules())
 
 
+def test_a_folder_that_says_its_target_is_believed(model, tmp_path):
+    folder = model.save(tmp_path / "m")
+    assert minidiff.load(folder, target="eps").denoiser.target == "eps"
+    with pytest.raises(UserError, match="says itself what it predicts, eps"):
+        minidiff.load(folder, target="v")
+
+
 def picture(path, size=(20, 20), colour="red"):
     Image.new("RGB", size, colour).save(path)
     return path

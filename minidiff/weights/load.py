@@ -35,6 +35,8 @@ def load(
     others = {name: place for name, place in others.items() if place is not None}
     if not path.is_file() and not (path / "model_index.json").is_file():
         model = LatentDiffusion.load(path, dtype=dtype)
+        if target not in (None, model.denoiser.target):
+            raise UserError(f"{path} says itself what it predicts, {model.denoiser.target}; leave target out (--target).")
         for name, place in others.items():
             setattr(model.denoiser if name == "unet" else model, "network" if name == "unet" else name, part(place, name, dtype))
         model.check_widths()

@@ -72,16 +72,21 @@ def generator():
     return torch.Generator().manual_seed(1)
 
 
+def their_ddim(scheduler, eta):
+    x, z = normal(0), generator()
+    states = [x]
+    for t in scheduler.timesteps:
+        x = scheduler.step(Net()(x, t.expand(2)), t, x, eta=eta, generator=z).prev_sample
+        states.append(x)
+    return states
+
+
 @pytest.mark.parametrize("steps, target, theirs", cases(DIVISORS, targets=3))
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_ddim(in_float64, target, theirs, steps, eta):
     scheduler = in_float64("DDIMScheduler", "scheduling_ddim", prediction_type=theirs, clip_sample=False, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
-    x, z = normal(0), generator()
-    expected = [x]
-    for t in scheduler.timesteps:
-        x = scheduler.step(Net()(x, t.expand(2)), t, x, eta=eta, generator=z).prev_sample
-        expected.append(x)
+    expected = their_ddim(scheduler, eta)
     close(ours(target, SCHEDULE.timesteps(steps), ddim(eta, generator())), expected)
 
 
@@ -92,11 +97,7 @@ def test_published_ddim_stops_at_alpha_bar_1(in_float64, target, theirs, steps, 
     scheduler = in_float64("DDIMScheduler", "scheduling_ddim", prediction_type=theirs, clip_sample=False, set_alpha_to_one=False,
                            timestep_spacing="leading", steps_offset=1 if steps < 1000 else 0)
     scheduler.set_timesteps(steps)
-    x, z = normal(0), generator()
-    expected = [x]
-    for t in scheduler.timesteps:
-        x = scheduler.step(Net()(x, t.expand(2)), t, x, eta=eta, generator=z).prev_sample
-        expected.append(x)
+    expected = their_ddim(scheduler, eta)
     schedule = schedules.Discrete("scaled_linear", 1000, 0.00085, 0.012, final=1)
     times = schedule.timesteps(steps, "leading")
     assert torch.equal(times, grid(scheduler))
