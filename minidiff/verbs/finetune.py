@@ -1,0 +1,109 @@
+"""The verb that goes on training a model, on a captioned folder."""
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from minidiff.errors import UserError
+from minidiff.verbs import options
+from minidiff.verbs.data import words
+from minidiff.verbs.evaluate import Listed
+from minidiff.verbs.options import EXAMPLE, MODEL, Device, Integer, Number
+
+Data = Annotated[Path, tyro.conf.arg(metavar="DIR")]
+Method = Annotated[str, tyro.conf.arg(metavar="full|lora")]
+Precision = Annotated[str, tyro.conf.arg(metavar="fp32|bf16")]
+Optimizer = Annotated[str, tyro.conf.arg(metavar="adamw|adamw8bit")]
+RATES = {"full": 1e-4, "lora": 1e-3}
+
+
+def finetune(
+    data: Data,
+    model: Path = MODEL,
+    method: Method = "full",
+    steps: int = 400,
+    lr: Number = None,
+    batch: int = 4,
+    accumulate: int = 1,
+    warmup: int = 10,
+    rank: int = 8,
+    alpha: Number = None,
+    layers: Listed = "",
+    text: bool = False,
+    dropout: Number = None,
+    min_snr: bool = False,
+    ema: Number = None,
+    dtype: Precision = "fp32",
+    checkpointing: bool = False,
+    optimizer: Optimizer = "adamw",
+    size: Integer = None,
+    flip: bool = False,
+    caption_column: str = "text",
+    validation: float = 0.1,
+    every: int = 100,
+    resume: bool = False,
+    seed: int = 0,
+    device: Device = "auto",
+    out: Path = Path("out/finetune"),
+) -> None:
+    """Go on training a model, on your captioned pictures: every weight of it, or a LoRA beside them.
+
+    Args:
+        data: a captioned folder (metadata.jsonl and pictures); `minidiff data check` says whether it is fit.
+        model: box, the small model that ships with minidiff; our folder, a diffusers folder, one .safetensors or .ckpt file of Stable Diffusion,
+            or a name on the Hugging Face Hub.
+        method: full moves every weight of the U-Net and writes a model; lora trains a few numbers and writes a small file.
+        steps: optimizer steps.
+        lr: the peak learning rate; after a warm-up it falls to 0 as half a cosine. Left out, 1e-4 for full and 1e-3 for lora.
+        batch: pictures in a batch.
+        accumulate: batches in a step: a larger step in the same memory.
+        warmup: steps in which the rate rises.
+        rank: of the LoRA: how much it can learn, and how large its file is.
+        alpha: of the LoRA; its change is weighed by alpha / rank. Left out, it is the rank.
+        layers: ends of the names of the U-Net's layers that get a LoRA, as in q,k,v,out. Left out, those by which it hears words.
+        text: train the text tower too.
+        dropout: how often a caption is hidden, so that guidance goes on working. Left out, it is the model's own.
+        min_snr: weigh noise levels by min(SNR, 5): steadier, for Stable Diffusion.
+        ema: write an average of the weights, of this decay, as in 0.999.
+        dtype: the precision to compute in; what is trained stays in fp32.
+        checkpointing: compute activations a second time on the way back: far less memory, a third more time.
+        optimizer: adamw8bit takes a quarter of AdamW's memory, and needs bitsandbytes.
+        size: side of the pictures in pixels. Left out, it is the size the model was trained at.
+        flip: show mirrored pictures too; not where captions say left and right.
+        caption_column: where metadata.jsonl has the captions.
+        validation: the share of the pictures to hold out: never trained on.
+        every: steps between two checkpoints.
+        resume: go on where an interrupted run stopped, bit for bit.
+        seed: everything random follows from it.
+        device: where to compute; auto takes a GPU if there is one.
+        out: folder for the result and the training's checkpoint and log.
+    """
+    options.check_out(out)
+    options.check_seed(seed)
+    if not 0 <= validation < 1:
+        raise UserError(f"--validation is {validation:g}; it must be a share from 0 to below 1.")
+    device = options.pick_device(device)
+    from minidiff import finetune as tuning
+    from minidiff import load
+    from minidiff.data.folder import CaptionedFolder, check_size
+    from minidiff.groups import split
+
+    lr = RATES.get(method, 1e-4) if lr is None else lr
+    numbers = dict(steps=steps, lr=lr, batch=batch, accumulate=accumulate, every=every, warmup=warmup, rank=rank, ema=ema, dropout=dropout)
+    tuning.check(method, dtype, **numbers)
+    folder = CaptionedFolder(data, caption_column=caption_column)
+    diffusion = load(model, device)
+    side = size or diffusion.size
+    check_size(side, diffusion.vae.factor * diffusion.unet.multiple)
+    training, held_out = split(tuning.encoded(diffusion.vae, folder, side, flip), validation, seed)
+    print(f"{len(training)} pictures to train on, {len(held_out)} held out, {side}x{side} pixels")
+    how = dict(method=method, alpha=alpha, layers=tuple(words(layers)), text=text, min_snr=min_snr, dtype=dtype, checkpointing=checkpointing)
+    tuning.finetune(diffusion, [tuning.Group("data", training)], out, **numbers, **how, seed=seed, resume=resume)
+    prompt = training[0].caption.replace('"', '\\"') if training else EXAMPLE
+    if method == "full":
+        print(out / "model", f'draw with it:  minidiff generate "{prompt}" --model {out / "model"}', sep="\n")
+        print(f"other tools:   minidiff convert {out / 'model'} {out / 'diffusers'} --to diffusers")
+    else:
+        file = out / "lora.safetensors"
+        print(file, f'draw with it:  minidiff generate "{prompt}" --model {model} --lora {file}', sep="\n")
+        print(f"in the model:  minidiff convert {model} {out / 'diffusers'} --to diffusers --lora {file}")
