@@ -15,18 +15,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from minidiff import lora
-from minidiff.data.folder import Pictures, load_picture, to_model
-from minidiff.denoiser import Denoiser
+from minidiff import cache, lora
+from minidiff.buckets import bucket
+from minidiff.cache import Example
+from minidiff.data.folder import Pictures, load_picture
+from minidiff.denoiser import HASTE, LEVELS, Denoiser
 from minidiff.errors import UserError
-from minidiff.groups import Example, Group, batches, loss
+from minidiff.groups import Batch, Group, batches, loss
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.train import EMA, train
+from minidiff.train import EMA, LossFn, train
 from minidiff.weights import files
 
 METHODS = ("full", "lora")
@@ -34,20 +35,15 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 SHARED = 50_000_000  # trained numbers below which a CPU's cores share a batch by pictures; above, a second set of gradients would cost too much
 
 
-def encoded(vae: nn.Module, data: Pictures, size: int, flip: bool = False) -> list[Example]:
-    """The pictures of a folder as examples, squares of this side; with flip each is there a second time, mirrored."""
-    device, found = next(vae.parameters()).device, []
-    for path, caption in zip(tqdm(data.paths, "encoding pictures", unit="", leave=False), data.captions, strict=True):
-        picture = to_model(load_picture(path, size))[None].to(device)
-        with torch.no_grad():
-            found += [Example(vae.encode(x)[0].cpu(), caption) for x in ([picture, picture.flip(3)] if flip else [picture])]
-    return found
-
-
-def contexts_of(text: nn.Module, captions: list[str]) -> dict[str, Float[Tensor, "L D"]]:
-    """What a text tower that stays as it is says of each caption, the empty one among them."""
-    with torch.no_grad():
-        return {caption: text.encode([caption])[0].cpu() for caption in dict.fromkeys(["", *captions])}
+def encoded(model: LatentDiffusion, data: Pictures, size: int, folder: Path | None, flip: bool = False, shapes: bool = False) -> list[Example]:
+    """The pictures of a captioned folder as examples: squares of this side, or with shapes each of the shape nearest its own, and the same area.
+    With flip each is there a second time, mirrored. folder: where the latents are kept."""
+    sizes = [(size, size)] * len(data)
+    if shapes:
+        seen = (load_picture(path).shape for path in data.paths)
+        sizes = [bucket(width, height, size**2, model.vae.factor * model.unet.multiple) for _, height, width in seen]
+    latents = cache.encoded(model.vae, data.paths, sizes, folder, flip)
+    return [Example(z, caption) for z, caption in zip(latents, data.captions * (1 + flip), strict=True)]
 
 
 def hearing(unet: nn.Module) -> tuple[str, ...]:
@@ -113,7 +109,8 @@ def finetune(
     settings = dict(method=method, steps=steps, lr=lr, batch=batch, accumulate=accumulate, warmup=warmup, text=text, dropout=dropout, min_snr=min_snr)
     settings |= dict(ema=ema, dtype=dtype, optimizer=getattr(adam, "__name__", "adamw"), every=every, seed=seed)
     settings |= dict(rank=rank, alpha=alpha, layers=",".join(layers)) if method == "lora" else {}
-    same_run(out, {"settings": settings, "model": digest(*model.state_dict().values()), "data": fingerprints(groups)}, resume)
+    weights = {name: cache.fingerprint(part) for name, part in (("VAE", model.vae), ("text tower", model.text), ("U-Net", model.unet))}
+    same_run(out, {"settings": settings, "weights": weights, "data": fingerprints(groups)}, resume)
 
     torch.manual_seed(seed)  # LoRA's A
     denoiser = Denoiser(model.unet, model.schedule, model.denoiser.target, "min-snr") if min_snr else model.denoiser
@@ -121,13 +118,19 @@ def finetune(
     for part in (model.unet, model.text):
         part.checkpointing = checkpointing
     captions = [example.caption for group in groups for example in group.examples]
-    contexts = None if text or model.text.dim is None else contexts_of(model.text, captions)
+    contexts = None if text or model.text.dim is None else cache.contexts(model.text, captions, out / "cache")
     average, seen = None if ema is None else EMA(trained, ema), {}
-    pieces = shares(model, trained, batch)
+    pieces, loss_fn = shares(model, trained, batch), loss(model, contexts, denoiser, seen)
+
+    def data(start: int) -> Iterator[Batch]:
+        return batches(groups, model.schedule, batch // pieces, dropout, seed, start)
+
+    if denoiser.log_error is not None:
+        settle(denoiser, loss_fn, data(0))
     loop = train(
-        loss(model, contexts, denoiser, seen),
+        loss_fn,
         trained,
-        lambda start: batches(groups, model.schedule, batch // pieces, dropout, seed, start),
+        data,
         steps,
         lr,
         warmup=warmup,
@@ -167,6 +170,24 @@ def finetune(
         torch._foreach_copy_(average.weights, average.averages)
     write(model, method, out)
     return model.eval()
+
+
+@torch.no_grad()
+def settle(denoiser: Denoiser, loss_fn: LossFn, data: Iterator[Batch], count: int = 320) -> None:
+    """Begin the learned weighting at its optimum, u = log E[error | t], measured on some examples: no file keeps it, and from 0 it would take a
+    fine-tune's length to get there."""
+    errors, places = [], []
+    denoiser.log_error.zero_()
+    for batch in data:
+        for part in batch.parts:  # each alone is a batch whose loss is known for each example
+            each, where = loss_fn(Batch(batch.number, [part._replace(weight=1.0)]))
+            errors.append(each.cpu())
+            places.append(where)
+        if sum(map(len, errors)) >= count:
+            break
+    level = (torch.cat(places) * LEVELS).long().clamp(max=LEVELS - 1)
+    for place in level.unique():
+        denoiser.log_error[place] = torch.cat(errors)[level == place].mean().log() / HASTE
 
 
 def shares(model: LatentDiffusion, trained: nn.Module, batch: int) -> int:
@@ -215,19 +236,13 @@ def check(method: str, dtype: str, **numbers: float | None) -> None:
         raise UserError(f"dropout is {numbers['dropout']:g}; it must be from 0 to below 1, as in 0.1.")
 
 
-def digest(*tensors: Tensor) -> str:
-    """Sixteen letters that change with any bit of them."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()[:16]
-
-
 def fingerprints(groups: list[Group]) -> dict[str, list[str]]:
-    """Of every group its weight, then of every example the picture and the caption."""
-    return {
-        group.name: [f"weight {group.weight:g}", *(f"{digest(e.latents)} {e.caption}" for e in group.examples)] for group in groups
-    }
+    """Of every group its weight, then of every example sixteen letters that change with its latents, and its caption."""
+
+    def of(example: Example) -> str:
+        return f"{hashlib.sha256(example.latents.contiguous().view(torch.uint8).numpy()).hexdigest()[:16]} {example.caption}"
+
+    return {group.name: [f"weight {group.weight:g}", *map(of, group.examples)] for group in groups}
 
 
 def same_run(out: Path, run: dict, resume: bool) -> None:
@@ -242,20 +257,28 @@ def same_run(out: Path, run: dict, resume: bool) -> None:
     if not resume:
         raise UserError(f"{out} holds a fine-tune already; pass --resume to go on with it, or another --out.")
     before = files.read_json(file)
-    if not before.keys() >= run.keys() or not all(isinstance(before[name], dict) for name in ("settings", "data")):
+    if before.keys() != run.keys() or not all(isinstance(part, dict) for part in before.values()):
         raise UserError(f"{file} is not of a fine-tune; pass another --out.")
-    for name in {**run["settings"], **before["settings"]}:
-        then, now = before["settings"].get(name), run["settings"].get(name)
-        if then != now:
-            raise UserError(f"{file}: this run was started with {name} {then}, not {now}; resume it with that, or pass another --out.")
-    if before["model"] != run["model"]:
-        raise UserError(f"{file}: this run was started from other weights; resume it with the model it was started from, or pass another --out.")
-    for name in {**run["data"], **before["data"]}:
-        then, now = before["data"].get(name, []), run["data"].get(name, [])
-        if then != now:
-            changed = [line.split(" ", 1)[1] for line in [*then, *now] if (line in then) != (line in now)]
-            said = f'{len(then) - 1} pictures then, {len(now) - 1} now; the first that differs is of "{changed[0]}"' if changed else "another order"
-            raise UserError(f'{file}: the data of "{name}" changed since this run was started ({said}); put it back, or pass another --out.')
+    for kind, name in [(part, name) for part in run for name in {**run[part], **before[part]}]:
+        then, now = before[kind].get(name), run[kind].get(name)
+        if then == now:
+            continue
+        if kind == "settings":
+            said = f"with {name} {then}, not {now}; resume it with that"
+        elif kind == "weights":
+            said = f"from a model with another {name}; resume it with --model as it was"
+        else:
+            said = f"on other data: {difference(name, then or [], now or [])}; put it back"
+        raise UserError(f"{file}: this run was started {said}, or pass another --out.")
+
+
+def difference(group: str, then: list[str], now: list[str]) -> str:
+    """What changed in a group since its fingerprints were taken."""
+    found = [line for line in [*then, *now] if (line in then) != (line in now)]
+    if not found:
+        return f'the pictures of "{group}" stand in another order, or one stands there twice'
+    first = found[0] if found[0].startswith("weight ") else f'"{found[0].partition(" ")[2]}"'
+    return f'of "{group}" there were {max(0, len(then) - 1)} pictures, now {max(0, len(now) - 1)}; what differs first is {first}'
 
 
 def write(model: LatentDiffusion, method: str, out: Path) -> Path:

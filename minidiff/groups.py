@@ -14,17 +14,12 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from minidiff import buckets
+from minidiff.cache import Example
 from minidiff.denoiser import Denoiser
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.schedules import NoiseSchedule
 from minidiff.train import LossFn, seed_of
-
-
-class Example(NamedTuple):
-    """A picture, encoded, and what it shows."""
-
-    latents: Float[Tensor, "Z h w"]
-    caption: str
 
 
 class Group(NamedTuple):
@@ -51,34 +46,20 @@ class Batch(NamedTuple):
     parts: list[Part]
 
 
-def split(examples: list, share: float, seed: int) -> tuple[list, list]:
-    """(to train on, held out): a seeded choice of this share, rounded down."""
-    held = set(random.Random(f"held out {seed}").sample(range(len(examples)), int(share * len(examples))))
-    return [e for i, e in enumerate(examples) if i not in held], [e for i, e in enumerate(examples) if i in held]
-
-
-def rounds(shapes: list[tuple[int, ...]], batch: int, rng: random.Random) -> Iterator[list[int]]:
-    """Endless batches of indices, each of examples of one shape. A shape comes as often as it has examples, and of a shape, one round of all
-    its examples follows another."""
-    members: dict[tuple[int, ...], list[int]] = {}
-    for i, shape in enumerate(shapes):
-        members.setdefault(shape, []).append(i)
-    waiting: dict[tuple[int, ...], list[int]] = {shape: [] for shape in members}
-    while True:
-        shape = rng.choice(shapes)
-        while len(waiting[shape]) < batch:
-            waiting[shape] += rng.sample(members[shape], len(members[shape]))
-        yield waiting[shape][:batch]
-        del waiting[shape][:batch]
+def split(n: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """The numbers below n as (to train on, held out): a seeded choice of this share, rounded down."""
+    held = sorted(random.Random(f"held out {seed}").sample(range(n), int(share * n)))
+    return [i for i in range(n) if i not in set(held)], held
 
 
 def batches(groups: list[Group], schedule: NoiseSchedule, batch: int, dropout: float, seed: int, start: int) -> Iterator[Batch]:
-    """Batches start, start + 1, ...: `batch` examples of every group. A caption is hidden with probability `dropout` ([1] algorithm 1)."""
-    streams = [rounds([tuple(e.latents.shape) for e in group.examples], batch, random.Random(f"{group.name} {seed}")) for group in groups]
-    for k in count():
-        chosen = [next(stream) for stream in streams]  # those before `start` are passed by: what is left of a round depends on them
-        if k < start:
-            continue
+    """Batches start, start + 1, ...: `batch` examples of every group, those of a group of one shape (buckets.py). A caption is hidden with
+    probability `dropout` ([1] algorithm 1)."""
+    orders = [
+        buckets.batches([tuple(e.latents.shape[1:]) for e in group.examples], batch, seed_of(seed, place), start)
+        for place, group in enumerate(groups)
+    ]
+    for k, *chosen in zip(count(start), *orders, strict=False):
         generator, parts = torch.Generator().manual_seed(seed_of(seed, k)), []
         for group, indices in zip(groups, chosen, strict=True):
             latents = torch.stack([group.examples[i].latents for i in indices])

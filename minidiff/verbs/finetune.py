@@ -37,6 +37,7 @@ def finetune(
     checkpointing: bool = False,
     optimizer: Optimizer = "adamw",
     size: Integer = None,
+    buckets: bool = False,
     flip: bool = False,
     caption_column: str = "text",
     validation: float = 0.1,
@@ -69,6 +70,7 @@ def finetune(
         checkpointing: compute activations a second time on the way back: far less memory, a third more time.
         optimizer: adamw8bit takes a quarter of AdamW's memory, and needs bitsandbytes.
         size: side of the pictures in pixels. Left out, it is the size the model was trained at.
+        buckets: keep the pictures' shapes, nearly, each with the same area; otherwise the middle square is cut out.
         flip: show mirrored pictures too; not where captions say left and right.
         caption_column: where metadata.jsonl has the captions.
         validation: the share of the pictures to hold out: never trained on.
@@ -95,8 +97,10 @@ def finetune(
     diffusion = load(model, device)
     side = size or diffusion.size
     check_size(side, diffusion.vae.factor * diffusion.unet.multiple)
-    training, held_out = split(tuning.encoded(diffusion.vae, folder, side, flip), validation, seed)
-    print(f"{len(training)} pictures to train on, {len(held_out)} held out, {side}x{side} pixels")
+    examples = tuning.encoded(diffusion, folder, side, out / "cache", flip, buckets)
+    kept, held_out = split(len(folder), validation, seed)
+    training = [examples[mirror * len(folder) + i] for mirror in range(1 + flip) for i in kept]
+    print(f"{len(kept)} pictures to train on, {len(held_out)} held out, {side}x{side} pixels")
     how = dict(method=method, alpha=alpha, layers=tuple(words(layers)), text=text, min_snr=min_snr, dtype=dtype, checkpointing=checkpointing)
     tuning.finetune(diffusion, [tuning.Group("data", training)], out, **numbers, **how, seed=seed, resume=resume)
     prompt = training[0].caption.replace('"', '\\"') if training else EXAMPLE
