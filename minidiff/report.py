@@ -15,10 +15,10 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from minidiff.advice import CLOSE, FAR, Record, closeness, relative
+from minidiff.advice import ASTRAY, CLOSE, Record, closeness, relative
 from minidiff.svg import chart
 
-SHOWN = 8  # measures whose pictures are in the page, evenly from the first to the last; and the best
+SHOWN = 6  # measures whose pictures are in the page, evenly from the first to the last; and the best
 SIDE = 160  # pictures are at most this wide in the page; in the grids they are whole
 
 STYLE = """
@@ -114,7 +114,7 @@ def curves(records: list[Record]) -> list[str]:
         *over_steps("Loss as the trainer counts it", named, "At random t and noise: it jumps about."),
         *over_steps(
             "How far pictures of the same seed moved", moved,
-            f"1 is as far as another seed would take them. Unrelated prompts should stay low; {FAR:g} is too far.", {"another seed": 1.0},
+            "1 is as far as another seed would take them. Unrelated prompts should stay below.", {"another seed": ASTRAY},
         ),
         *over_steps(
             "Distance to the nearest training picture", near,

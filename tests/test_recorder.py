@@ -146,7 +146,7 @@ def test_copies_are_found_and_named(tmp_path):
     apart = torch.cdist(pixels(training).double(), pixels(training).double()).fill_diagonal_(math.inf).min(1).values
     assert abs(watching.floor - apart.median().item()) < 1e-6
     watching.measure(2, {})
-    assert watching.advice().startswith("Stop") and "100% of the samples are copies" in watching.advice()
+    assert watching.advice().startswith("Stop") and "100% of them copies" in watching.advice()
 
 
 def test_numbers_that_are_not_finite_are_recorded_not_fatal(tmp_path):
@@ -244,16 +244,17 @@ def flight(validation=(), train=(), unrelated=(), caption=(), near=(), copies=()
     ([], "Nothing was measured yet"),
     (flight(validation=[1.0]), "Keep going: step 0 is the only measure yet"),
     (flight(losses=[1.0, math.nan]), "Lower the learning rate to a tenth: at step 100 loss is not a finite number"),
-    (flight(validation=[1.0, math.inf]), "Lower the learning rate to a tenth: at step 100 validation, tenth 0 of t is not"),
+    (flight(validation=[1.0, math.inf]), "Lower the learning rate to a tenth: at step 100 validation loss in tenth 1 of t is not"),
     (flight(validation=[1.0, 1.3], train=[1.0, 1.5]), "Lower the learning rate: at step 100 the loss of the training examples themselves is 1.50"),
-    (flight(validation=[1.0, 0.8, 0.7], unrelated=[0, 4.0, 3.5]), 'Lower the learning rate: by step 100 already, "unrelated" had moved 4.0'),
-    (flight(validation=[1.0, 0.8, 0.7, 0.6], unrelated=[0, 1.0, 2.0, 3.5]), 'Stop, and use step 200, or keep the rest in place'),
-    (flight(validation=[1.0, 0.8, 0.7], copies=[0, 0.25, 0.75]), "Stop, and use step 100: at step 200 75% of the samples are copies"),
-    (flight(train=[1.0, 0.8, 0.7], near=[1.0, 0.2, 0.1]), "Stop: at step 200 samples lie 0.10 times as far"),
+    (flight(validation=[1.0, 0.8, 0.7], unrelated=[0, 4.0, 3.5]), 'Lower the learning rate: "unrelated", which nobody trains, had by step 100'),
+    (flight(validation=[1.0, 0.8, 0.7], copies=[0, 0.25, 0.75]), "Stop, and use step 100: samples of step 200 lie 1.00 times as far"),
+    (flight(train=[1.0, 0.8, 0.7], near=[1.0, 0.2, 0.1]), "Stop: samples of step 200 lie 0.10 times as far"),
     (flight(validation=[1.0, 0.7, 0.75, 0.8], train=[1.0, 0.7, 0.6, 0.5]), "Stop, and use step 100: the validation loss has risen since, from 0.70"),
     (flight(validation=[1.0, 1.2, 1.4], train=[1.0, 0.7, 0.5]), "Stop, and use step 0: the validation loss has risen"),
+    (flight(validation=[1.0, 0.8, 0.7, 0.6], unrelated=[0, 1.0, 2.0, 3.5]), 'Stop, and use step 200: at step 300 "unrelated" moved 3.5 times'),
     (flight(train=[1.0, 0.995], validation=[1.0, 0.99], caption=[0.0, 0.05]), "Nothing learnt yet: at step 100 the loss of the training"),
-    (flight(validation=[1.0, 0.7, 0.6], train=[1.0, 0.7, 0.6]), "Keep going: the validation loss still falls, from 0.700 to 0.600"),
+    (flight(validation=[1.0, 0.7, 0.6], train=[1.0, 0.7, 0.6]), "Keep going: the validation loss still falls, from 0.700 to 0.600 of what it was"),
+    (flight(train=[1.0, 0.7], unrelated=[0, 1.5]), "Keep going while the pictures get better: the loss of the training examples is 0.70"),
     (flight(validation=[1.0, 0.7, 0.75], train=[1.0, 0.7, 0.6]), "Keep going while the pictures get better: the validation loss is level"),
     (flight(train=[1.0, 0.7]), "Keep going while the pictures get better: the loss of the training examples is 0.70"),
     (flight(caption=[0.0, 0.4]), "Look at the pictures of step 100"),
@@ -261,6 +262,12 @@ def flight(validation=(), train=(), unrelated=(), caption=(), near=(), copies=()
 def test_advice(records, says):
     said = advise(records)
     assert said.startswith(says) and said.endswith(".") and "\n" not in said
+
+
+def test_advice_warns_of_what_moved_beside():
+    records = [flight(validation=[1.0, 0.7], unrelated=[0, far]) for far in (0.9, 1.5)]
+    assert advise(records[0]).endswith("at first.")
+    assert advise(records[1]).startswith(advise(records[0])[:-1] + '; but "unrelated" moved 1.5 times as far as another seed would take it')
 
 
 # The page.
