@@ -125,7 +125,7 @@ class Recorder:
         """Write folder/report.html: one file that needs no other."""
         if not self.records:
             raise UserError(f"{self.folder}: nothing was measured yet, so there is nothing to report.")
-        last, grids = self.records[-1], {step: self._grid(step) for step in shown(self.records)}
+        last, grids = self.records[-1], {step: self.pictures(step) for step in shown(self.records)}
         pairs = [
             Pair(label, grids[last.step][label][k], to_uint8(self.training[which].cpu()), distance)
             for label, near in last.nearest.items()
@@ -177,7 +177,7 @@ class Recorder:
         """What was drawn at the first measure: read back, where this is a resumed run."""
         if not self.records:
             self.first = drawn
-        self.first = self.first or self._grid(self.records[0].step)
+        self.first = self.first or self.pictures(self.records[0].step)
         return self.first
 
     def _moved(self, now: UInt8[Tensor, "n 3 H W"], before: UInt8[Tensor, "n 3 H W"]) -> float:
@@ -207,7 +207,8 @@ class Recorder:
         sheet = torch.cat([torch.cat(list(row), dim=2) for row in drawn.values()], dim=1)
         plots.save_png(to_model(sheet), self.folder / "grids" / f"step_{step:06d}.png", self._drawn_with())
 
-    def _grid(self, step: int) -> Drawn:
+    def pictures(self, step: int) -> Drawn:
+        """The pictures of a measure, read back."""
         path = self.folder / "grids" / f"step_{step:06d}.png"
         try:
             with Image.open(path) as image:

@@ -1,12 +1,16 @@
 """The flight recorder: nothing of the run it watches moves, its numbers are what they are called, a resumed run keeps its past; and its one page."""
+import importlib
 import json
 import math
 import re
+import sys
 from html.parser import HTMLParser
 from itertools import repeat
+from pathlib import Path
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 from PIL import Image
 
 from minidiff import schedules
@@ -21,6 +25,10 @@ from minidiff.report import SHOWN, page, shown
 from minidiff.train import seed_of, train
 from minidiff.unet import UNet
 from minidiff.vae import Pixels
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+with install_import_hook("flight_recorder", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
+    flight_recorder = importlib.import_module("flight_recorder")
 
 PROMPTS = {"caption": "cat", "class animal": "", "unrelated": "dog"}
 SIDE = 8
@@ -126,7 +134,7 @@ def test_pictures_moved_in_units_of_another_seed(tmp_path):
     before = watching.first["unrelated"].float() / 127.5 - 1
     model.text.embedding.weight.data[1] += 3.0  # the dog
     record = watching.measure(2, {})
-    after = watching._grid(2)["unrelated"].float() / 127.5 - 1
+    after = watching.pictures(2)["unrelated"].float() / 127.5 - 1
     a, b = random_conv(before).double(), random_conv(after).double()
     between = sum((a[i] - a[j]).norm() for i in range(3) for j in range(3) if i != j) / 6
     assert abs(record.moved["unrelated"] - ((a - b).norm(dim=1).mean() / between).item()) < 1e-6 and record.moved["unrelated"] > 0.01
@@ -312,7 +320,7 @@ def test_the_page_is_one_file_that_a_phone_can_read(tmp_path):
     figures = [attrs for tag, attrs in seen.tags if tag == "svg"]
     assert len(figures) == 6 and all(attrs["aria-label"] and attrs["role"] == "img" for attrs in figures)
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in seen.tags
-    for words in (watching.advice(), "<full>", "subject", "unrelated: dog", "Command", "Learning rate", "s / step"):
+    for words in (watching.advice(), "<full>", "subject", "unrelated: dog", "Command", "Learning rate", "s/step"):
         assert words in seen.words
 
 
@@ -326,3 +334,16 @@ def test_a_long_run_shows_the_first_the_best_and_the_last():
     steps = shown(flight(validation=validation))
     assert len(steps) <= SHOWN + 1 and {0, 1300, 3900} <= set(steps) and steps == sorted(steps)
     assert shown(flight(train=[1.0] * 3)) == [0, 100, 200] and shown(flight(validation=[1.0])) == [0]
+
+
+# The study.
+
+
+def test_three_flights_at_their_smallest(tmp_path):
+    flight_recorder.main(steps=2, every=1, flights=("by heart",), out=tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["by heart"]["advice"] and results["seed"] == 0
+    assert (tmp_path / "flights.png").stat().st_size and (tmp_path / "by_heart" / "report.html").stat().st_size
+    assert [line["step"] for line in keeps(tmp_path / "by_heart")[0]] == [0, 1, 2]
+    with pytest.raises(UserError, match='no flight "low"; there is sensible, too fast, by heart'):
+        flight_recorder.main(flights=("low",))
