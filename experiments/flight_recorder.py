@@ -43,6 +43,7 @@ def main(
     flights: tuple[str, ...] = tuple(FLIGHTS),
     every: int = 50,
     steps: int | None = None,
+    sampling_steps: int = 25,
     seed: int = 0,
     out: Path = Path("out/flight_recorder"),
 ) -> None:
@@ -52,6 +53,7 @@ def main(
         flights: which: sensible, too fast, by heart.
         every: steps between two measures.
         steps: of training, for all; left out, each flight's own.
+        sampling_steps: of the pictures that are measured.
         seed: of the pictures, the noise and the order.
         out: folder for everything written.
     """
@@ -61,7 +63,7 @@ def main(
     for name in flights:
         flight = FLIGHTS[name] if steps is None else FLIGHTS[name]._replace(steps=steps)
         start = time.perf_counter()
-        recorder = fly(flight, every, seed, out / name.replace(" ", "_"))
+        recorder = fly(flight, every, sampling_steps, seed, out / name.replace(" ", "_"))
         last = recorder.records[-1]
         drawn = [to_model(recorder.pictures(step)["caption"][:2]) for step in (0, last.step)]
         rows[name] = torch.cat([*drawn, recorder.training[[which for _, which in last.nearest["caption"][:2]]]])
@@ -72,7 +74,7 @@ def main(
     print(f"wrote {write_results(out, **results, seed=seed, every=every)}")
 
 
-def fly(flight: Flight, every: int, seed: int, folder: Path) -> Recorder:
+def fly(flight: Flight, every: int, sampling_steps: int, seed: int, folder: Path) -> Recorder:
     """One fine-tune with a recorder on board."""
     model = minidiff.load("box")
     world = World(model.size, shapes=("heart",), colours=KNOWN)
@@ -91,7 +93,8 @@ def fly(flight: Flight, every: int, seed: int, folder: Path) -> Recorder:
 
     examples = list(zip(latents, contexts, strict=True))
     prompts = {"caption": captions[0], "new caption": "a large blue heart on a pink background", **KEPT}
-    recorder = Recorder(model, folder, prompts, pictures, validation, examples, every=every, settings=flight._asdict())
+    how = dict(every=every, steps=sampling_steps, seed=seed, settings=flight._asdict())
+    recorder = Recorder(model, folder, prompts, pictures, validation, examples, **how)
     recorder.measure(0, {})
     losses: list[float] = []
     training = train(lambda batch: (model.denoiser.loss(*batch), None), model.denoiser, batches, flight.steps, flight.lr, warmup=10, seed=seed)
