@@ -25,7 +25,7 @@ class Record(NamedTuple):
     train: list[float | None]  # the same of as many training examples
     moved: dict[str, float]  # by label: how far its pictures are from those of the first measure; 1 is as far as another seed's
     nearest: dict[str, list[tuple[float, int]]]  # by taught label, for each of its pictures: distance over the floor, which training picture
-    copies: float | None  # share of those pictures that are copies
+    copies: float | None  # share of those pictures that are copies; None where the training pictures have no floor
     seconds_per_step: float | None  # of training, since the measure before
     seconds: float  # that this measure took
     memory_gb: float  # the most that was held: on the GPU where the model is on one
@@ -72,10 +72,9 @@ def advise(records: list[Record]) -> str:
             f"seed would take it, and by step {step} {far:.1f} times."
         )
     if _copies(last):
-        near = "" if last.copies is None else f", {last.copies:.0%} of them copies"
         return (
             f"Stop{_back(records, _copies)}: samples of step {step} lie {closeness(last):.2f} times as far from a training picture as those "
-            f"from each other{near}; more pictures or fewer steps help."
+            f"from each other, {last.copies:.0%} of them copies; more pictures or fewer steps help."
         )
     if rise := _rise(records, validation):
         best, before, now = rise
@@ -120,7 +119,7 @@ def _rise(records: list[Record], validation: list[float | None]) -> tuple[int, f
 
 def _copies(record: Record) -> bool:
     near = closeness(record)
-    return near is not None and (near < CLOSE or (record.copies or 0.0) >= COPIED)
+    return near is not None and record.copies is not None and (near < CLOSE or record.copies >= COPIED)
 
 
 def _strayed(record: Record) -> bool:

@@ -100,7 +100,8 @@ class Recorder:
         that was killed and resumed has left behind, are dropped: they have just happened again."""
         start = time.perf_counter()
         per_step = (start - self.clock[1]) / (step - self.clock[0]) if self.clock and step > self.clock[0] else None
-        self.records = [record for record in self.records if record.step < step]
+        while self.records and self.records[-1].step >= step:
+            self._grid_file(self.records.pop().step).unlink(missing_ok=True)
         with _evaluating(self.model):
             validation, train = self._losses(self.validation), self._losses(self.examples)
             drawn, broken = self._draw()
@@ -186,13 +187,14 @@ class Recorder:
         return ((now - before).norm(dim=1).mean().item()) / max(metrics.diversity(before[None]).item(), 1e-12)
 
     def _nearest(self, drawn: Drawn) -> tuple[dict[str, list[tuple[float, int]]], float | None]:
-        """The training picture nearest to each picture of a taught prompt, its distance in units of the floor; and the share of copies, [1]."""
+        """The training picture nearest to each picture of a taught prompt, its distance in units of the floor (where there is one: a single picture
+        has none, nor have twins); and the share of copies, [1]."""
         taught = {label: self.near(to_model(pictures)) for label, pictures in drawn.items() if not label.startswith(("unrelated", "class"))}
         near = {}
         for label, rows in taught.items():
             distance, which = metrics.nearest(rows, self.known)
             near[label] = [(d / (self.floor or 1.0), w) for d, w in zip(distance[:, 0].tolist(), which[:, 0].tolist(), strict=True)]
-        if not taught or len(self.training) < 2:
+        if not taught or not self.floor:
             return near, None
         return near, metrics.memorised(torch.cat(list(taught.values())), self.known).mean().item()
 
@@ -202,14 +204,17 @@ class Recorder:
         how = {"n": self.n, "steps": self.steps, "guidance": self.guidance, "seed": self.seed}
         return {f"prompt {label}": prompt for label, prompt in self.prompts.items()} | {name: str(value) for name, value in how.items()}
 
+    def _grid_file(self, step: int) -> Path:
+        return self.folder / "grids" / f"step_{step:06d}.png"
+
     def _save_grid(self, step: int, drawn: Drawn) -> None:
         """A row for each prompt, a column for each seed, pixel by pixel: it can be cut up again."""
         sheet = torch.cat([torch.cat(list(row), dim=2) for row in drawn.values()], dim=1)
-        plots.save_png(to_model(sheet), self.folder / "grids" / f"step_{step:06d}.png", self._drawn_with())
+        plots.save_png(to_model(sheet), self._grid_file(step), self._drawn_with())
 
     def pictures(self, step: int) -> Drawn:
         """The pictures of a measure, read back."""
-        path = self.folder / "grids" / f"step_{step:06d}.png"
+        path = self._grid_file(step)
         try:
             with Image.open(path) as image:
                 text, sheet = image.text, torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0)

@@ -41,7 +41,8 @@ def chart(
         parts += _drawn([place(x, y) if _shown(y) else None for x, y in line], colour)
         legend.append((name, colour, False))
     below, height = _legend(legend)
-    ends = "; ".join(f"{name} from {_number(line[0][1])} to {_number(line[-1][1])}" for name, line in lines.items() if line)
+    known = {name: [f"{y:.3g}" for _, y in line if _shown(y)] for name, line in lines.items()}
+    ends = "; ".join(f"{name} from {values[0]} to {values[-1]}" for name, values in known.items() if values)
     said = html.escape(f"{title}: {ends}")
     head = f'<svg viewBox="0 0 {WIDTH} {height}" font-size="{TEXT}" font-family="sans-serif" role="img" aria-label="{said}">'
     return head + "".join(parts + below) + "</svg>"
@@ -51,14 +52,10 @@ def _shown(y: float | None) -> bool:
     return y is not None and math.isfinite(y)
 
 
-def _number(y: float | None) -> str:
-    return "nothing" if y is None else f"{y:.3g}"
-
-
 def _range(values: list[float], margin: float) -> tuple[float, float]:
     low, high = min(values), max(values)
     if high == low:
-        return low - 0.5, high + 0.5
+        return low - abs(low) / 2 - (low == 0), high + abs(high) / 2 + (high == 0)
     return low - margin * (high - low), high + margin * (high - low)
 
 

@@ -157,6 +157,12 @@ def test_copies_are_found_and_named(tmp_path):
     assert watching.advice().startswith("Stop") and "100% of them copies" in watching.advice()
 
 
+def test_a_single_training_picture_has_no_copies_that_could_be_told(tmp_path):
+    watching = Recorder(tiny(), tmp_path, PROMPTS, data()[0][:1], n=2, steps=1)
+    assert [watching.measure(step, {}).copies for step in (0, 2)] == [None, None]
+    assert watching.advice().startswith("Look at the pictures of step 2")
+
+
 def test_numbers_that_are_not_finite_are_recorded_not_fatal(tmp_path):
     model = tiny()
     watching = recorder(tmp_path, model)
@@ -198,7 +204,8 @@ def test_a_resumed_run_keeps_the_measures_before_it_and_drops_those_after(tmp_pa
     assert keeps(parts) == keeps(whole) and [line["step"] for line in keeps(whole)[0]] == [0, 2, 4, 6]
     assert not list(parts.glob("*.new"))
     go(recorder(parts, model), (0,))  # a fresh run in an old folder
-    assert [line["step"] for line in keeps(parts)[0]] == [0]
+    lines, grids = keeps(parts)
+    assert [line["step"] for line in lines] == [0] and list(grids) == ["step_000000.png"]
 
 
 def test_a_resumed_run_must_draw_as_before(tmp_path):
