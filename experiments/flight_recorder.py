@@ -93,7 +93,7 @@ def fly(flight: Flight, every: int, sampling_steps: int, seed: int, folder: Path
 
     examples = list(zip(latents, contexts, strict=True))
     prompts = {"caption": captions[0], "new caption": "a large blue heart on a pink background", **KEPT}
-    how = dict(every=every, steps=sampling_steps, seed=seed, settings=flight._asdict())
+    how = dict(every=every, steps=sampling_steps, seed=seed, network="critic-attributes", settings=flight._asdict())
     recorder = Recorder(model, folder, prompts, pictures, validation, examples, **how)
     recorder.measure(0, {})
     losses: list[float] = []

@@ -63,11 +63,13 @@ class Recorder:
         seed: int = 0,
         probe: int = 8,
         noises: int = 2,
+        network: str = "random-conv-0",
         settings: dict[str, object] | None = None,
     ):
         """prompts: label -> prompt. training: the pictures trained on, in [-1, 1]. validation, examples: what is left out of training, and what
         is not; the first `probe` of each are measured, with `noises` times and noises in each tenth of t. every: of the trainer's steps.
-        n, steps, guidance: of the pictures of each prompt. settings: what the report's table should say of the run."""
+        n, steps, guidance: of the pictures of each prompt. network: whose features (features.py) say how far they moved; of pictures of the
+        built-in world "critic-attributes" sees most. settings: what the report's table should say of the run."""
         if n < 2:
             raise UserError(f"a grid of {n} picture of each prompt has no second seed to compare with; take at least 2.")
         if every < 1:
@@ -82,7 +84,7 @@ class Recorder:
         self.examples = list(examples)[: len(self.validation) or probe]
         self.settings = settings or {}
         self.training = training
-        self.near, self.far = features.pixels, features.random_conv
+        self.network, self.near, self.far = network, features.pixels, features.by_name(network)
         self.known = self.near(training)
         self.floor = metrics.radii(self.known, 1).median().item() if len(training) > 1 else None
         self.t, self.bin = self._times()
@@ -201,7 +203,7 @@ class Recorder:
     # What is kept.
 
     def _drawn_with(self) -> dict[str, str]:
-        how = {"n": self.n, "steps": self.steps, "guidance": self.guidance, "seed": self.seed}
+        how = {"n": self.n, "steps": self.steps, "guidance": self.guidance, "seed": self.seed, "network": self.network}
         return {f"prompt {label}": prompt for label, prompt in self.prompts.items()} | {name: str(value) for name, value in how.items()}
 
     def _grid_file(self, step: int) -> Path:
@@ -243,7 +245,7 @@ class Recorder:
             "validation examples measured": len(self.validation),
             "training examples measured": len(self.examples),
             "pictures of a prompt": f"{self.n}, {self.steps} steps, guidance {guidance}, seed {self.seed}",
-            "features": "random-conv-0 for how far pictures moved, pixels-8x8 for the nearest training picture",
+            "features": f"{self.network} for how far pictures moved, pixels-8x8 for the nearest training picture",
         }
 
 

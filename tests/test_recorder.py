@@ -222,7 +222,7 @@ def test_a_resumed_run_must_draw_as_before(tmp_path):
         recorder(tmp_path)
 
 
-@pytest.mark.parametrize("how, words", [({"n": 1}, "at least 2"), ({"every": 0}, "at least 1")])
+@pytest.mark.parametrize("how, words", [({"n": 1}, "at least 2"), ({"every": 0}, "at least 1"), ({"network": "eyes"}, 'no features "eyes"')])
 def test_what_cannot_be_measured_is_refused(tmp_path, how, words):
     with pytest.raises(UserError, match=words):
         recorder(tmp_path, **how)
