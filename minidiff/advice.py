@@ -11,7 +11,7 @@ from typing import NamedTuple
 NOISE = 0.02  # a mean loss this near to another is as good as the same
 ASTRAY, FAR = 1.0, 3.0  # times the distance between two seeds: a prompt nobody trains that moved so far is worth a word, or is lost
 STILL = 0.1  # times the distance between two seeds: pictures that moved less look as they did
-COPIED = 0.5  # share of copies among the pictures of taught prompts
+COPIED = 0.5  # share of copies among the pictures of taught prompts, if it is above that among the training pictures
 CLOSE = 1 / 3  # times the floor: no two training pictures are as near to each other, as a rule
 
 
@@ -26,6 +26,7 @@ class Record(NamedTuple):
     moved: dict[str, float]  # by label: how far its pictures are from those of the first measure; 1 is as far as another seed's
     nearest: dict[str, list[tuple[float, int]]]  # by taught label, for each of its pictures: distance over the floor, which training picture
     copies: float | None  # share of those pictures that are copies; None where the training pictures have no floor
+    copies_floor: float  # the same share of the training pictures among themselves; 0 where they are too few to say
     seconds_per_step: float | None  # of training, since the measure before
     seconds: float  # that this measure took
     memory_gb: float  # the most that was held: on the GPU where the model is on one
@@ -78,7 +79,8 @@ def advise(records: list[Record]) -> str:
         )
     if rise := _rise(records, validation):
         best, before, now = rise
-        return f"Stop, and use step {best}: the validation loss has risen since, from {before:.2f} to {now:.2f} of what it was at first."
+        back = f", and use step {best}" if best > records[0].step else ""
+        return f"Stop{back}: the validation loss rose from {before:.2f} to {now:.2f} of what it was at first."
     stray = f'"{label}" moved {far:.1f} times as far as another seed would take it; class pictures, LoRA or a lower rate keep it in place'
     if far >= FAR:
         return f"Stop{_back(records, _strayed)}: at step {step} {stray}."
@@ -119,7 +121,9 @@ def _rise(records: list[Record], validation: list[float | None]) -> tuple[int, f
 
 def _copies(record: Record) -> bool:
     near = closeness(record)
-    return near is not None and record.copies is not None and (near < CLOSE or record.copies >= COPIED)
+    if near is None or record.copies is None:
+        return False
+    return near < CLOSE or (record.copies >= COPIED and record.copies > record.copies_floor)
 
 
 def _strayed(record: Record) -> bool:
@@ -127,6 +131,8 @@ def _strayed(record: Record) -> bool:
 
 
 def _back(records: list[Record], wrong: Callable[[Record], bool]) -> str:
-    """Which step to go back to: the last before it went wrong, where one was trained at all."""
-    right = [record.step for record in records[1:] if not wrong(record)]
-    return f", and use step {right[-1]}" if right else ""
+    """Which step to go back to: of those before it went wrong, that of the lowest validation loss, or else the last; if one was trained at all."""
+    losses = relative(records, "validation")
+    right = [(-math.inf if loss is None else -loss, r.step) for loss, r in zip(losses, records, strict=True) if not wrong(r)]
+    best = max(right, default=(0.0, records[0].step))[1]
+    return f", and use step {best}" if best > records[0].step else ""

@@ -87,6 +87,7 @@ class Recorder:
         self.network, self.near, self.far = network, features.pixels, features.by_name(network)
         self.known = self.near(training)
         self.floor = metrics.radii(self.known, 1).median().item() if len(training) > 1 else None
+        self.copies_floor = metrics.memorised_floor(self.known).mean().item() if len(training) > 2 else 0.0
         self.t, self.bin = self._times()
         self.records = self._read()
         self.clock: tuple[int, float] | None = None
@@ -113,7 +114,7 @@ class Recorder:
         self._save_grid(step, drawn)
         memory = round(torch.cuda.max_memory_allocated() / 2**30, 2) if self.model.device.type == "cuda" else peak_memory_gb()
         seconds = round(time.perf_counter() - start, 2)
-        record = Record(step, losses, lr, validation, train, moved, nearest, copies, per_step, seconds, memory)
+        record = Record(step, losses, lr, validation, train, moved, nearest, copies, self.copies_floor, per_step, seconds, memory)
         self.records.append(record)
         _replace(self.folder / "record.jsonl", "".join(json.dumps(r._asdict()) + "\n" for r in self.records))
         self.report()
@@ -238,10 +239,9 @@ class Recorder:
 
     def _settings(self) -> dict[str, object]:
         guidance = self.model.guidance if self.guidance is None else self.guidance
-        few = len(self.training) < 3
         return self.settings | {
             "training pictures": len(self.training),
-            "copies among the training pictures themselves": "unknown, too few" if few else f"{metrics.memorised_floor(self.known).mean():.0%}",
+            "copies among the training pictures themselves": f"{self.copies_floor:.0%}",
             "validation examples measured": len(self.validation),
             "training examples measured": len(self.examples),
             "pictures of a prompt": f"{self.n}, {self.steps} steps, guidance {guidance}, seed {self.seed}",

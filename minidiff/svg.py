@@ -73,8 +73,8 @@ def _decades(low: float, high: float) -> list[float]:
     return within[0] if len(within[0]) > 3 else within[1]
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str, dashes: str = "none") -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" stroke-dasharray="{dashes}"/>'
+def _line(x1: float, y1: float, x2: float, y2: float, colour: str, dashes: str = "none", width: int = 1) -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" stroke-width="{width}" stroke-dasharray="{dashes}"/>'
 
 
 def _text(x: float, y: float, words: str, anchor: str = "start", bold: bool = False) -> str:
@@ -101,6 +101,6 @@ def _legend(names: list[tuple[str, str, bool]]) -> tuple[list[str], int]:
         wide = 34 + LETTER * len(name)
         if x > LEFT and x + wide > WIDTH:
             x, y = LEFT, y + 18
-        parts += [_line(x, y - 4, x + 20, y - 4, colour, "5 4" if dashed else "none"), _text(x + 25, y, name)]
+        parts += [_line(x, y - 4, x + 20, y - 4, colour, "5 4" if dashed else "none", 1 if dashed else 2), _text(x + 25, y, name)]
         x += wide
     return parts, round(y + 8)

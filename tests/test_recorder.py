@@ -249,7 +249,8 @@ def flight(validation=(), train=(), unrelated=(), caption=(), near=(), copies=()
             step=100 * k, losses={"loss": at(losses, k, 1.0)}, lr=1e-3,
             validation=[at(validation, k, 1.0), 2 * at(validation, k, 1.0)] if validation else [],
             train=[at(train, k, 1.0)] if train else [], moved={"caption": at(caption, k, 0.5), "unrelated": at(unrelated, k, 0.0)},
-            nearest={"caption": [(at(near, k, 1.0), 0)]}, copies=at(copies, k, 0.0), seconds_per_step=None, seconds=1.0, memory_gb=1.0,
+            nearest={"caption": [(at(near, k, 1.0), 0)]}, copies=at(copies, k, 0.0), copies_floor=0.4,
+            seconds_per_step=None, seconds=1.0, memory_gb=1.0,
         )
         for k in range(n)
     ]  # fmt: skip
@@ -263,9 +264,11 @@ def flight(validation=(), train=(), unrelated=(), caption=(), near=(), copies=()
     (flight(validation=[1.0, 1.3], train=[1.0, 1.5]), "Lower the learning rate: at step 100 the loss of the training examples themselves is 1.50"),
     (flight(validation=[1.0, 0.8, 0.7], unrelated=[0, 4.0, 3.5]), 'Lower the learning rate: "unrelated", which nobody trains, had by step 100'),
     (flight(validation=[1.0, 0.8, 0.7], copies=[0, 0.25, 0.75]), "Stop, and use step 100: samples of step 200 lie 1.00 times as far"),
+    (flight(train=[1.0, 0.8, 0.7], copies=[0, 0.25, 0.75]), "Stop, and use step 100: samples of step 200 lie 1.00 times as far"),
+    (flight(validation=[1.0, 2.0, 3.0], copies=[0, 0.25, 0.75]), "Stop: samples of step 200 lie 1.00 times as far"),
     (flight(train=[1.0, 0.8, 0.7], near=[1.0, 0.2, 0.1]), "Stop: samples of step 200 lie 0.10 times as far"),
-    (flight(validation=[1.0, 0.7, 0.75, 0.8], train=[1.0, 0.7, 0.6, 0.5]), "Stop, and use step 100: the validation loss has risen since, from 0.70"),
-    (flight(validation=[1.0, 1.2, 1.4], train=[1.0, 0.7, 0.5]), "Stop, and use step 0: the validation loss has risen"),
+    (flight(validation=[1.0, 0.7, 0.75, 0.8], train=[1.0, 0.7, 0.6, 0.5]), "Stop, and use step 100: the validation loss rose from 0.70 to 0.80"),
+    (flight(validation=[1.0, 1.2, 1.4], train=[1.0, 0.7, 0.5]), "Stop: the validation loss rose from 1.00 to 1.40"),
     (flight(validation=[1.0, 0.8, 0.7, 0.6], unrelated=[0, 1.0, 2.0, 3.5]), 'Stop, and use step 200: at step 300 "unrelated" moved 3.5 times'),
     (flight(train=[1.0, 0.995], validation=[1.0, 0.99], caption=[0.0, 0.05]), "Nothing learnt yet: at step 100 the loss of the training"),
     (flight(validation=[1.0, 0.7, 0.6], train=[1.0, 0.7, 0.6]), "Keep going: the validation loss still falls, from 0.700 to 0.600 of what it was"),
@@ -277,6 +280,12 @@ def flight(validation=(), train=(), unrelated=(), caption=(), near=(), copies=()
 def test_advice(records, says):
     said = advise(records)
     assert said.startswith(says) and said.endswith(".") and "\n" not in said
+
+
+def test_copies_count_only_above_what_the_training_pictures_are_to_each_other():
+    records = flight(train=[1.0, 0.8, 0.7], copies=[0, 0.25, 0.75])
+    assert advise(records).startswith("Stop")
+    assert advise([record._replace(copies_floor=0.8) for record in records]).startswith("Keep going")
 
 
 def test_advice_warns_of_what_moved_beside():
