@@ -1,4 +1,5 @@
 """The verb that goes on training a model, on a captioned folder."""
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ Method = Annotated[str, tyro.conf.arg(metavar="full|lora")]
 Precision = Annotated[str, tyro.conf.arg(metavar="fp32|bf16")]
 Optimizer = Annotated[str, tyro.conf.arg(metavar="adamw|adamw8bit")]
 RATES = {"full": 1e-4, "lora": 1e-3}
+THUMBNAIL = 128  # pixels: what the report compares samples with
 
 
 def finetune(
@@ -41,6 +43,7 @@ def finetune(
     flip: bool = False,
     caption_column: str = "text",
     validation: float = 0.1,
+    unrelated: str = EXAMPLE,
     every: int = 100,
     resume: bool = False,
     seed: int = 0,
@@ -74,11 +77,12 @@ def finetune(
         flip: show mirrored pictures too; not where captions say left and right.
         caption_column: where metadata.jsonl has the captions.
         validation: the share of the pictures to hold out: never trained on.
-        every: steps between two checkpoints.
+        unrelated: a prompt that the pictures say nothing about; the report shows what becomes of it.
+        every: steps between two checkpoints, and between two rows of the report.
         resume: go on where an interrupted run stopped, bit for bit.
         seed: everything random follows from it.
         device: where to compute; auto takes a GPU if there is one.
-        out: folder for the result and the training's checkpoint and log.
+        out: folder for the result, report.html, and the training's checkpoint and log.
     """
     options.check_out(out)
     options.check_seed(seed)
@@ -89,10 +93,12 @@ def finetune(
     from minidiff import load
     from minidiff.data.folder import CaptionedFolder, check_size
     from minidiff.groups import split
+    from minidiff.identity import check_free
 
     lr = RATES.get(method, 1e-4) if lr is None else lr
     numbers = dict(steps=steps, lr=lr, batch=batch, accumulate=accumulate, every=every, warmup=warmup, rank=rank, ema=ema, dropout=dropout)
-    tuning.check(method, dtype, **numbers)
+    tuning.check(method, optimizer, dtype, **numbers)
+    check_free(out, resume)
     folder = CaptionedFolder(data, caption_column=caption_column)
     diffusion = load(model, device)
     side = size or diffusion.size
@@ -101,13 +107,40 @@ def finetune(
     kept, held_out = split(len(folder), validation, seed)
     training = [examples[mirror * len(folder) + i] for mirror in range(1 + flip) for i in kept]
     print(f"{len(kept)} pictures to train on, {len(held_out)} held out, {side}x{side} pixels")
+    recorder = recorded(diffusion, out, training, [examples[i] for i in held_out], [folder.paths[i] for i in kept], unrelated, every, seed)
     how = dict(method=method, alpha=alpha, layers=tuple(words(layers)), text=text, min_snr=min_snr, dtype=dtype, checkpointing=checkpointing)
-    tuning.finetune(diffusion, [tuning.Group("data", training)], out, **numbers, **how, seed=seed, resume=resume)
-    prompt = training[0].caption.replace('"', '\\"') if training else EXAMPLE
-    if method == "full":
-        print(out / "model", f'draw with it:  minidiff generate "{prompt}" --model {out / "model"}', sep="\n")
-        print(f"other tools:   minidiff convert {out / 'model'} {out / 'diffusers'} --to diffusers")
-    else:
-        file = out / "lora.safetensors"
-        print(file, f'draw with it:  minidiff generate "{prompt}" --model {model} --lora {file}', sep="\n")
-        print(f"in the model:  minidiff convert {model} {out / 'diffusers'} --to diffusers --lora {file}")
+    how |= dict(optimizer=optimizer, seed=seed, resume=resume, recorder=recorder)
+    tuning.finetune(diffusion, [tuning.Group("data", training)], out, **numbers, **how)
+    print(recorder.advice(), recorder.report(), sep="\n")
+    print(*use(diffusion, method, model, out, training[0].caption), sep="\n")
+
+
+def use(diffusion, method: str, model: Path, out: Path, caption: str) -> list[str]:
+    """What was written, and the commands that use it."""
+    from minidiff.weights import write
+
+    try:
+        write.check(diffusion)
+        layout = "diffusers"
+    except UserError:  # the model in the box, and others that only minidiff draws with
+        layout = "minidiff"
+    written, prompt = out / ("model" if method == "full" else "lora.safetensors"), shlex.quote(caption)
+    how = f"--model {written}" if method == "full" else f"--model {model} --lora {written}"
+    lines = [str(written), f"draw with it:      minidiff generate {prompt} {how}"]
+    if method == "lora":
+        lines.append(f"one model of both: minidiff convert {model} {out / 'merged'} --to {layout} --lora {written}")
+    elif layout == "diffusers":
+        lines.append(f"for other tools:   minidiff convert {written} {out / 'diffusers'} --to diffusers")
+    return lines
+
+
+def recorded(diffusion, out: Path, training: list, held_out: list, paths: list[Path], unrelated: str, every: int, seed: int):
+    """The flight recorder of a fine-tune: a caption that is trained on, one that is not, and a prompt that should stay as it is."""
+    import torch
+
+    from minidiff.data.folder import load_picture, to_model
+    from minidiff.recorder import Recorder
+
+    prompts = {"training caption": training[0].caption} | ({"held-out caption": held_out[0].caption} if held_out else {}) | {"unrelated": unrelated}
+    shown = torch.stack([to_model(load_picture(path, min(diffusion.size, THUMBNAIL))) for path in paths])
+    return Recorder(diffusion, out, prompts, shown, held_out, training, every=every, seed=seed)
