@@ -166,8 +166,10 @@ def finetune(
             bar.update()
             if step.step % every == 0 or step.step == steps:
                 record(step.step, step.lr)
-    with averaged(average):
-        write(model, method, out)
+    if average is not None:
+        with torch.no_grad():
+            torch._foreach_copy_(average.weights, average.averages)
+    write(model, method, out)
     return model.eval()
 
 

@@ -20,9 +20,11 @@ RESULTS = ("training", "model", "lora.safetensors")  # what a run leaves in its 
 
 
 def identity(model: LatentDiffusion, groups: list[Group], settings: dict[str, object]) -> dict[str, dict]:
-    """What a run is made of, as run.json has it: settings by name, a word for all weights of each part, the fingerprints of each group."""
+    """What a run is made of, as run.json has it: settings by name, a word for all weights of each part, the
+    fingerprints of each group."""
     parts = {"VAE": model.vae, "text tower": model.text, "U-Net": model.unet}
     weights = {name: cache.fingerprint(part) for name, part in parts.items()}
+    weights["denoiser"] = f"{model.denoiser.target}, {model.denoiser.weighting}, {model.schedule}"
     return {"settings": settings, "weights": weights, "data": fingerprints(groups)}
 
 

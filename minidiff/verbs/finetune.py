@@ -90,7 +90,7 @@ def finetune(
         raise UserError(f"--validation is {validation:g}; it must be a share from 0 to below 1.")
     device = options.pick_device(device)
     from minidiff import finetune as tuning
-    from minidiff import load
+    from minidiff import load, lora
     from minidiff.data.folder import CaptionedFolder, check_size
     from minidiff.groups import split
     from minidiff.identity import check_free
@@ -101,14 +101,16 @@ def finetune(
     check_free(out, resume)
     folder = CaptionedFolder(data, caption_column=caption_column)
     diffusion = load(model, device)
-    side = size or diffusion.size
+    targets, side = tuple(words(layers)), size or diffusion.size
+    if method == "lora":
+        lora.chosen(diffusion.unet, targets or tuning.hearing(diffusion.unet))  # complains of names before anything slow
     check_size(side, diffusion.vae.factor * diffusion.unet.multiple)
     examples = tuning.encoded(diffusion, folder, side, out / "cache", flip, buckets)
     kept, held_out = split(len(folder), validation, seed)
     training = [examples[mirror * len(folder) + i] for mirror in range(1 + flip) for i in kept]
     print(f"{len(kept)} pictures to train on, {len(held_out)} held out, {side}x{side} pixels")
     recorder = recorded(diffusion, out, training, [examples[i] for i in held_out], [folder.paths[i] for i in kept], unrelated, every, seed)
-    how = dict(method=method, alpha=alpha, layers=tuple(words(layers)), text=text, min_snr=min_snr, dtype=dtype, checkpointing=checkpointing)
+    how = dict(method=method, alpha=alpha, layers=targets, text=text, min_snr=min_snr, dtype=dtype, checkpointing=checkpointing)
     how |= dict(optimizer=optimizer, seed=seed, resume=resume, recorder=recorder)
     tuning.finetune(diffusion, [tuning.Group("data", training)], out, **numbers, **how)
     print(recorder.advice(), recorder.report(), sep="\n")
