@@ -165,6 +165,7 @@ def train(
                 culprit = _first_bad(loss_fn, module, micro, autocast)
                 raise NonFiniteError(f"step {step + 1}: {culprit}; lower the learning rate, or compute in float32.")
             nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+            del grads  # this list would keep them alive beside those of the next step
             adamw.step()
             adamw.zero_grad()
             if ema is not None:
