@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 from minidiff import console
-from minidiff.verbs import checkpoint, data, draw, evaluate, plot
+from minidiff.verbs import checkpoint, data, draw, evaluate, finetune, plot
 
 VERBS: dict[str, Callable[..., None]] = {
     "quickstart": draw.quickstart,
@@ -16,6 +16,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "plot schedules": plot.schedules,
     "data coco": data.coco,
     "data check": data.check,
+    "finetune": finetune.finetune,
     "evaluate": evaluate.evaluate,
     "inspect": checkpoint.inspect,
     "convert": checkpoint.convert,

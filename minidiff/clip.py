@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from minidiff.layers import Attention
+from minidiff.layers import Attention, run
 
 START, END = 49406, 49407  # the last two of CLIP's 49,408 tokens
 
@@ -71,6 +71,7 @@ class CLIPText(nn.Module):
         super().__init__()
         self.numbers = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.dim, self.pad, self.context_length, self.words_only = width, pad, context_length, words_only
+        self.checkpointing = False  # True: compute each block again in the backward pass rather than keep what it computed
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.position_embedding = nn.Embedding(context_length, width)
         self.blocks = nn.ModuleList(Block(width, heads, activation) for _ in range(layers))
@@ -103,7 +104,7 @@ class CLIPText(nn.Module):
     def forward(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
         h = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
         for block in self.blocks:
-            h = block(h)
+            h = run(block, h, recompute=self.checkpointing)
         h = self.norm_out(h)
         return h * ((tokens < START) & (tokens != self.pad))[..., None] if self.words_only else h
 

@@ -5,14 +5,17 @@
 [3] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. 2022. arXiv:2112.10752
 [4] Shazeer. GLU Variants Improve Transformer. 2020. arXiv:2002.05202
 [5] Dhariwal, Nichol. Diffusion Models Beat GANs on Image Synthesis. 2021. arXiv:2105.05233
+[6] Chen et al. Training Deep Nets with Sublinear Memory Cost. 2016. arXiv:1604.06174
 """
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def timestep_embedding(t: Shaped[Tensor, "B"], dim: int, max_period: float = 10_000) -> Float[Tensor, "B {dim}"]:
@@ -21,6 +24,12 @@ def timestep_embedding(t: Shaped[Tensor, "B"], dim: int, max_period: float = 10_
     frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, dtype=precise))
     angles = t[:, None].to(precise) * frequencies.to(t.device)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def run(block: Callable[..., Tensor], *inputs: Tensor | int | None, recompute: bool) -> Tensor:
+    """block(*inputs). recompute: keep nothing but the inputs until the backward pass, which runs the block again ([6]): much less memory,
+    one more forward pass, and the same gradients to the bit."""
+    return checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
 
 
 def group_norm(groups: int, channels: int, eps: float) -> nn.Module:

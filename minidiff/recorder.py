@@ -40,7 +40,7 @@ from minidiff.quickstart import peak_memory_gb
 from minidiff.report import Pair, page, shown
 from minidiff.train import BINS, seed_of
 
-Example = tuple[Float[Tensor, "Z h w"], Float[Tensor, "L D"] | str]  # latents, and what the text tower said; a caption is encoded at every measure
+Example = tuple[Float[Tensor, "Z _ _"], Float[Tensor, "L D"] | str]  # latents, and what the text tower said; a caption is encoded at every measure
 Drawn = dict[str, UInt8[Tensor, "n 3 H W"]]  # by label
 
 

@@ -26,10 +26,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from minidiff import optimizers
 from minidiff.errors import UserError
 
 # A batch of any kind to (a loss for each example, where each lies in [0, 1] on the axis of the loss-by-t plot, or None).
 LossFn = Callable[[Any], tuple[Tensor, Tensor | None]]
+Run = dict[str, int | float]  # what a checkpoint must have in common with the run that goes on from it
 BINS = 10
 
 
@@ -43,7 +45,7 @@ class TrainStep(NamedTuple):
     grad_norm: float
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError):
     """The loss or a gradient became NaN or infinite; the message names the first module it happened in."""
 
 
@@ -83,6 +85,7 @@ def train(
     betas: tuple[float, float] = (0.9, 0.99),
     weight_decay: float = 0.0,
     clip: float = 1.0,
+    optimizer: str = "adamw",
     accumulate: int = 1,
     threads: int = 1,
     ema: EMA | None = None,
@@ -92,12 +95,12 @@ def train(
     resume: bool = False,
     save_every: int = 500,
 ) -> Iterator[TrainStep]:
-    """AdamW ([1]) on module's trainable parameters; yields after every optimizer step.
+    """AdamW ([1]; optimizer "adamw8bit" keeps its moments in 8 bits) on module's trainable parameters; yields after every optimizer step.
 
     batches(k) iterates over batches from the k-th on, endlessly; `accumulate` of them make a step, `threads` of them at a time: on a CPU,
     small networks share two cores far better by pictures than by operations. Then all that is random must come with the batch, since
     threads that draw from one generator draw in any order. With a folder, every step adds a line to log.jsonl, and checkpoint.pt is
-    written every save_every steps, at the end, and on Ctrl-C; resume continues from it.
+    written every save_every steps, at the end, and on Ctrl-C; resume continues from it, if steps, lr, warmup, accumulate and seed are its own.
     autocast: compute in this dtype (bfloat16); the weights stay float32, so there is no loss to scale.
     """
     if steps < 1:
@@ -108,14 +111,14 @@ def train(
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=device.type in ("cpu", "cuda"))
-    optimizer.zero_grad()  # whatever the caller left there
-    start = 0
+    adamw = optimizers.named(optimizer, groups, lr, betas, device)
+    adamw.zero_grad()  # whatever the caller left there
+    start, run = 0, {"seed": seed, "steps": steps, "lr": lr, "warmup": warmup, "accumulate": accumulate}
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         if not resume:  # a checkpoint of an earlier run must not be what a later --resume finds
             (folder / "checkpoint.pt").unlink(missing_ok=True)
-        start = load_checkpoint(folder, seed, module, optimizer, ema) if resume else 0
+        start = load_checkpoint(folder, run, module, adamw, ema) if resume else 0
         _cut_log(folder / "log.jsonl", start)
 
     def forward(batch: Any) -> tuple[Tensor, Tensor | None]:
@@ -145,7 +148,7 @@ def train(
     with _workers(threads) as workers, _interrupts_wait() as interrupted:
         for step in range(start, steps):
             module.train()  # the caller may have sampled in between
-            for group in optimizer.param_groups:
+            for group in adamw.param_groups:
                 group["lr"] = learning_rate(step, steps, lr, warmup)
 
             torch.manual_seed(seed_of(seed, step))
@@ -162,17 +165,18 @@ def train(
                 culprit = _first_bad(loss_fn, module, micro, autocast)
                 raise NonFiniteError(f"step {step + 1}: {culprit}; lower the learning rate, or compute in float32.")
             nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-            optimizer.step()
-            optimizer.zero_grad()
+            del grads  # this list would keep them alive beside those of the next step
+            adamw.step()
+            adamw.zero_grad()
             if ema is not None:
                 ema.update(step + 1)
 
-            done = TrainStep(step + 1, loss.mean().item(), by_bin(loss, places), optimizer.param_groups[0]["lr"], norm.item())
+            done = TrainStep(step + 1, loss.mean().item(), by_bin(loss, places), adamw.param_groups[0]["lr"], norm.item())
             if folder is not None:
                 with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
                     log.write(json.dumps(done._asdict()) + "\n")
                 if done.step % save_every == 0 or done.step == steps or interrupted.is_set():
-                    save_checkpoint(folder, done.step, seed, module, optimizer, ema)
+                    save_checkpoint(folder, done.step, run, module, adamw, ema)
             if interrupted.is_set():
                 raise KeyboardInterrupt
             yield done
@@ -251,27 +255,34 @@ def _interrupts_wait() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def save_checkpoint(folder: Path, step: int, seed: int, module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> None:
-    """All that resuming needs, written beside its place and renamed: a crash leaves the last checkpoint whole."""
-    state = {"step": step, "seed": seed, "module": module.state_dict(), "optimizer": optimizer.state_dict()}
+def save_checkpoint(folder: Path, step: int, run: Run, module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> None:
+    """All that resuming needs, written beside its place and renamed: a crash, or a full disk, leaves the last checkpoint whole."""
+    state = {"step": step, "run": run, "module": module.state_dict(), "optimizer": optimizer.state_dict()}
     state["ema"] = ema.average.state_dict() if ema is not None else None
-    torch.save(state, folder / "checkpoint.pt.new")
-    os.replace(folder / "checkpoint.pt.new", folder / "checkpoint.pt")
+    fresh = folder / "checkpoint.pt.new"
+    try:
+        torch.save(state, fresh)
+        os.replace(fresh, folder / "checkpoint.pt")
+    except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError where the disk is full
+        fresh.unlink(missing_ok=True)
+        said = f"step {step} could not be saved ({str(error).splitlines()[0]})"
+        raise UserError(f"{folder / 'checkpoint.pt'}: {said}; what was saved before is whole. Make room, and go on with --resume.") from error
 
 
-def load_checkpoint(folder: Path, seed: int, module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> int:
+def load_checkpoint(folder: Path, run: Run, module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> int:
     """Put everything back as it was; returns the steps done, 0 where there is no checkpoint."""
     file = folder / "checkpoint.pt"
     if not file.exists():
         return 0
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)  # a checkpoint is numbers: it cannot run code
-    except (RuntimeError, UnpicklingError, EOFError, LookupError, ValueError) as error:
+    except (OSError, RuntimeError, UnpicklingError, EOFError, LookupError, ValueError) as error:
         raise UserError(f"{file} is damaged, or no checkpoint; start afresh without --resume.") from error
-    if not isinstance(state, dict) or not state.keys() >= {"step", "seed", "module", "optimizer", "ema"}:
+    if not isinstance(state, dict) or not state.keys() >= {"step", "run", "module", "optimizer", "ema"}:
         raise UserError(f"{file} is not a checkpoint of a minidiff run; start afresh without --resume.")
-    if state["seed"] != seed:
-        raise UserError(f"{file} is of a run with seed {state['seed']}, not {seed}; pass --seed {state['seed']}, or another --out.")
+    for name, value in run.items():
+        if (before := state["run"].get(name)) != value:
+            raise UserError(f"{file} is of a run with {name} {before}, not {value}; pass --{name} {before}, or another --out.")
     try:
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from minidiff.layers import ResBlock, SpatialTransformer, group_norm, timestep_embedding
+from minidiff.layers import ResBlock, SpatialTransformer, group_norm, run, timestep_embedding
 
 
 class Downsample(nn.Module):
@@ -54,8 +54,10 @@ class Level(nn.Module):
         super().__init__()
         self.residual, self.attention, self.resample = nn.ModuleList(residual), nn.ModuleList(attention), resample
 
-    def block(self, i: int, x: Float[Tensor, "B C H W"], emb: Tensor, context: Tensor | None) -> Float[Tensor, "B C2 H W"]:
-        x = self.residual[i](x, emb)
+    def block(
+        self, i: int, x: Float[Tensor, "B C H W"], emb: Tensor, context: Tensor | None, skip: Tensor | None = None
+    ) -> Float[Tensor, "B C2 H W"]:
+        x = self.residual[i](x if skip is None else torch.cat([x, skip], dim=1), emb)
         return self.attention[i](x, context) if self.attention else x
 
 
@@ -86,6 +88,7 @@ class UNet(nn.Module):
         super().__init__()
         self.numbers = {k: v for k, v in locals().items() if k not in ("self", "__class__")}  # all there is to rebuild it
         self.context_dim, self.multiple = context_dim, 2 ** (len(channels) - 1)
+        self.checkpointing = False  # True: compute each block again in the backward pass rather than keep what it computed
         time_dim = 4 * channels[0]
 
         def residual(c_in: int, c_out: int) -> ResBlock:
@@ -153,19 +156,19 @@ class UNet(nn.Module):
         skips = [h]
         for level in self.encoder:
             for i in range(len(level.residual)):
-                h = level.block(i, h, emb, context)
+                h = run(level.block, i, h, emb, context, recompute=self.checkpointing)
                 skips.append(h)
             if level.resample is not None:
                 h = level.resample(h)
                 skips.append(h)
 
         if self.middle is not None:
-            first, second = self.middle.residual
-            h = second(self.middle.attention[0](first(h, emb), context), emb)
+            h = run(self.middle.block, 0, h, emb, context, recompute=self.checkpointing)
+            h = run(self.middle.residual[1], h, emb, recompute=self.checkpointing)
 
         for level in self.decoder:
             for i in range(len(level.residual)):
-                h = level.block(i, torch.cat([h, skips.pop()], dim=1), emb, context)
+                h = run(level.block, i, h, emb, context, skips.pop(), recompute=self.checkpointing)
             if level.resample is not None:
                 h = level.resample(h)
 

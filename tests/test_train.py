@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import threading
+import weakref
 from itertools import count
 
 import pytest
@@ -45,8 +46,8 @@ class Run:
     def __init__(self, folder, stop=STEPS, resume=False, loss=noisy_loss, **how):
         self.module = net()
         self.ema, self.folder, self.done = EMA(self.module, 0.5), folder, []
-        how = dict(warmup=3, weight_decay=0.1, accumulate=2, save_every=5) | how
-        steps = train(loss(self.module), self.module, batches, STEPS, 1e-2, ema=self.ema, folder=folder, resume=resume, **how)
+        how = dict(steps=STEPS, lr=1e-2, warmup=3, weight_decay=0.1, accumulate=2, save_every=5) | how
+        steps = train(loss(self.module), self.module, batches, **how, ema=self.ema, folder=folder, resume=resume)
         for step in steps:
             self.done.append(step)
             torch.rand(step.step)  # what the caller does in between is not the run's business
@@ -343,6 +344,10 @@ def cut(folder):
 
 @pytest.mark.parametrize("spoil, how, complaint", [
     (lambda folder: None, dict(seed=1), "is of a run with seed 0, not 1; pass --seed 0"),
+    (lambda folder: None, dict(steps=13), "is of a run with steps 12, not 13; pass --steps 12"),
+    (lambda folder: None, dict(lr=2e-2), "is of a run with lr 0.01, not 0.02; pass --lr 0.01"),
+    (lambda folder: None, dict(warmup=4), "is of a run with warmup 3, not 4; pass --warmup 3"),
+    (lambda folder: None, dict(accumulate=1), "is of a run with accumulate 2, not 1; pass --accumulate 2"),
     (bigger, {}, r"does not fit this run \(size mismatch for 0.weight"),
     (cut, {}, "is damaged, or no checkpoint"),
     (lambda folder: (folder / "checkpoint.pt").write_bytes(b""), {}, "is damaged, or no checkpoint"),
@@ -350,7 +355,7 @@ def cut(folder):
     (lambda folder: torch.save([1, 2], folder / "checkpoint.pt"), {}, "is not a checkpoint of a minidiff run"),
     (lambda folder: torch.save({"step": 1, "module": Code(folder / "ran")}, folder / "checkpoint.pt"), {}, "is damaged, or no checkpoint"),
     (lambda folder: (folder / "checkpoint.pt").write_bytes(pickle.dumps(Code(folder / "ran"), protocol=2)), {}, "is damaged, or no checkpoint"),
-], ids=["seed", "shape", "cut", "empty", "text", "list", "code", "plain pickle"])
+], ids=["seed", "steps", "lr", "warmup", "accumulate", "shape", "cut", "empty", "text", "list", "code", "plain pickle"])
 def test_bad_checkpoints_are_refused_in_one_line(tmp_path, spoil, how, complaint):
     Run(tmp_path, stop=5)
     spoil(tmp_path)
@@ -362,7 +367,7 @@ def test_bad_checkpoints_are_refused_in_one_line(tmp_path, spoil, how, complaint
 
 def test_a_checkpoint_without_averages_does_not_fit_a_run_with_them(tmp_path):
     module = net()
-    list(train(noisy_loss(module), module, batches, 5, 1e-2, folder=tmp_path))
+    list(train(noisy_loss(module), module, batches, STEPS, 1e-2, warmup=3, accumulate=2, folder=tmp_path))
     with pytest.raises(UserError, match="does not fit this run"):
         Run(tmp_path, resume=True)
 
@@ -375,8 +380,22 @@ def test_a_failed_save_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
         file.write_bytes(b"half of it")
         raise OSError("no space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+    complaint = r"checkpoint.pt: step 10 could not be saved \(no space left on device\); what was saved before is whole"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=complaint):
         patch.setattr(torch, "save", full_disk)
         Run(tmp_path / "parts", resume=True)
-    assert (tmp_path / "parts" / "checkpoint.pt").read_bytes() == before
+    assert (tmp_path / "parts" / "checkpoint.pt").read_bytes() == before and not (tmp_path / "parts" / "checkpoint.pt.new").exists()
     assert Run(tmp_path / "parts", resume=True).everything() == Run(tmp_path / "whole").everything()
+
+
+def test_gradients_are_gone_before_the_next_step():
+    """They are as large as the weights: those of the last step must not stand beside those of this one."""
+    module, last = net(), []
+
+    def loss_fn(x):
+        assert not any(gone() is not None for gone in last)
+        return module(x).pow(2).mean(1), None
+
+    for p in module.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: last.append(weakref.ref(p.grad.untyped_storage())))
+    assert len(list(train(loss_fn, module, batches, 3, 1e-3))) == 3 and len(last) == 12
