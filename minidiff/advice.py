@@ -4,13 +4,14 @@ The rules are asked from top to bottom and the first that holds speaks. They are
 a reader can disagree. docs/flight_recorder.md has them as a table.
 """
 import math
+from collections.abc import Callable
 from statistics import fmean, median
 from typing import NamedTuple
 
 NOISE = 0.02  # a mean loss this near to another is as good as the same
-FAR = 3.0  # times the distance between two seeds: what a prompt nobody trains should not move
+ASTRAY, FAR = 1.0, 3.0  # times the distance between two seeds: a prompt nobody trains that moved so far is worth a word, or is lost
 STILL = 0.1  # times the distance between two seeds: pictures that moved less look as they did
-COPIED = 0.5  # share of copies among the pictures of taught prompts
+COPIED = 0.5  # share of copies among the pictures of taught prompts, if it is above that among the training pictures
 CLOSE = 1 / 3  # times the floor: no two training pictures are as near to each other, as a rule
 
 
@@ -24,7 +25,8 @@ class Record(NamedTuple):
     train: list[float | None]  # the same of as many training examples
     moved: dict[str, float]  # by label: how far its pictures are from those of the first measure; 1 is as far as another seed's
     nearest: dict[str, list[tuple[float, int]]]  # by taught label, for each of its pictures: distance over the floor, which training picture
-    copies: float | None  # share of those pictures that are copies
+    copies: float | None  # share of those pictures that are copies; None where the training pictures have no floor
+    copies_floor: float  # the same share of the training pictures among themselves; 0 where they are too few to say
     seconds_per_step: float | None  # of training, since the measure before
     seconds: float  # that this measure took
     memory_gb: float  # the most that was held: on the GPU where the model is on one
@@ -46,9 +48,9 @@ def closeness(record: Record) -> float | None:
     return median(each) if each else None
 
 
-def drift(record: Record) -> tuple[float, str] | None:
-    """Of the prompts that should stay, the one that moved furthest."""
-    return max(((moved, label) for label, moved in record.moved.items() if label.startswith("unrelated")), default=None)
+def drift(record: Record) -> tuple[float, str]:
+    """Of the prompts that should stay, how far the one that moved furthest did, and its label; 0 where there is none."""
+    return max(((moved, label) for label, moved in record.moved.items() if label.startswith("unrelated")), default=(0.0, ""))
 
 
 def advise(records: list[Record]) -> str:
@@ -56,70 +58,81 @@ def advise(records: list[Record]) -> str:
     if not records:
         return "Nothing was measured yet."
     last, step = records[-1], records[-1].step
-    numbers = {**last.losses, **{f"moved of {k}": v for k, v in last.moved.items()}}
-    numbers |= {f"{which}, tenth {b} of t": v for which in ("validation", "train") for b, v in enumerate(getattr(last, which)) if v is not None}
-    if bad := [name for name, value in numbers.items() if not math.isfinite(value)]:
-        return f"Lower the learning rate to a tenth: at step {step} {bad[0]} is not a finite number."
+    if bad := _not_finite(last):
+        return f"Lower the learning rate to a tenth: at step {step} {bad} is not a finite number."
     if len(records) == 1:
         return f"Keep going: step {step} is the only measure yet, and what later ones are compared with."
 
-    validation, train = relative(records, "validation"), relative(records, "train")
-    fitted, afar, early = train[-1], drift(last), drift(records[1])
+    validation, fitted = relative(records, "validation"), relative(records, "train")[-1]
+    (far, label), (early, _) = drift(last), drift(records[1])
     if fitted is not None and fitted > 1 + NOISE:
         return f"Lower the learning rate: at step {step} the loss of the training examples themselves is {fitted:.2f} times what it was at first."
-    if early and afar and early[0] >= FAR and afar[0] >= FAR:
+    if _copies(last):
         return (
-            f'Lower the learning rate: by step {records[1].step} already, "{early[1]}" had moved {early[0]:.1f} times as far as another seed '
-            f"would take it (now {afar[0]:.1f}); nobody trains it."
+            f"Stop{_back(records, _copies)}: samples of step {step} lie {closeness(last):.2f} times as far from a training picture as those "
+            f"from each other, {last.copies:.0%} of them copies; more pictures or fewer steps help."
         )
-    if last.copies is not None and last.copies >= COPIED:
-        return f"Stop{_back(records, _copied)}: at step {step} {last.copies:.0%} of the samples are copies of a training picture."
-    if (near := closeness(last)) is not None and near < CLOSE:
-        return f"Stop{_back(records, _copied)}: at step {step} samples lie {near:.2f} times as far from a training picture as those from each other."
-    if None not in validation:
-        best = min(range(len(records)), key=validation.__getitem__)
-        rises = [value > (1 + NOISE) * validation[best] for value in validation[-2:]]
-        if best < len(records) - 2 and all(rises):
-            return (
-                f"Stop, and use step {records[best].step}: the validation loss has risen since, from {validation[best]:.2f} to "
-                f"{validation[-1]:.2f} of what it was at first."
-            )
-    if afar and afar[0] >= FAR:
+    if min(early, far) >= FAR:
         return (
-            f'Stop{_back(records, _strayed)}, or keep the rest in place (class pictures, LoRA): at step {step} "{afar[1]}" has moved '
-            f"{afar[0]:.1f} times as far as another seed would take it."
+            f'Lower the learning rate: "{label}", which nobody trains, had by step {records[1].step} moved {early:.1f} times as far as another '
+            f"seed would take it, and by step {step} {far:.1f} times."
         )
-    taught = [moved for label, moved in last.moved.items() if not label.startswith(("unrelated", "class"))]
+    if rise := _rise(records, validation):
+        best, before, now = rise
+        back = f", and use step {best}" if best > records[0].step else ""
+        return f"Stop{back}: the validation loss rose from {before:.2f} to {now:.2f} of what it was at first."
+    stray = f'"{label}" moved {far:.1f} times as far as another seed would take it; class pictures, LoRA or a lower rate keep it in place'
+    if far >= FAR:
+        return f"Stop{_back(records, _strayed)}: at step {step} {stray}."
+    but = f"; but {stray}." if far >= ASTRAY else "."
+    taught = [moved for name, moved in last.moved.items() if not name.startswith(("unrelated", "class"))]
     if fitted is not None and fitted > 1 - NOISE and max(taught, default=0.0) < STILL:
         return (
             f"Nothing learnt yet: at step {step} the loss of the training examples is {fitted:.3f} of what it was at first; "
             "raise the learning rate, or adapt more layers."
         )
-    if None not in validation:
+    if validation[-1] is not None and validation[-2] is not None:
         if validation[-1] < (1 - NOISE / 4) * validation[-2]:
-            return f"Keep going: the validation loss still falls, from {validation[-2]:.3f} to {validation[-1]:.3f} of what it was at first."
-        return (
-            f"Keep going while the pictures get better: the validation loss is level at {validation[-1]:.3f} of what it was at first, "
-            f"lowest at step {records[best].step} ({validation[best]:.3f})."
-        )
+            return f"Keep going: the validation loss still falls, from {validation[-2]:.3f} to {validation[-1]:.3f} of what it was at first{but}"
+        return f"Keep going while the pictures get better: the validation loss is level at {validation[-1]:.3f} of what it was at first{but}"
     if fitted is not None:
         return (
-            f"Keep going while the pictures get better: the loss of the training examples is {fitted:.2f} of what it was at first, "
-            "and no validation examples were given that could say when to stop."
+            f"Keep going while the pictures get better: the loss of the training examples is {fitted:.2f} of what it was at first, and there "
+            f"are no validation examples to say when to stop{but}"
         )
-    return f"Look at the pictures of step {step}: no examples were given whose loss could say more."
+    return f"Look at the pictures of step {step}: no examples were given whose loss could say more{but}"
 
 
-def _copied(record: Record) -> bool:
+def _not_finite(record: Record) -> str | None:
+    """The first number that is not finite, by name."""
+    numbers = {**record.losses, **{f"how far {label} moved": moved for label, moved in record.moved.items()}}
+    for which in ("validation", "train"):
+        numbers |= {f"{which} loss in tenth {b + 1} of t": v for b, v in enumerate(getattr(record, which)) if v is not None}
+    return next((name for name, value in numbers.items() if not math.isfinite(value)), None)
+
+
+def _rise(records: list[Record], validation: list[float | None]) -> tuple[int, float, float] | None:
+    """Where the lowest validation loss was, that and the last, if the last two measures both lie above it by more than noise."""
+    known = [(value, record.step) for value, record in zip(validation, records, strict=True) if value is not None]
+    if len(known) < 3 or min(value for value, _ in known[-2:]) <= (1 + NOISE) * min(known)[0]:
+        return None
+    return min(known)[1], min(known)[0], known[-1][0]
+
+
+def _copies(record: Record) -> bool:
     near = closeness(record)
-    return (record.copies is not None and record.copies >= COPIED) or (near is not None and near < CLOSE)
+    if near is None or record.copies is None:
+        return False
+    return near < CLOSE or (record.copies >= COPIED and record.copies > record.copies_floor)
 
 
 def _strayed(record: Record) -> bool:
-    return (drift(record) or (0.0, ""))[0] >= FAR
+    return drift(record)[0] >= FAR
 
 
-def _back(records: list[Record], wrong) -> str:
-    """Which step to go back to: the last one before it went wrong for good."""
-    right = [record.step for record in records if not wrong(record)]
-    return f", and use step {right[-1]}" if len(right) > 1 or (right and right[-1] > records[0].step) else ""
+def _back(records: list[Record], wrong: Callable[[Record], bool]) -> str:
+    """Which step to go back to: of those before it went wrong, that of the lowest validation loss, or else the last; if one was trained at all."""
+    losses = relative(records, "validation")
+    right = [(-math.inf if loss is None else -loss, r.step) for loss, r in zip(losses, records, strict=True) if not wrong(r)]
+    best = max(right, default=(0.0, records[0].step))[1]
+    return f", and use step {best}" if best > records[0].step else ""

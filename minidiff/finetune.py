@@ -6,11 +6,9 @@ what a run was made of, so that a resumed run is the same run, or is refused.
 
 [1] Hang et al. Efficient Diffusion Training via Min-SNR Weighting Strategy. 2023. arXiv:2303.09556
 """
-import hashlib
-import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,9 +24,11 @@ from minidiff.data.folder import Pictures, load_picture
 from minidiff.denoiser import HASTE, LEVELS, Denoiser
 from minidiff.errors import UserError
 from minidiff.groups import Batch, Group, batches, loss
+from minidiff.identity import identity, same_run
 from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.optimizers import OPTIMIZERS
+from minidiff.recorder import Recorder
 from minidiff.train import EMA, LossFn, train
-from minidiff.weights import files
 
 METHODS = ("full", "lora")
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
@@ -88,10 +88,10 @@ def finetune(
     ema: float | None = None,
     dtype: str = "fp32",
     checkpointing: bool = False,
-    adam: Callable[..., torch.optim.Optimizer] | None = None,
+    optimizer: str = "adamw",
     every: int = 100,
     seed: int = 0,
-    recorder: object | None = None,
+    recorder: Recorder | None = None,
     resume: bool = False,
 ) -> LatentDiffusion:
     """Train `method` of the model on groups of examples, and write OUT/model, or OUT/lora.safetensors; returns the model, trained.
@@ -101,16 +101,16 @@ def finetune(
     levels as [1]. ema: the decay of an average of the weights, which is then what is recorded and written. every: steps between two checkpoints
     and two measurements of the recorder.
     """
-    check(method, dtype, steps=steps, lr=lr, batch=batch, accumulate=accumulate, every=every, warmup=warmup, rank=rank, ema=ema, dropout=dropout)
+    numbers = dict(steps=steps, lr=lr, batch=batch, accumulate=accumulate, warmup=warmup, every=every)
+    check(method, optimizer, dtype, **numbers, rank=rank, ema=ema, dropout=dropout)
     for group in groups:
         if not group.examples:
             raise UserError(f'nothing to learn from: the group "{group.name}" has no pictures.')
     dropout = model.dropout if dropout is None else dropout
-    settings = dict(method=method, steps=steps, lr=lr, batch=batch, accumulate=accumulate, warmup=warmup, text=text, dropout=dropout, min_snr=min_snr)
-    settings |= dict(ema=ema, dtype=dtype, optimizer=getattr(adam, "__name__", "adamw"), every=every, seed=seed)
+    settings = {"method": method} | numbers
+    settings |= dict(text=text, dropout=dropout, min_snr=min_snr, ema=ema, dtype=dtype, optimizer=optimizer, seed=seed)
     settings |= dict(rank=rank, alpha=alpha, layers=",".join(layers)) if method == "lora" else {}
-    weights = {name: cache.fingerprint(part) for name, part in (("VAE", model.vae), ("text tower", model.text), ("U-Net", model.unet))}
-    same_run(out, {"settings": settings, "weights": weights, "data": fingerprints(groups)}, resume)
+    same_run(out, identity(model, groups, settings), resume)
 
     torch.manual_seed(seed)  # LoRA's A
     denoiser = Denoiser(model.unet, model.schedule, model.denoiser.target, "min-snr") if min_snr else model.denoiser
@@ -127,6 +127,7 @@ def finetune(
 
     if denoiser.log_error is not None:
         settle(denoiser, loss_fn, data(0))
+        seen.clear()
     loop = train(
         loss_fn,
         trained,
@@ -138,7 +139,7 @@ def finetune(
         threads=min(pieces, torch.get_num_threads()),
         ema=average,
         autocast=DTYPES[dtype],
-        adam=adam,
+        optimizer=optimizer,
         seed=seed,
         folder=out / "training",
         resume=resume,
@@ -147,15 +148,14 @@ def finetune(
 
     since: list[dict[str, float]] = []  # the groups' losses at every step since the last record
 
-    def record(step: int) -> None:
+    def record(step: int, rate: float | None) -> None:
         if recorder is not None:
-            trained.eval()
             with averaged(average):
-                recorder.measure(step, mean(since))
+                recorder.measure(step, mean(since), rate)
         since.clear()
 
     if not (out / "training" / "checkpoint.pt").exists():
-        record(0)
+        record(0, None)
     with tqdm(desc=f"fine-tuning ({method})", total=steps, unit="step") as bar:
         for step in loop:
             if not bar.n:
@@ -165,9 +165,10 @@ def finetune(
             bar.set_postfix_str(", ".join(f"{name} {value:.3f}" for name, value in mean(since[-20:]).items()), refresh=False)
             bar.update()
             if step.step % every == 0 or step.step == steps:
-                record(step.step)
+                record(step.step, step.lr)
     if average is not None:
-        torch._foreach_copy_(average.weights, average.averages)
+        with torch.no_grad():
+            torch._foreach_copy_(average.weights, average.averages)
     write(model, method, out)
     return model.eval()
 
@@ -219,10 +220,12 @@ def averaged(ema: EMA | None) -> Iterator[None]:
             torch._foreach_copy_(ema.weights, kept)
 
 
-def check(method: str, dtype: str, **numbers: float | None) -> None:
+def check(method: str, optimizer: str, dtype: str, **numbers: float | None) -> None:
     """Every number that cannot be, before anything slow."""
     if method not in METHODS:
         raise UserError(f'no method "{method}"; there is {", ".join(METHODS)}.')
+    if optimizer not in OPTIMIZERS:
+        raise UserError(f'no optimizer "{optimizer}"; there is {", ".join(OPTIMIZERS)}.')
     if dtype not in DTYPES:
         raise UserError(f'no dtype "{dtype}" to train in; there is {", ".join(DTYPES)} (in fp16 gradients vanish).')
     if not math.isfinite(numbers["lr"]) or numbers["lr"] <= 0:
@@ -234,51 +237,6 @@ def check(method: str, dtype: str, **numbers: float | None) -> None:
         raise UserError(f"ema is {numbers['ema']:g}; it must be between 0 and 1, as in 0.999.")
     if numbers["dropout"] is not None and not 0 <= numbers["dropout"] < 1:
         raise UserError(f"dropout is {numbers['dropout']:g}; it must be from 0 to below 1, as in 0.1.")
-
-
-def fingerprints(groups: list[Group]) -> dict[str, list[str]]:
-    """Of every group its weight, then of every example sixteen letters that change with its latents, and its caption."""
-
-    def of(example: Example) -> str:
-        return f"{hashlib.sha256(example.latents.contiguous().view(torch.uint8).numpy()).hexdigest()[:16]} {example.caption}"
-
-    return {group.name: [f"weight {group.weight:g}", *map(of, group.examples)] for group in groups}
-
-
-def same_run(out: Path, run: dict, resume: bool) -> None:
-    """Start OUT/run.json, or compare with it: a run is resumed with what it was started with, or not at all."""
-    file = out / "run.json"
-    if not file.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        fresh = out / "run.json.new"
-        fresh.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
-        os.replace(fresh, file)
-        return
-    if not resume:
-        raise UserError(f"{out} holds a fine-tune already; pass --resume to go on with it, or another --out.")
-    before = files.read_json(file)
-    if before.keys() != run.keys() or not all(isinstance(part, dict) for part in before.values()):
-        raise UserError(f"{file} is not of a fine-tune; pass another --out.")
-    for kind, name in [(part, name) for part in run for name in {**run[part], **before[part]}]:
-        then, now = before[kind].get(name), run[kind].get(name)
-        if then == now:
-            continue
-        if kind == "settings":
-            said = f"with {name} {then}, not {now}; resume it with that"
-        elif kind == "weights":
-            said = f"from a model with another {name}; resume it with --model as it was"
-        else:
-            said = f"on other data: {difference(name, then or [], now or [])}; put it back"
-        raise UserError(f"{file}: this run was started {said}, or pass another --out.")
-
-
-def difference(group: str, then: list[str], now: list[str]) -> str:
-    """What changed in a group since its fingerprints were taken."""
-    found = [line for line in [*then, *now] if (line in then) != (line in now)]
-    if not found:
-        return f'the pictures of "{group}" stand in another order, or one stands there twice'
-    first = found[0] if found[0].startswith("weight ") else f'"{found[0].partition(" ")[2]}"'
-    return f'of "{group}" there were {max(0, len(then) - 1)} pictures, now {max(0, len(now) - 1)}; what differs first is {first}'
 
 
 def write(model: LatentDiffusion, method: str, out: Path) -> Path:

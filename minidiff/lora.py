@@ -81,16 +81,20 @@ def add(module: nn.Module, rank: int, alpha: float | None = None, targets: Itera
     "conv1"); all of the module but its LoRAs is frozen. alpha is the rank if left out. Returns the names of the layers."""
     if rank < 1:
         raise UserError(f"a LoRA of rank {rank}; the rank must be at least 1.")
-    targets = tuple(targets)
+    layers = chosen(module, tuple(targets))
+    check_free(layers)
+    hang(module, [(layer, LoRA(layer, rank, rank if alpha is None else alpha)) for layer in layers.values()])
+    return list(layers)
+
+
+def chosen(module: nn.Module, targets: tuple[str, ...]) -> dict[str, Layer]:
+    """The layers that the targets name; every target must name one."""
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, Layer)}
     idle = [target for target in targets if not any(ends(name, target) for name in layers)]
     if idle or not targets:
         endings = sorted({name.rsplit(".")[-1] for name in layers} - {""})
         raise UserError(f"no layer is named {' or '.join(idle) or 'by no target'}; names of this network end in {', '.join(endings)}.")
-    chosen = {name: layer for name, layer in layers.items() if any(ends(name, target) for target in targets)}
-    check_free(chosen)
-    hang(module, [(layer, LoRA(layer, rank, rank if alpha is None else alpha)) for layer in chosen.values()])
-    return list(chosen)
+    return {name: layer for name, layer in layers.items() if any(ends(name, target) for target in targets)}
 
 
 def ends(name: str, target: str) -> bool:

@@ -40,7 +40,7 @@ from minidiff.quickstart import peak_memory_gb
 from minidiff.report import Pair, page, shown
 from minidiff.train import BINS, seed_of
 
-Example = tuple[Float[Tensor, "Z h w"], Float[Tensor, "L D"] | str]  # latents, and what the text tower said; a caption is encoded at every measure
+Example = tuple[Float[Tensor, "Z _ _"], Float[Tensor, "L D"] | str]  # latents, and what the text tower said; a caption is encoded at every measure
 Drawn = dict[str, UInt8[Tensor, "n 3 H W"]]  # by label
 
 
@@ -63,11 +63,13 @@ class Recorder:
         seed: int = 0,
         probe: int = 8,
         noises: int = 2,
+        network: str = "random-conv-0",
         settings: dict[str, object] | None = None,
     ):
         """prompts: label -> prompt. training: the pictures trained on, in [-1, 1]. validation, examples: what is left out of training, and what
         is not; the first `probe` of each are measured, with `noises` times and noises in each tenth of t. every: of the trainer's steps.
-        n, steps, guidance: of the pictures of each prompt. settings: what the report's table should say of the run."""
+        n, steps, guidance: of the pictures of each prompt. network: whose features (features.py) say how far they moved; of pictures of the
+        built-in world "critic-attributes" sees most. settings: what the report's table should say of the run."""
         if n < 2:
             raise UserError(f"a grid of {n} picture of each prompt has no second seed to compare with; take at least 2.")
         if every < 1:
@@ -82,9 +84,10 @@ class Recorder:
         self.examples = list(examples)[: len(self.validation) or probe]
         self.settings = settings or {}
         self.training = training
-        self.near, self.far = features.pixels, features.random_conv
+        self.network, self.near, self.far = network, features.pixels, features.by_name(network)
         self.known = self.near(training)
         self.floor = metrics.radii(self.known, 1).median().item() if len(training) > 1 else None
+        self.copies_floor = metrics.memorised_floor(self.known).mean().item() if len(training) > 2 else 0.0
         self.t, self.bin = self._times()
         self.records = self._read()
         self.clock: tuple[int, float] | None = None
@@ -100,7 +103,8 @@ class Recorder:
         that was killed and resumed has left behind, are dropped: they have just happened again."""
         start = time.perf_counter()
         per_step = (start - self.clock[1]) / (step - self.clock[0]) if self.clock and step > self.clock[0] else None
-        self.records = [record for record in self.records if record.step < step]
+        while self.records and self.records[-1].step >= step:
+            self._grid_file(self.records.pop().step).unlink(missing_ok=True)
         with _evaluating(self.model):
             validation, train = self._losses(self.validation), self._losses(self.examples)
             drawn, broken = self._draw()
@@ -110,7 +114,7 @@ class Recorder:
         self._save_grid(step, drawn)
         memory = round(torch.cuda.max_memory_allocated() / 2**30, 2) if self.model.device.type == "cuda" else peak_memory_gb()
         seconds = round(time.perf_counter() - start, 2)
-        record = Record(step, losses, lr, validation, train, moved, nearest, copies, per_step, seconds, memory)
+        record = Record(step, losses, lr, validation, train, moved, nearest, copies, self.copies_floor, per_step, seconds, memory)
         self.records.append(record)
         _replace(self.folder / "record.jsonl", "".join(json.dumps(r._asdict()) + "\n" for r in self.records))
         self.report()
@@ -125,7 +129,7 @@ class Recorder:
         """Write folder/report.html: one file that needs no other."""
         if not self.records:
             raise UserError(f"{self.folder}: nothing was measured yet, so there is nothing to report.")
-        last, grids = self.records[-1], {step: self._grid(step) for step in shown(self.records)}
+        last, grids = self.records[-1], {step: self.pictures(step) for step in shown(self.records)}
         pairs = [
             Pair(label, grids[last.step][label][k], to_uint8(self.training[which].cpu()), distance)
             for label, near in last.nearest.items()
@@ -177,7 +181,7 @@ class Recorder:
         """What was drawn at the first measure: read back, where this is a resumed run."""
         if not self.records:
             self.first = drawn
-        self.first = self.first or self._grid(self.records[0].step)
+        self.first = self.first or self.pictures(self.records[0].step)
         return self.first
 
     def _moved(self, now: UInt8[Tensor, "n 3 H W"], before: UInt8[Tensor, "n 3 H W"]) -> float:
@@ -186,29 +190,34 @@ class Recorder:
         return ((now - before).norm(dim=1).mean().item()) / max(metrics.diversity(before[None]).item(), 1e-12)
 
     def _nearest(self, drawn: Drawn) -> tuple[dict[str, list[tuple[float, int]]], float | None]:
-        """The training picture nearest to each picture of a taught prompt, its distance in units of the floor; and the share of copies, [1]."""
+        """The training picture nearest to each picture of a taught prompt, its distance in units of the floor (where there is one: a single picture
+        has none, nor have twins); and the share of copies, [1]."""
         taught = {label: self.near(to_model(pictures)) for label, pictures in drawn.items() if not label.startswith(("unrelated", "class"))}
         near = {}
         for label, rows in taught.items():
             distance, which = metrics.nearest(rows, self.known)
             near[label] = [(d / (self.floor or 1.0), w) for d, w in zip(distance[:, 0].tolist(), which[:, 0].tolist(), strict=True)]
-        if not taught or len(self.training) < 2:
+        if not taught or not self.floor:
             return near, None
         return near, metrics.memorised(torch.cat(list(taught.values())), self.known).mean().item()
 
     # What is kept.
 
     def _drawn_with(self) -> dict[str, str]:
-        how = {"n": self.n, "steps": self.steps, "guidance": self.guidance, "seed": self.seed}
+        how = {"n": self.n, "steps": self.steps, "guidance": self.guidance, "seed": self.seed, "network": self.network}
         return {f"prompt {label}": prompt for label, prompt in self.prompts.items()} | {name: str(value) for name, value in how.items()}
+
+    def _grid_file(self, step: int) -> Path:
+        return self.folder / "grids" / f"step_{step:06d}.png"
 
     def _save_grid(self, step: int, drawn: Drawn) -> None:
         """A row for each prompt, a column for each seed, pixel by pixel: it can be cut up again."""
         sheet = torch.cat([torch.cat(list(row), dim=2) for row in drawn.values()], dim=1)
-        plots.save_png(to_model(sheet), self.folder / "grids" / f"step_{step:06d}.png", self._drawn_with())
+        plots.save_png(to_model(sheet), self._grid_file(step), self._drawn_with())
 
-    def _grid(self, step: int) -> Drawn:
-        path = self.folder / "grids" / f"step_{step:06d}.png"
+    def pictures(self, step: int) -> Drawn:
+        """The pictures of a measure, read back."""
+        path = self._grid_file(step)
         try:
             with Image.open(path) as image:
                 text, sheet = image.text, torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0)
@@ -230,14 +239,13 @@ class Recorder:
 
     def _settings(self) -> dict[str, object]:
         guidance = self.model.guidance if self.guidance is None else self.guidance
-        few = len(self.training) < 3
         return self.settings | {
             "training pictures": len(self.training),
-            "copies among the training pictures themselves": "unknown, too few" if few else f"{metrics.memorised_floor(self.known).mean():.0%}",
+            "copies among the training pictures themselves": f"{self.copies_floor:.0%}",
             "validation examples measured": len(self.validation),
             "training examples measured": len(self.examples),
             "pictures of a prompt": f"{self.n}, {self.steps} steps, guidance {guidance}, seed {self.seed}",
-            "features": "random-conv-0 for how far pictures moved, pixels-8x8 for the nearest training picture",
+            "features": f"{self.network} for how far pictures moved, pixels-8x8 for the nearest training picture",
         }
 
 

@@ -15,10 +15,10 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from minidiff.advice import CLOSE, FAR, Record, closeness, relative
+from minidiff.advice import ASTRAY, CLOSE, Record, closeness, relative
 from minidiff.svg import chart
 
-SHOWN = 8  # measures whose pictures are in the page, evenly from the first to the last; and the best
+SHOWN = 6  # measures whose pictures are in the page, evenly from the first to the last; and the best
 SIDE = 160  # pictures are at most this wide in the page; in the grids they are whole
 
 STYLE = """
@@ -29,8 +29,9 @@ h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; overflow-wrap: anywhere; }
 figure { margin: .6rem 0; } figcaption, .small { font-size: .9rem; color: #444; }
 figure img { width: 100%; display: block; image-rendering: pixelated; } svg { width: 100%; height: auto; display: block; }
 .pairs { display: grid; grid-template-columns: 1fr 1fr; gap: .8rem; } .pairs figure { margin: 0; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; } td, th { text-align: left; vertical-align: top; padding: .25rem .5rem .25rem 0;
-border-bottom: 1px solid #ddd; overflow-wrap: anywhere; } pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; }
+td, th { text-align: left; vertical-align: top; padding: .25rem .5rem .25rem 0; border-bottom: 1px solid #ddd; overflow-wrap: break-word; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }
 """
 
 
@@ -114,7 +115,7 @@ def curves(records: list[Record]) -> list[str]:
         *over_steps("Loss as the trainer counts it", named, "At random t and noise: it jumps about."),
         *over_steps(
             "How far pictures of the same seed moved", moved,
-            f"1 is as far as another seed would take them. Unrelated prompts should stay low; {FAR:g} is too far.", {"another seed": 1.0},
+            "1 is as far as another seed would take them. Unrelated prompts should stay below.", {"another seed": ASTRAY},
         ),
         *over_steps(
             "Distance to the nearest training picture", near,
@@ -166,14 +167,13 @@ def _number(value: float | None) -> str:
 
 
 def _measures(records: list[Record]) -> str:
-    """A line for each measure: losses over the first, seconds, memory."""
-    names = ("step", "validation", "training", "s / step", "s to measure", "GB")
-    head = "".join(f"<th>{name}</th>" for name in names)
-    rows = []
+    """A line for each measure: losses over those of the first, seconds, memory."""
+    rows = [("step", "valid.", "train", "s/step", "s", "GB")]
     for record, held_out, fitted in zip(records, relative(records, "validation"), relative(records, "train"), strict=True):
-        numbers = (held_out, fitted, record.seconds_per_step, record.seconds, record.memory_gb)
-        rows.append("".join(f"<td>{cell}</td>" for cell in (record.step, *map(_number, numbers))))
-    return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+        seconds = ("-" if s is None else f"{s:.2g}" for s in (record.seconds_per_step, record.seconds))
+        rows.append((str(record.step), _number(held_out), _number(fitted), *seconds, f"{record.memory_gb:.2g}"))
+    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<table>{lines}</table><p class="small">s is what the measure itself took; GB is the most memory held so far.</p>'
 
 
 def _rows(settings: dict[str, object]) -> str:

@@ -41,7 +41,8 @@ def chart(
         parts += _drawn([place(x, y) if _shown(y) else None for x, y in line], colour)
         legend.append((name, colour, False))
     below, height = _legend(legend)
-    ends = "; ".join(f"{name} from {_number(line[0][1])} to {_number(line[-1][1])}" for name, line in lines.items() if line)
+    known = {name: [f"{y:.3g}" for _, y in line if _shown(y)] for name, line in lines.items()}
+    ends = "; ".join(f"{name} from {values[0]} to {values[-1]}" for name, values in known.items() if values)
     said = html.escape(f"{title}: {ends}")
     head = f'<svg viewBox="0 0 {WIDTH} {height}" font-size="{TEXT}" font-family="sans-serif" role="img" aria-label="{said}">'
     return head + "".join(parts + below) + "</svg>"
@@ -51,14 +52,10 @@ def _shown(y: float | None) -> bool:
     return y is not None and math.isfinite(y)
 
 
-def _number(y: float | None) -> str:
-    return "nothing" if y is None else f"{y:.3g}"
-
-
 def _range(values: list[float], margin: float) -> tuple[float, float]:
     low, high = min(values), max(values)
     if high == low:
-        return low - 0.5, high + 0.5
+        return low - abs(low) / 2 - (low == 0), high + abs(high) / 2 + (high == 0)
     return low - margin * (high - low), high + margin * (high - low)
 
 
@@ -76,8 +73,8 @@ def _decades(low: float, high: float) -> list[float]:
     return within[0] if len(within[0]) > 3 else within[1]
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str, dashes: str = "none") -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" stroke-dasharray="{dashes}"/>'
+def _line(x1: float, y1: float, x2: float, y2: float, colour: str, dashes: str = "none", width: int = 1) -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" stroke-width="{width}" stroke-dasharray="{dashes}"/>'
 
 
 def _text(x: float, y: float, words: str, anchor: str = "start", bold: bool = False) -> str:
@@ -104,6 +101,6 @@ def _legend(names: list[tuple[str, str, bool]]) -> tuple[list[str], int]:
         wide = 34 + LETTER * len(name)
         if x > LEFT and x + wide > WIDTH:
             x, y = LEFT, y + 18
-        parts += [_line(x, y - 4, x + 20, y - 4, colour, "5 4" if dashed else "none"), _text(x + 25, y, name)]
+        parts += [_line(x, y - 4, x + 20, y - 4, colour, "5 4" if dashed else "none", 1 if dashed else 2), _text(x + 25, y, name)]
         x += wide
     return parts, round(y + 8)

@@ -19,7 +19,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from minidiff import optimizers
 from minidiff.errors import UserError
 
 # A batch of any kind to (a loss for each example, where each lies in [0, 1] on the axis of the loss-by-t plot, or None).
@@ -85,23 +85,23 @@ def train(
     betas: tuple[float, float] = (0.9, 0.99),
     weight_decay: float = 0.0,
     clip: float = 1.0,
+    optimizer: str = "adamw",
     accumulate: int = 1,
     threads: int = 1,
     ema: EMA | None = None,
     autocast: torch.dtype | None = None,
-    adam: Callable[..., torch.optim.Optimizer] | None = None,
     seed: int = 0,
     folder: Path | None = None,
     resume: bool = False,
     save_every: int = 500,
 ) -> Iterator[TrainStep]:
-    """AdamW ([1]) on module's trainable parameters; yields after every optimizer step.
+    """AdamW ([1]; optimizer "adamw8bit" keeps its moments in 8 bits) on module's trainable parameters; yields after every optimizer step.
 
     batches(k) iterates over batches from the k-th on, endlessly; `accumulate` of them make a step, `threads` of them at a time: on a CPU,
     small networks share two cores far better by pictures than by operations. Then all that is random must come with the batch, since
     threads that draw from one generator draw in any order. With a folder, every step adds a line to log.jsonl, and checkpoint.pt is
     written every save_every steps, at the end, and on Ctrl-C; resume continues from it, if steps, lr, warmup, accumulate and seed are its own.
-    autocast: compute in this dtype (bfloat16); the weights stay float32, so there is no loss to scale. adam: called in AdamW's place, as it is.
+    autocast: compute in this dtype (bfloat16); the weights stay float32, so there is no loss to scale.
     """
     if steps < 1:
         raise UserError(f"steps is {steps}; it must be at least 1.")
@@ -111,15 +111,14 @@ def train(
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    adam = adam or partial(torch.optim.AdamW, fused=device.type in ("cpu", "cuda"))
-    optimizer = adam(groups, lr=lr, betas=betas)
-    optimizer.zero_grad()  # whatever the caller left there
+    adamw = optimizers.named(optimizer, groups, lr, betas, device)
+    adamw.zero_grad()  # whatever the caller left there
     start, run = 0, {"seed": seed, "steps": steps, "lr": lr, "warmup": warmup, "accumulate": accumulate}
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         if not resume:  # a checkpoint of an earlier run must not be what a later --resume finds
             (folder / "checkpoint.pt").unlink(missing_ok=True)
-        start = load_checkpoint(folder, run, module, optimizer, ema) if resume else 0
+        start = load_checkpoint(folder, run, module, adamw, ema) if resume else 0
         _cut_log(folder / "log.jsonl", start)
 
     def forward(batch: Any) -> tuple[Tensor, Tensor | None]:
@@ -149,7 +148,7 @@ def train(
     with _workers(threads) as workers, _interrupts_wait() as interrupted:
         for step in range(start, steps):
             module.train()  # the caller may have sampled in between
-            for group in optimizer.param_groups:
+            for group in adamw.param_groups:
                 group["lr"] = learning_rate(step, steps, lr, warmup)
 
             torch.manual_seed(seed_of(seed, step))
@@ -166,17 +165,18 @@ def train(
                 culprit = _first_bad(loss_fn, module, micro, autocast)
                 raise NonFiniteError(f"step {step + 1}: {culprit}; lower the learning rate, or compute in float32.")
             nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-            optimizer.step()
-            optimizer.zero_grad()
+            del grads  # this list would keep them alive beside those of the next step
+            adamw.step()
+            adamw.zero_grad()
             if ema is not None:
                 ema.update(step + 1)
 
-            done = TrainStep(step + 1, loss.mean().item(), by_bin(loss, places), optimizer.param_groups[0]["lr"], norm.item())
+            done = TrainStep(step + 1, loss.mean().item(), by_bin(loss, places), adamw.param_groups[0]["lr"], norm.item())
             if folder is not None:
                 with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
                     log.write(json.dumps(done._asdict()) + "\n")
                 if done.step % save_every == 0 or done.step == steps or interrupted.is_set():
-                    save_checkpoint(folder, done.step, run, module, optimizer, ema)
+                    save_checkpoint(folder, done.step, run, module, adamw, ema)
             if interrupted.is_set():
                 raise KeyboardInterrupt
             yield done

@@ -18,11 +18,11 @@ from minidiff.data.folder import load_picture, to_uint8
 from minidiff.data.world import INVERSE, Scene, World
 from minidiff.errors import UserError
 
-NAMES = ("toy_2d", "sampler_order", "forward_chain", "cifar_ddpm", "text_to_image", "pretrain_box", "sd_generate", "sd_speed")
+NAMES = ("toy_2d", "sampler_order", "forward_chain", "cifar_ddpm", "text_to_image", "pretrain_box", "sd_generate", "sd_speed", "memory")
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 with install_import_hook(NAMES, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
     modules = [importlib.import_module(name) for name in NAMES]
-    toy_2d, sampler_order, forward_chain, cifar_ddpm, text_to_image, pretrain_box, sd_generate, sd_speed = modules
+    toy_2d, sampler_order, forward_chain, cifar_ddpm, text_to_image, pretrain_box, sd_generate, sd_speed, memory = modules
 
 
 def written(out, *names):
@@ -278,3 +278,12 @@ def test_speed_beside_diffusers(tmp_path):
     assert found["largest_difference"] < 1e-5 and found["ratio"] > 0
     assert found["opening"]["minidiff"]["weights_gb"] == pytest.approx(found["opening"]["diffusers"]["weights_gb"], rel=1e-3)
     assert len(found["turns"]["diffusers"]) == 2 and [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.slow
+def test_memory(tmp_path, capsys):
+    """What is estimated for a tiny network is within a factor of what its training takes; the rest is what libraries take."""
+    memory.main(small=True, out=tmp_path)
+    found = written(tmp_path)
+    assert {"full", "--checkpointing", "--method lora", "--optimizer adamw8bit"} <= set(found["by_switch"])
+    assert all(0.05 < case["ratio"] < 1.2 for case in found["measured"].values()) and "full" in capsys.readouterr().out

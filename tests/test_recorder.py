@@ -1,12 +1,16 @@
 """The flight recorder: nothing of the run it watches moves, its numbers are what they are called, a resumed run keeps its past; and its one page."""
+import importlib
 import json
 import math
 import re
+import sys
 from html.parser import HTMLParser
 from itertools import repeat
+from pathlib import Path
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 from PIL import Image
 
 from minidiff import schedules
@@ -21,6 +25,10 @@ from minidiff.report import SHOWN, page, shown
 from minidiff.train import seed_of, train
 from minidiff.unet import UNet
 from minidiff.vae import Pixels
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+with install_import_hook("flight_recorder", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
+    flight_recorder = importlib.import_module("flight_recorder")
 
 PROMPTS = {"caption": "cat", "class animal": "", "unrelated": "dog"}
 SIDE = 8
@@ -126,7 +134,7 @@ def test_pictures_moved_in_units_of_another_seed(tmp_path):
     before = watching.first["unrelated"].float() / 127.5 - 1
     model.text.embedding.weight.data[1] += 3.0  # the dog
     record = watching.measure(2, {})
-    after = watching._grid(2)["unrelated"].float() / 127.5 - 1
+    after = watching.pictures(2)["unrelated"].float() / 127.5 - 1
     a, b = random_conv(before).double(), random_conv(after).double()
     between = sum((a[i] - a[j]).norm() for i in range(3) for j in range(3) if i != j) / 6
     assert abs(record.moved["unrelated"] - ((a - b).norm(dim=1).mean() / between).item()) < 1e-6 and record.moved["unrelated"] > 0.01
@@ -146,7 +154,13 @@ def test_copies_are_found_and_named(tmp_path):
     apart = torch.cdist(pixels(training).double(), pixels(training).double()).fill_diagonal_(math.inf).min(1).values
     assert abs(watching.floor - apart.median().item()) < 1e-6
     watching.measure(2, {})
-    assert watching.advice().startswith("Stop") and "100% of the samples are copies" in watching.advice()
+    assert watching.advice().startswith("Stop") and "100% of them copies" in watching.advice()
+
+
+def test_a_single_training_picture_has_no_copies_that_could_be_told(tmp_path):
+    watching = Recorder(tiny(), tmp_path, PROMPTS, data()[0][:1], n=2, steps=1)
+    assert [watching.measure(step, {}).copies for step in (0, 2)] == [None, None]
+    assert watching.advice().startswith("Look at the pictures of step 2")
 
 
 def test_numbers_that_are_not_finite_are_recorded_not_fatal(tmp_path):
@@ -190,7 +204,8 @@ def test_a_resumed_run_keeps_the_measures_before_it_and_drops_those_after(tmp_pa
     assert keeps(parts) == keeps(whole) and [line["step"] for line in keeps(whole)[0]] == [0, 2, 4, 6]
     assert not list(parts.glob("*.new"))
     go(recorder(parts, model), (0,))  # a fresh run in an old folder
-    assert [line["step"] for line in keeps(parts)[0]] == [0]
+    lines, grids = keeps(parts)
+    assert [line["step"] for line in lines] == [0] and list(grids) == ["step_000000.png"]
 
 
 def test_a_resumed_run_must_draw_as_before(tmp_path):
@@ -207,7 +222,7 @@ def test_a_resumed_run_must_draw_as_before(tmp_path):
         recorder(tmp_path)
 
 
-@pytest.mark.parametrize("how, words", [({"n": 1}, "at least 2"), ({"every": 0}, "at least 1")])
+@pytest.mark.parametrize("how, words", [({"n": 1}, "at least 2"), ({"every": 0}, "at least 1"), ({"network": "eyes"}, 'no features "eyes"')])
 def test_what_cannot_be_measured_is_refused(tmp_path, how, words):
     with pytest.raises(UserError, match=words):
         recorder(tmp_path, **how)
@@ -234,7 +249,8 @@ def flight(validation=(), train=(), unrelated=(), caption=(), near=(), copies=()
             step=100 * k, losses={"loss": at(losses, k, 1.0)}, lr=1e-3,
             validation=[at(validation, k, 1.0), 2 * at(validation, k, 1.0)] if validation else [],
             train=[at(train, k, 1.0)] if train else [], moved={"caption": at(caption, k, 0.5), "unrelated": at(unrelated, k, 0.0)},
-            nearest={"caption": [(at(near, k, 1.0), 0)]}, copies=at(copies, k, 0.0), seconds_per_step=None, seconds=1.0, memory_gb=1.0,
+            nearest={"caption": [(at(near, k, 1.0), 0)]}, copies=at(copies, k, 0.0), copies_floor=0.4,
+            seconds_per_step=None, seconds=1.0, memory_gb=1.0,
         )
         for k in range(n)
     ]  # fmt: skip
@@ -244,16 +260,19 @@ def flight(validation=(), train=(), unrelated=(), caption=(), near=(), copies=()
     ([], "Nothing was measured yet"),
     (flight(validation=[1.0]), "Keep going: step 0 is the only measure yet"),
     (flight(losses=[1.0, math.nan]), "Lower the learning rate to a tenth: at step 100 loss is not a finite number"),
-    (flight(validation=[1.0, math.inf]), "Lower the learning rate to a tenth: at step 100 validation, tenth 0 of t is not"),
+    (flight(validation=[1.0, math.inf]), "Lower the learning rate to a tenth: at step 100 validation loss in tenth 1 of t is not"),
     (flight(validation=[1.0, 1.3], train=[1.0, 1.5]), "Lower the learning rate: at step 100 the loss of the training examples themselves is 1.50"),
-    (flight(validation=[1.0, 0.8, 0.7], unrelated=[0, 4.0, 3.5]), 'Lower the learning rate: by step 100 already, "unrelated" had moved 4.0'),
-    (flight(validation=[1.0, 0.8, 0.7, 0.6], unrelated=[0, 1.0, 2.0, 3.5]), 'Stop, and use step 200, or keep the rest in place'),
-    (flight(validation=[1.0, 0.8, 0.7], copies=[0, 0.25, 0.75]), "Stop, and use step 100: at step 200 75% of the samples are copies"),
-    (flight(train=[1.0, 0.8, 0.7], near=[1.0, 0.2, 0.1]), "Stop: at step 200 samples lie 0.10 times as far"),
-    (flight(validation=[1.0, 0.7, 0.75, 0.8], train=[1.0, 0.7, 0.6, 0.5]), "Stop, and use step 100: the validation loss has risen since, from 0.70"),
-    (flight(validation=[1.0, 1.2, 1.4], train=[1.0, 0.7, 0.5]), "Stop, and use step 0: the validation loss has risen"),
+    (flight(validation=[1.0, 0.8, 0.7], unrelated=[0, 4.0, 3.5]), 'Lower the learning rate: "unrelated", which nobody trains, had by step 100'),
+    (flight(validation=[1.0, 0.8, 0.7], copies=[0, 0.25, 0.75]), "Stop, and use step 100: samples of step 200 lie 1.00 times as far"),
+    (flight(train=[1.0, 0.8, 0.7], copies=[0, 0.25, 0.75]), "Stop, and use step 100: samples of step 200 lie 1.00 times as far"),
+    (flight(validation=[1.0, 2.0, 3.0], copies=[0, 0.25, 0.75]), "Stop: samples of step 200 lie 1.00 times as far"),
+    (flight(train=[1.0, 0.8, 0.7], near=[1.0, 0.2, 0.1]), "Stop: samples of step 200 lie 0.10 times as far"),
+    (flight(validation=[1.0, 0.7, 0.75, 0.8], train=[1.0, 0.7, 0.6, 0.5]), "Stop, and use step 100: the validation loss rose from 0.70 to 0.80"),
+    (flight(validation=[1.0, 1.2, 1.4], train=[1.0, 0.7, 0.5]), "Stop: the validation loss rose from 1.00 to 1.40"),
+    (flight(validation=[1.0, 0.8, 0.7, 0.6], unrelated=[0, 1.0, 2.0, 3.5]), 'Stop, and use step 200: at step 300 "unrelated" moved 3.5 times'),
     (flight(train=[1.0, 0.995], validation=[1.0, 0.99], caption=[0.0, 0.05]), "Nothing learnt yet: at step 100 the loss of the training"),
-    (flight(validation=[1.0, 0.7, 0.6], train=[1.0, 0.7, 0.6]), "Keep going: the validation loss still falls, from 0.700 to 0.600"),
+    (flight(validation=[1.0, 0.7, 0.6], train=[1.0, 0.7, 0.6]), "Keep going: the validation loss still falls, from 0.700 to 0.600 of what it was"),
+    (flight(train=[1.0, 0.7], unrelated=[0, 1.5]), "Keep going while the pictures get better: the loss of the training examples is 0.70"),
     (flight(validation=[1.0, 0.7, 0.75], train=[1.0, 0.7, 0.6]), "Keep going while the pictures get better: the validation loss is level"),
     (flight(train=[1.0, 0.7]), "Keep going while the pictures get better: the loss of the training examples is 0.70"),
     (flight(caption=[0.0, 0.4]), "Look at the pictures of step 100"),
@@ -261,6 +280,18 @@ def flight(validation=(), train=(), unrelated=(), caption=(), near=(), copies=()
 def test_advice(records, says):
     said = advise(records)
     assert said.startswith(says) and said.endswith(".") and "\n" not in said
+
+
+def test_copies_count_only_above_what_the_training_pictures_are_to_each_other():
+    records = flight(train=[1.0, 0.8, 0.7], copies=[0, 0.25, 0.75])
+    assert advise(records).startswith("Stop")
+    assert advise([record._replace(copies_floor=0.8) for record in records]).startswith("Keep going")
+
+
+def test_advice_warns_of_what_moved_beside():
+    records = [flight(validation=[1.0, 0.7], unrelated=[0, far]) for far in (0.9, 1.5)]
+    assert advise(records[0]).endswith("at first.")
+    assert advise(records[1]).startswith(advise(records[0])[:-1] + '; but "unrelated" moved 1.5 times as far as another seed would take it')
 
 
 # The page.
@@ -305,7 +336,7 @@ def test_the_page_is_one_file_that_a_phone_can_read(tmp_path):
     figures = [attrs for tag, attrs in seen.tags if tag == "svg"]
     assert len(figures) == 6 and all(attrs["aria-label"] and attrs["role"] == "img" for attrs in figures)
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in seen.tags
-    for words in (watching.advice(), "<full>", "subject", "unrelated: dog", "Command", "Learning rate", "s / step"):
+    for words in (watching.advice(), "<full>", "subject", "unrelated: dog", "Command", "Learning rate", "s/step"):
         assert words in seen.words
 
 
@@ -319,3 +350,16 @@ def test_a_long_run_shows_the_first_the_best_and_the_last():
     steps = shown(flight(validation=validation))
     assert len(steps) <= SHOWN + 1 and {0, 1300, 3900} <= set(steps) and steps == sorted(steps)
     assert shown(flight(train=[1.0] * 3)) == [0, 100, 200] and shown(flight(validation=[1.0])) == [0]
+
+
+# The study.
+
+
+def test_three_flights_at_their_smallest(tmp_path):
+    flight_recorder.main(steps=1, every=1, sampling_steps=1, flights=("by heart",), out=tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["by heart"]["advice"] and results["seed"] == 0
+    assert (tmp_path / "flights.png").stat().st_size and (tmp_path / "by_heart" / "report.html").stat().st_size
+    assert [line["step"] for line in keeps(tmp_path / "by_heart")[0]] == [0, 1]
+    with pytest.raises(UserError, match='no flight "low"; there is sensible, too fast, by heart'):
+        flight_recorder.main(flights=("low",))

@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import threading
+import weakref
 from itertools import count
 
 import pytest
@@ -385,3 +386,16 @@ def test_a_failed_save_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
         Run(tmp_path / "parts", resume=True)
     assert (tmp_path / "parts" / "checkpoint.pt").read_bytes() == before and not (tmp_path / "parts" / "checkpoint.pt.new").exists()
     assert Run(tmp_path / "parts", resume=True).everything() == Run(tmp_path / "whole").everything()
+
+
+def test_gradients_are_gone_before_the_next_step():
+    """They are as large as the weights: those of the last step must not stand beside those of this one."""
+    module, last = net(), []
+
+    def loss_fn(x):
+        assert not any(gone() is not None for gone in last)
+        return module(x).pow(2).mean(1), None
+
+    for p in module.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: last.append(weakref.ref(p.grad.untyped_storage())))
+    assert len(list(train(loss_fn, module, batches, 3, 1e-3))) == 3 and len(last) == 12

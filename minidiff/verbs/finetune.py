@@ -1,4 +1,5 @@
 """The verb that goes on training a model, on a captioned folder."""
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,9 @@ Data = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 Method = Annotated[str, tyro.conf.arg(metavar="full|lora")]
 Precision = Annotated[str, tyro.conf.arg(metavar="fp32|bf16")]
 Optimizer = Annotated[str, tyro.conf.arg(metavar="adamw|adamw8bit")]
-RATES = {"full": 1e-4, "lora": 1e-3}
+RATES = {"full": 1e-5, "lora": 1e-4}  # what is usual for Stable Diffusion
+SMALL, FASTER = 50_000_000, 20  # a U-Net of fewer weights, such as the box's, learns in steps that many times as long
+THUMBNAIL = 128  # pixels: what the report compares samples with
 
 
 def finetune(
@@ -41,6 +44,7 @@ def finetune(
     flip: bool = False,
     caption_column: str = "text",
     validation: float = 0.1,
+    unrelated: str = EXAMPLE,
     every: int = 100,
     resume: bool = False,
     seed: int = 0,
@@ -55,7 +59,8 @@ def finetune(
             or a name on the Hugging Face Hub.
         method: full moves every weight of the U-Net and writes a model; lora trains a few numbers and writes a small file.
         steps: optimizer steps.
-        lr: the peak learning rate; after a warm-up it falls to 0 as half a cosine. Left out, 1e-4 for full and 1e-3 for lora.
+        lr: the peak learning rate; after a warm-up it falls to 0 as half a cosine. Left out, 1e-5 for full and 1e-4 for lora;
+            for a small U-Net such as the box's, 20 times that.
         batch: pictures in a batch.
         accumulate: batches in a step: a larger step in the same memory.
         warmup: steps in which the rate rises.
@@ -74,11 +79,12 @@ def finetune(
         flip: show mirrored pictures too; not where captions say left and right.
         caption_column: where metadata.jsonl has the captions.
         validation: the share of the pictures to hold out: never trained on.
-        every: steps between two checkpoints.
+        unrelated: a prompt that the pictures say nothing about; the report shows what becomes of it.
+        every: steps between two checkpoints, and between two rows of the report.
         resume: go on where an interrupted run stopped, bit for bit.
         seed: everything random follows from it.
         device: where to compute; auto takes a GPU if there is one.
-        out: folder for the result and the training's checkpoint and log.
+        out: folder for the result, report.html, and the training's checkpoint and log.
     """
     options.check_out(out)
     options.check_seed(seed)
@@ -86,28 +92,64 @@ def finetune(
         raise UserError(f"--validation is {validation:g}; it must be a share from 0 to below 1.")
     device = options.pick_device(device)
     from minidiff import finetune as tuning
-    from minidiff import load
+    from minidiff import estimate, load, lora
     from minidiff.data.folder import CaptionedFolder, check_size
     from minidiff.groups import split
+    from minidiff.identity import check_free
 
-    lr = RATES.get(method, 1e-4) if lr is None else lr
-    numbers = dict(steps=steps, lr=lr, batch=batch, accumulate=accumulate, every=every, warmup=warmup, rank=rank, ema=ema, dropout=dropout)
-    tuning.check(method, dtype, **numbers)
+    numbers = dict(steps=steps, lr=1.0 if lr is None else lr, batch=batch, accumulate=accumulate, every=every, warmup=warmup, rank=rank, ema=ema, dropout=dropout)
+    tuning.check(method, optimizer, dtype, **numbers)
+    check_free(out, resume)
     folder = CaptionedFolder(data, caption_column=caption_column)
     diffusion = load(model, device)
-    side = size or diffusion.size
+    if lr is None:
+        small = sum(p.numel() for p in diffusion.unet.parameters()) < SMALL
+        numbers["lr"] = RATES[method] * (FASTER if small else 1)
+    targets, side = tuple(words(layers)), size or diffusion.size
+    if method == "lora":
+        lora.chosen(diffusion.unet, targets or tuning.hearing(diffusion.unet))  # complains of names before anything slow
     check_size(side, diffusion.vae.factor * diffusion.unet.multiple)
     examples = tuning.encoded(diffusion, folder, side, out / "cache", flip, buckets)
     kept, held_out = split(len(folder), validation, seed)
     training = [examples[mirror * len(folder) + i] for mirror in range(1 + flip) for i in kept]
     print(f"{len(kept)} pictures to train on, {len(held_out)} held out, {side}x{side} pixels")
-    how = dict(method=method, alpha=alpha, layers=tuple(words(layers)), text=text, min_snr=min_snr, dtype=dtype, checkpointing=checkpointing)
-    tuning.finetune(diffusion, [tuning.Group("data", training)], out, **numbers, **how, seed=seed, resume=resume)
-    prompt = training[0].caption.replace('"', '\\"') if training else EXAMPLE
-    if method == "full":
-        print(out / "model", f'draw with it:  minidiff generate "{prompt}" --model {out / "model"}', sep="\n")
-        print(f"other tools:   minidiff convert {out / 'model'} {out / 'diffusers'} --to diffusers")
-    else:
-        file = out / "lora.safetensors"
-        print(file, f'draw with it:  minidiff generate "{prompt}" --model {model} --lora {file}', sep="\n")
-        print(f"in the model:  minidiff convert {model} {out / 'diffusers'} --to diffusers --lora {file}")
+    ways = dict(rank=rank, targets=targets or tuning.hearing(diffusion.unet)) if method == "lora" else {}
+    ways |= dict(accumulate=accumulate, text=text, checkpointing=checkpointing, bf16=dtype == "bf16", optimizer=optimizer, ema=ema is not None)
+    print(estimate.forecast(diffusion, estimate.Settings(batch, (side, side), **ways), steps))
+    recorder = recorded(diffusion, out, training, [examples[i] for i in held_out], [folder.paths[i] for i in kept], unrelated, every, seed)
+    how = dict(method=method, alpha=alpha, layers=targets, text=text, min_snr=min_snr, dtype=dtype, checkpointing=checkpointing)
+    how |= dict(optimizer=optimizer, seed=seed, resume=resume, recorder=recorder)
+    tuning.finetune(diffusion, [tuning.Group("data", training)], out, **numbers, **how)
+    print(recorder.advice(), recorder.report(), sep="\n")
+    print(*use(diffusion, method, model, out, training[0].caption), sep="\n")
+
+
+def use(diffusion, method: str, model: Path, out: Path, caption: str) -> list[str]:
+    """What was written, and the commands that use it."""
+    from minidiff.weights import write
+
+    try:
+        write.check(diffusion)
+        layout = "diffusers"
+    except UserError:  # the model in the box, and others that only minidiff draws with
+        layout = "minidiff"
+    written, prompt = out / ("model" if method == "full" else "lora.safetensors"), shlex.quote(caption)
+    how = f"--model {written}" if method == "full" else f"--model {model} --lora {written}"
+    lines = [str(written), f"draw with it:      minidiff generate {prompt} {how}"]
+    if method == "lora":
+        lines.append(f"one model of both: minidiff convert {model} {out / 'merged'} --to {layout} --lora {written}")
+    elif layout == "diffusers":
+        lines.append(f"for other tools:   minidiff convert {written} {out / 'diffusers'} --to diffusers")
+    return lines
+
+
+def recorded(diffusion, out: Path, training: list, held_out: list, paths: list[Path], unrelated: str, every: int, seed: int):
+    """The flight recorder of a fine-tune: a caption that is trained on, one that is not, and a prompt that should stay as it is."""
+    import torch
+
+    from minidiff.data.folder import load_picture, to_model
+    from minidiff.recorder import Recorder
+
+    prompts = {"training caption": training[0].caption} | ({"held-out caption": held_out[0].caption} if held_out else {}) | {"unrelated": unrelated}
+    shown = torch.stack([to_model(load_picture(path, min(diffusion.size, THUMBNAIL))) for path in paths])
+    return Recorder(diffusion, out, prompts, shown, held_out, training, every=every, seed=seed)
