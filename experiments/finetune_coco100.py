@@ -8,11 +8,10 @@ the pictures is held out: their loss says when learning turns into memorising, w
 `minidiff generate --model`), before_after.png, vae.png, losses.png, memorised.png, finetune/report.html and results.json. Ctrl-C saves; --resume
 goes on, bit for bit.
 
-[1] Carlini et al. Extracting Training Data from Diffusion Models. 2023. arXiv:2301.13188
-[2] Somepalli et al. Diffusion Art or Digital Forgery? 2022. arXiv:2212.03860
+[1] Yoon, Choi, Kwon, Ryu. Diffusion Probabilistic Models Generalize when They Fail to Memorize. 2023. ICML workshop SPIGM
 """
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -30,7 +29,6 @@ from minidiff.errors import UserError
 from minidiff.features import pixels
 from minidiff.finetune import finetune
 from minidiff.groups import Group, split
-from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.quickstart import peak_memory_gb
 from minidiff.recorder import Recorder
 from minidiff.script import follow, last_loss, pick_device, read_log, run, write_results
@@ -90,13 +88,13 @@ def losses(records: list[dict], path: Path) -> Path:
 
 
 def memorised(
-    model: LatentDiffusion, captions: dict[str, list[str]], images: Float[Tensor, "N 3 S S"], path: Path, seed: int
+    draw: Callable[[list[str]], Float[Tensor, "B 3 S S"]], captions: dict[str, list[str]], images: Float[Tensor, "N 3 S S"], path: Path
 ) -> dict[str, float]:
-    """How many drawings of each kind of caption are copies of training pictures, by the ratio test of metrics.memorised ([1], [2]); and a figure,
+    """How many drawings of each kind of caption are copies of training pictures, by the ratio test of metrics.memorised ([1]); and a figure,
     drawings above the training pictures nearest to them."""
     known, figures, rows = pixels(images), {}, {}
     for kind, some in captions.items():
-        drawn = model.generate(some, generator=torch.Generator().manual_seed(seed)).cpu()
+        drawn = draw(some)
         distance, which = metrics.nearest(pixels(drawn), known)
         figures[f"copies_{kind}"] = round(metrics.memorised(pixels(drawn), known).mean().item(), 3)
         figures[f"nearest_{kind}"] = round((distance[:, 0] / metrics.radii(known, 1).median()).mean().item(), 3)
@@ -114,11 +112,12 @@ def main(
     vae_steps: int = 1500,
     vae_batch: int = 16,
     vae_lr: float = 1e-3,
-    steps: int = 1500,
+    steps: int = 1200,
     batch: int = 16,
     lr: float = 1e-3,
     validation: float = 0.1,
-    every: int = 250,
+    every: int = 200,
+    sampling_steps: int = 25,
     device: str = "auto",
     seed: int = 0,
     resume: bool = False,
@@ -139,11 +138,12 @@ def main(
         lr: their peak learning rate.
         validation: the share of the pictures to hold out.
         every: steps between two measurements.
+        sampling_steps: steps from noise to picture, with the model's own sampler.
         device: auto, cpu, cuda or mps.
         seed: everything random follows from it.
         resume: go on where an interrupted run stopped.
     """
-    if (out / "finetune").exists() and not resume:
+    if (out / "vae").exists() and not resume:
         raise UserError(f"{out} holds a run already; pass --resume to go on with it, or another --out.")
     base = minidiff.load(model, pick_device(device)).to(memory_format=torch.channels_last)
     check_size(size, base.vae.factor * base.unet.multiple)
@@ -154,7 +154,7 @@ def main(
     base.size = size
 
     def drawn(wanted: list[str]) -> Float[Tensor, "B 3 S S"]:
-        return base.generate(wanted, generator=torch.Generator().manual_seed(seed)).cpu()
+        return base.generate(wanted, steps=sampling_steps, generator=torch.Generator().manual_seed(seed)).cpu()
 
     # What it draws before: what it makes of words it does not know.
     shown = [*PROMPTS, *(captions[i] for i in kept[:4]), *(captions[i] for i in held[:2])]
@@ -169,7 +169,7 @@ def main(
     examples = [Example(z, caption) for z, caption in zip(latents, captions, strict=True)]
     prompts = {"caption": shown[2], "apples": PROMPTS[0], "held out": captions[held[0]], "unrelated": UNRELATED}
     training, validating = [examples[i] for i in kept], [examples[i] for i in held]
-    measured = Recorder(base, out / "finetune", prompts, images[kept], validating, training, every=every, seed=seed)
+    measured = Recorder(base, out / "finetune", prompts, images[kept], validating, training, every=every, steps=sampling_steps, seed=seed)
     how = dict(steps=steps, lr=lr, batch=batch, text=True, ema=0.995, every=every, seed=seed, resume=resume)
     base = finetune(base, [Group("pictures", training)], out / "finetune", warmup=min(100, steps // 10), recorder=measured, **how)
 
@@ -180,7 +180,7 @@ def main(
     records = [json.loads(line) for line in (out / "finetune" / "record.jsonl").read_text(encoding="utf-8").splitlines()]
     print(losses(records, out / "losses.png"))
     kinds = {"training": [captions[i] for i in kept[:32]], "held-out": [captions[i] for i in held]}
-    figures |= memorised(base, kinds, images[kept], out / "memorised.png", seed)
+    figures |= memorised(drawn, kinds, images[kept], out / "memorised.png")
     print(out / "memorised.png")
     log = read_log(out / "finetune" / "training")
     ends = {f"{name}_{when}": round(sum(records[k][name]) / 10, 4) for name in ("train", "validation") for when, k in (("first", 0), ("last", -1))}

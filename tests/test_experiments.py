@@ -18,11 +18,15 @@ from minidiff.data.folder import load_picture, to_uint8
 from minidiff.data.world import INVERSE, Scene, World
 from minidiff.errors import UserError
 
-NAMES = ("toy_2d", "sampler_order", "forward_chain", "cifar_ddpm", "text_to_image", "pretrain_box", "sd_generate", "sd_speed", "memory")
+NAMES = (
+    "toy_2d", "sampler_order", "forward_chain", "cifar_ddpm", "text_to_image", "pretrain_box",
+    "sd_generate", "sd_speed", "memory", "finetune_coco100",
+)
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 with install_import_hook(NAMES, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
     modules = [importlib.import_module(name) for name in NAMES]
-    toy_2d, sampler_order, forward_chain, cifar_ddpm, text_to_image, pretrain_box, sd_generate, sd_speed, memory = modules
+    toy_2d, sampler_order, forward_chain, cifar_ddpm, text_to_image, pretrain_box, \
+        sd_generate, sd_speed, memory, finetune_coco100 = modules
 
 
 def written(out, *names):
@@ -195,6 +199,27 @@ def test_text_to_image_refuses_a_size_before_it_trains(captioned, tmp_path):
     with pytest.raises(UserError, match="32 and 64"):
         text_to_image.main(data=captioned, size=40, caption_column="caption", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_finetune_coco100(captioned, tmp_path, monkeypatch):
+    settings = dict(data=captioned, size=32, caption_column="caption", vae_steps=2, vae_batch=2, steps=2, batch=2, validation=0.5, every=1)
+    settings |= dict(sampling_steps=2)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    finetune_coco100.main(**settings, out=whole)
+    pictures = ("before_after.png", "losses.png", "memorised.png", "finetune/report.html", "finetune/model/model.json")
+    results = written(whole, *pictures)
+    assert {"psnr_before", "psnr_validation", "validation_first", "validation_last", "copies_training", "advice", "seed"} <= results.keys()
+    assert results["pictures"] == results["held_out"] == 2
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetune_coco100, "follow", stop_at(1))
+        finetune_coco100.main(**settings, out=halves)
+    with pytest.raises(UserError, match="--resume"):
+        finetune_coco100.main(**settings, out=halves)
+    finetune_coco100.main(**settings, out=halves, resume=True)
+    same(whole, halves, "finetune/model")
+    with pytest.raises(UserError, match="held out"):
+        finetune_coco100.main(**settings | {"validation": 0.1}, out=tmp_path / "none")
 
 
 # The model in the box.
