@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from minidiff import load, lora, schedules
+from minidiff import estimate, load, lora, schedules
 from minidiff.cache import Example
 from minidiff.clip import CLIPText
 from minidiff.denoiser import HASTE, LEVELS, Denoiser
 from minidiff.errors import UserError
+from minidiff.estimate import Settings
 from minidiff.finetune import averaged, finetune, hearing, settle, shares, to_train
 from minidiff.groups import Batch, Group, batches, loss, split
 from minidiff.labels import ClassLabels
@@ -431,9 +432,17 @@ def folder(tmp_path_factory):
 BRIEF = ("--steps", 2, "--every", 1, "--batch", 2)
 
 
-def test_finetune_from_the_command_line(folder, tmp_path, ran):
+@pytest.fixture
+def forecasts(monkeypatch):
+    """What was asked of estimate.forecast, which takes seconds and has tests of its own."""
+    asked = []
+    monkeypatch.setattr(estimate, "forecast", lambda model, how, steps: asked.append((how, steps)) or "memory: some")
+    return asked
+
+
+def test_finetune_from_the_command_line(folder, tmp_path, ran, forecasts):
     said = ran("finetune", "--model", folder / "model", "--data", folder, "--out", tmp_path, *BRIEF).out
-    assert "9 pictures to train on, 1 held out, 16x16 pixels" in said
+    assert "9 pictures to train on, 1 held out, 16x16 pixels\nmemory: some\n" in said and forecasts == [(Settings(2, (16, 16)), 2)]
     assert f"minidiff generate 'a picture of 0' --model {tmp_path / 'model'}" in said
     assert "--to diffusers" not in said  # other tools have no word for a VAE without GroupNorm
     assert {file.name for file in tmp_path.iterdir()} >= {"model", "report.html", "run.json", "training", "cache", "record.jsonl"}
@@ -447,10 +456,11 @@ def test_finetune_from_the_command_line(folder, tmp_path, ran):
     assert str(tmp_path / "model") in again
 
 
-def test_a_lora_of_wide_and_mirrored_pictures_and_its_commands(folder, tmp_path, ran):
+def test_a_lora_of_wide_and_mirrored_pictures_and_its_commands(folder, tmp_path, ran, forecasts):
     said = ran("finetune", "--model", folder / "model", "--data", folder, "--out", tmp_path, *BRIEF, "--method", "lora", "--rank", 2,
-               "--buckets", "--flip", "--validation", 0).out
+               "--buckets", "--flip", "--validation", 0, "--text", "--dtype", "bf16", "--ema", 0.9, "--checkpointing", "--accumulate", 2).out
     assert "10 pictures to train on, 0 held out" in said
+    assert forecasts == [(Settings(2, (16, 16), rank=2, text=True, bf16=True, ema=True, checkpointing=True, accumulate=2), 2)]
     lines = dict(line.split(": ", 1) for line in said.splitlines() if "minidiff " in line)
     assert lines["draw with it"].endswith(f"--model {folder / 'model'} --lora {tmp_path / 'lora.safetensors'}")
     convert = lines["one model of both"].split()

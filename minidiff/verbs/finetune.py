@@ -91,13 +91,14 @@ def finetune(
     if not 0 <= validation < 1:
         raise UserError(f"--validation is {validation:g}; it must be a share from 0 to below 1.")
     device = options.pick_device(device)
-    from minidiff import finetune as tuning
     from minidiff import estimate, load, lora
+    from minidiff import finetune as tuning
     from minidiff.data.folder import CaptionedFolder, check_size
     from minidiff.groups import split
     from minidiff.identity import check_free
 
-    numbers = dict(steps=steps, lr=1.0 if lr is None else lr, batch=batch, accumulate=accumulate, every=every, warmup=warmup, rank=rank, ema=ema, dropout=dropout)
+    numbers = dict(steps=steps, lr=1.0 if lr is None else lr, batch=batch, accumulate=accumulate, every=every, warmup=warmup)
+    numbers |= dict(rank=rank, ema=ema, dropout=dropout)
     tuning.check(method, optimizer, dtype, **numbers)
     check_free(out, resume)
     folder = CaptionedFolder(data, caption_column=caption_column)
