@@ -67,15 +67,15 @@ def advise(records: list[Record]) -> str:
     (far, label), (early, _) = drift(last), drift(records[1])
     if fitted is not None and fitted > 1 + NOISE:
         return f"Lower the learning rate: at step {step} the loss of the training examples themselves is {fitted:.2f} times what it was at first."
-    if min(early, far) >= FAR:
-        return (
-            f'Lower the learning rate: "{label}", which nobody trains, had by step {records[1].step} moved {early:.1f} times as far as another '
-            f"seed would take it, and by step {step} {far:.1f} times."
-        )
     if _copies(last):
         return (
             f"Stop{_back(records, _copies)}: samples of step {step} lie {closeness(last):.2f} times as far from a training picture as those "
             f"from each other, {last.copies:.0%} of them copies; more pictures or fewer steps help."
+        )
+    if min(early, far) >= FAR:
+        return (
+            f'Lower the learning rate: "{label}", which nobody trains, had by step {records[1].step} moved {early:.1f} times as far as another '
+            f"seed would take it, and by step {step} {far:.1f} times."
         )
     if rise := _rise(records, validation):
         best, before, now = rise
