@@ -47,7 +47,7 @@ def main(
     """
     torch.set_num_threads(1)
     diffusion = load(model, "cpu").to(memory_format=torch.channels_last)  # a fifth faster
-    bench = of_world(World(diffusion.size, quickstart.SHAPES, quickstart.COLOURS), n, seed)
+    bench = of_world(World(diffusion.size, quickstart.SHAPES, quickstart.COLOURS), n, seed, trilemma.NETWORKS)
     key = {"model": str(model), "weights": trilemma.fingerprint(diffusion), "data": "quickstart world", "n": str(n), "seed": str(seed)}
     settings = [Setting(name, count, scale) for count, name, scale in product(steps, samplers, guidance)]  # the fast ones first
     rows = trilemma.sweep(diffusion, bench, [*settings, *FEW[: few * len(FEW)]], out / "trilemma.csv", key, seed)

@@ -85,7 +85,7 @@ def sweep(model: LatentDiffusion, bench: Bench, settings: list[Setting], path: P
     for number, (setting, key) in enumerate(zip(settings, wanted, strict=True), 1):
         if not any(key.items() <= row.items() for row in read(path)):
             print(f"{number} of {len(settings)}: {name(key)}", flush=True)
-            append(path, key | flat(figures(bench, drawn(model, bench, setting, seed), NETWORKS, seed)))
+            append(path, key | flat(figures(bench, drawn(model, bench, setting, seed), seed)))
     rows = read(path)
     return [next(row for row in rows if key.items() <= row.items()) for key in wanted]
 

@@ -48,7 +48,8 @@ def evaluate(
         spacing: which times are visited. Left out, it is the model's own.
         interval: guide only in this stretch of the way, from 0 (data) to 1 (noise); a step that is not guided costs half.
         world: how much of the built-in world the model knows: what quickstart teaches, or the whole.
-        features: what distances are measured in: pixels-8x8, random-conv-0, critic-attributes, inception-v3-compat. Left out, all that suit the data.
+        features: what distances are measured in: pixels-8x8, random-conv-0, critic-attributes, cifar10-resnet, inception-v3-compat.
+            Left out, the first two, and for the built-in world the third.
         clip: also the CLIP score, if CLIP's weights can be had.
         caption_column: where the folder's metadata.jsonl has the captions.
         trilemma: measure every combination of the three lists below instead; goes on where it stopped.
@@ -76,14 +77,14 @@ def evaluate(
     from minidiff.script import write_results
 
     suit = [name for name in OFFLINE if data is None or name != "critic-attributes"]
-    networks = words(features) or suit
+    networks = sweeps.NETWORKS if trilemma else words(features) or suit
     for network in networks:
         by_name(network)
     if data is None:
         parts = (quickstart.SHAPES, quickstart.COLOURS) if world == "quickstart" else ()
-        bench = evaluate.of_world(World(diffusion.size, *parts), n, seed)
+        bench = evaluate.of_world(World(diffusion.size, *parts), n, seed, networks, clip)
     else:
-        bench = evaluate.of_folder(data, diffusion.size, n, seed, caption_column)
+        bench = evaluate.of_folder(data, diffusion.size, n, seed, networks, clip, caption_column)
     run = {"model": str(model), "weights": sweeps.fingerprint(diffusion), "data": str(data or f"{world} world"), "n": str(n), "seed": str(seed)}
     if trilemma:
         settings = swept(diffusion, words(samplers), *listed, between, spacing)
@@ -96,9 +97,7 @@ def evaluate(
         return
     setting = sweeps.Setting(sampler or diffusion.sampler, steps, guidance, between, spacing)
     drawn = sweeps.drawn(diffusion, bench, setting, seed)
-    rows = evaluate.figures(bench, drawn, networks, seed)
-    if clip:
-        rows.append(evaluate.clip_score(bench, drawn))
+    rows = evaluate.figures(bench, drawn, seed)
     print(table(rows))
     if data is None:
         print("prompts are held-out captions; a floor is what as many real pictures score in the model's place.")
