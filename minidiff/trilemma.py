@@ -132,11 +132,14 @@ def cheapest(rows: list[Row], share: float = 0.99) -> Row:
 
 
 def figure(rows: list[Row], path: Path) -> Path:
-    """Quality against diversity, colour for speed, a mark for each sampler; the front is ringed, numbered from the fastest, and named beside."""
+    """Quality against diversity, colour for speed, a mark for each sampler; the front is ringed, numbered from the fastest, and named beside.
+    Those that came out alike share a number: where they take the same steps, a name stands for all."""
     import matplotlib.figure
     from matplotlib.colors import LogNorm
 
-    best = sorted(front(rows), key=lambda row: -point(row)[2])
+    best: dict[tuple, list[Row]] = {}
+    for row in sorted(front(rows), key=lambda row: -point(row)[2]):
+        best.setdefault(point(row), []).append(row)
     speed, samplers = [float(row[SPEED]) for row in rows], list(dict.fromkeys(row["sampler"] for row in rows))
     colours = LogNorm(min(speed), max(speed) * 1.01)
     with _style():
@@ -147,7 +150,7 @@ def figure(rows: list[Row], path: Path) -> Path:
             x, y, z = ([float(row[column]) for row in some] for column in (DIVERSITY, quality(rows[0]), SPEED))
             dots = axis.scatter(x, y, 30, z, mark, cmap="viridis_r", norm=colours, linewidths=0, zorder=2)
             axis.scatter([], [], 30, "grey", mark, linewidths=0, label=sampler)
-        for number, row in enumerate(best, 1):
+        for number, (row, *_) in enumerate(best.values(), 1):
             place = float(row[DIVERSITY]), point(row)[0]
             axis.scatter(*place, 100, facecolors="none", edgecolors="black", linewidths=0.8, zorder=3)
             axis.annotate(str(number), place, (5, 5), textcoords="offset points", fontsize=7)
@@ -161,6 +164,7 @@ def figure(rows: list[Row], path: Path) -> Path:
         bar.minorticks_off()
         names.axis("off")
         names.legend(*axis.get_legend_handles_labels(), loc="lower left", ncols=2, fontsize=7)
-        said = "\n".join(f"{number}  {name(row)}" for number, row in enumerate(best, 1))
+        alike = [name(row) + (f", and {len(others)} more" if others else "") for row, *others in best.values()]
+        said = "\n".join(f"{number}  {line}" for number, line in enumerate(alike, 1))
         names.text(0, 1, f"The Pareto front\n\n{said}", verticalalignment="top", fontsize=7)
         return _save(sheet, path)
