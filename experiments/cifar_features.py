@@ -90,7 +90,9 @@ def plot(found: dict[str, float], path: Path) -> Path:
             axis.loglog(levels, [found[f"{name} {level}"] for level in levels], f"{mark}-", color=colour, markersize=4, label=name)
         for name, line in (("test", "--"), ("floor", ":")):
             axis.axhline(found[name], color="black", linestyle=line, linewidth=1, label=name)
-        axis.set(xlabel="noise and tint: of 2 from black to white; blur: in pixels", ylabel="Fréchet, cifar10-resnet")
+        axis.set(xlabel="strength (blur: in pixels)", ylabel="Fréchet, cifar10-resnet")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.legend()
         return _save(figure, path)
 
@@ -98,7 +100,7 @@ def plot(found: dict[str, float], path: Path) -> Path:
 def main(
     data: Path | None = None,
     out: Path = Path("out/cifar_features"),
-    epochs: int = 10,
+    epochs: int = 4,
     batch: int = 128,
     lr: float = 3e-3,
     weight_decay: float = 0.05,
