@@ -1,7 +1,7 @@
-"""From pictures to features: the networks that a distance between pictures can be measured in, in this file. Three are always there, offline.
+"""From pictures to features: the networks that a distance between pictures can be measured in, in this file. Four are always there, offline.
 
 A distance says what its features see and nothing else: small pixels see where colours are, a random network sees texture, the critic sees
-attributes. Pictures are (B, 3, H, W) in [-1, 1], of any one size.
+attributes, a classifier of CIFAR-10 what tells its ten classes apart. Pictures are (B, 3, H, W) in [-1, 1], of any one size.
 
 [1] Naeem et al. Reliable Fidelity and Diversity Metrics for Generative Models. 2020. arXiv:2002.09797 (section 5: random networks)
 [2] Heusel et al. GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium. 2017. arXiv:1706.08500
@@ -11,12 +11,15 @@ import math
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from safetensors.torch import load_file
 from torch import Tensor
 
+from minidiff.classifier import Classifier
 from minidiff.data import critic
 from minidiff.data.folder import to_uint8
 from minidiff.errors import UserError
@@ -24,7 +27,7 @@ from minidiff.errors import UserError
 Pictures = Float[Tensor, "B 3 H W"]
 SIDE = 32  # what the random network sees, whatever the size
 WIDTHS = (3, 32, 64, 64)
-INCEPTION = "inception-v3-compat"
+INCEPTION, CIFAR10 = "inception-v3-compat", "cifar10-resnet"
 
 
 def pixels(pictures: Pictures) -> Float[Tensor, "B 192"]:
@@ -66,6 +69,19 @@ def critic_attributes(pictures: Pictures) -> Float[Tensor, "B D"]:
     return torch.stack([attributes(critic.read(picture)) for picture in pictures])
 
 
+@torch.no_grad()
+def cifar10(pictures: Pictures) -> Float[Tensor, "B 128"]:
+    """What a small classifier of CIFAR-10 has before its last layer; networks/README.md is its card. For small photographs."""
+    return _cifar10().features(F.adaptive_avg_pool2d(pictures.cpu(), SIDE))
+
+
+@cache
+def _cifar10() -> torch.nn.Module:
+    network = Classifier(10)
+    network.load_state_dict(load_file(Path(__file__).parent / "networks" / "cifar10_resnet.safetensors"))
+    return network.float().eval()
+
+
 def inception(pictures: Pictures) -> Float[Tensor, "B 2048"]:
     """Inception v3 as published with [2], through torch-fidelity; distances in it are called FID."""
     with torch.no_grad():
@@ -86,7 +102,7 @@ def _inception() -> torch.nn.Module:
 
 
 OFFLINE: dict[str, Callable[[Tensor], Tensor]] = {"pixels-8x8": pixels, "random-conv-0": random_conv, "critic-attributes": critic_attributes}
-NETWORKS = OFFLINE | {INCEPTION: inception}
+NETWORKS = OFFLINE | {CIFAR10: cifar10, INCEPTION: inception}
 
 
 def by_name(name: str) -> Callable[[Tensor], Tensor]:
@@ -104,8 +120,8 @@ def features(name: str, pictures: Pictures, batch: int = 256) -> Float[Tensor, "
     return torch.cat([network(some) for some in pictures.split(batch)])
 
 
-def clip_similarity(pictures: Pictures, prompts: list[str], name: str = "ViT-B-32", weights: str = "openai") -> Float[Tensor, "B"]:
-    """The cosine between each picture and its prompt in CLIP's space: what [3] multiplies by 2.5, others by 100. Weights are fetched on first use."""
+@cache
+def _clip(name: str, weights: str) -> tuple[torch.nn.Module, Callable]:
     import open_clip
 
     try:
@@ -113,9 +129,15 @@ def clip_similarity(pictures: Pictures, prompts: list[str], name: str = "ViT-B-3
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"CLIP's weights {name}/{weights} cannot be had ({reason}); go online once, or leave --clip out.") from None
+    return model, open_clip.get_tokenizer(name)
+
+
+def clip_similarity(pictures: Pictures, prompts: list[str], name: str = "ViT-B-32", weights: str = "openai") -> Float[Tensor, "B"]:
+    """The cosine between each picture and its prompt in CLIP's space: what [3] multiplies by 2.5, others by 100. Weights are fetched on first use."""
+    model, tokenizer = _clip(name, weights)
     side = model.visual.image_size[0] if isinstance(model.visual.image_size, tuple) else model.visual.image_size
     mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (model.visual.image_mean, model.visual.image_std))
-    tokens = open_clip.get_tokenizer(name)(prompts)
+    tokens = tokenizer(prompts)
     found = []
     with torch.no_grad():
         for some, words in zip(pictures.cpu().split(64), tokens.split(64), strict=True):

@@ -172,20 +172,21 @@ class Discrete(NoiseSchedule):
 
     def timesteps(self, steps: int, spacing: str = "trailing") -> Shaped[Tensor, "steps1"]:
         """trailing: T down to 0 in equal strides ([4] table 2). leading: Stable Diffusion's, starts a stride below T.
-        linspace: both T and 1 included ([2] section 4). Between levels fall karras: equal strides in (sigma / alpha)^(1/7) ([5] eq. 5);
-        log-snr: equal strides in log SNR ([8] section 3.4); ays: Stable Diffusion's optimal levels for 10 steps, interpolated ([9])."""
+        linspace: both T and 1 included ([2] section 4). Between levels fall karras: equal strides in (sigma / alpha)^(1/7) ([5] eq. 5); log-snr:
+        in log SNR ([8] section 3.4); ays: Stable Diffusion's for 10 steps, interpolated ([9]); shifted: a flow's with shift 2 ([6] eq. 23)."""
         whole = ("trailing", "leading", "linspace")
-        _check(steps, spacing, (*whole, "karras", "log-snr", "ays"), most=self.T if spacing in whole else None)
+        _check(steps, spacing, (*whole, "karras", "log-snr", "ays", "shifted"), most=self.T if spacing in whole else None)
         if spacing == "trailing":
             return torch.linspace(self.T, 0, steps + 1, dtype=torch.float64).round().long()
         if spacing == "leading":  # SD counts t from 0 and offsets by 1, which is 2 in a count where 0 is clean data
-            offset = 2 if self.T // steps > 1 else 1
-            visited = torch.arange(steps).flip(0) * (self.T // steps) + offset
+            visited = torch.arange(steps).flip(0) * (self.T // steps) + (2 if self.T // steps > 1 else 1)
         elif spacing == "linspace":
             visited = torch.linspace(self.T - 1, 0, steps, dtype=torch.float64).round().long() + 1  # rounded in the published count
+        elif spacing == "shifted":
+            visited = self.T * Flow(shift=2.0).timesteps(steps)[:-1]
         elif spacing == "ays":
-            levels = scaled_linear()._log_snr[list(AYS)]
-            visited = self.at_log_snr(_between(levels, torch.linspace(0, len(AYS) - 1, steps + 1, dtype=torch.float64)[:-1]))
+            place = torch.linspace(0, len(AYS) - 1, steps + 1, dtype=torch.float64)[:-1]
+            visited = self.at_log_snr(_between(scaled_linear()._log_snr[list(AYS)], place))
         else:
             noisiest, cleanest = (-self._log_snr[[self.T, 1]] / 2).exp().clamp(max=SIGMA_MAX).tolist()  # sigma / alpha
             visited = self.at_log_snr(-2 * _ramp(noisiest, cleanest, steps, spacing).log())

@@ -8,11 +8,12 @@ import io
 import math
 import os
 from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
 from minidiff.errors import UserError
-from minidiff.evaluate import Bench, Figure, draw, figures
+from minidiff.evaluate import Bench, Drawn, Figure, draw, figures
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.plots import _save, _style
 
@@ -27,6 +28,12 @@ class Setting(NamedTuple):
     sampler: str
     steps: int
     guidance: float
+    interval: tuple[float, float] = (0.0, 1.0)  # where it is guided at all, from 0 (data) to 1 (noise)
+    spacing: str = "trailing"
+
+    def columns(self) -> dict[str, str]:
+        interval = "-".join(f"{end:g}" for end in self.interval)
+        return {"sampler": self.sampler, "steps": str(self.steps), "guidance": f"{self.guidance:g}", "interval": interval, "spacing": self.spacing}
 
 
 Row = dict[str, str]  # a line of the CSV file, its numbers as they are written there
@@ -74,19 +81,25 @@ def fingerprint(model: LatentDiffusion) -> str:
 
 def sweep(model: LatentDiffusion, bench: Bench, settings: list[Setting], path: Path, run: Row, seed: int = 0) -> list[Row]:
     """Measure the settings that have no line in the file yet; returns the lines of all. run: what else a line must have in common to count."""
-    wanted = [run | {"sampler": s.sampler, "steps": str(s.steps), "guidance": f"{s.guidance:g}"} for s in settings]
+    wanted = [run | setting.columns() for setting in settings]
     for number, (setting, key) in enumerate(zip(settings, wanted, strict=True), 1):
         if not any(key.items() <= row.items() for row in read(path)):
-            sampler, steps, guidance = setting
             print(f"{number} of {len(settings)}: {name(key)}", flush=True)
-            drawn = draw(model, bench, sampler, seed, steps=steps, guidance=guidance, progress=True)
-            append(path, key | flat(figures(bench, drawn, NETWORKS, seed)))
+            append(path, key | flat(figures(bench, drawn(model, bench, setting, seed), seed)))
     rows = read(path)
     return [next(row for row in rows if key.items() <= row.items()) for key in wanted]
 
 
+def drawn(model: LatentDiffusion, bench: Bench, setting: Setting, seed: int) -> Drawn:
+    how = setting._asdict()
+    return draw(model, bench, how.pop("sampler"), seed, **how, progress=True)
+
+
 def name(row: Row) -> str:
-    return f"{row['sampler']}, {row['steps']} steps, guidance {row['guidance']}"
+    """Said as shortly as it can be: what is as usual is left out."""
+    where = "" if row["interval"] == "0-1" or row["guidance"] == "1" else f" in {row['interval']}"
+    grid = "" if row["spacing"] == "trailing" else f", {row['spacing']}"
+    return f"{row['sampler']}, {row['steps']} steps{grid}, guidance {row['guidance']}{where}"
 
 
 def quality(row: Row) -> str:
@@ -119,29 +132,39 @@ def cheapest(rows: list[Row], share: float = 0.99) -> Row:
 
 
 def figure(rows: list[Row], path: Path) -> Path:
-    """Quality against diversity, colour for speed; the front is ringed, numbered from the fastest, and named beside."""
+    """Quality against diversity, colour for speed, a mark for each sampler; the front is ringed, numbered from the fastest, and named beside.
+    Those that came out alike share a number: where they take the same steps, a name stands for all."""
     import matplotlib.figure
     from matplotlib.colors import LogNorm
 
-    best = sorted(front(rows), key=lambda row: -point(row)[2])
-    x, y, speed = ([float(row[column]) for row in rows] for column in (DIVERSITY, quality(rows[0]), SPEED))
+    best: dict[tuple, list[Row]] = {}
+    for row in sorted(front(rows), key=lambda row: -point(row)[2]):
+        best.setdefault(point(row), []).append(row)
+    speed, samplers = [float(row[SPEED]) for row in rows], list(dict.fromkeys(row["sampler"] for row in rows))
+    colours = LogNorm(min(speed), max(speed) * 1.01)
     with _style():
-        sheet = matplotlib.figure.Figure((7.5, 4.0), layout="constrained")
-        axis, names = sheet.subplots(1, 2, width_ratios=(3, 1))
-        dots = axis.scatter(x, y, 40, speed, cmap="viridis_r", norm=LogNorm(min(speed), max(speed) * 1.01), zorder=2)
-        for number, row in enumerate(best, 1):
+        sheet = matplotlib.figure.Figure((9.0, 5.0), layout="constrained")
+        axis, names = sheet.subplots(1, 2, width_ratios=(5, 3))
+        for sampler, mark in zip(samplers, cycle("os^vDPX*p"), strict=False):
+            some = [row for row in rows if row["sampler"] == sampler]
+            x, y, z = ([float(row[column]) for row in some] for column in (DIVERSITY, quality(rows[0]), SPEED))
+            dots = axis.scatter(x, y, 30, z, mark, cmap="viridis_r", norm=colours, linewidths=0, zorder=2)
+            axis.scatter([], [], 30, "grey", mark, linewidths=0, label=sampler)
+        for number, (row, *_) in enumerate(best.values(), 1):
             place = float(row[DIVERSITY]), point(row)[0]
-            axis.scatter(*place, 110, facecolors="none", edgecolors="black", zorder=3)
-            axis.annotate(str(number), place, (6, 5), textcoords="offset points")
+            axis.scatter(*place, 100, facecolors="none", edgecolors="black", linewidths=0.8, zorder=3)
+            axis.annotate(str(number), place, (5, 5), textcoords="offset points", fontsize=7)
         if math.isfinite(real := real_diversity(rows[0])):
             axis.axvline(real, color="black", linestyle=":", linewidth=1)
             axis.annotate("real pictures", (real, axis.get_ylim()[0]), (3, 3), textcoords="offset points", rotation=90)
-        axis.set(xlabel=DIVERSITY, ylabel=quality(rows[0]), title=f"quality against diversity, n = {rows[0]['n']}")
+        axis.set(xlabel=DIVERSITY, ylabel=quality(rows[0]), title=f"quality against diversity, {len(rows)} settings, n = {rows[0]['n']}")
         bar = sheet.colorbar(dots, ax=axis, label=SPEED)
-        ticks = sorted(set(speed))
+        ticks = [2**k for k in range(20) if min(speed) <= 2**k <= max(speed)] or sorted(set(speed))
         bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
         bar.minorticks_off()
         names.axis("off")
-        said = "\n".join(f"{number}  {name(row)}" for number, row in enumerate(best, 1))
+        names.legend(*axis.get_legend_handles_labels(), loc="lower left", ncols=2, fontsize=7)
+        alike = [name(row) + (f", and {len(others)} more" if others else "") for row, *others in best.values()]
+        said = "\n".join(f"{number}  {line}" for number, line in enumerate(alike, 1))
         names.text(0, 1, f"The Pareto front\n\n{said}", verticalalignment="top", fontsize=7)
         return _save(sheet, path)

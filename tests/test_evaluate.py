@@ -1,6 +1,7 @@
 """What a model is worth: figures against their floors, the verb, and the sweep that goes on where it stopped."""
 import csv
 import json
+import weakref
 
 import pytest
 import torch
@@ -32,17 +33,31 @@ def folder(tmp_path_factory, model):
 
 @pytest.fixture(scope="module")
 def bench():
-    return evaluate.of_world(WORLD, 40, seed=0)
+    return evaluate.of_world(WORLD, 40, 0, NETWORKS)
 
 
 def by_metric(figures):
     return {(row.metric, row.features): row for row in figures}
 
 
+def seen(bench, pictures, repeated):
+    """As if a model had drawn these."""
+    return Drawn(bench.look([(pictures, bench.prompts)]), bench.look([(repeated, bench.repeated[: len(repeated)])]), 0.0, 0.0)
+
+
+def alive_at_most(most, batches):
+    """The same batches, as long as no more than so many of them are held at a time."""
+    held = []
+    for pictures, captions in batches:
+        held = [batch for batch in held if batch() is not None] + [weakref.ref(pictures)]
+        assert len(held) <= most
+        yield pictures, captions
+        del pictures
+
+
 def test_real_pictures_in_the_models_place_score_their_floors(bench):
     """The floors are no other computation: given the very pictures they are measured on, every figure is its floor."""
-    real = bench._replace(prompts=bench.captions_instead)
-    rows = evaluate.figures(real, Drawn(bench.instead, bench.repeated_instead, 0.0, 0.0), NETWORKS)
+    rows = evaluate.figures(bench, Drawn(bench.instead, bench.repeated_instead, 0.0, 0.0))
     measured = [row for row in rows if row.floor is not None]
     assert len(measured) == 3 + 7 * len(NETWORKS)
     assert [row.value for row in measured] == pytest.approx([row.floor for row in measured], rel=1e-12)
@@ -53,10 +68,10 @@ def test_real_pictures_in_the_models_place_score_their_floors(bench):
 
 def test_bad_pictures_score_worse_than_their_floors(bench):
     """The same picture for every prompt, and noise: each is caught where it should be."""
-    one, noise = bench.instead[:1].expand(40, -1, -1, -1), torch.rand(40, 3, 32, 32) * 2 - 1
-    frozen = by_metric(evaluate.figures(bench, Drawn(one, one[:10], 0.0, 0.0), NETWORKS[:1]))
+    one, noise = WORLD.batch(1, "one")[0].expand(40, -1, -1, -1), torch.rand(40, 3, 32, 32) * 2 - 1
+    frozen = by_metric(evaluate.figures(bench, seen(bench, one, one[:10])))
     assert frozen["recall", "pixels-8x8"].value < 0.1 and frozen["diversity per prompt", "pixels-8x8"].value < 1e-6
-    random = by_metric(evaluate.figures(bench, Drawn(noise, noise[:10], 0.0, 0.0), NETWORKS[:1]))
+    random = by_metric(evaluate.figures(bench, seen(bench, noise, noise[:10])))
     assert random["accuracy", "critic"].value == 0
     for found in (frozen, random):
         assert found["frechet", "pixels-8x8"].value > 2 * found["frechet", "pixels-8x8"].floor
@@ -65,19 +80,42 @@ def test_bad_pictures_score_worse_than_their_floors(bench):
 
 
 def test_the_bench_of_the_world_is_held_out_and_follows_from_its_seed(bench):
-    again, other = evaluate.of_world(WORLD, 40, 0), evaluate.of_world(WORLD, 40, 1)
-    assert torch.equal(again.real, bench.real) and again.prompts == bench.prompts != other.prompts
-    assert not torch.equal(bench.real, bench.instead)
-    assert len(bench.repeated) == len(bench.repeated_instead) == 2 * evaluate.EACH
+    again, other = (evaluate.of_world(WORLD, 40, seed, NETWORKS) for seed in (0, 1))
+    assert torch.equal(again.real[NETWORKS[0]], bench.real[NETWORKS[0]]) and again.prompts == bench.prompts != other.prompts
+    assert not torch.equal(bench.real[NETWORKS[0]], bench.instead[NETWORKS[0]])
+    assert len(bench.repeated) == len(bench.repeated_instead["accuracy"]) == 2 * evaluate.EACH
     assert bench.repeated[0] == bench.repeated[evaluate.EACH - 1] != bench.repeated[evaluate.EACH]
+
+
+def test_pictures_go_by_and_are_not_held(model, tmp_path, monkeypatch):
+    """Memory does not grow by n pictures: of real ones, of a folder's and of the model's, no more than two batches are there at a time."""
+    looked, look = [], evaluate.look
+
+    def watched(batches, **how):
+        looked.append(look(alive_at_most(2, batches), **how))
+        return looked[-1]
+
+    monkeypatch.setattr(evaluate, "look", watched)
+    monkeypatch.setattr(evaluate, "AT_ONCE", 7)
+    bench = evaluate.of_world(WORLD, 20, 0, NETWORKS[:1])
+    evaluate.draw(model, bench, steps=1, guidance=1.0, batch=8)
+    folder = captioned(tmp_path / "data", WORLD.batch(30, "folder")[0])
+    evaluate.of_folder(folder, 32, 15, 0, NETWORKS[:1])
+    assert [len(seen["pixels-8x8"]) for seen in looked] == [10, 20, 20, 30, 30]
+
+
+def test_real_pictures_do_not_depend_on_how_many_are_drawn_at_once_where_they_are_few(bench):
+    whole = WORLD.batch(20, ("real", 0), 1, "held-out", full=True)[0]
+    torch.testing.assert_close(bench.look([(whole, bench.prompts[:20])])["pixels-8x8"], bench.real["pixels-8x8"][:20])
 
 
 @pytest.mark.parametrize(("guidance", "evaluations"), [(1.0, 3), (2.0, 6)])
 def test_evaluations_are_counted(model, bench, guidance, evaluations):
     few = bench._replace(prompts=bench.prompts[:3], repeated=bench.repeated[:2])
     drawn = evaluate.draw(model, few, "ddim", steps=3, guidance=guidance)
-    assert (len(drawn.pictures), len(drawn.repeated), drawn.evaluations) == (3, 2, evaluations)
-    assert torch.equal(drawn.pictures, evaluate.draw(model, few, "ddim", steps=3, guidance=guidance).pictures)
+    first = drawn.pictures["pixels-8x8"]
+    assert (len(first), len(drawn.repeated["pixels-8x8"]), drawn.evaluations) == (3, 2, evaluations)
+    assert torch.equal(first, evaluate.draw(model, few, "ddim", steps=3, guidance=guidance).pictures["pixels-8x8"])
     assert evaluate.draw(model, few, "heun", steps=3, guidance=1.0).evaluations == 5  # two a step, but for the last
 
 
@@ -92,19 +130,21 @@ def captioned(place, pictures):
     return place
 
 
-def test_a_folder_is_halved_and_copies_of_it_are_memorised(tmp_path, bench):
-    place = captioned(tmp_path / "data", bench.real[:30])
-    halves = evaluate.of_folder(place, 32, 15, seed=0)
-    assert len(halves.real) == len(halves.instead) == len(halves.prompts) == 15 and len(halves.training) == 30
-    assert not any((a == b).all() for a in halves.real for b in halves.instead)
+def test_a_folder_is_halved_and_copies_of_it_are_memorised(tmp_path):
+    place = captioned(tmp_path / "data", WORLD.batch(30, "folder")[0])
+    halves = evaluate.of_folder(place, 32, 15, 0, NETWORKS[:1])
+    real, instead = halves.real["pixels-8x8"], halves.instead["pixels-8x8"]
+    assert len(real) == len(instead) == len(halves.prompts) == 15 and len(halves.training["pixels-8x8"]) == 30
+    assert not any((a == b).all() for a in real for b in instead)
+    fresh = halves.look([(WORLD.batch(15, "fresh")[0], halves.prompts)])
     found = {}
-    for what, pictures in (("copies", halves.instead), ("fresh", bench.instead[:15])):
-        rows = by_metric(evaluate.figures(halves, Drawn(pictures, pictures[:10], 0.0, 0.0), NETWORKS[:1]))
+    for what, drawn in (("copies", halves.instead), ("fresh", fresh)):
+        rows = by_metric(evaluate.figures(halves, Drawn(drawn, evaluate.only(drawn, slice(10)), 0.0, 0.0)))
         found[what], floor = rows["memorised", "pixels-8x8"].value, rows["memorised", "pixels-8x8"].floor
         assert not any(metric.startswith("accuracy") for metric, _ in rows)
     assert found["copies"] == 1 and max(found["fresh"], floor) <= 0.2  # by chance the one or other stands where another stood
     with pytest.raises(UserError, match=r"holds 30 pictures; .* pass --n 15 or less"):
-        evaluate.of_folder(place, 32, 16, seed=0)
+        evaluate.of_folder(place, 32, 16, 0, NETWORKS[:1])
 
 
 # The verb.
@@ -139,13 +179,18 @@ def test_the_sweep_goes_on_where_it_stopped(ran, folder, tmp_path, monkeypatch):
     assert after.startswith(before) and after.count("\n") == 5
     assert "99 % of the best quality at the fewest evaluations: " in said and (out / "trilemma.png").stat().st_size > 10_000
     ran(*args, "--samplers", "ddim", "--seed", "1")
-    assert (out / "trilemma.csv").read_text().count("\n") == 7  # another seed is another line
+    assert (out / "trilemma.csv").read_text().count("\n") == 7  # another seed is another line, and so is another grid
+    said = ran(*args, "--samplers", "ddim", "--sweep-steps", "2", "--sweep-guidance", "2", "--spacing", "shifted", "--interval", "0.8,1").out
+    assert "ddim, 2 steps, shifted, guidance 2 in 0.8-1" in said and "at 3 evaluations per picture" in said
 
 
 @pytest.mark.parametrize(("args", "said"), [
     (["--n", "3"], "--n is 3; it must be at least 10."),
     (["--world", "mars"], 'no world "mars"; --world is quickstart or whole.'),
     (["--features", "vgg"], 'no features "vgg"; there is pixels-8x8'),
+    (["--interval", "0.8"], '--interval is "0.8"; write two numbers from 0 (data) to 1 (noise), the smaller one first'),
+    (["--interval", "1,0"], '--interval is "1,0"; write'),
+    (["--spacing", "odd"], 'no spacing "odd" for this schedule; there is'),
     (["--trilemma", "--sweep-steps", "5,x"], '--sweep-steps is "5,x"; write numbers'),
     (["--trilemma", "--sweep-steps", "2.5"], "--sweep-steps holds 2.5; steps are whole numbers."),
     (["--trilemma", "--samplers", "magic"], 'no sampler "magic"; there is ddim'),

@@ -1,5 +1,4 @@
 """Every experiment at its smallest size: it writes what it says, resumes bit for bit, and complains in one line."""
-import importlib
 import json
 import random
 import signal
@@ -13,20 +12,26 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import minidiff
-from minidiff import schedules, script
+from minidiff import features, schedules, script
 from minidiff.data.folder import load_picture, to_uint8
 from minidiff.data.world import INVERSE, Scene, World
 from minidiff.errors import UserError
 
-NAMES = (
-    "toy_2d", "sampler_order", "forward_chain", "cifar_ddpm", "text_to_image", "pretrain_box",
-    "sd_generate", "sd_speed", "memory", "finetune_coco100",
-)
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-with install_import_hook(NAMES, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
-    modules = [importlib.import_module(name) for name in NAMES]
-    toy_2d, sampler_order, forward_chain, cifar_ddpm, text_to_image, pretrain_box, \
-        sd_generate, sd_speed, memory, finetune_coco100 = modules
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+with install_import_hook([path.stem for path in EXPERIMENTS.glob("*.py")], "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
+    import cifar_ddpm
+    import cifar_features
+    import finetune_coco100
+    import forward_chain
+    import memory
+    import pretrain_box
+    import sampler_order
+    import sd_generate
+    import sd_speed
+    import text_to_image
+    import toy_2d
+    import trilemma
 
 
 def written(out, *names):
@@ -158,12 +163,55 @@ def test_cifar_batches_see_every_picture_once_an_epoch():
         next(cifar_ddpm.batches(pictures, labels, 7, seed=0, start=0))
 
 
+def test_cifar_features(classes, tmp_path, monkeypatch):
+    for k in range(8):
+        picture(classes / "test" / ("cat", "dog")[k % 2] / f"{k}.png", seed=10 + k)
+    settings = dict(data=classes, epochs=2, batch=4, n=4)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    cifar_features.main(**settings, out=whole)
+    results = written(whole, "distances.png", "loss.png")
+    assert {"test_accuracy", "training_accuracy", "images_per_second"} <= results.keys() and len(results["frechet"]) == 14
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cifar_features, "follow", stop_at(1))
+        cifar_features.main(**settings, out=halves)
+    cifar_features.main(**settings, out=halves, resume=True)
+    ours, theirs = (load_file(out / "cifar10_resnet.safetensors") for out in (whole, halves))
+    assert all(weight.dtype == torch.float16 and torch.equal(weight, theirs[name]) for name, weight in ours.items())
+    with pytest.raises(UserError, match="--n is 5, but there are 8 training pictures; pass --n 4 or less"):
+        cifar_features.main(**settings | {"n": 5}, out=whole)
+
+
+def test_the_feature_network_that_ships_sees_distortions(real_data):
+    """The stronger noise, blur or tint, the farther; real pictures are nearest. Of 500 pictures on each side: the table in docs has 10,000."""
+    tiles = {}
+    for part in ("train", "test"):
+        mosaic = load_picture(real_data / "cifar10" / f"{part}_0.webp")[:, :320]
+        tiles[part] = mosaic.unflatten(1, (10, 32)).unflatten(3, (100, 32)).permute(1, 3, 0, 2, 4).flatten(0, 1)
+    found = cifar_features.distances(features._cifar10(), tiles["train"], tiles["test"], 500)
+    for name, (_, levels) in cifar_features.DISTORTIONS.items():
+        along = [found["floor"], *(found[f"{name} {level}"] for level in levels)]
+        assert along == sorted(along), name
+    assert found["test"] < found["tint 0.4"] / 2
+
+
 def test_cifar_paper_preset_is_the_paper():
     paper = cifar_ddpm.PRESETS["paper"]
     unet = paper.unet(None)
     assert sum(p.numel() for p in unet.parameters()) == pytest.approx(35.7e6, rel=0.03)  # [1] appendix B; ours has projections around its attention
     assert (paper.target, paper.steps, paper.batch, paper.lr, paper.ema, unet.numbers["dropout"]) == ("eps", 800_000, 128, 2e-4, 0.9999, 0.1)
     assert paper.schedule == schedules.linear()
+
+
+# The trilemma.
+
+
+def test_trilemma(tmp_path, monkeypatch):
+    settings = dict(samplers=("ddim",), steps=(1, 2), guidance=(1.0, 2.0), n=10, more=False, out=tmp_path)
+    trilemma.main(**settings)
+    results = written(tmp_path, "trilemma.csv", "trilemma.png")
+    assert results["settings"] == 4 and results["enough"].endswith((" at 1", " at 2", " at 4"))
+    monkeypatch.setattr(minidiff.trilemma, "draw", None)  # all is measured: nothing is drawn again
+    trilemma.main(**settings)
 
 
 # Text to image.

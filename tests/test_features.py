@@ -1,6 +1,9 @@
 """Feature networks: always the same, of any size, and one clear line where weights cannot be had."""
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from minidiff import features
 from minidiff.data import critic
@@ -10,14 +13,14 @@ from minidiff.errors import UserError
 PICTURES = World(32).batch(6, "features", objects=2)[0]
 
 
-@pytest.mark.parametrize("name", features.OFFLINE)
+@pytest.mark.parametrize("name", [*features.OFFLINE, features.CIFAR10])
 def test_batches_do_not_matter(name):
     torch.testing.assert_close(features.features(name, PICTURES, batch=4), features.features(name, PICTURES))
 
 
-@pytest.mark.parametrize("name", ["pixels-8x8", "random-conv-0"])
+@pytest.mark.parametrize("name", ["pixels-8x8", "random-conv-0", features.CIFAR10])
 def test_size_hardly_matters(name):
-    """A picture and the same one with every pixel doubled: block means are exact, both networks begin with them."""
+    """A picture and the same one with every pixel doubled: block means are exact, these networks begin with them."""
     doubled = PICTURES.repeat_interleave(2, 2).repeat_interleave(2, 3)
     torch.testing.assert_close(features.features(name, doubled), features.features(name, PICTURES), rtol=1e-4, atol=1e-5)
 
@@ -35,6 +38,13 @@ def test_the_random_network_is_always_the_same():
 
 
 GOLDEN = [0.31859, 0.04163, 0.00103]
+
+
+def test_the_network_of_cifar10_ships_and_is_small():
+    file = Path(features.__file__).parent / "networks" / "cifar10_resnet.safetensors"
+    assert file.stat().st_size < 1e6 and all(weight.dtype == torch.float16 for weight in load_file(file).values())
+    assert features.features(features.CIFAR10, PICTURES).shape == (6, 128)
+    assert features.CIFAR10 not in features.OFFLINE  # what nobody asked for is not measured in it
 
 
 def test_attributes_say_what_the_critic_sees():
@@ -67,6 +77,7 @@ def test_clip_that_cannot_be_had_is_one_line(monkeypatch):
     def offline(*_, **__):
         raise OSError("offline")
 
+    features._clip.cache_clear()
     monkeypatch.setattr(open_clip, "create_model_and_transforms", offline)
     with pytest.raises(UserError, match=r"CLIP's weights ViT-B-32/openai cannot be had \(offline\)"):
         features.clip_similarity(PICTURES, ["a circle"] * 6)
@@ -79,6 +90,7 @@ def test_clip_similarity_is_a_cosine_whatever_the_batch(monkeypatch):
     torch.manual_seed(0)
     tower = open_clip.create_model("ViT-B-32", pretrained=None)
     monkeypatch.setattr(open_clip, "create_model_and_transforms", lambda *_, **__: (tower.eval(), None, None))
+    features._clip.cache_clear()
     with torch.no_grad():
         found = features.clip_similarity(PICTURES[:2], ["a circle", "a square"])
         text = tower.encode_text(open_clip.get_tokenizer("ViT-B-32")(["a square"]), normalize=True)
@@ -86,6 +98,7 @@ def test_clip_similarity_is_a_cosine_whatever_the_batch(monkeypatch):
     alone = features.clip_similarity(PICTURES[1:2], ["a square"])
     torch.testing.assert_close(alone, found[1:], rtol=1e-4, atol=1e-5)
     assert text.norm().item() == pytest.approx(1, rel=1e-5)
+    features._clip.cache_clear()
 
 
 def test_an_unknown_name_is_told_the_known_ones():

@@ -277,7 +277,7 @@ def test_bad_numbers():
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace", "karras", "log-snr", "ays"])
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace", "karras", "log-snr", "ays", "shifted"])
 def test_final_with_every_grid(sampler, spacing):
     """Those that visit level 1 do so to a rounding, above or below, and stay there."""
     schedule = schedules.Discrete("scaled_linear", 1000, 0.00085, 0.012, final=1)

@@ -63,7 +63,8 @@ def test_timesteps_are_the_nearest_integers_for_every_number_of_steps():
             assert times[-1] == 0 and times[0] <= T and all(a > b for a, b in pairwise(times))
 
 
-GRIDS = [(s, spacing) for s in ALL for spacing in ("karras", "log-snr", "ays") if spacing != "ays" or isinstance(s, schedules.Discrete)]
+GRIDS = [(s, spacing) for s in ALL for spacing in ("karras", "log-snr")]
+GRIDS += [(s, spacing) for s in ALL if isinstance(s, schedules.Discrete) for spacing in ("ays", "shifted")]
 ZERO_SNR = schedules.Discrete("scaled_linear", 1000, 0.00085, 0.012, zero_terminal_snr=True)
 
 
@@ -87,6 +88,11 @@ def test_equal_strides(schedule):
     if isinstance(schedule, schedules.Discrete):
         noise = schedule.snr(times).rsqrt()
         assert abs(times[-1] - 1) < 1e-9 and noise[0] == pytest.approx(min(80, schedule.snr(torch.tensor(schedule.T)).rsqrt().item()), rel=1e-9)
+
+
+def test_shifted():
+    """Half way in even strides is at 2 t / (1 + t) = 2/3 of the way."""
+    assert schedules.cosine().timesteps(4, "shifted").tolist() == pytest.approx([1000, 6000 / 7, 2000 / 3, 400, 0])
 
 
 @pytest.mark.parametrize("schedule", [*ALL, ZERO_SNR], ids=name)
@@ -221,7 +227,7 @@ def test_c_noise(schedule, t, shown):
 
 @pytest.mark.parametrize("steps, spacing", [(0, "trailing"), (1001, "trailing"), (10, "sideways")])
 def test_bad_steps(steps, spacing):
-    with pytest.raises(UserError, match=r"steps is 0|at most 1000|trailing, leading, linspace, karras, log-snr, ays"):
+    with pytest.raises(UserError, match=r"steps is 0|at most 1000|trailing, leading, linspace, karras, log-snr, ays, shifted"):
         schedules.linear().timesteps(steps, spacing)
 
 

@@ -8,7 +8,7 @@ import tyro
 from minidiff.errors import UserError
 from minidiff.verbs import options
 from minidiff.verbs.data import words
-from minidiff.verbs.options import MODEL, Device, Number, Sampler
+from minidiff.verbs.options import MODEL, Device, Number, Sampler, Spacing
 
 Listed = Annotated[str, tyro.conf.arg(metavar="NAME,NAME")]
 Numbers = Annotated[str, tyro.conf.arg(metavar="N,N")]
@@ -22,6 +22,8 @@ def evaluate(
     steps: int = 25,
     guidance: Number = None,
     sampler: Sampler = None,
+    spacing: Spacing = None,
+    interval: Numbers = "0,1",
     world: Annotated[str, tyro.conf.arg(metavar="quickstart|whole")] = "quickstart",
     features: Listed = "",
     clip: bool = False,
@@ -43,8 +45,11 @@ def evaluate(
         steps: sampling steps.
         guidance: how strongly the text steers. Left out, it is the model's own.
         sampler: how to step from noise to picture. Left out, it is the model's own.
+        spacing: which times are visited. Left out, it is the model's own.
+        interval: guide only in this stretch of the way, from 0 (data) to 1 (noise); a step that is not guided costs half.
         world: how much of the built-in world the model knows: what quickstart teaches, or the whole.
-        features: what distances are measured in: pixels-8x8, random-conv-0, critic-attributes, inception-v3-compat. Left out, all that suit the data.
+        features: what distances are measured in: pixels-8x8, random-conv-0, critic-attributes, cifar10-resnet, inception-v3-compat.
+            Left out, the first two, and for the built-in world the third.
         clip: also the CLIP score, if CLIP's weights can be had.
         caption_column: where the folder's metadata.jsonl has the captions.
         trilemma: measure every combination of the three lists below instead; goes on where it stopped.
@@ -60,7 +65,11 @@ def evaluate(
     if world not in ("quickstart", "whole"):
         raise UserError(f'no world "{world}"; --world is quickstart or whole.')
     listed = (numbers("--sweep-steps", sweep_steps), numbers("--sweep-guidance", sweep_guidance)) if trilemma else ([], [])
-    diffusion, how = options.sampling(model, steps, guidance, sampler, seed, device, out)
+    between = tuple(numbers("--interval", interval))
+    if len(between) != 2 or not 0 <= between[0] <= between[1] <= 1:
+        raise UserError(f'--interval is "{interval}"; write two numbers from 0 (data) to 1 (noise), the smaller one first, as in 0.8,1.')
+    diffusion, how = options.sampling(model, steps, guidance, sampler, seed, device, out, spacing)
+    spacing, guidance = how["spacing"], how["guidance"]
     from minidiff import evaluate, quickstart
     from minidiff import trilemma as sweeps
     from minidiff.data.world import World
@@ -68,17 +77,17 @@ def evaluate(
     from minidiff.script import write_results
 
     suit = [name for name in OFFLINE if data is None or name != "critic-attributes"]
-    networks = words(features) or suit
+    networks = sweeps.NETWORKS if trilemma else words(features) or suit
     for network in networks:
         by_name(network)
     if data is None:
         parts = (quickstart.SHAPES, quickstart.COLOURS) if world == "quickstart" else ()
-        bench = evaluate.of_world(World(diffusion.size, *parts), n, seed)
+        bench = evaluate.of_world(World(diffusion.size, *parts), n, seed, networks, clip)
     else:
-        bench = evaluate.of_folder(data, diffusion.size, n, seed, caption_column)
+        bench = evaluate.of_folder(data, diffusion.size, n, seed, networks, clip, caption_column)
     run = {"model": str(model), "weights": sweeps.fingerprint(diffusion), "data": str(data or f"{world} world"), "n": str(n), "seed": str(seed)}
     if trilemma:
-        settings = swept(diffusion, words(samplers), *listed)
+        settings = swept(diffusion, words(samplers), *listed, between, spacing)
         rows = sweeps.sweep(diffusion, bench, settings, out / "trilemma.csv", run, seed)
         best = sweeps.cheapest(rows)
         print("the Pareto front of quality, diversity and speed:", *map(sweeps.name, sweeps.front(rows)), sep="\n  ")
@@ -86,22 +95,20 @@ def evaluate(
         print(f"99 % of the best quality at the fewest evaluations: {sweeps.name(best)} ({said})")
         print(out / "trilemma.csv", sweeps.figure(rows, out / "trilemma.png"), sep="\n")
         return
-    sampler, guidance = sampler or diffusion.sampler, how["guidance"]
-    drawn = evaluate.draw(diffusion, bench, sampler, seed, steps=steps, guidance=guidance, progress=True)
-    rows = evaluate.figures(bench, drawn, networks, seed)
-    if clip:
-        rows.append(evaluate.clip_score(bench, drawn))
+    setting = sweeps.Setting(sampler or diffusion.sampler, steps, guidance, between, spacing)
+    drawn = sweeps.drawn(diffusion, bench, setting, seed)
+    rows = evaluate.figures(bench, drawn, seed)
     print(table(rows))
     if data is None:
         print("prompts are held-out captions; a floor is what as many real pictures score in the model's place.")
     if INCEPTION not in networks:
         print("no Fréchet distance here is an FID: that name belongs to Inception's features (--features inception-v3-compat).")
-    settings = {"sampler": sampler, "steps": str(steps), "guidance": f"{guidance:g}"}
-    written = write_results(out, **run, **settings, figures=[row._asdict() for row in rows])
-    print(written, sweeps.append(out / "evaluate.csv", run | settings | sweeps.flat(rows)), sep="\n")
+    key = run | setting.columns()
+    written = write_results(out, **key, figures=[row._asdict() for row in rows])
+    print(written, sweeps.append(out / "evaluate.csv", key | sweeps.flat(rows)), sep="\n")
 
 
-def swept(diffusion, names: list[str], steps: list[float], guidance: list[float]):
+def swept(diffusion, names: list[str], steps: list[float], guidance: list[float], interval: tuple[float, float], spacing: str):
     """Every combination, each checked before anything slow."""
     from minidiff.samplers import by_name
     from minidiff.trilemma import Setting
@@ -111,10 +118,10 @@ def swept(diffusion, names: list[str], steps: list[float], guidance: list[float]
     for count in steps:
         if count != int(count):
             raise UserError(f"--sweep-steps holds {count:g}; steps are whole numbers.")
-        diffusion.schedule.timesteps(int(count), diffusion.spacing)
+        diffusion.schedule.timesteps(int(count), spacing)
     if not names:
         raise UserError("--samplers names none; write them as in ddim,dpmpp_2m.")
-    return [Setting(name, int(count), scale) for name in names for count in steps for scale in guidance]
+    return [Setting(name, int(count), scale, interval, spacing) for name in names for count in steps for scale in guidance]
 
 
 def numbers(option: str, text: str) -> list[float]:

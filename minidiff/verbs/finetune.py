@@ -91,13 +91,14 @@ def finetune(
     if not 0 <= validation < 1:
         raise UserError(f"--validation is {validation:g}; it must be a share from 0 to below 1.")
     device = options.pick_device(device)
-    from minidiff import finetune as tuning
     from minidiff import estimate, load, lora
+    from minidiff import finetune as tuning
     from minidiff.data.folder import CaptionedFolder, check_size
     from minidiff.groups import split
     from minidiff.identity import check_free
 
-    numbers = dict(steps=steps, lr=1.0 if lr is None else lr, batch=batch, accumulate=accumulate, every=every, warmup=warmup, rank=rank, ema=ema, dropout=dropout)
+    numbers = dict(steps=steps, lr=1.0 if lr is None else lr, batch=batch, accumulate=accumulate, every=every, warmup=warmup)
+    numbers |= dict(rank=rank, ema=ema, dropout=dropout)
     tuning.check(method, optimizer, dtype, **numbers)
     check_free(out, resume)
     folder = CaptionedFolder(data, caption_column=caption_column)
@@ -116,7 +117,9 @@ def finetune(
     ways = dict(rank=rank, targets=targets or tuning.hearing(diffusion.unet)) if method == "lora" else {}
     ways |= dict(accumulate=accumulate, text=text, checkpointing=checkpointing, bf16=dtype == "bf16", optimizer=optimizer, ema=ema is not None)
     print(estimate.forecast(diffusion, estimate.Settings(batch, (side, side), **ways), steps))
-    recorder = recorded(diffusion, out, training, [examples[i] for i in held_out], [folder.paths[i] for i in kept], unrelated, every, seed)
+    eye = {"network": "critic-attributes"} if model == MODEL else {}  # the box draws the built-in world, which this network sees best
+    pictures = [folder.paths[i] for i in kept]
+    recorder = recorded(diffusion, out, pictures, training, [examples[i] for i in held_out], unrelated, every=every, seed=seed, **eye)
     how = dict(method=method, alpha=alpha, layers=targets, text=text, min_snr=min_snr, dtype=dtype, checkpointing=checkpointing)
     how |= dict(optimizer=optimizer, seed=seed, resume=resume, recorder=recorder)
     tuning.finetune(diffusion, [tuning.Group("data", training)], out, **numbers, **how)
@@ -143,7 +146,7 @@ def use(diffusion, method: str, model: Path, out: Path, caption: str) -> list[st
     return lines
 
 
-def recorded(diffusion, out: Path, training: list, held_out: list, paths: list[Path], unrelated: str, every: int, seed: int):
+def recorded(diffusion, out: Path, pictures: list[Path], training: list, held_out: list, unrelated: str, **how):
     """The flight recorder of a fine-tune: a caption that is trained on, one that is not, and a prompt that should stay as it is."""
     import torch
 
@@ -151,5 +154,5 @@ def recorded(diffusion, out: Path, training: list, held_out: list, paths: list[P
     from minidiff.recorder import Recorder
 
     prompts = {"training caption": training[0].caption} | ({"held-out caption": held_out[0].caption} if held_out else {}) | {"unrelated": unrelated}
-    shown = torch.stack([to_model(load_picture(path, min(diffusion.size, THUMBNAIL))) for path in paths])
-    return Recorder(diffusion, out, prompts, shown, held_out, training, every=every, seed=seed)
+    shown = torch.stack([to_model(load_picture(path, min(diffusion.size, THUMBNAIL))) for path in pictures])
+    return Recorder(diffusion, out, prompts, shown, held_out, training, **how)

@@ -13,7 +13,7 @@ Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
 Sampler = Annotated[str | None, tyro.conf.arg(metavar="ddim|ddpm|euler|euler_ancestral|heun|dpmpp_2m|dpmpp_2m_sde|unipc|lcm")]  # all of SAMPLERS
 Integer = Annotated[int | None, tyro.conf.arg(metavar="INT")]
 Size = Annotated[str | None, tyro.conf.arg(metavar="INT|WIDTHxHEIGHT")]
-Spacing = Annotated[str | None, tyro.conf.arg(metavar="trailing|leading|linspace|karras|log-snr|ays")]
+Spacing = Annotated[str | None, tyro.conf.arg(metavar="trailing|leading|linspace|karras|log-snr|ays|shifted")]
 Target = Annotated[str | None, tyro.conf.arg(metavar="eps|v")]
 Dtype = Annotated[str, tyro.conf.arg(metavar="fp32|bf16|fp16")]
 File = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
