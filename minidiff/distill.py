@@ -20,6 +20,7 @@ is any of these losses with a guided teacher, and `guided_loss` is its first sta
 | guided | what the guided teacher says, at every t | any sampler, guidance 1 |
 | progressive | from one of its times to the next, where the teacher takes two steps | ddim, the student's times |
 | endpoints | from x_T to where the teacher's whole walk ends | one step; more by lcm |
+| renoised | to guess what the teacher would make of its guess, given new noise | one step |
 | consistency | from any t to the end: the same guess all along the teacher's walk | lcm, 1 to 8 steps |
 
 [1] Salimans, Ho. Progressive Distillation for Fast Sampling of Diffusion Models. 2022. arXiv:2202.00512
@@ -29,6 +30,7 @@ is any of these losses with a guided teacher, and `guided_loss` is its first sta
 [5] Luo, Tan, Huang, Li, Zhao. Latent Consistency Models. 2023. arXiv:2310.04378
 [6] Luo et al. LCM-LoRA: A Universal Stable-Diffusion Acceleration Module. 2023. arXiv:2311.05556
 [7] Luhman, Luhman. Knowledge Distillation in Iterative Generative Models for Improved Sampling Speed. 2021. arXiv:2101.02388
+[8] Sauer, Lorenz, Blattmann, Rombach. Adversarial Diffusion Distillation. 2023. arXiv:2311.17042
 """
 import math
 from collections.abc import Callable
@@ -52,14 +54,14 @@ def squared(x: Float[Tensor, "B *dims"], y: Float[Tensor, "B *dims"]) -> Float[T
 
 
 def pseudo_huber(x: Float[Tensor, "B *dims"], y: Float[Tensor, "B *dims"]) -> Float[Tensor, "B"]:
-    """[3] eq. 8 with the c of its section 3.3, divided by sqrt(d): sqrt(|x - y|^2 + c^2) - c, c = 0.00054 sqrt(d). Between a mean and a median:
+    """[3] section 3.3, divided by sqrt(d): sqrt(|x - y|^2 + c^2) - c, c = 0.00054 sqrt(d). Between a mean and a median:
     far fewer of the odd, very wrong targets are obeyed."""
     c = 0.00054
     return (squared(x, y) + c**2).sqrt() - c
 
 
 def noised(schedule: NoiseSchedule, t: Shaped[Tensor, "B"], x0: Float[Tensor, "B *dims"], eps: Float[Tensor, "B *dims"]) -> Float[Tensor, "B *dims"]:
-    """x_t = alpha_t x0 + sigma_t eps. With what a denoiser says of another x_s in place of x0 and eps, it is DDIM's step from s to t ([1] eq. 8)."""
+    """x_t = alpha_t x0 + sigma_t eps. With what a denoiser says of another x_s in place of x0 and eps, it is DDIM's step from s to t."""
     alpha, sigma = schedule.alpha_sigma(t)
     return _like(alpha, x0) * x0 + _like(sigma, x0) * eps
 
@@ -72,7 +74,7 @@ def guided_loss(
     t: Shaped[Tensor, "B"] | None = None,
     eps: Float[Tensor, "B *dims"] | None = None,
 ) -> Float[Tensor, "B"]:
-    """[4] eq. 5 for one scale of guidance: w(SNR_t) |x0_student(x_t) - x0_teacher(x_t)|^2 with a guided teacher and w = max(SNR, 1)."""
+    """[4] section 3.1 for one scale of guidance: w(SNR_t) |x0_student(x_t) - x0_teacher(x_t)|^2 with a guided teacher and w = max(SNR, 1)."""
     t = schedule.sample_t(len(x0)) if t is None else t
     x = noised(schedule, t, x0, torch.randn_like(x0) if eps is None else eps)
     with torch.no_grad():
@@ -126,9 +128,9 @@ def endpoint_loss(
     end: Float[Tensor, "B *dims"],
     distance: Distance = squared,
 ) -> Float[Tensor, "B"]:
-    """[7] eq. 6, at any time: the student's guess from a point x of a walk of the teacher's at time t is the end of that walk. Walks are made
-    once, by samplers.sample with any deterministic sampler, and met many times. From t = T alone it teaches one step; from all t it makes a
-    consistency function ([2] section 3) by plain regression."""
+    """[7], and not only from pure noise: the student's guess from a point x of a teacher's walk, passed at time t, is to be the end of that walk.
+    Walks are made once, by samplers.sample with any deterministic sampler, and met many times. From t = T alone it teaches one step; from all t
+    it makes a consistency function ([2] section 3) by plain regression."""
     return distance(consistent(student, schedule, x, t), end)
 
 
@@ -146,7 +148,7 @@ def consistency_loss(
     """d(f_student(x_t, t), f_target(x_s, s)) for neighbours t = times[n] > s = times[n + 1], f of steps.consistent, which is x itself at clean data.
 
     With a teacher it is consistency distillation, [2] eq. 7: x_s is the teacher's DDIM step from x_t. With a guided one, on latents, it is
-    LCM's, [5] eq. 15, whose k = 20 levels of 1000 at a stride are schedule.timesteps(50); with LoRAs the only trainable weights of the student,
+    LCM's, [5] section 4, whose k = 20 levels of 1000 at a stride are schedule.timesteps(50); with LoRAs the only trainable weights of the student,
     LCM-LoRA ([6]). Without, it is consistency training, [2] eq. 10: x_s is the same data with the same noise, an unbiased guess of where the
     exact teacher's step would go.
 
@@ -160,6 +162,26 @@ def consistency_loss(
         x_s = noised(schedule, s, *((x0, eps) if teacher is None else teacher(x, t)))
         goal = consistent(target, schedule, x_s, s)
     return distance(consistent(student, schedule, x, t), goal)
+
+
+def renoised_loss(
+    student: Denoise,
+    teacher: Denoise,
+    schedule: NoiseSchedule,
+    x: Float[Tensor, "B *dims"],
+    t: Shaped[Tensor, "B"],
+    s: Shaped[Tensor, "B"],
+    distance: Distance = squared,
+    eps: Float[Tensor, "B *dims"] | None = None,
+) -> Float[Tensor, "B"]:
+    """[8] eq. 4, without its adversary: the student's guess from x at t is given new noise, up to s, and is to be what the teacher makes of that.
+    It needs neither data nor walks, only noise x. Regression leaves a mean where it is in doubt; this leans to the likelier side until there is
+    none, and costs variety. What noise of s does not hide, a whole picture's colour say, it cannot correct: mix it with another loss."""
+    guess = consistent(student, schedule, x, t)
+    with torch.no_grad():
+        x_s = noised(schedule, s, guess, torch.randn_like(x) if eps is None else eps)
+        better = consistent(teacher, schedule, x_s, s)
+    return distance(guess, better)
 
 
 def intervals(step: int, steps: int, first: int = 10, last: int = 1280) -> int:

@@ -19,6 +19,7 @@ from minidiff.distill import (
     progressive_loss,
     progressive_target,
     pseudo_huber,
+    renoised_loss,
     squared,
 )
 from minidiff.errors import UserError
@@ -185,7 +186,7 @@ def test_consistency_training_is_distillation_from_the_exact_teacher_as_steps_sh
 
 
 def test_a_guided_teachers_step_is_the_latent_consistency_models():
-    """[5] eq. 14: z_s = z_t + (1 + w) Psi(z_t, c) - w Psi(z_t, null), where Psi is the solver's step and 1 + w our scale."""
+    """[5] section 4.2: z_s = z_t + (1 + w) Psi(z_t, c) - w Psi(z_t, null), where Psi is the solver's step and 1 + w our scale."""
     schedule, context, null = schedules.scaled_linear(), torch.randn(2, 5, 8).double(), torch.randn(2, 5, 8).double()
     denoiser, times = Denoiser(small_unet(), schedule), schedule.timesteps(50)
     x0, eps, n = torch.randn(2, 2, 8, 8).double(), torch.randn(2, 2, 8, 8).double(), torch.tensor([3, 30])
@@ -222,8 +223,38 @@ def test_lora_alone_is_trained_by_latent_consistency():
     assert moved == {"A", "B"}
 
 
+def test_renoised_loss_leans_to_the_likelier_side():
+    """Two points of data, +1 and -1. A guess between them is pulled away from their mean, which regression would leave it at, and one of the
+    points is its own best guess. Without noise to hide anything nothing changes; in much noise the mean is all there is."""
+    schedule, data = schedules.cosine(), Mixture(torch.tensor([[-1.0], [1.0]]))
+    eps = torch.randn(20_000, 1, dtype=torch.float64)
+
+    def slope(guess, s):
+        """Of the mean loss in the guess: negative where the guess grows."""
+        g = torch.tensor(guess, dtype=torch.float64, requires_grad=True)
+        student, t, s = saying(schedule, lambda x, t: g.expand(len(x), 1)), torch.full((len(eps),), 1000), torch.full((len(eps),), s)
+        return torch.autograd.grad(renoised_loss(student, data.denoiser(schedule), schedule, eps, t, s, eps=eps).mean(), g)[0]
+
+    assert slope(0.2, 250) < -0.1 and slope(-0.2, 250) > 0.1 and slope(0.2, 900) > 0.1  # their standard error is 0.013
+    assert abs(slope(1.0, 100)) < 1e-6 < 0.01 < abs(slope(0.9, 100))
+
+
+def test_renoised_loss_by_its_formula():
+    """[8] eq. 4: d(f(x_t), f_teacher(alpha_s f(x_t) + sigma_s eps)), and the gradient goes through the first f alone."""
+    schedule, x, eps = schedules.cosine(), torch.randn(2, 2, 8, 8).double(), torch.randn(2, 2, 8, 8).double()
+    student, teacher = (Denoiser(small_unet(), schedule, "x0") for _ in range(2))
+    ours, theirs = (guide(denoiser, torch.zeros(2, 1, 8).double(), None, 1) for denoiser in (student, teacher))
+    t, s = torch.tensor([1000, 1000]), torch.tensor([400, 700])
+    found = renoised_loss(ours, theirs, schedule, x, t, s, eps=eps)
+    guess = consistent(ours, schedule, x, t)
+    expected = (guess - consistent(theirs, schedule, noised(schedule, s, guess, eps), s)).pow(2).flatten(1).mean(1)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    found.sum().backward()
+    assert any(p.grad is not None for p in student.parameters()) and all(p.grad is None for p in teacher.parameters())
+
+
 def test_pseudo_huber():
-    """[3] eq. 8 with c = 0.00054 sqrt(d), over sqrt(d)."""
+    """[3] section 3.3 with c = 0.00054 sqrt(d), over sqrt(d)."""
     x, y = torch.randn(4, 3, 5), torch.randn(4, 3, 5)
     c = 0.00054 * 15**0.5
     torch.testing.assert_close(pseudo_huber(x, y), (((x - y) ** 2).sum((1, 2)) + c**2).sqrt() / 15**0.5 - c / 15**0.5)
