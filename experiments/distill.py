@@ -45,7 +45,7 @@ CHUNK = 250  # walks in a file
 RENOISED = (400, 751)  # from where to where a guess is noised: what is where shows through, which shape it is does not
 LAYERS = (*lora.ATTENTION, "pool", "conv1", "conv2")  # this U-Net hears words by "pool" more than by attention (docs/lora.md)
 BEST = ("ddpm", 25, 2.0)  # how the teacher is used
-TEACHER = (BEST, ("ddpm", 10, 2.0), ("ddpm", 5, 2.0), ("dpmpp_2m", 8, 2.0), ("dpmpp_2m", 4, 2.0), ("dpmpp_2m", 2, 2.0), ("dpmpp_2m", 1, 2.0))
+TEACHER = (BEST, ("ddpm", 8, 2.0), ("ddpm", 4, 2.0), ("ddpm", 2, 2.0))
 STUDENT = tuple(("lcm", steps, 1.0) for steps in (4, 2, 1))  # steps, and evaluations
 
 
@@ -107,10 +107,10 @@ def points(walks: Walks, times: Shaped[Tensor, "steps1"], batch: int, far: float
 
 
 def train_student(
-    start: LatentDiffusion, sharpen: bool, walks: Walks, folder: Path, steps: int, batch: int, lr: float, seed: int, resume: bool
+    start: LatentDiffusion, far: float, sharpen: bool, walks: Walks, folder: Path, steps: int, batch: int, lr: float, seed: int, resume: bool
 ) -> LatentDiffusion:
     """A round of act two: all weights learn where walks end, [1]; and to sharpen, what `start` makes of their guess given new noise, [3].
-    Returns the average of them, as a model that needs no guidance."""
+    far: the share of walks' points that are pure noise. Returns the average of the weights, as a model that needs no guidance."""
     torch.manual_seed(seed)
     student, schedule = copy.deepcopy(start.denoiser).requires_grad_(True), start.schedule
     ema, times = EMA(student.network, decay=0.998), schedule.timesteps(WALK)
@@ -124,7 +124,7 @@ def train_student(
         more = renoised_loss(ours, theirs, schedule, noise, times[:1].expand(len(noise)), s, pseudo_huber)
         return torch.cat([each, more]), torch.cat([place, torch.ones_like(place)])
 
-    data = partial(points, walks, times, batch, 1 / 3 if sharpen else 2 / 3, seed)
+    data = partial(points, walks, times, batch, far, seed)
     training = train(loss, student.network, data, steps, lr, ema=ema, seed=seed, folder=folder, resume=resume)
     follow(training, f"2/4 student, {folder.name}", steps, batch)
     denoiser = Denoiser(ema.average, schedule, start.denoiser.target)
@@ -200,8 +200,10 @@ def main(
     lr: float = 1e-3,
     sharp_steps: int = 1200,
     sharp_lr: float = 5e-4,
+    last_steps: int = 300,
+    last_lr: float = 3e-4,
     batch: int = 16,
-    lora_steps: int = 300,
+    lora_steps: int = 150,
     lora_lr: float = 1e-3,
     rank: int = 16,
     captions: int = 250,
@@ -218,6 +220,8 @@ def main(
         lr: its peak learning rate.
         sharp_steps: training steps in which its guesses are sharpened too.
         sharp_lr: the peak learning rate of these.
+        last_steps: the same, with few walks from pure noise, which are known by heart by then.
+        last_lr: the peak learning rate of these.
         batch: points in a step, of student and LoRA.
         lora_steps: training steps of the LoRA.
         lora_lr: its peak learning rate.
@@ -230,8 +234,9 @@ def main(
     teacher = minidiff.load(model).to(memory_format=torch.channels_last).requires_grad_(False)
     world, training = World(teacher.size, SHAPES, COLOURS), out / "training"
     kept = all_walks(teacher, world, walks, training / "walks", seed, resume)
-    student = train_student(teacher, False, kept, training / "walked", steps, batch, lr, seed, resume)
-    student = train_student(student, True, kept, training / "sharpened", sharp_steps, batch, sharp_lr, seed + 1, resume)
+    student = train_student(teacher, 2 / 3, False, kept, training / "walked", steps, batch, lr, seed, resume)
+    student = train_student(student, 1 / 3, True, kept, training / "sharpened", sharp_steps, batch, sharp_lr, seed + 1, resume)
+    student = train_student(student, 0.0, True, kept, training / "settled", last_steps, batch, last_lr, seed + 3, resume)
     adapted = train_lora(teacher, kept, training / "lora", lora_steps, batch, lora_lr, rank, seed + 2, resume)
 
     # What is judged is what is written: half precision, read back.
@@ -257,9 +262,9 @@ def main(
     best = rows[0]["mean"]
     students = [row for row in rows if row["model"] == "student"]
     shares = {f"student_{row['steps']}_of_teacher": round(row["mean"] / best, 4) if best else None for row in students}
-    made = dict(walks=walks, steps=steps, lr=lr, sharp_steps=sharp_steps, sharp_lr=sharp_lr, batch=batch)
+    made = dict(walks=walks, steps=steps, lr=lr, sharp_steps=sharp_steps, sharp_lr=sharp_lr, last_steps=last_steps, last_lr=last_lr, batch=batch)
     made |= dict(lora_steps=lora_steps, lora_lr=lora_lr, rank=rank, seed=seed)
-    losses = {f"{name}_loss": last_loss(read_log(training / name)) for name in ("walked", "sharpened", "lora")}
+    losses = {f"{name}_loss": last_loss(read_log(training / name)) for name in ("walked", "sharpened", "settled", "lora")}
     print(folder, file, sep="\n")
     print(write_results(out, **made, **losses, **shares, captions_each=captions, lora_moved=loaded.moved, rows=rows))
     print(", ".join(f"{name} {share}" for name, share in shares.items()))
