@@ -24,7 +24,7 @@ from minidiff.errors import UserError
 
 Features = Float[Tensor, "n D"]
 Others = Float[Tensor, "m D"]  # another set, in the same features
-ENTRIES = 2**22  # of a block of distances: 32 MB
+ENTRIES = 5 * 2**20  # of a block of distances: 40 MB. Freed blocks of up to 32 MB glibc may keep, and then the peak grew with n
 
 
 class Score(NamedTuple):

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from minidiff.denoiser import Denoise
+from minidiff.denoiser import Denoise, _like
 from minidiff.errors import UserError
 from minidiff.schedules import NoiseSchedule
 
@@ -197,17 +197,20 @@ def unipc(variant: str = "bh2") -> Step:
     return step
 
 
-def lcm(generator: torch.Generator | None = None) -> Step:
-    """Multistep consistency sampling, [6] algorithm 3, for a network distilled to guess x0 in one go: all the noise is new at every step.
+def consistent(denoise: Denoise, schedule: NoiseSchedule, x: State, t: Shaped[Tensor, "B"]) -> State:
+    """The consistency function of [6] eq. 9, the guess of x0 that is x itself at clean data and at the first level: c_skip x + c_out x0_hat, with
+    tau ten times the thousandths of the way since then, c_skip = 0.5^2 / (tau^2 + 0.5^2) and c_out = tau / sqrt(tau^2 + 0.5^2). A few levels
+    further on, that is x0_hat."""
+    tau = 10 * (1000 * schedule.progress(t) - 1).clamp(min=0)
+    c_skip, c_out = _like(0.25 / (tau**2 + 0.25), x), _like(tau / (tau**2 + 0.25).sqrt(), x)
+    return torch.where(c_out > 0, c_skip * x + c_out * denoise(x, t).x0, x)  # of clean data, a network that predicts x0 says nan
 
-    [6] eq. 9 makes the guess x itself at the first level: x0 = c_skip x + c_out x0_hat, with tau ten times the thousandths of the way since
-    then, c_skip = 0.5^2 / (tau^2 + 0.5^2) and c_out = tau / sqrt(tau^2 + 0.5^2). A few levels further on, that is x0_hat.
-    """
+
+def lcm(generator: torch.Generator | None = None) -> Step:
+    """Multistep consistency sampling, [6] algorithm 3, for a network distilled to guess x0 in one go: all the noise is new at every step."""
 
     def step(denoise: Denoise, schedule: NoiseSchedule, x: State, t: Time, s: Time) -> tuple[State, State]:
-        tau = 10 * (1000 * schedule.progress(t) - 1).clamp(min=0)
-        c_skip, c_out = 0.25 / (tau**2 + 0.25), tau / (tau**2 + 0.25).sqrt()
-        x0 = c_skip.item() * x + c_out.item() * denoise(x, t.expand(len(x))).x0
+        x0 = consistent(denoise, schedule, x, t.expand(len(x)))
         alpha_s, sigma_s = schedule.alpha_sigma(s)
         return alpha_s.item() * x0 + sigma_s.item() * _normal(x, generator), x0
 

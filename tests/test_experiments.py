@@ -22,6 +22,7 @@ sys.path.insert(0, str(EXPERIMENTS))
 with install_import_hook([path.stem for path in EXPERIMENTS.glob("*.py")], "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
     import cifar_ddpm
     import cifar_features
+    import distill
     import finetune_coco100
     import forward_chain
     import memory
@@ -299,6 +300,32 @@ def test_a_scene_is_the_same_whichever_thing_is_named_first():
         assert set(pretrain_box.pairs(scene)) <= set(pretrain_box.all_pairs(world))
     swapped = Scene(scene.things[::-1], scene.background, scene.relation)
     assert sorted(pretrain_box.pairs(scene)) != sorted(pretrain_box.pairs(swapped))
+
+
+# Few steps.
+
+
+def test_distill(tmp_path, monkeypatch):
+    settings = dict(walks=3, steps=3, sharp_steps=3, last_steps=3, batch=2, lora_steps=3, rank=2, captions=2)
+    monkeypatch.setattr(distill, "BEST", ("ddpm", 6, 2.0))
+    monkeypatch.setattr(distill, "STUDENT", (("lcm", 2, 1.0), ("lcm", 1, 1.0)))
+    monkeypatch.setattr(distill, "TEACHER", (distill.BEST,))
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    distill.main(**settings, out=whole)
+    results = written(whole, "distill.png", "loss.png", "lora_loss.png", "student/model.json", "lcm_lora.safetensors")
+    assert [row["evaluations"] for row in results["rows"]] == [12, 2, 1, 2, 1, 2, 1]
+    assert {"student_1_of_teacher", "student_2_of_teacher", "settled_loss", "lora_moved", "seed"} <= results.keys()
+    student = minidiff.load(whole / "student")
+    assert (student.sampler, student.spacing, student.guidance) == ("lcm", "trailing", 1)
+
+    for act in (1, 2, 3, 4):  # Ctrl-C in every round of the student, and in the LoRA
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(distill, "follow", stop_at(1))
+            distill.main(**settings, out=halves, resume=act > 1)
+    distill.main(**settings, out=halves, resume=True)
+    same(whole, halves, "student")
+    ours, theirs = (load_file(folder / "lcm_lora.safetensors") for folder in (whole, halves))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
 # As commands.
