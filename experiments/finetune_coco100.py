@@ -4,8 +4,8 @@
     python experiments/finetune_coco100.py --data coco100
 
 Two acts. The VAE of flat shapes learns photographs; then the U-Net and the text tower learn to draw them, with the flight recorder on. A tenth of
-the pictures is held out: their loss says when learning turns into memorising, which a hundred pictures cannot avoid. Writes model/ (for
-`minidiff generate --model`), before_after.png, vae.png, losses.png, memorised.png, finetune/report.html and results.json. Ctrl-C saves; --resume
+the pictures is held out: their loss says when learning turns into memorising, which a hundred pictures cannot avoid. Writes before_after.png,
+losses.png, memorised.png, results.json, and finetune/ with the model (for `minidiff generate --model`) and report.html. Ctrl-C saves; --resume
 goes on, bit for bit.
 
 [1] Yoon, Choi, Kwon, Ryu. Diffusion Probabilistic Models Generalize when They Fail to Memorize. 2023. ICML workshop SPIGM
@@ -112,11 +112,11 @@ def main(
     vae_steps: int = 1500,
     vae_batch: int = 16,
     vae_lr: float = 1e-3,
-    steps: int = 1200,
+    steps: int = 2500,
     batch: int = 16,
-    lr: float = 1e-3,
+    lr: float = 1.5e-3,
     validation: float = 0.1,
-    every: int = 200,
+    every: int = 500,
     sampling_steps: int = 25,
     device: str = "auto",
     seed: int = 0,
