@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 from minidiff import console
-from minidiff.verbs import checkpoint, data, draw, evaluate, finetune, plot
+from minidiff.verbs import checkpoint, data, draw, dreambooth, evaluate, finetune, plot
 
 VERBS: dict[str, Callable[..., None]] = {
     "quickstart": draw.quickstart,
@@ -17,6 +17,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "data coco": data.coco,
     "data check": data.check,
     "finetune": finetune.finetune,
+    "dreambooth": dreambooth.dreambooth,
     "evaluate": evaluate.evaluate,
     "inspect": checkpoint.inspect,
     "convert": checkpoint.convert,

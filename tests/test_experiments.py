@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import minidiff
 from minidiff import features, schedules, script
+from minidiff.data import critic
 from minidiff.data.folder import load_picture, to_uint8
 from minidiff.data.world import INVERSE, Scene, World
 from minidiff.errors import UserError
@@ -23,6 +24,7 @@ with install_import_hook([path.stem for path in EXPERIMENTS.glob("*.py")], "bear
     import cifar_ddpm
     import cifar_features
     import distill
+    import dreambooth
     import finetune_coco100
     import forward_chain
     import memory
@@ -288,6 +290,23 @@ def test_pretrain_box(tmp_path, monkeypatch):
             pretrain_box.main(**settings, out=halves, resume=step > 1)
     pretrain_box.main(**settings, out=halves, resume=True)
     same(whole, halves, "box")
+
+
+def test_dreambooth(tmp_path):
+    dreambooth.main(tmp_path, contexts=6, others=4, steps=1, class_pictures=2, threads=1)
+    files = ("without-prior/model/unet.safetensors", "LoRA/lora.safetensors", "inversion/embedding.safetensors")
+    ways = written(tmp_path, "dreambooth.png", *files)["ways"]
+    assert list(ways) == ["before", *dreambooth.WAYS]
+    assert all(0 <= figures[name] <= 1 for figures in ways.values() for name in ("subject", "all right", "others"))
+    assert ways["before"]["subject"] == 0  # the box has never drawn a ring
+
+
+def test_new_contexts_are_new_and_the_critic_can_read_the_captions():
+    scenes = dreambooth.new_contexts(100, 0)
+    assert not set(scenes) & set(dreambooth.FIVE) and dreambooth.new_contexts(100, 0) == scenes
+    pictures = World(32).draw(scenes, random.Random(0))
+    assert sum(map(critic.holds, pictures, [dreambooth.said(scene, "ring") for scene in scenes])) >= 98
+    assert all(dreambooth.WORD in dreambooth.said(scene) for scene in scenes)
 
 
 def test_a_scene_is_the_same_whichever_thing_is_named_first():

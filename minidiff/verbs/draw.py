@@ -5,7 +5,7 @@ from pathlib import Path
 
 from minidiff.errors import UserError
 from minidiff.verbs import options
-from minidiff.verbs.options import EXAMPLE, MODEL, Device, Dtype, File, Integer, Loras, Number, Prompts, Sampler, Size, Spacing, Target
+from minidiff.verbs.options import EXAMPLE, MODEL, Device, Dtype, Embeddings, File, Integer, Loras, Number, Prompts, Sampler, Size, Spacing, Target
 
 
 def quickstart(out: Path = Path("out/quickstart"), seed: int = 0, device: Device = "auto", resume: bool = False) -> None:
@@ -47,6 +47,7 @@ def generate(
     text: File = None,
     unet: File = None,
     lora: Loras = (),
+    embedding: Embeddings = (),
     seed: int = 0,
     device: Device = "auto",
     out: Path = Path("out/generate"),
@@ -76,6 +77,7 @@ def generate(
         text: take the text tower from this checkpoint instead; or MODEL:TAG of open_clip, as in ViT-L-14:openai.
         unet: take the U-Net from this checkpoint instead.
         lora: low-rank weights to add to the model's, and how much of them, as in style.safetensors:0.8; give it again for more.
+        embedding: the vector of a word that textual inversion learnt; with :WORD, the word of the vocabulary that is to mean it.
         seed: everything random follows from it; the same seed gives the same bytes.
         device: where to compute; auto takes a GPU if there is one.
         out: folder for the pictures; each carries its prompt and its settings inside.
@@ -96,6 +98,7 @@ def generate(
     how, loras = {"dtype": dtype, "target": target, "vae": vae, "text": text, "unet": unet}, options.parsed_loras(lora)
     diffusion, how = options.sampling(model, steps, guidance, sampler, seed, device, out, spacing, **how)
     options.put_in(diffusion, loras)
+    options.put_words_in(diffusion, embedding)
     import torch
 
     from minidiff import plots
@@ -123,6 +126,7 @@ def generate(
     settings |= {name: how[name] for name in ("negative", "rescale", "strength") if name in how}
     settings |= {name: file.name for name, file in (("image", image), ("mask", mask)) if file is not None}
     settings |= {"lora": ", ".join(f"{file.name}:{scale:g}" for file, scale in loras)} if loras else {}
+    settings |= {"embedding": ", ".join(embedding)} if embedding else {}
     settings = {name: str(value) for name, value in settings.items()}
     written, pictures = [], []
     for drawn in diffusion.draw(wanted, batch, size=(height, width), tile=tile or None, progress=True, **how):

@@ -18,6 +18,7 @@ Target = Annotated[str | None, tyro.conf.arg(metavar="eps|v")]
 Dtype = Annotated[str, tyro.conf.arg(metavar="fp32|bf16|fp16")]
 File = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
 Loras = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE[:SCALE]"), tyro.conf.UseAppendAction]
+Embeddings = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE[:WORD]"), tyro.conf.UseAppendAction]
 Prompts = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PROMPT ...")]]
 
 MODEL = Path("box")  # what minidiff.load takes for the model that ships with it
@@ -84,6 +85,18 @@ def put_in(diffusion, loras: list[tuple[Path, float]]) -> None:
         lora.merge(diffusion)
         lora.remove(diffusion)
         print(f"{file}: {len(found.layers)} layers, probe moved by {100 * found.moved:.2g} %")
+
+
+def put_words_in(diffusion, embeddings: tuple[str, ...]) -> None:
+    """Give words the vectors of textual inversions, from FILE or FILE:WORD, and say which."""
+    from minidiff import inversion
+
+    for embedding in embeddings:
+        name, colon, word = embedding.rpartition(":")
+        file, word = (Path(name), word) if colon and not Path(embedding).exists() else (Path(embedding), None)
+        if not file.is_file():
+            raise UserError(f'--embedding {embedding}: no file "{file}".')
+        print(f'{file}: the word is "{inversion.load(diffusion.text, file, word)}"')
 
 
 def check_positive(option: str, value: int) -> None:
