@@ -252,6 +252,7 @@ def test_text_to_image_refuses_a_size_before_it_trains(captioned, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_finetune_coco100(captioned, tmp_path, monkeypatch):
     settings = dict(data=captioned, size=32, caption_column="caption", vae_steps=2, vae_batch=2, steps=2, batch=2, validation=0.5, every=1)
     settings |= dict(sampling_steps=2)
@@ -390,6 +391,7 @@ def test_stable_diffusion_line_by_line(sd, tmp_path, capsys):
     assert "859.52 M" in capsys.readouterr().out and not (tmp_path / "trace" / "picture.png").exists()
 
 
+@pytest.mark.slow
 def test_speed_beside_diffusers(tmp_path):
     pytest.importorskip("diffusers")
     sd_speed.main(steps=2, size=64, small=True, peak_tflops=1.0, out=tmp_path)
