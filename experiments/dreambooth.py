@@ -143,7 +143,7 @@ def main(
     others: int = 200,
     steps: int | None = None,
     class_pictures: int | None = None,
-    threads: int = 2,
+    threads: int = 1,
     seed: int = 0,
 ) -> None:
     """Teach the box a ring in four ways, and measure each.
