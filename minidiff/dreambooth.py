@@ -47,19 +47,20 @@ class Recipe(NamedTuple):
     steps: int
     lr: float
     batch: int
-    text: bool  # train the text tower too
+    text: str  # "yes": train the text tower too, "word": of it the vector of the rare token alone
     ema: float | None
     shift: float  # how far a picture is moved at most, as a share of its side
     class_pictures: int = 200
     prior: float = 1.0
     rank: int = 4
-    layers: tuple[str, ...] = ()  # that get a LoRA; those by which the U-Net hears words where none is named
+    word_lr: float = 5e-4  # of that vector
+    levels: tuple[float, float] | None = None  # mean and spread of logit(t / T), where training draws t otherwise than the schedule
 
 
 TOY = {
-    "full": Recipe(300, 4e-4, 16, True, 0.97, 0.15, 800, 3.0),
-    "lora": Recipe(600, 2e-3, 16, True, 0.97, 0.15, 800, 3.0, 2),
-    "inversion": Recipe(300, 2e-2, 16, False, None, 0.15, 0),
+    "full": Recipe(300, 4e-4, 16, "yes", 0.97, 0.15, 800, 3.0, word_lr=2e-2),
+    "lora": Recipe(1000, 2e-3, 16, "word", 0.97, 0.15, 800, 3.0, 2, 2e-2, (1.3, 1.4)),
+    "inversion": Recipe(300, 2e-2, 16, "word", None, 0.15, 0, word_lr=2e-2),
 }  # for pictures of up to SMALL pixels, as measured with the model in the box (docs/dreambooth.md)
 
 
@@ -68,9 +69,9 @@ def recipe(model: LatentDiffusion, method: str) -> Recipe:
     if model.size <= SMALL:
         return TOY[method]
     return {
-        "full": Recipe(1000, 5e-6, 1, False, None, 0.0),
-        "lora": Recipe(500, 1e-4, 1, False, None, 0.0),
-        "inversion": Recipe(3000, 5e-4, 1, False, None, 0.0),
+        "full": Recipe(1000, 5e-6, 1, "no", None, 0.0),
+        "lora": Recipe(500, 1e-4, 1, "no", None, 0.0),
+        "inversion": Recipe(3000, 5e-4, 1, "word", None, 0.0),
     }[method]
 
 

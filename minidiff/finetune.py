@@ -1,8 +1,9 @@
 """Fine-tuning: a trained model goes on learning, from pictures of yours. What is trained, with what, and what is written are all in this file;
 what it learns from is in groups.py, the loop in train.py.
 
-Full training moves every weight of the U-Net, and of the text tower if asked; LoRA (lora.py) trains a few numbers beside them. OUT/run.json keeps
-what a run was made of, so that a resumed run is the same run, or is refused.
+Full training moves every weight of the U-Net, and of the text tower if asked; LoRA (lora.py) trains a few numbers beside them; textual inversion
+(inversion.py) one word's vector, alone or beside either. OUT/run.json keeps what a run was made of, so that a resumed run is the same run, or is
+refused.
 
 [1] Hang et al. Efficient Diffusion Training via Min-SNR Weighting Strategy. 2023. arXiv:2303.09556
 """
@@ -10,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
-from minidiff import cache, lora
+from minidiff import cache, inversion, lora
 from minidiff.buckets import bucket
 from minidiff.cache import Example
 from minidiff.data.folder import Pictures, load_picture
@@ -30,7 +32,7 @@ from minidiff.optimizers import OPTIMIZERS
 from minidiff.recorder import Recorder
 from minidiff.train import EMA, LossFn, train
 
-METHODS = ("full", "lora")
+METHODS = ("full", "lora", "inversion")
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 SHARED = 50_000_000  # trained numbers below which a CPU's cores share a batch by pictures; above, a second set of gradients would cost too much
 
@@ -52,17 +54,27 @@ def hearing(unet: nn.Module) -> tuple[str, ...]:
 
 
 def to_train(
-    model: LatentDiffusion, denoiser: Denoiser, method: str, rank: int, alpha: float | None, layers: tuple[str, ...], text: bool
+    model: LatentDiffusion,
+    denoiser: Denoiser,
+    method: str,
+    rank: int,
+    alpha: float | None,
+    layers: tuple[str, ...],
+    text: bool,
+    word: inversion.Word | None,
 ) -> nn.ModuleList:
     """What is trained, in float32, and nothing else: so a checkpoint holds no frozen weights. All else in the model is frozen."""
     model.requires_grad_(False)
+    words = [] if word is None else [word]
+    if method == "inversion":
+        return nn.ModuleList(words)
     if method == "full":
         parts = [denoiser, *([model.text] if text else [])]
-        return nn.ModuleList(part.float().requires_grad_(True) for part in parts)
+        return nn.ModuleList([*(part.float().requires_grad_(True) for part in parts), *words])
     lora.add(model.unet, rank, alpha, layers or hearing(model.unet))
     if text:
         lora.add(model.text, rank, alpha)
-    found = nn.ModuleList(layer.lora for layer in lora.adapted(model).values())
+    found = nn.ModuleList([*(layer.lora for layer in lora.adapted(model).values()), *words])
     if denoiser.log_error is not None:
         found.append(nn.ParameterList([denoiser.log_error.requires_grad_(True)]))
     return found
@@ -83,7 +95,11 @@ def finetune(
     alpha: float | None = None,
     layers: tuple[str, ...] = (),
     text: bool = False,
+    word: str | None = None,
+    word_lr: float | None = None,
+    like: str | None = None,
     dropout: float | None = None,
+    levels: tuple[float, float] | None = None,
     min_snr: bool = False,
     ema: float | None = None,
     dtype: str = "fp32",
@@ -94,15 +110,18 @@ def finetune(
     recorder: Recorder | None = None,
     resume: bool = False,
 ) -> LatentDiffusion:
-    """Train `method` of the model on groups of examples, and write OUT/model, or OUT/lora.safetensors; returns the model, trained.
+    """Train `method` of the model on groups of examples; returns the model, trained. Writes OUT/model, OUT/lora.safetensors or
+    OUT/embedding.safetensors.
 
     batch: examples of every group in a batch, accumulate: batches in a step. rank, alpha, layers: of LoRA (lora.add); layers of the U-Net, by
-    default those it hears by. text: train the text tower too. dropout: how often a caption is hidden; None is the model's own. min_snr: weigh noise
-    levels as [1]. ema: the decay of an average of the weights, which is then what is recorded and written. every: steps between two checkpoints
-    and two measurements of the recorder.
+    default those it hears by. text: train the text tower too. word: train this word's vector too, at the rate word_lr (None: lr), from that of
+    the word `like` (None: from its own); the method "inversion" trains nothing else. dropout: how often a caption is hidden; None is the model's
+    own. levels: mean and spread of logit(t / T) of the t that are trained on; None draws t as the schedule does. min_snr: weigh noise levels as
+    [1]. ema: the decay of an average of the weights, which is then what is recorded and written. every: steps between two checkpoints and two
+    measurements of the recorder.
     """
     numbers = dict(steps=steps, lr=lr, batch=batch, accumulate=accumulate, warmup=warmup, every=every)
-    check(method, optimizer, dtype, **numbers, rank=rank, ema=ema, dropout=dropout)
+    check(method, optimizer, dtype, word, **numbers, rank=rank, ema=ema, dropout=dropout)
     for group in groups:
         if not group.examples:
             raise UserError(f'nothing to learn from: the group "{group.name}" has no pictures.')
@@ -110,20 +129,25 @@ def finetune(
     settings = {"method": method} | numbers
     settings |= dict(text=text, dropout=dropout, min_snr=min_snr, ema=ema, dtype=dtype, optimizer=optimizer, seed=seed)
     settings |= dict(rank=rank, alpha=alpha, layers=",".join(layers)) if method == "lora" else {}
+    settings |= {"levels": list(levels)} if levels else {}
+    settings |= dict(word=word, word_lr=word_lr, like=like) if word else {}
     same_run(out, identity(model, groups, settings), resume)
 
     torch.manual_seed(seed)  # LoRA's A
     denoiser = Denoiser(model.unet, model.schedule, model.denoiser.target, "min-snr") if min_snr else model.denoiser
-    trained = to_train(model, denoiser, method, rank, alpha, layers, text)
+    named = inversion.Word(model.text, word, like, (word_lr or lr) / lr).to(model.device) if word else None
+    trained = to_train(model, denoiser, method, rank, alpha, layers, text, named)
+    hook = named.hang(model.text) if named else None
     for part in (model.unet, model.text):
         part.checkpointing = checkpointing
     captions = [example.caption for group in groups for example in group.examples]
-    contexts = None if text or model.text.dim is None else cache.contexts(model.text, captions, out / "cache")
+    contexts = None if text or word or model.text.dim is None else cache.contexts(model.text, captions, out / "cache")
     average, seen = None if ema is None else EMA(trained, ema), {}
     pieces, loss_fn = shares(model, trained, batch), loss(model, contexts, denoiser, seen)
+    times = replace(model.schedule, mean=levels[0], std=levels[1]) if levels else model.schedule
 
     def data(start: int) -> Iterator[Batch]:
-        return batches(groups, model.schedule, batch // pieces, dropout, seed, start)
+        return batches(groups, times, batch // pieces, dropout, seed, start)
 
     if denoiser.log_error is not None:
         settle(denoiser, loss_fn, data(0))
@@ -169,7 +193,10 @@ def finetune(
     if average is not None:
         with torch.no_grad():
             torch._foreach_copy_(average.weights, average.averages)
-    write(model, method, out)
+    if named:
+        hook.remove()
+        inversion.put_in(model.text, word, named.vector.detach())
+    write(model, method, out, named)
     return model.eval()
 
 
@@ -220,10 +247,12 @@ def averaged(ema: EMA | None) -> Iterator[None]:
             torch._foreach_copy_(ema.weights, kept)
 
 
-def check(method: str, optimizer: str, dtype: str, **numbers: float | None) -> None:
+def check(method: str, optimizer: str, dtype: str, word: str | None = None, **numbers: float | None) -> None:
     """Every number that cannot be, before anything slow."""
     if method not in METHODS:
         raise UserError(f'no method "{method}"; there is {", ".join(METHODS)}.')
+    if method == "inversion" and not word:
+        raise UserError('the method "inversion" learns one word\'s vector, and none is named; minidiff dreambooth finds it in its prompt.')
     if optimizer not in OPTIMIZERS:
         raise UserError(f'no optimizer "{optimizer}"; there is {", ".join(OPTIMIZERS)}.')
     if dtype not in DTYPES:
@@ -239,16 +268,19 @@ def check(method: str, optimizer: str, dtype: str, **numbers: float | None) -> N
         raise UserError(f"dropout is {numbers['dropout']:g}; it must be from 0 to below 1, as in 0.1.")
 
 
-def write(model: LatentDiffusion, method: str, out: Path) -> Path:
-    """OUT/model, or OUT/lora.safetensors. What cannot be written now can be later: the last checkpoint has it."""
-    place = out / ("model" if method == "full" else "lora.safetensors")
+def write(model: LatentDiffusion, method: str, out: Path, word: inversion.Word | None) -> None:
+    """OUT/model; or OUT/lora.safetensors, OUT/embedding.safetensors or both. What cannot be written now can be later: the last checkpoint has it."""
+    place = out / ("model" if method == "full" else f"{'lora' if method == 'lora' else 'embedding'}.safetensors")
     try:
         if method == "full":
-            return model.save(place)
-        fresh = out / "fresh.safetensors"
-        fresh.unlink(missing_ok=True)
-        os.replace(lora.save(model, fresh), place)
-        return place
+            model.save(place)
+            return
+        if method == "lora":
+            fresh = out / "fresh.safetensors"
+            fresh.unlink(missing_ok=True)
+            os.replace(lora.save(model, fresh), place)
+        if word is not None:
+            place = inversion.save(word.word, word.vector, out / "embedding.safetensors")
     except (OSError, SafetensorError) as error:
         said = str(error).splitlines()[0]
         raise UserError(f"{place} could not be written ({said}). The training is kept: make room, and write it with --resume.") from error

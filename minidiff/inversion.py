@@ -1,32 +1,28 @@
-"""Textual inversion: one word's vector is all that is trained, and the model as it is draws the subject by that word. All in this file.
+"""Textual inversion: the vector of one word as something that is trained, saved and loaded, all in this file; the training is finetune.py's.
 
 A vector v of the text tower's vocabulary is sought that makes captions with the word fit the pictures, [1] eq. 2:
 
     v* = argmin_v  E || eps - eps_theta(x_t, t, c_v(caption)) ||^2         everything but v is frozen
 
-So the file is 3 KB, and the model can draw nothing that it could not draw before: only what no words of its own would have called.
+So the file is 3 KB, and the model can draw nothing that it could not draw before: only what no words of its own would have called. Trained beside
+the U-Net or a LoRA of it, v finds a place in the tower's language for what the U-Net learns to draw, and the tower stays as it is (pivotal
+tuning [2]).
 
 [1] Gal et al. An Image is Worth One Word: Personalizing Text-to-Image Generation using Textual Inversion. 2022. arXiv:2208.01618
+[2] Roich et al. Pivotal Tuning for Latent-based Editing of Real Images. 2021. arXiv:2106.05744
 """
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.utils.hooks import RemovableHandle
 
 from minidiff.clip import CLIPText, token_ids
 from minidiff.errors import UserError
-from minidiff.finetune import settle
-from minidiff.groups import Batch, Group, batches, loss
-from minidiff.identity import identity, same_run
-from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.recorder import Recorder
-from minidiff.train import train
 from minidiff.weights import files
 
 
@@ -48,61 +44,29 @@ def word_of(words: list[str], prompt: str) -> str:
 
 
 class Word(nn.Module):
-    """The vector of one token, trained in the place of the tower's own by a forward hook on its vocabulary."""
+    """The vector of one token, trained in the place of the tower's own for as long as the hook that hang() gives is there."""
 
-    def __init__(self, text: CLIPText, word: str, like: str | None = None):
-        """like: a word whose vector to begin from, the coarse class of the subject ([1] section 4); None begins from the token's own."""
+    def __init__(self, text: CLIPText, word: str, like: str | None = None, haste: float = 1.0):
+        """like: a word whose vector to begin from, the coarse class of the subject ([1] section 4); None begins from the token's own.
+        haste: learn this many times as fast as the learning rate says. Adam's steps do not depend on how large gradients are, so they are
+        of the change divided by haste."""
         super().__init__()
-        self.token = token_of(word)
+        self.word, self.token, self.haste = word, token_of(word), haste
         start = text.token_embedding.weight[token_of(like) if like else self.token]
-        self.vector = nn.Parameter(start.detach().float().clone())
-        self.hook = text.token_embedding.register_forward_hook(self.replaced)
+        self.register_buffer("start", start.detach().float().clone(), persistent=False)
+        self.change = nn.Parameter(torch.zeros_like(self.start))
 
-    def replaced(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
-        return torch.where((inputs[0] == self.token)[..., None], self.vector.to(output.dtype), output)
+    @property
+    def vector(self) -> Float[Tensor, "D"]:
+        return self.start + self.haste * self.change
 
+    def hang(self, text: CLIPText) -> RemovableHandle:
+        """Have the tower read this vector where it meets the token."""
 
-def invert(
-    model: LatentDiffusion,
-    word: str,
-    groups: list[Group],
-    out: Path,
-    *,
-    like: str | None = None,
-    steps: int,
-    lr: float,
-    batch: int = 4,
-    every: int = 100,
-    seed: int = 0,
-    recorder: Recorder | None = None,
-    resume: bool = False,
-) -> Path:
-    """Train the vector of this word on groups of examples whose captions have it; writes OUT/embedding.safetensors, and leaves it in the model."""
-    settings = dict(method="inversion", word=word, like=like, steps=steps, lr=lr, batch=batch, every=every, seed=seed)
-    same_run(out, identity(model, groups, settings), resume)
-    model.requires_grad_(False)
-    trained, seen = Word(model.text, word, like).to(model.device), {}
-    loss_fn = loss(model, None, model.denoiser, seen)
+        def replaced(_: nn.Module, inputs: tuple[Tensor, ...], output: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+            return torch.where((inputs[0] == self.token)[..., None], self.vector.to(output.dtype), output)
 
-    def data(start: int) -> Iterator[Batch]:
-        return batches(groups, model.schedule, batch, 0.0, seed, start)
-
-    if model.denoiser.log_error is not None:
-        settle(model.denoiser, loss_fn, data(0))
-    if recorder is not None and not (out / "training" / "checkpoint.pt").exists():
-        recorder.measure(0, {})
-    loop = train(loss_fn, trained, data, steps, lr, warmup=10, seed=seed, folder=out / "training", resume=resume, save_every=every)
-    with tqdm(desc="textual inversion", total=steps, unit="step") as bar:
-        for step in loop:
-            if not bar.n:
-                bar.initial = bar.n = step.step - 1  # a resumed loop starts further on
-            bar.set_postfix_str(f"loss {step.loss:.3f}", refresh=False)
-            bar.update()
-            if recorder is not None and (step.step % every == 0 or step.step == steps):
-                recorder.measure(step.step, {"subject": step.loss}, step.lr)
-    trained.hook.remove()
-    put_in(model.text, word, trained.vector.detach())
-    return save(word, trained.vector, out / "embedding.safetensors")
+        return text.token_embedding.register_forward_hook(replaced)
 
 
 @torch.no_grad()

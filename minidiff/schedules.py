@@ -130,6 +130,8 @@ class Discrete(NoiseSchedule):
     beta_T: float = 0.02
     zero_terminal_snr: bool = False
     final: int = 0  # the time at which the published DDIM stops: Stable Diffusion's is 1 (diffusers: set_alpha_to_one = False)
+    mean: float | None = None  # training times are uniform; or, with a mean, logit-normal as a Flow's
+    std: float = 1.0
 
     def __post_init__(self) -> None:
         if self.betas not in BETAS:
@@ -167,8 +169,10 @@ class Discrete(NoiseSchedule):
         return (high - 1 + (log_snr - before) / (after - before)).clamp(0, self.T)
 
     def sample_t(self, batch: int, generator: torch.Generator | None = None) -> Shaped[Tensor, "B"]:
-        """Uniform over 1..T, [1] algorithm 1."""
-        return torch.randint(1, self.T + 1, (batch,), generator=generator)
+        """Uniform over 1..T, [1] algorithm 1; or logit-normal."""
+        if self.mean is None:
+            return torch.randint(1, self.T + 1, (batch,), generator=generator)
+        return (self.T * Flow(self.mean, self.std).sample_t(batch, generator)).ceil().long().clamp(1, self.T)
 
     def timesteps(self, steps: int, spacing: str = "trailing") -> Shaped[Tensor, "steps1"]:
         """trailing: T down to 0 in equal strides ([4] table 2). leading: Stable Diffusion's, starts a stride below T.
@@ -291,8 +295,7 @@ KINDS = {"discrete": Discrete, "flow": Flow, "karras": Karras}
 
 def to_json(schedule: NoiseSchedule) -> dict:
     """The schedule's kind and numbers, for a model folder."""
-    kind = next(name for name, cls in KINDS.items() if type(schedule) is cls)
-    return {"kind": kind, **asdict(schedule)}
+    return {"kind": next(name for name, cls in KINDS.items() if type(schedule) is cls), **asdict(schedule)}
 
 
 def from_json(numbers: dict) -> NoiseSchedule:

@@ -8,14 +8,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from minidiff import dreambooth, inversion, load
+from minidiff import dreambooth, inversion, load, lora
 from minidiff.cache import fingerprint
 from minidiff.clip import CLIPText
 from minidiff.data.folder import Pictures, load_picture
 from minidiff.data.world import World
 from minidiff.errors import UserError
+from minidiff.finetune import finetune
 from minidiff.groups import Group
 from minidiff.plots import save_png
+from minidiff.recorder import Recorder
 
 WORDS = ("--prompt", "a sks circle", "--class-prompt", "a {red|blue} circle")
 
@@ -117,7 +119,9 @@ def test_one_vector_is_trained_and_nothing_else(box, subject, tmp_path):
     paths = sorted(subject.glob("*.png"))
     examples = dreambooth.subject_examples(model, Pictures(paths, ["a sks circle"] * 3), 0.0, tmp_path / "cache", 0)
     before, token = fingerprint(model.unet), inversion.token_of("sks")
-    file = inversion.invert(model, "sks", [Group("subject", examples)], tmp_path / "out", steps=3, lr=1e-2, batch=2)
+    how = dict(method="inversion", word="sks", steps=3, lr=1e-2, batch=2, dropout=0.0)
+    finetune(model, [Group("subject", examples)], tmp_path / "out", **how)
+    file = tmp_path / "out" / "embedding.safetensors"
     tensors = load_file(file)
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {"<sks>": (1, 64)}
     changed = (model.text.token_embedding.weight != box.text.token_embedding.weight).any(1).nonzero().flatten().tolist()
@@ -133,15 +137,72 @@ def test_one_vector_is_trained_and_nothing_else(box, subject, tmp_path):
 
 def test_the_trained_vector_is_what_the_tower_reads():
     text = CLIPText(8, 1, 1)
-    word = inversion.Word(text, "sks", like="dog")
+    word = inversion.Word(text, "sks", like="dog", haste=4.0)
+    hook = word.hang(text)
     text.requires_grad_(False)
     assert torch.equal(word.vector, text.token_embedding.weight[inversion.token_of("dog")])
     text.encode(["a sks dog"]).square().sum().backward()  # the LayerNorm's output: not constant in the vector, since its gain is one per channel
-    assert word.vector.grad.abs().sum() > 0
-    said = text.encode(["a dog"])
+    assert word.change.grad.abs().sum() > 0
+    said, meant = text.encode(["a dog"]), text.encode(["a sks dog"])
     with torch.no_grad():
-        word.vector += 1
+        word.change[0] += 1
     assert torch.equal(text.encode(["a dog"]), said)
+    assert (word.vector - word.start)[0].item() == pytest.approx(4.0)
+    changed = text.encode(["a sks dog"])
+    assert not torch.equal(changed, meant)
+    hook.remove()
+    inversion.put_in(text, "sks", word.vector.detach())
+    assert torch.equal(text.encode(["a sks dog"]), changed)
+
+
+@pytest.mark.parametrize("method, written", [("full", ["model"]), ("lora", ["lora.safetensors", "embedding.safetensors"])])
+def test_a_word_is_learnt_beside_the_network_and_its_files_draw_the_same(method, written, box, subject, tmp_path):
+    """What is written, loaded into the model as it was, is the model that was trained; and of the tower only the word has changed."""
+    model, paths, token = load(), sorted(subject.glob("*.png")), inversion.token_of("sks")
+    examples = dreambooth.subject_examples(model, Pictures(paths, ["a sks circle"] * 3), 0.0, tmp_path / "cache", 0)
+    out = tmp_path / "out"
+    finetune(model, [Group("subject", examples)], out, method=method, word="sks", word_lr=1e-2, steps=3, lr=1e-4, batch=2, rank=1, ema=0.9)
+    assert all((out / name).exists() for name in written) and len(list(out.glob("*.safetensors"))) == len(written) - (method == "full")
+    rows = (model.text.token_embedding.weight != box.text.token_embedding.weight).any(1).nonzero().flatten().tolist()
+    assert rows == [token]
+    before = box.text.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in model.text.state_dict().items() if "token_embedding" not in name)
+    if method == "full":
+        fresh = load(out / "model")
+    else:
+        fresh = load()
+        lora.load(fresh, out / "lora.safetensors")
+        inversion.load(fresh.text, out / "embedding.safetensors")
+    x, t = torch.randn(1, 4, 16, 16), torch.tensor([500])
+    said = [each.denoiser(x, t, each.text.encode(["a sks circle"])).x0 for each in (fresh, model)]
+    assert torch.allclose(*said, atol=1e-6) and not torch.allclose(said[0], box.denoiser(x, t, box.text.encode(["a sks circle"])).x0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "inversion"])
+def test_a_word_is_resumed_bit_for_bit(method, subject, tmp_path):
+    def run(out, steps_before_death=None):
+        model = load()
+        examples = dreambooth.subject_examples(model, Pictures(sorted(subject.glob("*.png")), ["a sks circle"] * 3), 0.0, tmp_path / "cache", 0)
+        how = dict(method=method, word="sks", steps=6, lr=1e-3, word_lr=1e-2, batch=2, rank=1, every=2, resume=(out / "training").exists())
+        if steps_before_death is None:
+            return finetune(model, [Group("subject", examples)], out, **how)
+        with pytest.raises(KeyError, match="died"):
+            finetune(model, [Group("subject", examples)], out, **how, recorder=Dying(steps_before_death))
+
+    class Dying(Recorder):
+        def __init__(self, at):  # it records nothing
+            self.at = at
+
+        def measure(self, step, losses, lr=None):
+            if step == self.at:
+                raise KeyError("died")
+
+    run(tmp_path / "once")
+    run(tmp_path / "twice", 4)
+    run(tmp_path / "twice")
+    for file in sorted((tmp_path / "once").glob("*.safetensors")):
+        again = load_file(tmp_path / "twice" / file.name)
+        assert all(torch.equal(value, again[name]) for name, value in load_file(file).items())
 
 
 def test_files_that_are_no_word_are_refused(tmp_path):
@@ -157,7 +218,7 @@ def test_files_that_are_no_word_are_refused(tmp_path):
             inversion.load(text, tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize("method, written", [("full", "model"), ("lora", "lora.safetensors"), ("inversion", "embedding.safetensors")])
+@pytest.mark.parametrize("method, written", [("full", "model"), ("lora", "embedding.safetensors"), ("inversion", "embedding.safetensors")])
 def test_the_verb(method, written, subject, tmp_path, ran):
     out = tmp_path / "out"
     few = ("--class-pictures", 2, "--steps", 2, "--batch", 2, "--rank", 1)

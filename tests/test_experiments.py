@@ -3,6 +3,7 @@ import json
 import random
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -294,8 +295,8 @@ def test_pretrain_box(tmp_path, monkeypatch):
 
 
 def test_dreambooth(tmp_path):
-    dreambooth.main(tmp_path, contexts=6, others=4, steps=1, class_pictures=2, threads=1)
-    files = ("without-prior/model/unet.safetensors", "LoRA/lora.safetensors", "inversion/embedding.safetensors")
+    dreambooth.main(tmp_path, contexts=6, others=4, steps=1, class_pictures=2, drawings=2, threads=1)
+    files = ("without-prior/model/unet.safetensors", "LoRA/lora.safetensors", "second-round/lora.safetensors", "inversion/embedding.safetensors")
     ways = written(tmp_path, "dreambooth.png", *files)["ways"]
     assert list(ways) == ["before", *dreambooth.WAYS]
     assert all(0 <= figures[name] <= 1 for figures in ways.values() for name in ("subject", "all right", "others"))
@@ -308,6 +309,20 @@ def test_new_contexts_are_new_and_the_critic_can_read_the_captions():
     pictures = World(32).draw(scenes, random.Random(0))
     assert sum(map(critic.holds, pictures, [dreambooth.said(scene, "ring") for scene in scenes])) >= 98
     assert all(dreambooth.WORD in dreambooth.said(scene) for scene in scenes)
+
+
+def test_the_second_round_learns_from_what_is_right_of_the_first(tmp_path, monkeypatch):
+    """Of drawings half of which show the ring asked for, that half is kept, with its captions, in none of the contexts judged later."""
+    contexts, model, rng, shown = dreambooth.new_contexts(100, 0), minidiff.load(), random.Random("second 0"), []
+    while len(shown) < 12:
+        scene = dreambooth.beside(rng)
+        shown += [scene] if scene not in [*dreambooth.FIVE, *contexts] else []
+    wrong = [replace(scene, things=scene.things[::-1]) if k % 2 else scene for k, scene in enumerate(shown)]
+    monkeypatch.setattr(model, "generate", lambda captions, **_: World(32).draw(wrong, random.Random(0)))
+    folder = dreambooth.second_folder(model, tmp_path, 12, contexts, 0)
+    told = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert [line["text"] for line in told if int(line["file_name"].split(".")[0]) >= 5] == [dreambooth.said(scene) for scene in shown[::2]]
+    assert not set(shown) & {*contexts, *dreambooth.FIVE} and len(list(folder.glob("*.png"))) == 5 + 6
 
 
 def test_a_scene_is_the_same_whichever_thing_is_named_first():

@@ -216,6 +216,17 @@ def test_discrete_training_times_are_uniform():
     assert chi2 < (T - 1) + 5 * (2 * (T - 1)) ** 0.5  # mean and five standard deviations of chi-squared
 
 
+def test_discrete_training_times_can_be_logit_normal():
+    """The median of t is T sigmoid(mean), and the share below any t that of the normal distribution; every level can come."""
+    schedule = schedules.Discrete("cosine", mean=1.3, std=1.4)
+    t = schedule.sample_t(100_000, torch.Generator().manual_seed(0))
+    assert t.dtype == torch.int64 and 1 <= t.min() and t.max() <= 1000
+    for level in (100, 500, 786, 950):
+        share = torch.special.ndtr(torch.tensor((math.log(level / (1000 - level)) - 1.3) / 1.4)).item()
+        assert abs((t <= level).double().mean().item() - share) < 5 * (share * (1 - share) / 100_000) ** 0.5
+    assert schedules.from_json(schedules.to_json(schedule)) == schedule
+
+
 @pytest.mark.parametrize("schedule, t, shown", [
     (schedules.linear(), 1000, 999),
     (schedules.Flow(), 0.25, 250),

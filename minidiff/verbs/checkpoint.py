@@ -6,7 +6,7 @@ import tyro
 
 from minidiff.errors import UserError
 from minidiff.verbs import options
-from minidiff.verbs.options import Device, File, Loras, Target
+from minidiff.verbs.options import Device, Embeddings, File, Loras, Target
 
 Source = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FILE_OR_DIR")]]
 Stored = Annotated[str | None, tyro.conf.arg(metavar="fp32|bf16|fp16")]
@@ -50,6 +50,7 @@ def convert(
     text: File = None,
     unet: File = None,
     lora: Loras = (),
+    embedding: Embeddings = (),
     seed: int = 0,
     device: Device = "auto",
     out: Path = Path("."),
@@ -66,6 +67,7 @@ def convert(
         text: take the text tower from this checkpoint instead; or MODEL:TAG of open_clip, as in ViT-L-14:openai.
         unet: take the U-Net from this checkpoint instead.
         lora: low-rank weights to add to the model's, and how much of them, as in style.safetensors:0.8; give it again for more.
+        embedding: the vector of a word to write into the text tower; with :WORD, the word of the vocabulary that is to mean it.
         seed: accepted as everywhere; nothing here is random.
         device: accepted as everywhere; this is quick on the CPU.
         out: the folder that the destination is in.
@@ -85,5 +87,6 @@ def convert(
 
     model = load(source, dtype=dtype, target=target, vae=vae, text=text, unet=unet)
     options.put_in(model, loras)
+    options.put_words_in(model, embedding)
     writers = {"minidiff": model.save, "diffusers": lambda place: write.save_diffusers(model, place)}
     print(writers.get(to, lambda place: write.save_compvis(model, place))(destination))

@@ -11,7 +11,7 @@ from minidiff.verbs.options import EXAMPLE, MODEL, Device, Integer, Number
 
 Subject = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 Method = Annotated[str, tyro.conf.arg(metavar="full|lora|inversion")]
-Choice = Annotated[str, tyro.conf.arg(metavar="auto|yes|no")]
+Choice = Annotated[str, tyro.conf.arg(metavar="auto|yes|no|word")]
 Texts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="PROMPT"), tyro.conf.UseAppendAction]
 Word = Annotated[str | None, tyro.conf.arg(metavar="WORD")]
 
@@ -60,10 +60,10 @@ def dreambooth(
         lr: the peak learning rate.
         batch: pictures of the subject in a batch, and as many of the class.
         rank: of the LoRA.
-        text: train the text tower too.
+        text: train the text tower too: yes, no, or of it the rare token's vector alone (word), which a LoRA then needs beside it.
         ema: write an average of the weights, of this decay, as in 0.99.
         shift: show the pictures moved about by up to this share of their side.
-        like: with inversion, the word whose vector to begin from, as in dog. Left out, it is the token's own.
+        like: where the rare token's vector is trained, the word whose vector to begin from, as in dog. Left out, it is the token's own.
         unrelated: a prompt that has nothing to do with the subject; the report shows what becomes of it.
         dtype: the precision to compute in; what is trained stays in fp32.
         checkpointing: compute activations a second time on the way back: far less memory, a third more time.
@@ -86,15 +86,14 @@ def dreambooth(
     data = booth.subject_pictures(subject, prompt)
     words = booth.check_prompts(data.captions, list(class_prompt))
     check_free(out, resume)
-    if method == "inversion":
-        token = inversion.word_of(words, prompt)
     diffusion = load(model, device)
     usual = booth.recipe(diffusion, method)
     chosen = {"steps": steps, "lr": lr, "batch": batch, "rank": rank, "ema": ema, "shift": shift}
     numbers = {name: getattr(usual, name) if value is None else value for name, value in chosen.items()}
     share, count = numbers.pop("shift"), usual.class_pictures if class_pictures is None else class_pictures
-    learns = method != "inversion" and (usual.text if text == "auto" else text == "yes")
-    tuning.check("full" if method == "inversion" else method, optimizer, dtype, accumulate=1, every=every, warmup=10, dropout=None, **numbers)
+    learns = usual.text if text == "auto" or method == "inversion" else text
+    word = inversion.word_of(words, prompt) if learns == "word" else None
+    tuning.check(method, optimizer, dtype, word, accumulate=1, every=every, warmup=10, dropout=None, **numbers)
 
     examples = booth.subject_examples(diffusion, data, share, out / "cache", seed)
     groups = [tuning.Group("subject", examples)]
@@ -105,14 +104,9 @@ def dreambooth(
         groups.append(tuning.Group("class", tuning.encoded(diffusion, drawn, diffusion.size, out / "cache" / "class"), weight))
     print(", ".join(f"{len(group.examples)} of the {group.name}" for group in groups), f"to learn from; {numbers['steps']} steps")
     recorder = recorded(diffusion, out, data, examples, list(class_prompt), unrelated, every, seed)
-    if method == "inversion":
-        file = inversion.invert(diffusion, token, groups, out, like=like, steps=numbers["steps"], lr=numbers["lr"], batch=numbers["batch"],
-                                every=every, seed=seed, recorder=recorder, resume=resume)
-        print(recorder.advice(), recorder.report(), file, sep="\n")
-        print(f'draw with it:      minidiff generate "{data.captions[0]}" --model {model} --embedding {file}')
-        return
-    how = dict(method=method, layers=usual.layers, text=learns, dtype=dtype, checkpointing=checkpointing, optimizer=optimizer)
-    how |= dict(every=every, seed=seed, resume=resume)
+    how = dict(method=method, text=learns == "yes", word=word, like=like, dtype=dtype, checkpointing=checkpointing, optimizer=optimizer)
+    how |= dict(word_lr=numbers["lr"] if method == "inversion" else usual.word_lr, dropout=0.0 if method == "inversion" else None)
+    how |= dict(levels=usual.levels, every=every, seed=seed, resume=resume)
     tuning.finetune(diffusion, groups, out, recorder=recorder, **numbers, **how)
     print(recorder.advice(), recorder.report(), sep="\n")
     print(*use(diffusion, method, model, out, data.captions[0]), sep="\n")
@@ -124,8 +118,8 @@ def checked(
     """What can be told before anything is read."""
     if method not in ("full", "lora", "inversion"):
         raise UserError(f'no method "{method}"; there is full, lora, inversion.')
-    if text not in ("auto", "yes", "no"):
-        raise UserError(f'--text is auto, yes or no, not "{text}".')
+    if text not in ("auto", "yes", "no", "word"):
+        raise UserError(f'--text is auto, yes, no or word, not "{text}".')
     if not prompt.strip():
         raise UserError('--prompt is empty; say what the pictures show, with a rare token for the subject, as in "a photo of sks dog".')
     if prior is not None and not 0 <= prior < float("inf"):

@@ -136,13 +136,15 @@ def use(diffusion, method: str, model: Path, out: Path, caption: str) -> list[st
         layout = "diffusers"
     except UserError:  # the model in the box, and others that only minidiff draws with
         layout = "minidiff"
-    written, prompt = out / ("model" if method == "full" else "lora.safetensors"), shlex.quote(caption)
-    how = f"--model {written}" if method == "full" else f"--model {model} --lora {written}"
-    lines = [str(written), f"draw with it:      minidiff generate {prompt} {how}"]
-    if method == "lora":
-        lines.append(f"one model of both: minidiff convert {model} {out / 'merged'} --to {layout} --lora {written}")
+    parts = {"full": ["model"], "lora": ["lora", "embedding"], "inversion": ["embedding"]}[method]
+    written = [path for part in parts if (path := out / (part if part == "model" else f"{part}.safetensors")).exists()]
+    added = "" if method == "full" else " ".join(f"--{path.stem} {path}" for path in written)
+    how = f"--model {model} {added}" if added else f"--model {written[0]}"
+    lines = [*map(str, written), f"draw with it:      minidiff generate {shlex.quote(caption)} {how}"]
+    if added:
+        lines.append(f"one model of both: minidiff convert {model} {out / 'merged'} --to {layout} {added}")
     elif layout == "diffusers":
-        lines.append(f"for other tools:   minidiff convert {written} {out / 'diffusers'} --to diffusers")
+        lines.append(f"for other tools:   minidiff convert {written[0]} {out / 'diffusers'} --to diffusers")
     return lines
 
 
