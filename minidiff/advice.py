@@ -4,7 +4,6 @@ The rules are asked from top to bottom and the first that holds speaks. They are
 a reader can disagree. docs/flight_recorder.md has them as a table.
 """
 import math
-from collections.abc import Callable
 from statistics import fmean, median
 from typing import NamedTuple
 
@@ -69,7 +68,7 @@ def advise(records: list[Record]) -> str:
         return f"Lower the learning rate: at step {step} the loss of the training examples themselves is {fitted:.2f} times what it was at first."
     if _copies(last):
         return (
-            f"Stop{_back(records, _copies)}: samples of step {step} lie {closeness(last):.2f} times as far from a training picture as those "
+            f"Stop{_back(records)}: samples of step {step} lie {closeness(last):.2f} times as far from a training picture as those "
             f"from each other, {last.copies:.0%} of them copies; more pictures or fewer steps help."
         )
     if min(early, far) >= FAR:
@@ -78,12 +77,11 @@ def advise(records: list[Record]) -> str:
             f"seed would take it, and by step {step} {far:.1f} times."
         )
     if rise := _rise(records, validation):
-        best, before, now = rise
-        back = f", and use step {best}" if best > records[0].step else ""
-        return f"Stop{back}: the validation loss rose from {before:.2f} to {now:.2f} of what it was at first."
+        before, now = rise
+        return f"Stop{_back(records)}: the validation loss rose from {before:.2f} to {now:.2f} of what it was at first."
     stray = f'"{label}" moved {far:.1f} times as far as another seed would take it; class pictures, LoRA or a lower rate keep it in place'
     if far >= FAR:
-        return f"Stop{_back(records, _strayed)}: at step {step} {stray}."
+        return f"Stop{_back(records)}: at step {step} {stray}."
     but = f"; but {stray}." if far >= ASTRAY else "."
     taught = [moved for name, moved in last.moved.items() if not name.startswith(("unrelated", "class"))]
     if fitted is not None and fitted > 1 - NOISE and max(taught, default=0.0) < STILL:
@@ -111,12 +109,12 @@ def _not_finite(record: Record) -> str | None:
     return next((name for name, value in numbers.items() if not math.isfinite(value)), None)
 
 
-def _rise(records: list[Record], validation: list[float | None]) -> tuple[int, float, float] | None:
-    """Where the lowest validation loss was, that and the last, if the last two measures both lie above it by more than noise."""
-    known = [(value, record.step) for value, record in zip(validation, records, strict=True) if value is not None]
-    if len(known) < 3 or min(value for value, _ in known[-2:]) <= (1 + NOISE) * min(known)[0]:
+def _rise(records: list[Record], validation: list[float | None]) -> tuple[float, float] | None:
+    """The lowest validation loss and the last, if the last two measures both lie above the lowest by more than noise."""
+    known = [value for value in validation if value is not None]
+    if len(known) < 3 or min(known[-2:]) <= (1 + NOISE) * min(known):
         return None
-    return min(known)[1], min(known)[0], known[-1][0]
+    return min(known), known[-1]
 
 
 def _copies(record: Record) -> bool:
@@ -130,9 +128,16 @@ def _strayed(record: Record) -> bool:
     return drift(record)[0] >= FAR
 
 
-def _back(records: list[Record], wrong: Callable[[Record], bool]) -> str:
-    """Which step to go back to: of those before it went wrong, that of the lowest validation loss, or else the last; if one was trained at all."""
+def best(records: list[Record]) -> int | None:
+    """The step whose weights to use: of those that neither copy nor strayed that of the lowest validation loss, or else the last; if any was
+    trained at all."""
     losses = relative(records, "validation")
-    right = [(-math.inf if loss is None else -loss, r.step) for loss, r in zip(losses, records, strict=True) if not wrong(r)]
-    best = max(right, default=(0.0, records[0].step))[1]
-    return f", and use step {best}" if best > records[0].step else ""
+    wrong = [bool(_not_finite(record)) or _copies(record) or _strayed(record) for record in records]
+    right = [(-math.inf if loss is None else -loss, r.step) for loss, r, no in zip(losses, records, wrong, strict=True) if not no]
+    step = max(right, default=(0.0, records[0].step))[1] if records else None
+    return step if records and step > records[0].step else None
+
+
+def _back(records: list[Record]) -> str:
+    step = best(records)
+    return "" if step is None else f", and use step {step}"

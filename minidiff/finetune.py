@@ -9,6 +9,7 @@ refused.
 """
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -61,7 +62,7 @@ def to_train(
     alpha: float | None,
     layers: tuple[str, ...],
     text: bool,
-    word: inversion.Word | None,
+    word: inversion.Word | None = None,
 ) -> nn.ModuleList:
     """What is trained, in float32, and nothing else: so a checkpoint holds no frozen weights. All else in the model is frozen."""
     model.requires_grad_(False)
@@ -176,6 +177,8 @@ def finetune(
         if recorder is not None:
             with averaged(average):
                 recorder.measure(step, mean(since), rate)
+                if step and recorder.best() == step:
+                    keep(model, method, out, named, step, steps)
         since.clear()
 
     if not (out / "training" / "checkpoint.pt").exists():
@@ -195,7 +198,6 @@ def finetune(
             torch._foreach_copy_(average.weights, average.averages)
     if named:
         hook.remove()
-        inversion.put_in(model.text, word, named.vector.detach())
     write(model, method, out, named)
     return model.eval()
 
@@ -268,9 +270,24 @@ def check(method: str, optimizer: str, dtype: str, word: str | None = None, **nu
         raise UserError(f"dropout is {numbers['dropout']:g}; it must be from 0 to below 1, as in 0.1.")
 
 
+def kept(out: Path, step: int) -> Path:
+    return out / f"best_step_{step}"
+
+
+def keep(model: LatentDiffusion, method: str, out: Path, word: inversion.Word | None, step: int, steps: int) -> None:
+    """The weights that the recorder's advice goes back to, the best so far, in a folder of their own; the last step's are in OUT anyway."""
+    if step < steps:
+        kept(out, step).mkdir(parents=True, exist_ok=True)
+        write(model, method, kept(out, step), word)
+    for older in set(out.glob("best_step_*")) - {kept(out, step)}:
+        shutil.rmtree(older)
+
+
 def write(model: LatentDiffusion, method: str, out: Path, word: inversion.Word | None) -> None:
     """OUT/model; or OUT/lora.safetensors, OUT/embedding.safetensors or both. What cannot be written now can be later: the last checkpoint has it."""
     place = out / ("model" if method == "full" else f"{'lora' if method == 'lora' else 'embedding'}.safetensors")
+    if word is not None:
+        inversion.put_in(model.text, word.word, word.vector.detach())
     try:
         if method == "full":
             model.save(place)

@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minidiff import features, metrics, plots
-from minidiff.advice import Record, advise
+from minidiff.advice import Record, advise, best
 from minidiff.data.folder import to_model, to_uint8
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
@@ -124,6 +124,10 @@ class Recorder:
     def advice(self) -> str:
         """One plain sentence about the run so far: advice.py has the rules."""
         return advise(self.records)
+
+    def best(self) -> int | None:
+        """The step whose weights to use, of those measured; None where that is the untrained model's."""
+        return best(self.records)
 
     def report(self) -> Path:
         """Write folder/report.html: one file that needs no other."""

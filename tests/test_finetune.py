@@ -16,7 +16,7 @@ from minidiff.clip import CLIPText
 from minidiff.denoiser import HASTE, LEVELS, Denoiser
 from minidiff.errors import UserError
 from minidiff.estimate import Settings
-from minidiff.finetune import averaged, finetune, hearing, settle, shares, to_train
+from minidiff.finetune import averaged, finetune, hearing, kept, settle, shares, to_train
 from minidiff.groups import Batch, Group, batches, loss, split
 from minidiff.labels import ClassLabels
 from minidiff.latent_diffusion import LatentDiffusion
@@ -54,8 +54,8 @@ def run(out, model=None, groups=None, **how):
 class Recording(Recorder):
     """A recorder that only calls back."""
 
-    def __init__(self, call):
-        self.call = call
+    def __init__(self, call, best=None):
+        self.call, self.best = call, lambda: best
 
     def measure(self, step, losses, lr=None):
         self.call(step, losses)
@@ -240,6 +240,32 @@ def test_lora_on_text_and_on_named_layers(tmp_path):
 def test_lora_goes_where_a_unet_hears_words():
     assert hearing(tiny().unet) == lora.ATTENTION
     assert hearing(tiny(pooled=True).unet) == (*lora.ATTENTION, "pool", "conv1", "conv2")
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_weights_that_advice_goes_back_to_are_kept(method, tmp_path):
+    """Of steps 2, 4, 6 the recorder likes 2, then 4, then none: what lies there at the end is what the recorder saw at step 4, and only that."""
+    def trained(model):
+        layers = {name.replace(".", "-"): layer.lora for name, layer in lora.adapted(model).items()}
+        return weights(nn.ModuleDict(layers) if layers else model.unet)
+
+    def look(step, losses):
+        recorder.best, seen[step] = lambda: likes[step], trained(model)
+
+    model, seen, likes = tiny(), {}, {0: None, 2: 2, 4: 4, 6: 4}
+    recorder = Recording(look)
+    run(tmp_path / "a", model, method=method, ema=0.9, recorder=recorder)
+    assert [folder.name for folder in (tmp_path / "a").glob("best*")] == ["best_step_4"]
+    folder, found = kept(tmp_path / "a", 4), tiny()
+    if method == "full":
+        found = LatentDiffusion.load(folder / "model")
+    else:
+        lora.load(found, folder / "lora.safetensors")
+    assert all(torch.equal(value, trained(found)[name]) for name, value in seen[4].items())
+    assert any(not torch.equal(value, seen[6][name]) for name, value in seen[4].items())
+    model, likes[6] = tiny(), 6
+    run(tmp_path / "b", model, method=method, ema=0.9, recorder=recorder)
+    assert not list((tmp_path / "b").glob("best*"))  # the last step's weights are the run's
 
 
 def test_average_is_what_is_written_and_what_the_recorder_sees(tmp_path):

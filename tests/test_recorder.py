@@ -14,7 +14,7 @@ from jaxtyping import install_import_hook
 from PIL import Image
 
 from minidiff import schedules
-from minidiff.advice import Record, advise, relative
+from minidiff.advice import Record, advise, best, relative
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.features import pixels, random_conv
@@ -280,6 +280,20 @@ def flight(validation=(), train=(), unrelated=(), caption=(), near=(), copies=()
 def test_advice(records, says):
     said = advise(records)
     assert said.startswith(says) and said.endswith(".") and "\n" not in said
+
+
+@pytest.mark.parametrize("records, step", [
+    ([], None),
+    (flight(validation=[1.0]), None),
+    (flight(validation=[1.0, 0.7, 0.75, 0.8]), 100),
+    (flight(validation=[1.0, 1.2, 1.4]), None),
+    (flight(validation=[1.0, 0.8, 0.7], copies=[0, 0.25, 0.75]), 100),
+    (flight(validation=[1.0, 0.8, 0.7], unrelated=[0, 1.0, 3.5]), 100),
+    (flight(validation=[1.0, 0.8, math.nan]), 100),
+    (flight(train=[1.0, 0.8, 0.7]), 200),
+])  # fmt: skip
+def test_the_step_to_use(records, step):
+    assert best(records) == step
 
 
 def test_copies_count_only_above_what_the_training_pictures_are_to_each_other():

@@ -109,7 +109,7 @@ def dreambooth(
     how |= dict(levels=usual.levels, every=every, seed=seed, resume=resume)
     tuning.finetune(diffusion, groups, out, recorder=recorder, **numbers, **how)
     print(recorder.advice(), recorder.report(), sep="\n")
-    print(*use(diffusion, method, model, out, data.captions[0]), sep="\n")
+    print(*use(diffusion, method, model, out, data.captions[0], recorder.best()), sep="\n")
 
 
 def checked(

@@ -124,11 +124,12 @@ def finetune(
     how |= dict(optimizer=optimizer, seed=seed, resume=resume, recorder=recorder)
     tuning.finetune(diffusion, [tuning.Group("data", training)], out, **numbers, **how)
     print(recorder.advice(), recorder.report(), sep="\n")
-    print(*use(diffusion, method, model, out, training[0].caption), sep="\n")
+    print(*use(diffusion, method, model, out, training[0].caption, recorder.best()), sep="\n")
 
 
-def use(diffusion, method: str, model: Path, out: Path, caption: str) -> list[str]:
-    """What was written, and the commands that use it."""
+def use(diffusion, method: str, model: Path, out: Path, caption: str, best: int | None) -> list[str]:
+    """What was written, and the commands that use it. best: the step that the recorder would go back to."""
+    from minidiff.finetune import kept
     from minidiff.weights import write
 
     try:
@@ -136,13 +137,19 @@ def use(diffusion, method: str, model: Path, out: Path, caption: str) -> list[st
         layout = "diffusers"
     except UserError:  # the model in the box, and others that only minidiff draws with
         layout = "minidiff"
-    parts = {"full": ["model"], "lora": ["lora", "embedding"], "inversion": ["embedding"]}[method]
-    written = [path for part in parts if (path := out / (part if part == "model" else f"{part}.safetensors")).exists()]
-    added = "" if method == "full" else " ".join(f"--{path.stem} {path}" for path in written)
-    how = f"--model {model} {added}" if added else f"--model {written[0]}"
-    lines = [*map(str, written), f"draw with it:      minidiff generate {shlex.quote(caption)} {how}"]
-    if added:
-        lines.append(f"one model of both: minidiff convert {model} {out / 'merged'} --to {layout} {added}")
+    parts = {"full": ["model"], "lora": ["lora.safetensors", "embedding.safetensors"], "inversion": ["embedding.safetensors"]}[method]
+
+    def found(folder: Path) -> tuple[list[Path], str]:
+        written = [folder / part for part in parts if (folder / part).exists()]
+        return written, f"{model} " + " ".join(f"--{path.stem} {path}" for path in written) if method != "full" else str(written[0])
+
+    written, how = found(out)
+    lines = [*map(str, written), f"draw with it:      minidiff generate {shlex.quote(caption)} --model {how}"]
+    if best is not None and kept(out, best).exists():
+        lines.append(f"as of step {best}: ".ljust(19) + f"minidiff generate {shlex.quote(caption)} --model {found(kept(out, best))[1]}")
+    if method != "full":
+        source, _, added = how.partition(" ")
+        lines.append(f"one model of both: minidiff convert {source} {out / 'merged'} --to {layout} {added}")
     elif layout == "diffusers":
         lines.append(f"for other tools:   minidiff convert {written[0]} {out / 'diffusers'} --to diffusers")
     return lines
