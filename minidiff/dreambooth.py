@@ -58,7 +58,7 @@ class Recipe(NamedTuple):
 
 
 TOY = {
-    "full": Recipe(300, 4e-4, 16, "yes", 0.97, 0.15, 800, 3.0, word_lr=2e-2),
+    "full": Recipe(800, 4e-4, 16, "word", 0.97, 0.15, 800, 3.0, word_lr=2e-2, levels=(1.3, 1.4)),
     "lora": Recipe(1000, 2e-3, 16, "word", 0.97, 0.15, 800, 3.0, 2, 2e-2, (1.3, 1.4)),
     "inversion": Recipe(300, 2e-2, 16, "word", None, 0.15, 0, word_lr=2e-2),
 }  # for pictures of up to SMALL pixels, as measured with the model in the box (docs/dreambooth.md)
@@ -67,7 +67,7 @@ TOY = {
 def recipe(model: LatentDiffusion, method: str) -> Recipe:
     """The box's, or for Stable Diffusion [1]'s 1,000 steps at 5e-6; for a LoRA and a word's vector what became usual."""
     if model.size <= SMALL:
-        return TOY[method]
+        return TOY[method] if hasattr(model.schedule, "mean") else TOY[method]._replace(levels=None)
     return {
         "full": Recipe(1000, 5e-6, 1, "no", None, 0.0),
         "lora": Recipe(500, 1e-4, 1, "no", None, 0.0),

@@ -126,6 +126,8 @@ def finetune(
     for group in groups:
         if not group.examples:
             raise UserError(f'nothing to learn from: the group "{group.name}" has no pictures.')
+    if levels and not hasattr(model.schedule, "mean"):
+        raise UserError(f"levels cannot be chosen for a schedule of the kind {type(model.schedule).__name__}; it draws t its own way.")
     dropout = model.dropout if dropout is None else dropout
     settings = {"method": method} | numbers
     settings |= dict(text=text, dropout=dropout, min_snr=min_snr, ema=ema, dtype=dtype, optimizer=optimizer, seed=seed)

@@ -1,5 +1,6 @@
 """Fine-tuning: the loss over groups, what is trained, runs that are killed, disks that are full, and what is said of bad input."""
 import json
+import math
 import os
 import subprocess
 import sys
@@ -240,6 +241,27 @@ def test_lora_on_text_and_on_named_layers(tmp_path):
 def test_lora_goes_where_a_unet_hears_words():
     assert hearing(tiny().unet) == lora.ATTENTION
     assert hearing(tiny(pooled=True).unet) == (*lora.ATTENTION, "pool", "conv1", "conv2")
+
+
+def test_the_noise_levels_trained_on_can_be_chosen(tmp_path, monkeypatch):
+    """t comes from the levels asked for, and is a part of the run; a schedule that draws sigma has none to choose."""
+    times, drawn = [], batches
+
+    def spied(*how):
+        for batch in drawn(*how):
+            times.extend(batch.parts[0].t.tolist())
+            yield batch
+
+    monkeypatch.setattr("minidiff.finetune.batches", spied)
+    run(tmp_path / "a", levels=(3.0, 0.1), batch=8)
+    middle = 1000 / (1 + math.exp(-3))
+    assert len(times) >= 48 and all(abs(t - middle) < 50 for t in times)
+    with pytest.raises(UserError, match="levels"):
+        run(tmp_path / "a", levels=(2.0, 0.1), batch=8, resume=True)
+    model = tiny()
+    model.denoiser.schedule = schedules.Karras()
+    with pytest.raises(UserError, match="levels cannot be chosen for a schedule of the kind Karras"):
+        run(tmp_path / "b", model, levels=(2.0, 0.1))
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
