@@ -4,13 +4,14 @@
 
 One CPU core. Act one: the teacher walks, guided and deterministic, from noise to latents, and the walks are kept. Act two: the student
 learns to guess, from any point of a walk, where it ends; then, besides, that its guess from pure noise be what its guess from half the
-way would be. Act three: LCM-LoRA, consistency distillation in which only low-rank weights are trained. Act four: the critic counts. Writes
-student/ (for `minidiff generate --model`), lcm_lora.safetensors (for `--lora`), distill.png, loss.png, lora_loss.png and results.json.
-Ctrl-C saves; --resume goes on.
+way would be. Act three: LCM-LoRA, consistency distillation in which only low-rank weights are trained. Act four: another student learns what
+the guided teacher says, in one evaluation a step in place of two. Act five: the critic counts. Writes student/ and guided/ (for `minidiff
+generate --model`), lcm_lora.safetensors (for `--lora`), distill.png, loss.png, lora_loss.png and results.json. Ctrl-C saves; --resume goes on.
 
 [1] Luhman, Luhman. Knowledge Distillation in Iterative Generative Models for Improved Sampling Speed. 2021. arXiv:2101.02388
 [2] Luo et al. LCM-LoRA: A Universal Stable-Diffusion Acceleration Module. 2023. arXiv:2311.05556
 [3] Sauer, Lorenz, Blattmann, Rombach. Adversarial Diffusion Distillation. 2023. arXiv:2311.17042
+[4] Meng et al. On Distillation of Guided Diffusion Models. 2023. arXiv:2210.03142
 """
 import copy
 import os
@@ -31,7 +32,7 @@ from minidiff import evaluate, lora, plots
 from minidiff.data import critic
 from minidiff.data.world import World
 from minidiff.denoiser import Denoiser, guide
-from minidiff.distill import consistency_loss, endpoint_loss, pseudo_huber, renoised_loss
+from minidiff.distill import consistency_loss, endpoint_loss, guided_loss, pseudo_huber, renoised_loss
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.quickstart import COLOURS, SHAPES
 from minidiff.samplers import by_name
@@ -46,6 +47,8 @@ RENOISED = (400, 751)  # from where to where a guess is noised: what is where sh
 LAYERS = (*lora.ATTENTION, "pool", "conv1", "conv2")  # this U-Net hears words by "pool" more than by attention (docs/lora.md)
 BEST = ("ddpm", 25, 2.0)  # how the teacher is used
 TEACHER = (BEST, ("ddpm", 8, 2.0), ("ddpm", 4, 2.0), ("ddpm", 2, 2.0))
+GUIDELESS = tuple(("ddpm", steps, 1.0) for steps in (8, 6, 4))  # the guided student's, on the grid "shifted"
+FLOOR, MIDDLE, CEILING = 250, 650, 1001  # t of the guided student: half of it from the middle up, where guidance decides; below 250 it changes little
 STUDENT = tuple(("lcm", steps, 1.0) for steps in (4, 2, 1))  # steps, and evaluations
 
 
@@ -76,7 +79,7 @@ def all_walks(teacher: LatentDiffusion, world: World, n: int, folder: Path, seed
     """Act one, [1]. To resume, files that are there are not made again."""
     folder.mkdir(parents=True, exist_ok=True)
     x, contexts = [], []
-    for k in tqdm(range(-(-n // CHUNK)), desc="1/4 walks", unit=f" x {CHUNK}"):
+    for k in tqdm(range(-(-n // CHUNK)), desc="1/5 walks", unit=f" x {CHUNK}"):
         file = folder / f"{k:03d}.pt"
         if not (resume and file.exists()):
             torch.save(walked(teacher, world, k, min(CHUNK, n - k * CHUNK), seed), file.with_suffix(".new"))
@@ -126,7 +129,7 @@ def train_student(
 
     data = partial(points, walks, times, batch, far, seed)
     training = train(loss, student.network, data, steps, lr, ema=ema, seed=seed, folder=folder, resume=resume)
-    follow(training, f"2/4 student, {folder.name}", steps, batch)
+    follow(training, f"2/5 student, {folder.name}", steps, batch)
     denoiser = Denoiser(ema.average, schedule, start.denoiser.target)
     return LatentDiffusion(start.vae, start.text, denoiser, start.size, start.dropout, guidance=1.0, sampler="lcm")
 
@@ -146,8 +149,30 @@ def train_lora(
         return consistency_loss(ours, ours, schedule, points.end, times, taught, pseudo_huber), None
 
     data = partial(points, walks, times, batch, 0.0, seed)
-    follow(train(loss, student.unet, data, steps, lr, seed=seed, folder=folder, resume=resume), "3/4 LCM-LoRA", steps, batch)
+    follow(train(loss, student.unet, data, steps, lr, seed=seed, folder=folder, resume=resume), "3/5 LCM-LoRA", steps, batch)
     return student.eval()
+
+
+def train_guided(
+    teacher: LatentDiffusion, walks: Walks, folder: Path, steps: int, batch: int, lr: float, seed: int, resume: bool
+) -> LatentDiffusion:
+    """Act four, the first stage of [4] at one scale: what the teacher says with guidance, said in one evaluation. The data are where walks ended."""
+    torch.manual_seed(seed)
+    student, schedule, null = copy.deepcopy(teacher.denoiser).requires_grad_(True), teacher.schedule, teacher.text.null(batch)
+    ema = EMA(student.network, decay=0.998)
+
+    def loss(points: Points) -> tuple[Tensor, Tensor]:
+        high = torch.rand(points.t.shape) < 0.5
+        t = torch.where(high, torch.randint(MIDDLE, CEILING, points.t.shape), torch.randint(FLOOR, CEILING, points.t.shape))
+        ours, theirs = guide(student, points.context, None, 1), guide(teacher.denoiser, points.context, null, BEST[2])
+        return guided_loss(ours, theirs, schedule, points.end, t), schedule.progress(t)
+
+    data = partial(points, walks, schedule.timesteps(WALK), batch, 0.0, seed)
+    training = train(loss, student.network, data, steps, lr, ema=ema, seed=seed, folder=folder, resume=resume)
+    follow(training, "4/5 guided", steps, batch)
+    denoiser = Denoiser(ema.average, schedule, teacher.denoiser.target)
+    how = dict(guidance=1.0, sampler="ddpm", spacing="shifted")
+    return LatentDiffusion(teacher.vae, teacher.text, denoiser, teacher.size, teacher.dropout, **how)
 
 
 def measured(model: LatentDiffusion, name: str, ways: tuple, captions: dict[int, list[str]], seed: int) -> Iterator[tuple[dict, Tensor]]:
@@ -206,6 +231,8 @@ def main(
     lora_steps: int = 150,
     lora_lr: float = 1e-3,
     rank: int = 16,
+    guided_steps: int = 2000,
+    guided_lr: float = 3e-4,
     captions: int = 250,
     seed: int = 0,
     resume: bool = False,
@@ -226,6 +253,8 @@ def main(
         lora_steps: training steps of the LoRA.
         lora_lr: its peak learning rate.
         rank: of the LoRA.
+        guided_steps: training steps of the student that takes guidance in.
+        guided_lr: its peak learning rate.
         captions: held-out captions of one thing, and as many of two, behind each accuracy.
         seed: everything random follows from it.
         resume: go on where an interrupted run stopped.
@@ -238,9 +267,10 @@ def main(
     student = train_student(student, 1 / 3, True, kept, training / "sharpened", sharp_steps, batch, sharp_lr, seed + 1, resume)
     student = train_student(student, 0.0, True, kept, training / "settled", last_steps, batch, last_lr, seed + 3, resume)
     adapted = train_lora(teacher, kept, training / "lora", lora_steps, batch, lora_lr, rank, seed + 2, resume)
+    guided = train_guided(teacher, kept, training / "guided", guided_steps, batch, guided_lr, seed + 4, resume)
 
     # What is judged is what is written: half precision, read back.
-    folder = copy.deepcopy(student).half().save(out / "student")
+    folder, other = copy.deepcopy(student).half().save(out / "student"), copy.deepcopy(guided).half().save(out / "guided")
     file = lora.save(adapted, out / "lcm_lora.safetensors")
     quick, low = minidiff.load(folder), minidiff.load(model)
     loaded = lora.load(low, file)
@@ -248,6 +278,7 @@ def main(
     found = [
         *measured(teacher, "teacher", TEACHER, told, seed),
         *measured(quick, "student", STUDENT, told, seed),
+        *measured(minidiff.load(other), "guided student", GUIDELESS, told, seed),
         *measured(low, "LCM-LoRA", STUDENT, told, seed),
         *measured(teacher, "teacher", STUDENT, told, seed),  # what the sampler alone makes of it
     ]
@@ -260,12 +291,12 @@ def main(
     print(plots.loss(read_log(training / "lora"), out / "lora_loss.png"))
 
     best = rows[0]["mean"]
-    students = [row for row in rows if row["model"] == "student"]
-    shares = {f"student_{row['steps']}_of_teacher": round(row["mean"] / best, 4) if best else None for row in students}
+    students = [row for row in rows if "student" in row["model"]]
+    shares = {f"{row['model']}_{row['steps']}_of_teacher".replace(" ", "_"): round(row["mean"] / best, 4) if best else None for row in students}
     made = dict(walks=walks, steps=steps, lr=lr, sharp_steps=sharp_steps, sharp_lr=sharp_lr, last_steps=last_steps, last_lr=last_lr, batch=batch)
-    made |= dict(lora_steps=lora_steps, lora_lr=lora_lr, rank=rank, seed=seed)
-    losses = {f"{name}_loss": last_loss(read_log(training / name)) for name in ("walked", "sharpened", "settled", "lora")}
-    print(folder, file, sep="\n")
+    made |= dict(lora_steps=lora_steps, lora_lr=lora_lr, rank=rank, guided_steps=guided_steps, guided_lr=guided_lr, seed=seed)
+    losses = {f"{name}_loss": last_loss(read_log(training / name)) for name in ("walked", "sharpened", "settled", "lora", "guided")}
+    print(folder, other, file, sep="\n")
     print(write_results(out, **made, **losses, **shares, captions_each=captions, lora_moved=loaded.moved, rows=rows))
     print(", ".join(f"{name} {share}" for name, share in shares.items()))
 

@@ -341,24 +341,28 @@ def test_a_scene_is_the_same_whichever_thing_is_named_first():
 
 
 def test_distill(tmp_path, monkeypatch):
-    settings = dict(walks=3, steps=3, sharp_steps=3, last_steps=3, batch=2, lora_steps=3, rank=2, captions=2)
+    settings = dict(walks=3, steps=3, sharp_steps=3, last_steps=3, batch=2, lora_steps=3, rank=2, guided_steps=3, captions=2)
     monkeypatch.setattr(distill, "BEST", ("ddpm", 6, 2.0))
     monkeypatch.setattr(distill, "STUDENT", (("lcm", 2, 1.0), ("lcm", 1, 1.0)))
     monkeypatch.setattr(distill, "TEACHER", (distill.BEST,))
+    monkeypatch.setattr(distill, "GUIDELESS", (("ddpm", 3, 1.0),))
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     distill.main(**settings, out=whole)
-    results = written(whole, "distill.png", "loss.png", "lora_loss.png", "student/model.json", "lcm_lora.safetensors")
-    assert [row["evaluations"] for row in results["rows"]] == [12, 2, 1, 2, 1, 2, 1]
-    assert {"student_1_of_teacher", "student_2_of_teacher", "settled_loss", "lora_moved", "seed"} <= results.keys()
+    results = written(whole, "distill.png", "loss.png", "lora_loss.png", "student/model.json", "guided/model.json", "lcm_lora.safetensors")
+    assert [row["evaluations"] for row in results["rows"]] == [12, 2, 1, 3, 2, 1, 2, 1]
+    assert {"student_1_of_teacher", "student_2_of_teacher", "guided_student_3_of_teacher", "settled_loss", "lora_moved", "seed"} <= results.keys()
     student = minidiff.load(whole / "student")
     assert (student.sampler, student.spacing, student.guidance) == ("lcm", "trailing", 1)
+    guided = minidiff.load(whole / "guided")
+    assert (guided.sampler, guided.spacing, guided.guidance) == ("ddpm", "shifted", 1)
 
-    for act in (1, 2, 3, 4):  # Ctrl-C in every round of the student, and in the LoRA
+    for act in (1, 2, 3, 4, 5):  # Ctrl-C in every round of the student, in the LoRA and in the guided student
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(distill, "follow", stop_at(1))
             distill.main(**settings, out=halves, resume=act > 1)
     distill.main(**settings, out=halves, resume=True)
     same(whole, halves, "student")
+    same(whole, halves, "guided")
     ours, theirs = (load_file(folder / "lcm_lora.safetensors") for folder in (whole, halves))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
