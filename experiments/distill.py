@@ -271,6 +271,7 @@ def main(
 
     # What is judged is what is written: half precision, read back.
     folder, other = copy.deepcopy(student).half().save(out / "student"), copy.deepcopy(guided).half().save(out / "guided")
+    (out / "lcm_lora.safetensors").unlink(missing_ok=True)  # of a run that was interrupted while it was judged
     file = lora.save(adapted, out / "lcm_lora.safetensors")
     quick, low = minidiff.load(folder), minidiff.load(model)
     loaded = lora.load(low, file)
