@@ -249,7 +249,7 @@ def main(
         sharp_lr: the peak learning rate of these.
         last_steps: the same, with few walks from pure noise, which are known by heart by then.
         last_lr: the peak learning rate of these.
-        batch: points in a step, of student and LoRA.
+        batch: points in a step, of the students and the LoRA.
         lora_steps: training steps of the LoRA.
         lora_lr: its peak learning rate.
         rank: of the LoRA.

@@ -162,7 +162,7 @@ def main(
     threads: int = 2,
     seed: int = 0,
 ) -> None:
-    """Teach the box a ring in four ways, and measure each.
+    """Teach the box a ring in five ways, and measure each.
 
     Args:
         out: folder for everything written.
