@@ -1,5 +1,5 @@
-"""Fine-tuning: a trained model goes on learning, from pictures of yours. What is trained, with what, and what is written are all in this file;
-what it learns from is in groups.py, the loop in train.py.
+"""Fine-tuning: a trained model goes on learning, from pictures of yours. What is trained, and with what, is all in this file;
+what it learns from is in groups.py, the loop in train.py, what it writes in outcome.py.
 
 Full training moves every weight of the U-Net, and of the text tower if asked; LoRA (lora.py) trains a few numbers beside them; textual inversion
 (inversion.py) one word's vector, alone or beside either. OUT/run.json keeps what a run was made of, so that a resumed run is the same run, or is
@@ -8,15 +8,12 @@ refused.
 [1] Hang et al. Efficient Diffusion Training via Min-SNR Weighting Strategy. 2023. arXiv:2303.09556
 """
 import math
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
@@ -30,6 +27,7 @@ from minidiff.groups import Batch, Group, batches, loss
 from minidiff.identity import identity, same_run
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.optimizers import OPTIMIZERS
+from minidiff.outcome import keep, write
 from minidiff.recorder import Recorder
 from minidiff.train import EMA, LossFn, train
 
@@ -270,36 +268,3 @@ def check(method: str, optimizer: str, dtype: str, word: str | None = None, **nu
         raise UserError(f"ema is {numbers['ema']:g}; it must be between 0 and 1, as in 0.999.")
     if numbers["dropout"] is not None and not 0 <= numbers["dropout"] < 1:
         raise UserError(f"dropout is {numbers['dropout']:g}; it must be from 0 to below 1, as in 0.1.")
-
-
-def kept(out: Path, step: int) -> Path:
-    return out / f"best_step_{step}"
-
-
-def keep(model: LatentDiffusion, method: str, out: Path, word: inversion.Word | None, step: int, steps: int) -> None:
-    """The weights that the recorder's advice goes back to, the best so far, in a folder of their own; the last step's are in OUT anyway."""
-    if step < steps:
-        kept(out, step).mkdir(parents=True, exist_ok=True)
-        write(model, method, kept(out, step), word)
-    for older in set(out.glob("best_step_*")) - {kept(out, step)}:
-        shutil.rmtree(older)
-
-
-def write(model: LatentDiffusion, method: str, out: Path, word: inversion.Word | None) -> None:
-    """OUT/model; or OUT/lora.safetensors, OUT/embedding.safetensors or both. What cannot be written now can be later: the last checkpoint has it."""
-    place = out / ("model" if method == "full" else f"{'lora' if method == 'lora' else 'embedding'}.safetensors")
-    if word is not None:
-        inversion.put_in(model.text, word.word, word.vector.detach())
-    try:
-        if method == "full":
-            model.save(place)
-            return
-        if method == "lora":
-            fresh = out / "fresh.safetensors"
-            fresh.unlink(missing_ok=True)
-            os.replace(lora.save(model, fresh), place)
-        if word is not None:
-            place = inversion.save(word.word, word.vector, out / "embedding.safetensors")
-    except (OSError, SafetensorError) as error:
-        said = str(error).splitlines()[0]
-        raise UserError(f"{place} could not be written ({said}). The training is kept: make room, and write it with --resume.") from error

@@ -17,10 +17,11 @@ from minidiff.clip import CLIPText
 from minidiff.denoiser import HASTE, LEVELS, Denoiser
 from minidiff.errors import UserError
 from minidiff.estimate import Settings
-from minidiff.finetune import averaged, finetune, hearing, kept, settle, shares, to_train
+from minidiff.finetune import averaged, finetune, hearing, settle, shares, to_train
 from minidiff.groups import Batch, Group, batches, loss, split
 from minidiff.labels import ClassLabels
 from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.outcome import kept
 from minidiff.recorder import Recorder
 from minidiff.train import EMA
 from minidiff.unet import UNet

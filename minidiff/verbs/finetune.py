@@ -129,7 +129,7 @@ def finetune(
 
 def use(diffusion, method: str, model: Path, out: Path, caption: str, best: int | None) -> list[str]:
     """What was written, and the commands that use it. best: the step that the recorder would go back to."""
-    from minidiff.finetune import kept
+    from minidiff.outcome import kept
     from minidiff.weights import write
 
     try:
