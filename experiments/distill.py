@@ -11,7 +11,7 @@ generate --model`), lcm_lora.safetensors (for `--lora`), distill.png, loss.png, 
 [1] Luhman, Luhman. Knowledge Distillation in Iterative Generative Models for Improved Sampling Speed. 2021. arXiv:2101.02388
 [2] Luo et al. LCM-LoRA: A Universal Stable-Diffusion Acceleration Module. 2023. arXiv:2311.05556
 [3] Sauer, Lorenz, Blattmann, Rombach. Adversarial Diffusion Distillation. 2023. arXiv:2311.17042
-[4] Meng et al. On Distillation of Guided Diffusion Models. 2023. arXiv:2210.03142
+[4] Meng et al. On Distillation of Guided Diffusion Models. 2022. arXiv:2210.03142
 """
 import copy
 import os

@@ -171,13 +171,15 @@ def guide(
         raise UserError(f"rescale is {rescale}; it must be from 0 (off) to 1.")
     if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
         raise UserError(f"the guidance interval is {interval}; it must be two numbers from 0 (data) to 1 (noise), the smaller one first.")
+    if scale != 1 and context is not None and null is None and weak is None:
+        raise UserError(f"guidance at scale {scale:g} needs something to steer away from: null or weak.")
     if threshold is not None and not 0 < threshold <= 1:
         raise UserError(f"threshold is {threshold}; it must be a share above 0 and up to 1, as in 0.995.")
 
     def steered(x: Tensor, t: Tensor) -> Prediction:
         progress = denoiser.schedule.progress(t)
         inside = torch.ones_like(progress) if interval is None else ((interval[0] <= progress) & (progress <= interval[1])).double()
-        if scale == 1 or not inside.any() or (weak is None and (context is None or null is None)):
+        if scale == 1 or not inside.any() or (weak is None and context is None):
             return denoiser(x, t, context)
         if weak is not None:
             towards, away = denoiser(x, t, context), weak(x, t, context)

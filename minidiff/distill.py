@@ -187,7 +187,10 @@ def renoised_loss(
 def intervals(step: int, steps: int, first: int = 10, last: int = 1280) -> int:
     """[3] section 3.4: how many intervals the times have at this step of training, counted from 0: `first`, and twice as many after every
     K' = floor(steps / (log2(last / first) + 1)) steps, at most `last`."""
-    doublings = step // (steps // (int(math.log2(last / first)) + 1))
+    stages = int(math.log2(last / first)) + 1
+    if steps < stages:
+        raise UserError(f"steps is {steps}; from {first} intervals to {last} takes at least {stages}.")
+    doublings = step // (steps // stages)
     return min(first * 2**doublings, last)
 
 

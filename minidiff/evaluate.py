@@ -201,7 +201,7 @@ def figures(bench: Bench, drawn: Drawn, seed: int = 0) -> list[Figure]:
             rows.append(Figure("memorised", name, *metrics.bootstrap(metrics.memorised(fake, bench.training[name]), generator), floor, n))
     if "CLIP score" in bench.real:
         ours, theirs = drawn.pictures["CLIP score"], bench.instead["CLIP score"]
-        rows.append(Figure("CLIP score", "clip ViT-B-32 openai", *metrics.bootstrap(ours), theirs.mean().item(), n))
+        rows.append(Figure("CLIP score", "clip ViT-B-32 openai", *metrics.bootstrap(ours, generator), theirs.mean().item(), n))
     return [
         *rows,
         Figure("evaluations per picture", "", drawn.evaluations, None, None, None, n),

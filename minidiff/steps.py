@@ -120,7 +120,8 @@ class _Stride(NamedTuple):
 
 
 class _Past:
-    """What a multistep method knows of the steps before. A chain goes on where the last step ended; any other is new, and has no past."""
+    """What a multistep method knows of the steps before. One that begins where the last step ended goes on with it; any other has no past. So one
+    object serves many chains one after the other, not two in turn."""
 
     def __init__(self) -> None:
         self.end, self.kept = None, ()

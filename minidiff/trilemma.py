@@ -19,6 +19,7 @@ from minidiff.plots import _save, _style
 
 NETWORKS = ["pixels-8x8", "random-conv-0"]
 QUALITY = ("accuracy critic", "precision random-conv-0")  # the first that was measured
+OURS = {"sampler", "steps", "guidance"}  # columns of every line
 DIVERSITY, SPEED = "diversity per prompt pixels-8x8", "evaluations per picture"
 
 
@@ -51,19 +52,21 @@ def flat(rows: Iterable[Figure]) -> dict[str, str]:
 
 
 def read(path: Path) -> list[Row]:
+    """The lines of a file that `append` wrote."""
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        rows = list(csv.DictReader(file))
+    if rows and not all(OURS <= row.keys() and None not in row and None not in row.values() for row in rows):
+        raise UserError(f"{path} is not a table of evaluations; name another --out, or move the file away.")
+    return rows
 
 
 def append(path: Path, row: Row) -> Path:
-    """One line more, and never half a line: written beside, then renamed."""
+    """One line more, and never half a line: written beside, then renamed. What only some lines have is empty in the others."""
     rows = read(path)
-    if rows and list(rows[0]) != list(row):
-        raise UserError(f"{path} has other columns than this evaluation; name another --out, or move the file away.")
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(row), lineterminator="\n")
+    writer = csv.DictWriter(text, dict.fromkeys(column for each in (*rows, row) for column in each), lineterminator="\n")
     writer.writeheader()
     writer.writerows([*rows, row])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +107,7 @@ def name(row: Row) -> str:
 
 def quality(row: Row) -> str:
     """The column that stands for quality in this file."""
-    return next(column for column in QUALITY if column in row)
+    return next(column for column in QUALITY if row.get(column))
 
 
 def point(row: Row) -> tuple[float, float, float]:
@@ -113,7 +116,7 @@ def point(row: Row) -> tuple[float, float, float]:
 
 
 def real_diversity(row: Row) -> float:
-    return float(row.get(f"{DIVERSITY} floor", math.inf))
+    return float(row.get(f"{DIVERSITY} floor") or math.inf)
 
 
 def front(rows: list[Row]) -> list[Row]:

@@ -100,11 +100,12 @@ def test_generate_gives_the_same_bytes_for_the_same_seed(ran, tiny, tmp_path, sa
 
 
 def test_a_picture_carries_its_settings(ran, tiny, tmp_path):
-    ran("generate", "苹果 on white", "--steps", 2, "--model", tiny, "--guidance", 2.5, "--size", 48, "--seed", 7, "--out", tmp_path)
+    prompt = "苹果 on white"
+    ran("generate", prompt, "--steps", 2, "--model", tiny, "--guidance", 2.5, "--interval", "0.6,1", "--size", 48, "--seed", 7, "--out", tmp_path)
     with Image.open(tmp_path / "000-苹果-on-white.png") as picture:
         assert picture.size == (48, 48)
         settings = {"seed": "7", "steps": "2", "guidance": "2.5", "sampler": "ddim", "size": "48x48", "model": "tiny"}
-        settings |= {"spacing": "trailing", "dtype": "fp32"}
+        settings |= {"spacing": "trailing", "dtype": "fp32", "interval": "0.6,1"}
         assert picture.text == {"prompt": "苹果 on white", "picture": "1 of 1", **settings}
 
 

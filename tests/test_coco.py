@@ -111,7 +111,7 @@ def test_a_line_has_all_that_coco_says(make, files):
     ("a.ple", {}),
 ])  # fmt: skip
 def test_all_words_in_one_caption_as_whole_words(files, words, found):
-    from minidiff.verbs.data import words as split
+    from minidiff.verbs.options import words as split
 
     if not found:
         with pytest.raises(UserError, match="no caption has all of the words"):

@@ -291,6 +291,13 @@ def test_bad_guidance(how, complaint):
         guide(denoiser, context, null, 7.5, **how)
 
 
+@pytest.mark.parametrize("scale", [7.5, 0.0])
+def test_guidance_needs_something_to_steer_away_from(scale):
+    denoiser, _, _, _, context, _ = pictures()
+    with pytest.raises(UserError, match="something to steer away from"):
+        guide(denoiser, context, None, scale)
+
+
 def test_the_network_is_shown_exact_times_in_bfloat16():
     """bfloat16 has 8 binary digits: it would show t = 1000 where it means 999."""
     class Sees(torch.nn.Module):

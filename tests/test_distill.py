@@ -265,6 +265,8 @@ def test_intervals_double_and_levels_are_lognormal():
     """[3] section 3.4 and 3.5, by its own formulas."""
     assert [intervals(k, 8000) for k in (0, 999, 1000, 1999, 2000, 7000, 7999)] == [10, 10, 20, 20, 40, 1280, 1280]
     assert [intervals(k, 3, 2, 4) for k in range(3)] == [2, 4, 4]
+    with pytest.raises(UserError, match="from 10 intervals to 1280 takes at least 8"):
+        intervals(0, 7)
     sigma = schedules.Karras().timesteps(20)[:-1]
     found = lognormal(sigma)
     erf = torch.erf((sigma.log() + 1.1) / (2**0.5 * 2.0))

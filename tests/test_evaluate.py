@@ -194,6 +194,8 @@ def test_the_sweep_goes_on_where_it_stopped(ran, folder, tmp_path, monkeypatch):
     (["--trilemma", "--sweep-steps", "5,x"], '--sweep-steps is "5,x"; write numbers'),
     (["--trilemma", "--sweep-steps", "2.5"], "--sweep-steps holds 2.5; steps are whole numbers."),
     (["--trilemma", "--samplers", "magic"], 'no sampler "magic"; there is ddim'),
+    (["--trilemma", "--sampler", "lcm"], "--sampler does nothing beside --trilemma, which takes --samplers, --sweep-steps"),
+    (["--sweep-steps", "5"], "--sweep-steps does nothing without --trilemma"),
     (["--data", "nowhere"], "nowhere: no such folder"),
 ])  # fmt: skip
 def test_what_the_verb_refuses(refused, folder, tmp_path, args, said):
@@ -217,11 +219,19 @@ def test_the_front_is_what_nothing_beats():
     assert trilemma.cheapest(lines((1.0, 0, 50), (0.99, 0, 20), (0.995, 0, 20), (0.98, 0, 5)))[trilemma.QUALITY[0]] == "0.995"
 
 
-def test_other_columns_are_not_mixed(tmp_path):
-    trilemma.append(tmp_path / "a.csv", {"x": "1"})
-    with pytest.raises(UserError, match=r"a\.csv has other columns"):
-        trilemma.append(tmp_path / "a.csv", {"y": "1"})
-    assert (tmp_path / "a.csv").read_text() == "x\n1\n"
+def test_lines_with_other_columns_share_a_file(tmp_path):
+    """Two evaluations with different features, one after the other, into the same folder."""
+    one, other = ({"sampler": "ddim", "steps": "5", "guidance": "1", name: "0.5"} for name in ("kid a", "kid b"))
+    trilemma.append(trilemma.append(tmp_path / "a.csv", one), other)
+    assert trilemma.read(tmp_path / "a.csv") == [one | {"kid b": ""}, {"kid a": ""} | other]
+
+
+@pytest.mark.parametrize("text", ["x\n1\n", "sampler,steps,guidance\nddim,5,1,9\n", "sampler,steps,guidance\nddim,5\n"])
+def test_a_file_that_is_not_ours_is_left_alone(tmp_path, text):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(UserError, match=r"a\.csv is not a table of evaluations"):
+        trilemma.append(tmp_path / "a.csv", {"sampler": "ddim", "steps": "5", "guidance": "1"})
+    assert (tmp_path / "a.csv").read_text() == text
 
 
 def test_the_fingerprint_changes_with_the_weights(model):

@@ -13,7 +13,7 @@ from minidiff.errors import UserError
 PICTURES = World(32).batch(6, "features", objects=2)[0]
 
 
-@pytest.mark.parametrize("name", [*features.OFFLINE, features.CIFAR10])
+@pytest.mark.parametrize("name", [*features.DEFAULTS, features.CIFAR10])
 def test_batches_do_not_matter(name):
     torch.testing.assert_close(features.features(name, PICTURES, batch=4), features.features(name, PICTURES))
 
@@ -44,7 +44,7 @@ def test_the_network_of_cifar10_ships_and_is_small():
     file = Path(features.__file__).parent / "networks" / "cifar10_resnet.safetensors"
     assert file.stat().st_size < 1e6 and all(weight.dtype == torch.float16 for weight in load_file(file).values())
     assert features.features(features.CIFAR10, PICTURES).shape == (6, 128)
-    assert features.CIFAR10 not in features.OFFLINE  # what nobody asked for is not measured in it
+    assert features.CIFAR10 not in features.DEFAULTS  # what nobody asked for is not measured in it
 
 
 def test_attributes_say_what_the_critic_sees():

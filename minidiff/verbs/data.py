@@ -57,7 +57,7 @@ def coco(
         raise UserError("no --annotations; name a COCO caption file, such as captions_val2017.json.")
     shape = coco.Shape(crop, pixels)
     coco.check_new(out)
-    source = coco.read(annotations, words(contains), instances, words(category))
+    source = coco.read(annotations, options.words(contains), instances, options.words(category))
     selection = coco.write(source, images, out, size, shape, download, seed)
     print(out / "metadata.jsonl", out / "selection.json", coco.summary(selection), sep="\n")
 
@@ -97,8 +97,3 @@ def check(
     print(said.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding))  # strangers' captions on any terminal
     if report.errors:
         raise UserError(f"{doctor.verdict(report)} (all in {out / 'report.json'})")
-
-
-def words(listed: str) -> list[str]:
-    """The words of "apple, bowl"."""
-    return [word for part in listed.split(",") if (word := part.strip())]

@@ -5,7 +5,23 @@ from pathlib import Path
 
 from minidiff.errors import UserError
 from minidiff.verbs import options
-from minidiff.verbs.options import EXAMPLE, MODEL, Device, Dtype, Embeddings, File, Integer, Loras, Number, Prompts, Sampler, Size, Spacing, Target
+from minidiff.verbs.options import (
+    EXAMPLE,
+    MODEL,
+    Device,
+    Dtype,
+    Embeddings,
+    File,
+    Integer,
+    Loras,
+    Number,
+    Numbers,
+    Prompts,
+    Sampler,
+    Size,
+    Spacing,
+    Target,
+)
 
 
 def quickstart(out: Path = Path("out/quickstart"), seed: int = 0, device: Device = "auto", resume: bool = False) -> None:
@@ -35,6 +51,7 @@ def generate(
     size: Size = None,
     negative: str = "",
     rescale: float = 0.0,
+    interval: Numbers = "0,1",
     spacing: Spacing = None,
     image: File = None,
     strength: Number = None,
@@ -65,6 +82,7 @@ def generate(
         size: side of the pictures in pixels, or width and height as in 768x512. Left out, it is the size the model was trained at.
         negative: what the pictures should not show; guidance steers away from it.
         rescale: from 0 to 1, how much of the contrast that guidance adds is taken back (0.7 where pictures are burnt).
+        interval: guide only in this stretch of the way, from 0 (data) to 1 (noise); a step that is not guided costs half.
         spacing: which noise levels the steps visit. Left out, it is the model's own.
         image: a picture to begin from.
         strength: how much of the way from noise to walk again from that picture: 0.8 unless there is a mask, then 1.
@@ -95,6 +113,7 @@ def generate(
         raise UserError("--mask needs the --image that it belongs to.")
     if not 0 <= rescale <= 1:
         raise UserError(f"--rescale is {rescale:g}; it must be from 0 to 1.")
+    between = options.parsed_interval(interval)
     how, loras = {"dtype": dtype, "target": target, "vae": vae, "text": text, "unet": unet}, options.parsed_loras(lora)
     diffusion, how = options.sampling(model, steps, guidance, sampler, seed, device, out, spacing, **how)
     options.put_in(diffusion, loras)
@@ -119,11 +138,13 @@ def generate(
         warnings.warn(f"{width}x{height} pixels, but {trained}: things may repeat when larger, and fall apart when smaller", stacklevel=2)
     how |= {"negative": negative} if negative else {}
     how |= {"rescale": rescale} if rescale else {}
+    how |= {"interval": between} if between != (0, 1) else {}
     wanted = [prompt for prompt in prompts for _ in range(n)]
     batch = batch or max(1, min(64, 2**20 // (height * width)))
     settings = {"seed": seed, "steps": steps, "guidance": how["guidance"], "sampler": sampler or diffusion.sampler, "size": f"{width}x{height}"}
     settings |= {"spacing": spacing or diffusion.spacing, "dtype": dtype, "model": model.resolve().name}
     settings |= {name: how[name] for name in ("negative", "rescale", "strength") if name in how}
+    settings |= {"interval": interval} if "interval" in how else {}
     settings |= {name: file.name for name, file in (("image", image), ("mask", mask)) if file is not None}
     settings |= {"lora": ", ".join(f"{file.name}:{scale:g}" for file, scale in loras)} if loras else {}
     settings |= {"embedding": ", ".join(embedding)} if embedding else {}

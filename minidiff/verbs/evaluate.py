@@ -1,5 +1,4 @@
 """The verb that measures: quality, diversity and speed."""
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -7,11 +6,9 @@ import tyro
 
 from minidiff.errors import UserError
 from minidiff.verbs import options
-from minidiff.verbs.data import words
-from minidiff.verbs.options import MODEL, Device, Number, Sampler, Spacing
+from minidiff.verbs.options import MODEL, Device, Integer, Listed, Number, Numbers, Sampler, Spacing, numbers, words
 
-Listed = Annotated[str, tyro.conf.arg(metavar="NAME,NAME")]
-Numbers = Annotated[str, tyro.conf.arg(metavar="N,N")]
+STEPS, SAMPLERS, SWEEP_STEPS, SWEEP_GUIDANCE = 25, "ddim,ddpm,dpmpp_2m", "5,10,25", "1,2,4"  # unless told otherwise
 LEAST = 10  # pictures: fewer have no neighbours to speak of
 
 
@@ -19,7 +16,7 @@ def evaluate(
     model: Path = MODEL,
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
     n: int = 500,
-    steps: int = 25,
+    steps: Integer = None,
     guidance: Number = None,
     sampler: Sampler = None,
     spacing: Spacing = None,
@@ -29,9 +26,9 @@ def evaluate(
     clip: bool = False,
     caption_column: str = "text",
     trilemma: bool = False,
-    samplers: Listed = "ddim,ddpm,dpmpp_2m",
-    sweep_steps: Numbers = "5,10,25",
-    sweep_guidance: Numbers = "1,2,4",
+    samplers: Listed = "",
+    sweep_steps: Numbers = "",
+    sweep_guidance: Numbers = "",
     seed: int = 0,
     device: Device = "auto",
     out: Path = Path("out/evaluate"),
@@ -42,7 +39,7 @@ def evaluate(
         model: our folder, a diffusers folder, one .safetensors or .ckpt file of Stable Diffusion, or a name on the Hugging Face Hub.
         data: a captioned folder to measure against; left out, it is the built-in world.
         n: pictures; a fourth as many again are drawn for diversity. Of a folder, at most half.
-        steps: sampling steps.
+        steps: sampling steps. Left out, 25.
         guidance: how strongly the text steers. Left out, it is the model's own.
         sampler: how to step from noise to picture. Left out, it is the model's own.
         spacing: which times are visited. Left out, it is the model's own.
@@ -53,9 +50,9 @@ def evaluate(
         clip: also the CLIP score, if CLIP's weights can be had.
         caption_column: where the folder's metadata.jsonl has the captions.
         trilemma: measure every combination of the three lists below instead; goes on where it stopped.
-        samplers: for the trilemma.
-        sweep_steps: for the trilemma.
-        sweep_guidance: for the trilemma.
+        samplers: for the trilemma. Left out, ddim,ddpm,dpmpp_2m.
+        sweep_steps: for the trilemma. Left out, 5,10,25.
+        sweep_guidance: for the trilemma. Left out, 1,2,4.
         seed: everything random follows from it.
         device: where to compute; auto takes a GPU if there is one.
         out: folder for results.json and evaluate.csv, or trilemma.csv and trilemma.png.
@@ -64,19 +61,22 @@ def evaluate(
         raise UserError(f"--n is {n}; it must be at least {LEAST}.")
     if world not in ("quickstart", "whole"):
         raise UserError(f'no world "{world}"; --world is quickstart or whole.')
-    listed = (numbers("--sweep-steps", sweep_steps), numbers("--sweep-guidance", sweep_guidance)) if trilemma else ([], [])
-    between = tuple(numbers("--interval", interval))
-    if len(between) != 2 or not 0 <= between[0] <= between[1] <= 1:
-        raise UserError(f'--interval is "{interval}"; write two numbers from 0 (data) to 1 (noise), the smaller one first, as in 0.8,1.')
+    single = {"--steps": steps, "--guidance": guidance, "--sampler": sampler, "--features": features or None}
+    lists = {"--samplers": samplers or None, "--sweep-steps": sweep_steps or None, "--sweep-guidance": sweep_guidance or None}
+    for option, value in (single if trilemma else lists).items():
+        if value is not None:
+            raise UserError(f"{option} does nothing {'beside' if trilemma else 'without'} --trilemma, which takes {', '.join(lists)}.")
+    listed = numbers("--sweep-steps", sweep_steps or SWEEP_STEPS), numbers("--sweep-guidance", sweep_guidance or SWEEP_GUIDANCE)
+    between, steps = options.parsed_interval(interval), STEPS if steps is None else steps
     diffusion, how = options.sampling(model, steps, guidance, sampler, seed, device, out, spacing)
     spacing, guidance = how["spacing"], how["guidance"]
     from minidiff import evaluate, quickstart
     from minidiff import trilemma as sweeps
     from minidiff.data.world import World
-    from minidiff.features import INCEPTION, OFFLINE, by_name
+    from minidiff.features import DEFAULTS, INCEPTION, by_name
     from minidiff.script import write_results
 
-    suit = [name for name in OFFLINE if data is None or name != "critic-attributes"]
+    suit = [name for name in DEFAULTS if data is None or name != "critic-attributes"]
     networks = sweeps.NETWORKS if trilemma else words(features) or suit
     for network in networks:
         by_name(network)
@@ -87,7 +87,7 @@ def evaluate(
         bench = evaluate.of_folder(data, diffusion.size, n, seed, networks, clip, caption_column)
     run = {"model": str(model), "weights": sweeps.fingerprint(diffusion), "data": str(data or f"{world} world"), "n": str(n), "seed": str(seed)}
     if trilemma:
-        settings = swept(diffusion, words(samplers), *listed, between, spacing)
+        settings = swept(diffusion, words(samplers or SAMPLERS), *listed, between, spacing)
         rows = sweeps.sweep(diffusion, bench, settings, out / "trilemma.csv", run, seed)
         best = sweeps.cheapest(rows)
         print("the Pareto front of quality, diversity and speed:", *map(sweeps.name, sweeps.front(rows)), sep="\n  ")
@@ -95,6 +95,7 @@ def evaluate(
         print(f"99 % of the best quality at the fewest evaluations: {sweeps.name(best)} ({said})")
         print(out / "trilemma.csv", sweeps.figure(rows, out / "trilemma.png"), sep="\n")
         return
+    sweeps.read(out / "evaluate.csv")  # complains of other people's files before anything slow
     setting = sweeps.Setting(sampler or diffusion.sampler, steps, guidance, between, spacing)
     drawn = sweeps.drawn(diffusion, bench, setting, seed)
     rows = evaluate.figures(bench, drawn, seed)
@@ -122,17 +123,6 @@ def swept(diffusion, names: list[str], steps: list[float], guidance: list[float]
     if not names:
         raise UserError("--samplers names none; write them as in ddim,dpmpp_2m.")
     return [Setting(name, int(count), scale, interval, spacing) for name in names for count in steps for scale in guidance]
-
-
-def numbers(option: str, text: str) -> list[float]:
-    """The numbers of "5, 10, 25"."""
-    try:
-        found = [float(part) for part in words(text)]
-    except ValueError:
-        found = []
-    if not found or not all(map(math.isfinite, found)):
-        raise UserError(f'{option} is "{text}"; write numbers with commas between, as in 5,10,25.')
-    return found
 
 
 def table(rows) -> str:

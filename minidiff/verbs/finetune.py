@@ -7,9 +7,7 @@ import tyro
 
 from minidiff.errors import UserError
 from minidiff.verbs import options
-from minidiff.verbs.data import words
-from minidiff.verbs.evaluate import Listed
-from minidiff.verbs.options import EXAMPLE, MODEL, Device, Integer, Number
+from minidiff.verbs.options import EXAMPLE, MODEL, Device, Integer, Listed, Number
 
 Data = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 Method = Annotated[str, tyro.conf.arg(metavar="full|lora")]
@@ -106,7 +104,7 @@ def finetune(
     if lr is None:
         small = sum(p.numel() for p in diffusion.unet.parameters()) < SMALL
         numbers["lr"] = RATES[method] * (FASTER if small else 1)
-    targets, side = tuple(words(layers)), size or diffusion.size
+    targets, side = tuple(options.words(layers)), size or diffusion.size
     if method == "lora":
         lora.chosen(diffusion.unet, targets or tuning.hearing(diffusion.unet))  # complains of names before anything slow
     check_size(side, diffusion.vae.factor * diffusion.unet.multiple)

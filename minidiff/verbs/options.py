@@ -16,6 +16,8 @@ Size = Annotated[str | None, tyro.conf.arg(metavar="INT|WIDTHxHEIGHT")]
 Spacing = Annotated[str | None, tyro.conf.arg(metavar="trailing|leading|linspace|karras|log-snr|ays|shifted")]
 Target = Annotated[str | None, tyro.conf.arg(metavar="eps|v")]
 Dtype = Annotated[str, tyro.conf.arg(metavar="fp32|bf16|fp16")]
+Listed = Annotated[str, tyro.conf.arg(metavar="NAME,NAME")]
+Numbers = Annotated[str, tyro.conf.arg(metavar="N,N")]
 File = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
 Loras = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE[:SCALE]"), tyro.conf.UseAppendAction]
 Embeddings = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE[:WORD]"), tyro.conf.UseAppendAction]
@@ -97,6 +99,30 @@ def put_words_in(diffusion, embeddings: tuple[str, ...]) -> None:
         if not file.is_file():
             raise UserError(f'--embedding {embedding}: no file "{file}".')
         print(f'{file}: the word is "{inversion.load(diffusion.text, file, word)}"')
+
+
+def words(text: str) -> list[str]:
+    """The words of "apple, bowl"."""
+    return [word for part in text.split(",") if (word := part.strip())]
+
+
+def numbers(option: str, text: str) -> list[float]:
+    """The numbers of "5, 10, 25"."""
+    try:
+        found = [float(part) for part in words(text)]
+    except ValueError:
+        found = []
+    if not found or not all(map(math.isfinite, found)):
+        raise UserError(f'{option} is "{text}"; write numbers with commas between, as in 5,10,25.')
+    return found
+
+
+def parsed_interval(text: str) -> tuple[float, float]:
+    """Where guidance acts, of "0.8,1"."""
+    ends = tuple(numbers("--interval", text))
+    if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1:
+        raise UserError(f'--interval is "{text}"; write two numbers from 0 (data) to 1 (noise), the smaller one first, as in 0.8,1.')
+    return ends
 
 
 def check_positive(option: str, value: int) -> None:
