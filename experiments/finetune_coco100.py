@@ -29,9 +29,8 @@ from minidiff.errors import UserError
 from minidiff.features import pixels
 from minidiff.finetune import finetune
 from minidiff.groups import Group, split
-from minidiff.quickstart import peak_memory_gb
 from minidiff.recorder import Recorder
-from minidiff.script import follow, last_loss, pick_device, read_log, run, write_results
+from minidiff.script import follow, last_loss, peak_memory_gb, pick_device, read_log, run, write_results
 from minidiff.train import seed_of, train
 from minidiff.vae import VAE
 

@@ -6,8 +6,7 @@ Three acts on the built-in world, which is endless: a VAE learns to squeeze pict
 a picture; a U-Net learns to denoise, with both frozen. Writes box/ (float16), samples.png, loss.png, text_loss.png and results.json.
 Ctrl-C saves; --resume goes on, bit for bit.
 
-[1] Radford et al. Learning Transferable Visual Models From Natural Language Supervision. 2021. arXiv:2103.00020
-[2] Saharia et al. Photorealistic Text-to-Image Diffusion Models with Deep Language Understanding. 2022. arXiv:2205.11487
+[1] Saharia et al. Photorealistic Text-to-Image Diffusion Models with Deep Language Understanding. 2022. arXiv:2205.11487
 """
 import random
 from collections.abc import Iterator
@@ -18,11 +17,11 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from minidiff import plots, schedules
+from minidiff import plots, reading, schedules
 from minidiff.clip import CLIPText
-from minidiff.data.world import INVERSE, RELATIONS, SIZES, Scene, World
+from minidiff.data.world import Scene, World
 from minidiff.denoiser import Denoiser
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.quickstart import (
@@ -34,13 +33,12 @@ from minidiff.quickstart import (
     crops,
     judge,
     noise_levels,
-    peak_memory_gb,
     text_quickstart,
     unet_quickstart,
     vae_quickstart,
 )
 from minidiff.quickstart import batches as pictures_of
-from minidiff.script import follow, last_loss, read_log, run, write_results
+from minidiff.script import follow, last_loss, peak_memory_gb, read_log, run, write_results
 from minidiff.train import EMA, seed_of, train
 from minidiff.vae import VAE
 
@@ -48,45 +46,13 @@ TWO_OBJECTS = 0.8  # the share of pictures that show two
 EARLY, LATE = (0.6, 0.85), (1.9, 0.9)  # centre and spread of logit(t / 1000): shapes are decided at medium noise, whose colour is whose above 840
 
 
-def pairs(scene: Scene) -> list[tuple[str, str]]:
-    """All there is to see, as (place, attribute): "A above B" and "B below A" are the same list in another order."""
-    places = (scene.relation, INVERSE[scene.relation]) if scene.relation else ("alone",)
-    things = [(place, said) for place, thing in zip(places, scene.things, strict=True) for said in (thing.shape, thing.colour, thing.size)]
-    return [("behind", scene.background), *things]
-
-
-def all_pairs(world: World) -> list[tuple[str, str]]:
-    attributes = (*world.shapes, *world.colours, *SIZES)
-    return [*(("behind", name) for name in world.backgrounds), *((place, name) for place in ("alone", *RELATIONS) for name in attributes)]
-
-
-Lesson = tuple[list[str], Float[Tensor, "B D"]]
-
-
-def lessons(world: World, codes: dict[tuple[str, str], Tensor], batch: int, seed: int, start: int) -> Iterator[Lesson]:
-    """Batches start, start + 1, ... of captions, each with the sum of the codes of what its scene shows."""
-    for k in count(start):
-        rng = random.Random(f"text {seed} {k}")
-        scenes = [world.scene(rng, two_objects=TWO_OBJECTS) for _ in range(batch)]
-        meant = torch.stack([torch.stack([codes[pair] for pair in pairs(scene)]).sum(0) for scene in scenes])
-        yield [world.caption(scene, rng) for scene in scenes], meant
-
-
 def train_text(world: World, folder: Path, steps: int, batch: int, lr: float, seed: int, resume: bool) -> CLIPText:
-    """Act two: the tower learns to read, then stays as it is, as in [2]. Every (place, attribute) is given a direction of its own; the sum of
-    the words' vectors is to be the sum of the directions of what there is to see. So which colour is whose is settled here, where it takes a
-    minute; of pictures and captions alone, as [1] has it, a tower this small learns it slowly (docs/box.md)."""
+    """Act two: the tower learns to read (reading.py), then stays as it is, as in [1]."""
     torch.manual_seed(seed)
-    text, names = text_quickstart(), all_pairs(world)
-    directions = nn.init.orthogonal_(torch.empty(len(names), text.dim)) * text.dim**0.5  # as long as a vector of unit variance
-    codes = dict(zip(names, directions, strict=True))
-
-    def loss(lesson: Lesson) -> tuple[Tensor, None]:
-        captions, meant = lesson
-        return (text.encode(captions).sum(1) - meant).pow(2).mean(1), None
-
-    data = partial(lessons, world, codes, batch, seed)
-    follow(train(loss, text, data, steps, lr, seed=seed, folder=folder, resume=resume), "2/3 text", steps, batch)
+    text = text_quickstart()
+    data = partial(reading.lessons, world, reading.codes(world, text.dim), batch, TWO_OBJECTS, seed)
+    training = train(partial(reading.loss, text), text, data, steps, lr, seed=seed, folder=folder, resume=resume)
+    follow(training, "2/3 text", steps, batch)
     return text.requires_grad_(False).eval()
 
 

@@ -28,7 +28,7 @@ class Record(NamedTuple):
     copies_floor: float  # the same share of the training pictures among themselves; 0 where they are too few to say
     seconds_per_step: float | None  # of training, since the measure before
     seconds: float  # that this measure took
-    memory_gb: float  # the most that was held: on the GPU where the model is on one
+    memory_gb: float | None  # the most that was held: on the GPU where the model is on one; None where the system does not say
 
 
 def relative(records: list[Record], which: str) -> list[float | None]:

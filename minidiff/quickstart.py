@@ -1,17 +1,17 @@
 """The quickstart: a text-to-image latent diffusion model trained from nothing on the built-in world, on two CPU cores, in minutes.
 
-Three acts: a VAE learns to squeeze pictures, a text tower and a U-Net learn to denoise its latents, and the critic counts how often
-pictures show what held-out captions say. Every number of the recipe stands in this file.
+Four acts: a VAE learns to squeeze pictures, a text tower learns to read captions, a U-Net learns to denoise latents with both frozen, and the
+critic counts how often pictures show what held-out captions say. Every number of the recipe stands in this file.
 
 [1] Kingma et al. Variational Diffusion Models. 2021. arXiv:2107.00630
 [2] Esser et al. Scaling Rectified Flow Transformers for High-Resolution Image Synthesis. 2024. arXiv:2403.03206
 """
 import json
 import random
-import resource
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -22,14 +22,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from minidiff import chains, evaluate, plots, schedules
+from minidiff import chains, evaluate, plots, reading, schedules
 from minidiff.clip import CLIPText
 from minidiff.data import critic
 from minidiff.data.world import World
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.script import write_results
+from minidiff.script import peak_memory_gb, write_results
 from minidiff.train import EMA, TrainStep, seed_of, train
 from minidiff.unet import UNet
 from minidiff.vae import VAE
@@ -38,9 +38,10 @@ SIZE = 32  # pixels; the world's default of 64 would cost four times the VAE
 SHAPES = ("circle", "square", "triangle")  # the part of the world that ten minutes suffice for
 COLOURS = ("red", "yellow", "green", "blue")
 VAE_STEPS, VAE_BATCH, VAE_LR = 750, 32, 3e-3
+TEXT_STEPS, TEXT_BATCH, TEXT_LR = 800, 128, 2e-3
 STEPS, LR = 3600, 2e-3
 PARTS = 2  # a step is PARTS batches, on as many cores at once
-SMALL_STEPS, SMALL_BATCH, BATCH = 1400, 48, 16  # the first steps see pictures of half the side: three times as many for the same work
+SMALL_STEPS, SMALL_BATCH, BATCH = 1000, 48, 16  # the first steps see pictures of half the side: three times as many for the same work
 TWO_OBJECTS = 0.7  # the share of pictures that show two
 POOL = 12_000  # pictures of two objects; half as many of one
 T_CENTRE, T_SPREAD = 0.6, 0.85  # of logit(t / 1000)
@@ -109,9 +110,30 @@ def train_vae(world: World, folder: Path, seed: int, device: str, resume: bool) 
         folder=folder,
         resume=resume,
     )
-    watched(loop, VAE_STEPS, "1/3 a VAE learns to squeeze pictures")
+    watched(loop, VAE_STEPS, "1/4 a VAE learns to squeeze pictures")
     vae.measure_scale(world.batch(256, f"scale {seed}", two_objects=TWO_OBJECTS)[0].to(device))
     return vae.requires_grad_(False).eval()
+
+
+def train_text(world: World, folder: Path, seed: int, device: str, resume: bool) -> CLIPText:
+    """Act two: the tower learns to read (reading.py), then stays as it is."""
+    torch.manual_seed(seed)
+    text = text_quickstart()
+    codes = reading.codes(world, text.dim)
+    loop = train(
+        partial(reading.loss, text.to(device)),
+        text,
+        partial(reading.lessons, world, codes, TEXT_BATCH // PARTS, TWO_OBJECTS, seed),
+        TEXT_STEPS,
+        TEXT_LR,
+        accumulate=PARTS,
+        threads=min(PARTS, torch.get_num_threads()),
+        seed=seed,
+        folder=folder,
+        resume=resume,
+    )
+    watched(loop, TEXT_STEPS, "2/4 a text tower learns to read captions")
+    return text.requires_grad_(False).eval()
 
 
 class Pool:
@@ -130,8 +152,8 @@ class Pool:
 
 
 def noise_levels(n: int, generator: torch.Generator, centre: float = T_CENTRE, spread: float = T_SPREAD) -> Int[Tensor, "B"]:
-    """t for n examples, stratified ([1] appendix I.1): logit-normal ([2] section 3.1) around the t where place, shape and colour are
-    decided; one in four anywhere."""
+    """t for n examples, stratified ([1] appendix I.1): logit-normal ([2] section 3.1) around the t where shapes are decided; one in four
+    anywhere."""
     u = (torch.arange(n) + torch.rand(n, generator=generator)) / n
     t = torch.sigmoid(centre + spread * torch.special.ndtri(u.double().clamp(1e-6, 1 - 1e-6)))
     anywhere = torch.rand(n, generator=generator) < 1 / 4
@@ -162,11 +184,11 @@ def parts(world: World, one: Pool, two: Pool, seed: int, dropout: float, start: 
         yield Part(x0, captions, noise_levels(len(x0), generator), torch.randn(x0.shape, generator=generator).to(x0.device))
 
 
-def train_model(world: World, vae: VAE, folder: Path, seed: int, device: str, resume: bool) -> LatentDiffusion:
-    """Act two: a text tower and a U-Net, together, on latents. Returns the average of the weights."""
+def train_model(world: World, vae: VAE, text: CLIPText, folder: Path, seed: int, device: str, resume: bool) -> LatentDiffusion:
+    """Act three: a U-Net, on latents. Returns the average of the weights."""
     torch.manual_seed(seed + 1)
     denoiser = Denoiser(unet_quickstart(), schedules.cosine(), target="x0", weighting="learned")
-    model = LatentDiffusion(vae, text_quickstart(), denoiser, SIZE, guidance=GUIDANCE, sampler="ddpm").to(device, memory_format=torch.channels_last)
+    model = LatentDiffusion(vae, text, denoiser, SIZE, guidance=GUIDANCE, sampler="ddpm").to(device, memory_format=torch.channels_last)
     ema = EMA(model, decay=0.998)
     one, two = (Pool(world, vae, size, f"model {seed}", objects, device) for objects, size in ((1, POOL // 2), (2, POOL)))
 
@@ -186,14 +208,14 @@ def train_model(world: World, vae: VAE, folder: Path, seed: int, device: str, re
         folder=folder,
         resume=resume,
     )
-    watched(loop, STEPS, "2/3 a U-Net learns to denoise latents")
+    watched(loop, STEPS, "3/4 a U-Net learns to denoise latents")
     return ema.average
 
 
 def judge(
     model: LatentDiffusion, world: World, seed: int, count: int = CAPTIONS
 ) -> tuple[dict, Float[Tensor, "N 3 H W"], list[str], list[bool]]:
-    """Act three: the critic on `count` held-out captions of each kind. Returns figures, and a few pictures with captions and verdicts."""
+    """Act four: the critic on `count` held-out captions of each kind. Returns figures, and a few pictures with captions and verdicts."""
     figures, shown = {}, ([], [], [])
     for objects, name in ((1, "one_object"), (2, "two_objects")):
         captions = evaluate.held_out(world, count, objects, seed)
@@ -217,10 +239,11 @@ def quickstart(out: Path, seed: int = 0, device: str = "cpu", resume: bool = Fal
         raise UserError(f"{out} holds a quickstart already; pass --resume to go on with it, or another --out.")
     world = World(SIZE, SHAPES, COLOURS)
     vae = train_vae(world, out / "training" / "vae", seed, device, resume)
-    model = train_model(world, vae, out / "training" / "model", seed, device, resume)
+    text = train_text(world, out / "training" / "text", seed, device, resume)
+    model = train_model(world, vae, text, out / "training" / "model", seed, device, resume)
     wrote = [model.save(out / "model")]
 
-    tqdm.write("3/3 the critic judges pictures of captions never trained on", file=sys.stderr)
+    tqdm.write("4/4 the critic judges pictures of captions never trained on", file=sys.stderr)
     figures, pictures, captions, verdicts = judge(model, world, seed)
     wrote.append(plots.grid(pictures, captions, out / "samples.png", columns=8, title="held-out captions, judged by the critic", marks=verdicts))
     wrote += chains.plot_forward(world.batch(1, f"forward {seed}", objects=2)[0], model.schedule, out, torch.Generator().manual_seed(seed))
@@ -247,9 +270,3 @@ def quickstart(out: Path, seed: int = 0, device: str = "cpu", resume: bool = Fal
     )
     print(f'now draw your own: minidiff generate "{PROMPTS[0]}" --model {out / "model"} --n 4 --seed 7')
     return results
-
-
-def peak_memory_gb() -> float:
-    """The most memory this process has held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**30 if sys.platform == "darwin" else 2**20), 2)  # macOS counts bytes, Linux kilobytes

@@ -36,8 +36,8 @@ from minidiff.data.folder import to_model, to_uint8
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.quickstart import peak_memory_gb
 from minidiff.report import Pair, page, shown
+from minidiff.script import peak_memory_gb
 from minidiff.train import BINS, seed_of
 
 Example = tuple[Float[Tensor, "Z _ _"], Float[Tensor, "L D"] | str]  # latents, and what the text tower said; a caption is encoded at every measure

@@ -170,8 +170,8 @@ def _measures(records: list[Record]) -> str:
     """A line for each measure: losses over those of the first, seconds, memory."""
     rows = [("step", "valid.", "train", "s/step", "s", "GB")]
     for record, held_out, fitted in zip(records, relative(records, "validation"), relative(records, "train"), strict=True):
-        seconds = ("-" if s is None else f"{s:.2g}" for s in (record.seconds_per_step, record.seconds))
-        rows.append((str(record.step), _number(held_out), _number(fitted), *seconds, f"{record.memory_gb:.2g}"))
+        costs = ("-" if cost is None else f"{cost:.2g}" for cost in (record.seconds_per_step, record.seconds, record.memory_gb))
+        rows.append((str(record.step), _number(held_out), _number(fitted), *costs))
     lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     return f'<table>{lines}</table><p class="small">s is what the measure itself took; GB is the most memory held so far.</p>'
 

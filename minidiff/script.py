@@ -1,4 +1,5 @@
-"""What the experiments share: a main that is a command, the device a name means, training behind a progress bar, and results.json."""
+"""What the experiments share: a main that is a command, the device a name means, training behind a progress bar, the memory
+it took, and results.json."""
 import json
 import os
 import sys
@@ -56,6 +57,16 @@ def last_loss(log: list[dict]) -> float:
     """The mean over the last tenth of the steps, at most 500: a single step's loss says little."""
     tail = [record["loss"] for record in log][-min(500, max(1, len(log) // 10)) :]
     return round(sum(tail) / len(tail), 5)
+
+
+def peak_memory_gb() -> float | None:
+    """The most memory this process has held; Windows does not say."""
+    if sys.platform == "win32":
+        return None
+    import resource  # not there on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**30 if sys.platform == "darwin" else 2**20), 2)  # macOS counts bytes, Linux kilobytes
 
 
 def write_results(out: Path, **figures: object) -> Path:

@@ -15,8 +15,8 @@ WORLD = World(quickstart.SIZE, quickstart.SHAPES, quickstart.COLOURS)
 @pytest.fixture
 def tiny(monkeypatch):
     """Two steps of everything, and four captions."""
-    steps = {"VAE_STEPS": 2, "STEPS": 2, "SMALL_STEPS": 1}
-    sizes = {"VAE_BATCH": 4, "SMALL_BATCH": 8, "BATCH": 4, "POOL": 64, "CAPTIONS": 4, "PROMPTS": quickstart.PROMPTS[:1]}
+    steps = {"VAE_STEPS": 2, "TEXT_STEPS": 2, "STEPS": 2, "SMALL_STEPS": 1}
+    sizes = {"VAE_BATCH": 4, "TEXT_BATCH": 4, "SMALL_BATCH": 8, "BATCH": 4, "POOL": 64, "CAPTIONS": 4, "PROMPTS": quickstart.PROMPTS[:1]}
     for name, value in {**steps, **sizes}.items():
         monkeypatch.setattr(quickstart, name, value)
 
