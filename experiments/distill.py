@@ -5,13 +5,15 @@
 One CPU core. Act one: the teacher walks, guided and deterministic, from noise to latents, and the walks are kept. Act two: the student
 learns to guess, from any point of a walk, where it ends; then, besides, that its guess from pure noise be what its guess from half the
 way would be. Act three: LCM-LoRA, consistency distillation in which only low-rank weights are trained. Act four: another student learns what
-the guided teacher says, in one evaluation a step in place of two. Act five: the critic counts. Writes student/ and guided/ (for `minidiff
-generate --model`), lcm_lora.safetensors (for `--lora`), distill.png, loss.png, lora_loss.png and results.json. Ctrl-C saves; --resume goes on.
+the guided teacher says, in one evaluation a step in place of two: first anywhere, then where its own walks lead. Act five: the critic counts.
+Writes student/ and guided/ (for `minidiff generate --model`), lcm_lora.safetensors (for `--lora`), distill.png, loss.png, lora_loss.png and
+results.json. Ctrl-C saves; --resume goes on.
 
 [1] Luhman, Luhman. Knowledge Distillation in Iterative Generative Models for Improved Sampling Speed. 2021. arXiv:2101.02388
 [2] Luo et al. LCM-LoRA: A Universal Stable-Diffusion Acceleration Module. 2023. arXiv:2311.05556
 [3] Sauer, Lorenz, Blattmann, Rombach. Adversarial Diffusion Distillation. 2023. arXiv:2311.17042
 [4] Meng et al. On Distillation of Guided Diffusion Models. 2022. arXiv:2210.03142
+[5] Ross, Gordon, Bagnell. A Reduction of Imitation Learning and Structured Prediction to No-Regret Online Learning. 2011. arXiv:1011.0686
 """
 import copy
 import os
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,7 +34,7 @@ from minidiff import evaluate, lora, plots
 from minidiff.data import critic
 from minidiff.data.world import World
 from minidiff.denoiser import Denoiser, guide
-from minidiff.distill import consistency_loss, endpoint_loss, guided_loss, pseudo_huber, renoised_loss
+from minidiff.distill import consistency_loss, endpoint_loss, guided_loss, matching_loss, pseudo_huber, renoised_loss
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.quickstart import COLOURS, SHAPES
 from minidiff.samplers import by_name
@@ -47,45 +49,45 @@ RENOISED = (400, 751)  # from where to where a guess is noised: what is where sh
 LAYERS = (*lora.ATTENTION, "pool", "conv1", "conv2")  # this U-Net hears words by "pool" more than by attention (docs/lora.md)
 BEST = ("ddpm", 25, 2.0)  # how the teacher is used
 TEACHER = (BEST, ("ddpm", 8, 2.0), ("ddpm", 4, 2.0), ("ddpm", 2, 2.0))
-GUIDELESS = tuple(("ddpm", steps, 1.0) for steps in (8, 6, 4))  # the guided student's, on the grid "shifted"
-FLOOR, MIDDLE, CEILING = 250, 650, 1001  # t of the guided student: half of it from the middle up, where guidance decides; below 250 it changes little
+TAKEN_IN = {"scale": 2.0, "interval": (0.6, 1.0)}  # the guidance of the guided student; below t = 600 it decides nothing (docs/distillation.md)
+GUIDELESS = tuple(("dpmpp_2m_sde", steps, 1.0) for steps in (8, 6, 4))  # how it is used, on the grid "shifted"
+FLOOR, MIDDLE, CEILING = 250, 600, 1001  # its t: three in four from 600 up, where there is guidance to take in; the others from 250 up
 STUDENT = tuple(("lcm", steps, 1.0) for steps in (4, 2, 1))  # steps, and evaluations
 
 
 class Walks(NamedTuple):
-    """Where the teacher went from pure noise, and what it was told."""
+    """Where a model went from pure noise, and what it was told."""
 
     x: Float[Tensor, "N steps1 Z h w"]  # float16
     context: Float[Tensor, "N L D"]
 
 
 @torch.no_grad()
-def walked(teacher: LatentDiffusion, world: World, k: int, size: int, seed: int) -> dict:
-    """Chunk k of the walks: captions of training scenes, half of them in full, and the points on the way."""
+def walked(model: LatentDiffusion, world: World, k: int, size: int, seed: int, sampler: str, how: dict) -> dict:
+    """Chunk k of a model's walks: captions of training scenes, half of them in full, and the points on the way."""
     rng, generator = random.Random(f"walks {seed} {k}"), torch.Generator().manual_seed(seed_of(seed, -1 - k))
     scenes = [world.scene(rng, two_objects=TWO_OBJECTS) for _ in range(size)]
     captions = [world.caption(scene, rng, full=rng.random() < 0.5) for scene in scenes]
-    side = teacher.size // teacher.vae.factor
-    noise, x = torch.randn(size, teacher.vae.latent_channels, side, side, generator=generator), []
-    how = {"steps": WALK, "guidance": GUIDED["scale"], "interval": GUIDED["interval"]}
+    side = model.size // model.vae.factor
+    noise, x = torch.randn(size, model.vae.latent_channels, side, side, generator=generator), []
     for i in range(0, size, 50):
-        frames = teacher.sample(captions[i : i + 50], step=by_name("dpmpp_2m"), x_T=noise[i : i + 50], **how)
+        frames = model.sample(captions[i : i + 50], WALK, step=by_name(sampler, generator), x_T=noise[i : i + 50], **how)
         x.append(torch.stack([frame.x for frame in frames], dim=1))
     return {"captions": captions, "x": torch.cat(x).half()}
 
 
 @torch.no_grad()
-def all_walks(teacher: LatentDiffusion, world: World, n: int, folder: Path, seed: int, resume: bool) -> Walks:
-    """Act one, [1]. To resume, files that are there are not made again."""
+def all_walks(model: LatentDiffusion, world: World, n: int, folder: Path, seed: int, resume: bool, title: str, sampler: str, **how) -> Walks:
+    """Act one, [1]; how: more of `sample`'s arguments. To resume, files that are there are not made again."""
     folder.mkdir(parents=True, exist_ok=True)
     x, contexts = [], []
-    for k in tqdm(range(-(-n // CHUNK)), desc="1/5 walks", unit=f" x {CHUNK}"):
+    for k in tqdm(range(-(-n // CHUNK)), desc=title, unit=f" x {CHUNK}"):
         file = folder / f"{k:03d}.pt"
         if not (resume and file.exists()):
-            torch.save(walked(teacher, world, k, min(CHUNK, n - k * CHUNK), seed), file.with_suffix(".new"))
+            torch.save(walked(model, world, k, min(CHUNK, n - k * CHUNK), seed, sampler, how), file.with_suffix(".new"))
             os.replace(file.with_suffix(".new"), file)
         kept = torch.load(file, weights_only=True)
-        contexts.append(teacher.text.encode(kept["captions"]))
+        contexts.append(model.text.encode(kept["captions"]))
         x.append(kept["x"])
     return Walks(torch.cat(x), torch.cat(contexts))
 
@@ -94,7 +96,7 @@ class Points(NamedTuple):
     """A batch of points on walks, when they were passed, and where the walks ended."""
 
     x: Float[Tensor, "B Z h w"]
-    t: Int[Tensor, "B"]
+    t: Shaped[Tensor, "B"]
     end: Float[Tensor, "B Z h w"]
     context: Float[Tensor, "B L D"]
 
@@ -154,24 +156,28 @@ def train_lora(
 
 
 def train_guided(
-    teacher: LatentDiffusion, walks: Walks, folder: Path, steps: int, batch: int, lr: float, seed: int, resume: bool
+    start: LatentDiffusion, teacher: LatentDiffusion, own: bool, walks: Walks, folder: Path, steps: int, batch: int, lr: float, seed: int,
+    resume: bool,
 ) -> LatentDiffusion:
-    """Act four, the first stage of [4] at one scale: what the teacher says with guidance, said in one evaluation. The data are where walks ended."""
+    """A round of act four, the first stage of [4] at one scale: what the teacher says with guidance, said in one evaluation. The data are where
+    the teacher's walks ended, noised; or own walks of the student as they stand: where it goes wrong, it hears what would have been right [5]."""
     torch.manual_seed(seed)
-    student, schedule, null = copy.deepcopy(teacher.denoiser).requires_grad_(True), teacher.schedule, teacher.text.null(batch)
+    student, schedule, null = copy.deepcopy(start.denoiser).requires_grad_(True), teacher.schedule, teacher.text.null(batch)
     ema = EMA(student.network, decay=0.998)
 
     def loss(points: Points) -> tuple[Tensor, Tensor]:
-        high = torch.rand(points.t.shape) < 0.5
+        ours, theirs = guide(student, points.context, None, 1), guide(teacher.denoiser, points.context, null, **TAKEN_IN)
+        if own:
+            return matching_loss(ours, theirs, schedule, points.x, points.t), schedule.progress(points.t)
+        high = torch.rand(points.t.shape) < 0.75
         t = torch.where(high, torch.randint(MIDDLE, CEILING, points.t.shape), torch.randint(FLOOR, CEILING, points.t.shape))
-        ours, theirs = guide(student, points.context, None, 1), guide(teacher.denoiser, points.context, null, BEST[2])
         return guided_loss(ours, theirs, schedule, points.end, t), schedule.progress(t)
 
-    data = partial(points, walks, schedule.timesteps(WALK), batch, 0.0, seed)
+    data = partial(points, walks, schedule.timesteps(WALK, "shifted" if own else "trailing"), batch, 0.0, seed)
     training = train(loss, student.network, data, steps, lr, ema=ema, seed=seed, folder=folder, resume=resume)
-    follow(training, "4/5 guided", steps, batch)
+    follow(training, f"4/5 student, {folder.name}", steps, batch)
     denoiser = Denoiser(ema.average, schedule, teacher.denoiser.target)
-    how = dict(guidance=1.0, sampler="ddpm", spacing="shifted")
+    how = dict(guidance=1.0, sampler=GUIDELESS[0][0], spacing="shifted")
     return LatentDiffusion(teacher.vae, teacher.text, denoiser, teacher.size, teacher.dropout, **how)
 
 
@@ -209,7 +215,7 @@ def plot(rows: list[dict], shown: dict[str, Float[Tensor, "B 3 H W"]], path: Pat
         axis.set(xscale="log", xlabel="evaluations of the U-Net for a picture", ylabel="captions drawn right", ylim=(-0.03, 1.03))
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.minorticks_off()
-        axis.legend(loc="lower right")
+        axis.legend(loc="lower right", fontsize=6)  # beside the line of few evaluations, not on it
         for strip, (name, pictures) in zip(strips, shown.items(), strict=True):
             strip.imshow(((pictures + 1) / 2).permute(2, 0, 3, 1).flatten(1, 2).numpy(), interpolation="nearest")
             strip.set_ylabel(name, rotation=0, ha="right", va="center")
@@ -231,8 +237,10 @@ def main(
     lora_steps: int = 150,
     lora_lr: float = 1e-3,
     rank: int = 16,
-    guided_steps: int = 2000,
-    guided_lr: float = 3e-4,
+    guided_steps: int = 6000,
+    guided_lr: float = 5e-4,
+    own_steps: int = 3000,
+    own_lr: float = 3e-4,
     captions: int = 250,
     seed: int = 0,
     resume: bool = False,
@@ -255,6 +263,8 @@ def main(
         rank: of the LoRA.
         guided_steps: training steps of the student that takes guidance in.
         guided_lr: its peak learning rate.
+        own_steps: training steps of it on walks of its own, as many as the teacher's.
+        own_lr: the peak learning rate of these.
         captions: held-out captions of one thing, and as many of two, behind each accuracy.
         seed: everything random follows from it.
         resume: go on where an interrupted run stopped.
@@ -262,12 +272,15 @@ def main(
     torch.set_num_threads(1)  # the recipe is one core's: on networks this small a second thread would mostly wait
     teacher = minidiff.load(model).to(memory_format=torch.channels_last).requires_grad_(False)
     world, training = World(teacher.size, SHAPES, COLOURS), out / "training"
-    kept = all_walks(teacher, world, walks, training / "walks", seed, resume)
+    guidance = {"guidance": GUIDED["scale"], "interval": GUIDED["interval"]}
+    kept = all_walks(teacher, world, walks, training / "walks", seed, resume, "1/5 walks", "dpmpp_2m", **guidance)
     student = train_student(teacher, 2 / 3, False, kept, training / "walked", steps, batch, lr, seed, resume)
     student = train_student(student, 1 / 3, True, kept, training / "sharpened", sharp_steps, batch, sharp_lr, seed + 1, resume)
     student = train_student(student, 0.0, True, kept, training / "settled", last_steps, batch, last_lr, seed + 3, resume)
     adapted = train_lora(teacher, kept, training / "lora", lora_steps, batch, lora_lr, rank, seed + 2, resume)
-    guided = train_guided(teacher, kept, training / "guided", guided_steps, batch, guided_lr, seed + 4, resume)
+    guided = train_guided(teacher, teacher, False, kept, training / "guided", guided_steps, batch, guided_lr, seed + 4, resume)
+    own = all_walks(guided, world, walks, training / "own_walks", seed + 5, resume, "4/5 its walks", guided.sampler)
+    guided = train_guided(guided, teacher, True, own, training / "guided_own", own_steps, batch, own_lr, seed + 5, resume)
 
     # What is judged is what is written: half precision, read back.
     folder, other = copy.deepcopy(student).half().save(out / "student"), copy.deepcopy(guided).half().save(out / "guided")
@@ -295,8 +308,9 @@ def main(
     students = [row for row in rows if "student" in row["model"]]
     shares = {f"{row['model']}_{row['steps']}_of_teacher".replace(" ", "_"): round(row["mean"] / best, 4) if best else None for row in students}
     made = dict(walks=walks, steps=steps, lr=lr, sharp_steps=sharp_steps, sharp_lr=sharp_lr, last_steps=last_steps, last_lr=last_lr, batch=batch)
-    made |= dict(lora_steps=lora_steps, lora_lr=lora_lr, rank=rank, guided_steps=guided_steps, guided_lr=guided_lr, seed=seed)
-    losses = {f"{name}_loss": last_loss(read_log(training / name)) for name in ("walked", "sharpened", "settled", "lora", "guided")}
+    made |= dict(lora_steps=lora_steps, lora_lr=lora_lr, rank=rank, guided_steps=guided_steps, guided_lr=guided_lr)
+    made |= dict(own_steps=own_steps, own_lr=own_lr, seed=seed)
+    losses = {f"{name}_loss": last_loss(read_log(training / name)) for name in ("walked", "sharpened", "settled", "lora", "guided", "guided_own")}
     print(folder, other, file, sep="\n")
     print(write_results(out, **made, **losses, **shares, captions_each=captions, lora_moved=loaded.moved, rows=rows))
     print(", ".join(f"{name} {share}" for name, share in shares.items()))

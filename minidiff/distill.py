@@ -74,12 +74,19 @@ def guided_loss(
     t: Shaped[Tensor, "B"] | None = None,
     eps: Float[Tensor, "B *dims"] | None = None,
 ) -> Float[Tensor, "B"]:
-    """[4] section 3.1 for one scale of guidance: w(SNR_t) |x0_student(x_t) - x0_teacher(x_t)|^2 with a guided teacher and w = max(SNR, 1)."""
+    """[4] section 3.1 for one scale of guidance: matching_loss with a guided teacher, where noise takes data."""
     t = schedule.sample_t(len(x0)) if t is None else t
-    x = noised(schedule, t, x0, torch.randn_like(x0) if eps is None else eps)
+    return matching_loss(student, teacher, schedule, noised(schedule, t, x0, torch.randn_like(x0) if eps is None else eps), t)
+
+
+def matching_loss(
+    student: Denoise, teacher: Denoise, schedule: NoiseSchedule, x: Float[Tensor, "B *dims"], t: Shaped[Tensor, "B"]
+) -> Float[Tensor, "B"]:
+    """w(SNR_t) |x0_student(x_t) - x0_teacher(x_t)|^2 with w = max(SNR, 1), at any x_t: those of the student's own walks, say, where what
+    it gets wrong leads it."""
     with torch.no_grad():
         taught = teacher(x, t).x0
-    return schedule.snr(t).clamp(min=1).to(x0) * squared(student(x, t).x0, taught)
+    return schedule.snr(t).clamp(min=1).to(x) * squared(student(x, t).x0, taught)
 
 
 def progressive_target(

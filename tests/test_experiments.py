@@ -329,7 +329,7 @@ def test_the_second_round_learns_from_what_is_right_of_the_first(tmp_path, monke
 
 
 def test_distill(tmp_path, monkeypatch):
-    settings = dict(walks=3, steps=3, sharp_steps=3, last_steps=3, batch=2, lora_steps=3, rank=2, guided_steps=3, captions=2)
+    settings = dict(walks=3, steps=3, sharp_steps=3, last_steps=3, batch=2, lora_steps=3, rank=2, guided_steps=3, own_steps=3, captions=2)
     monkeypatch.setattr(distill, "BEST", ("ddpm", 6, 2.0))
     monkeypatch.setattr(distill, "STUDENT", (("lcm", 2, 1.0), ("lcm", 1, 1.0)))
     monkeypatch.setattr(distill, "TEACHER", (distill.BEST,))
@@ -344,7 +344,7 @@ def test_distill(tmp_path, monkeypatch):
     guided = minidiff.load(whole / "guided")
     assert (guided.sampler, guided.spacing, guided.guidance) == ("ddpm", "shifted", 1)
 
-    for act in (1, 2, 3, 4, 5):  # Ctrl-C in every round of the student, in the LoRA and in the guided student
+    for act in (1, 2, 3, 4, 5, 6):  # Ctrl-C in every round of both students, and in the LoRA
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(distill, "follow", stop_at(1))
             distill.main(**settings, out=halves, resume=act > 1)
