@@ -78,7 +78,7 @@ def walked(model: LatentDiffusion, world: World, k: int, size: int, seed: int, s
 
 @torch.no_grad()
 def all_walks(model: LatentDiffusion, world: World, n: int, folder: Path, seed: int, resume: bool, title: str, sampler: str, **how) -> Walks:
-    """Act one, [1]; how: more of `sample`'s arguments. To resume, files that are there are not made again."""
+    """Act one, [1], and again in act four; how: more of `sample`'s arguments. To resume, files that are there are not made again."""
     folder.mkdir(parents=True, exist_ok=True)
     x, contexts = [], []
     for k in tqdm(range(-(-n // CHUNK)), desc=title, unit=f" x {CHUNK}"):

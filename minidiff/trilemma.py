@@ -52,12 +52,16 @@ def flat(rows: Iterable[Figure]) -> dict[str, str]:
 
 
 def read(path: Path) -> list[Row]:
-    """The lines of a file that `append` wrote."""
+    """The lines of a file that `append` wrote; any other file is refused, for `append` would write over it."""
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        rows = list(csv.DictReader(file))
-    if rows and not all(OURS <= row.keys() and None not in row and None not in row.values() for row in rows):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        text = "?"  # no header of ours
+    table = csv.DictReader(io.StringIO(text, newline=""))
+    rows = list(table)
+    if not OURS <= set(table.fieldnames or OURS) or any(None in row or None in row.values() for row in rows):
         raise UserError(f"{path} is not a table of evaluations; name another --out, or move the file away.")
     return rows
 

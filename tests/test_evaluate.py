@@ -226,12 +226,18 @@ def test_lines_with_other_columns_share_a_file(tmp_path):
     assert trilemma.read(tmp_path / "a.csv") == [one | {"kid b": ""}, {"kid a": ""} | other]
 
 
-@pytest.mark.parametrize("text", ["x\n1\n", "sampler,steps,guidance\nddim,5,1,9\n", "sampler,steps,guidance\nddim,5\n"])
+@pytest.mark.parametrize("text", [
+    b"x\n1\n",
+    b"x\n",
+    b"sampler,steps,guidance\nddim,5,1,9\n",
+    b"sampler,steps,guidance\nddim,5\n",
+    b"sampler,steps,guidance,model\nddim,5,1,mod\xe8le\n",
+])  # fmt: skip
 def test_a_file_that_is_not_ours_is_left_alone(tmp_path, text):
-    (tmp_path / "a.csv").write_text(text)
+    (tmp_path / "a.csv").write_bytes(text)
     with pytest.raises(UserError, match=r"a\.csv is not a table of evaluations"):
         trilemma.append(tmp_path / "a.csv", {"sampler": "ddim", "steps": "5", "guidance": "1"})
-    assert (tmp_path / "a.csv").read_text() == text
+    assert (tmp_path / "a.csv").read_bytes() == text
 
 
 def test_the_fingerprint_changes_with_the_weights(model):
