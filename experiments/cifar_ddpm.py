@@ -9,6 +9,7 @@ results.json. --sample-only draws again from model/.
 
 [1] Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. arXiv:2006.11239
 """
+
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
@@ -36,13 +37,25 @@ CLASS_DIM = 128  # width of a class as a vector
 
 def unet_small(context_dim: int | None) -> UNet:
     """Narrow where maps are large and dear, wide where they are small; every residual block is told the class."""
-    numbers = dict(channels=(32, 64, 128, 256), blocks=1, depth=(0, 1, 1, 1), heads=(1, 2, 4, 8), ff_mult=0)
+    numbers = dict(
+        channels=(32, 64, 128, 256), blocks=1, depth=(0, 1, 1, 1), heads=(1, 2, 4, 8), ff_mult=0
+    )
     return UNet(3, 3, **numbers, context_dim=context_dim, pooled=context_dim is not None)
 
 
 def unet_tiny(context_dim: int | None) -> UNet:
     """For tests."""
-    return UNet(3, 3, channels=(8, 16), blocks=1, depth=(0, 1), heads=(1, 2), context_dim=context_dim, ff_mult=0, groups=4)
+    return UNet(
+        3,
+        3,
+        channels=(8, 16),
+        blocks=1,
+        depth=(0, 1),
+        heads=(1, 2),
+        context_dim=context_dim,
+        ff_mult=0,
+        groups=4,
+    )
 
 
 class Preset(NamedTuple):
@@ -63,9 +76,39 @@ class Preset(NamedTuple):
 
 PRESETS = {
     # [1] section 4 and appendix B. One departure: the training loop lets the learning rate fall along half a cosine, the paper holds it.
-    "paper": Preset(unet_cifar10, schedules.linear(), "eps", False, 800_000, 128, 2e-4, 5000, (0.9, 0.999), 0.9999, "ddpm", 1000, 1.0),
-    "small": Preset(unet_small, schedules.cosine(), "v", True, 3500, 32, 1e-3, 100, (0.9, 0.99), 0.999, "ddim", 50, 2.0),
-    "tiny": Preset(unet_tiny, schedules.cosine(), "v", True, 4, 4, 1e-3, 1, (0.9, 0.99), 0.9, "ddim", 2, 2.0),
+    "paper": Preset(
+        unet_cifar10,
+        schedules.linear(),
+        "eps",
+        False,
+        800_000,
+        128,
+        2e-4,
+        5000,
+        (0.9, 0.999),
+        0.9999,
+        "ddpm",
+        1000,
+        1.0,
+    ),
+    "small": Preset(
+        unet_small,
+        schedules.cosine(),
+        "v",
+        True,
+        3500,
+        32,
+        1e-3,
+        100,
+        (0.9, 0.99),
+        0.999,
+        "ddim",
+        50,
+        2.0,
+    ),
+    "tiny": Preset(
+        unet_tiny, schedules.cosine(), "v", True, 4, 4, 1e-3, 1, (0.9, 0.99), 0.9, "ddim", 2, 2.0
+    ),
 }
 
 
@@ -74,30 +117,47 @@ def batches(
 ) -> Iterator[tuple[Float[Tensor, "B 3 32 32"], list[str]]]:
     """Batch k follows from (seed, k) alone: an order for each epoch, and a coin for each picture's flip."""
     if batch > len(pictures):
-        raise UserError(f"--batch is {batch}, but there are only {len(pictures)} pictures; lower it.")
+        raise UserError(
+            f"--batch is {batch}, but there are only {len(pictures)} pictures; lower it."
+        )
     for k in count(start):
         epoch, place = divmod(k, len(pictures) // batch)
         if place == 0 or k == start:
-            order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed_of(seed, -1 - epoch)))
+            order = torch.randperm(
+                len(pictures), generator=torch.Generator().manual_seed(seed_of(seed, -1 - epoch))
+            )
         rows = order[place * batch : (place + 1) * batch]
-        flipped = torch.rand(batch, generator=torch.Generator().manual_seed(seed_of(seed + 1, -1 - k))) < 0.5
+        flipped = (
+            torch.rand(batch, generator=torch.Generator().manual_seed(seed_of(seed + 1, -1 - k)))
+            < 0.5
+        )
         images = to_model(pictures[rows])
         images[flipped] = images[flipped].flip(-1)
         yield images, [labels[row] for row in rows.tolist()]
 
 
-def draw(model: LatentDiffusion, preset: Preset, each: int, steps: int, seed: int, out: Path) -> None:
+def draw(
+    model: LatentDiffusion, preset: Preset, each: int, steps: int, seed: int, out: Path
+) -> None:
     """samples.png, with a row for each class where there are classes, and the reverse chain of a few."""
     classes = [name for name in getattr(model.text, "index", {}) if name]
     generator = torch.Generator().manual_seed(seed)
     step = samplers.by_name(preset.sampler, torch.Generator(model.device).manual_seed(seed))
     conditions = [name for name in classes or [""] * 10 for _ in range(each)]
-    pictures = model.generate(conditions, steps=steps, step=step, generator=generator, progress=True)
+    pictures = model.generate(
+        conditions, steps=steps, step=step, generator=generator, progress=True
+    )
     rows = {name: pictures[k * each : (k + 1) * each] for k, name in enumerate(classes)}
-    print(plots.strip(rows, [], out / "samples.png") if classes else plots.grid(pictures, None, out / "samples.png", columns=each))
+    print(
+        plots.strip(rows, [], out / "samples.png")
+        if classes
+        else plots.grid(pictures, None, out / "samples.png", columns=each)
+    )
     shown = classes[:8] or [""] * 8
     frames = list(model.sample(shown, steps=steps, step=step, generator=generator))
-    for path in chains.plot_reverse(model, frames, shown, out, title=f"reverse chain: {shown[0] or 'unconditional'}"):
+    for path in chains.plot_reverse(
+        model, frames, shown, out, title=f"reverse chain: {shown[0] or 'unconditional'}"
+    ):
         print(path)
 
 
@@ -140,9 +200,16 @@ def main(
         sample_only: train nothing, draw from out/model.
     """
     device, recipe = pick_device(device), PRESETS[preset]
-    steps, batch, lr, sampling_steps = steps or recipe.steps, batch or recipe.batch, lr or recipe.lr, sampling_steps or recipe.sampling_steps
+    steps, batch, lr, sampling_steps = (
+        steps or recipe.steps,
+        batch or recipe.batch,
+        lr or recipe.lr,
+        sampling_steps or recipe.sampling_steps,
+    )
     if sample_only:
-        return draw(LatentDiffusion.load(out / "model", device), recipe, each, sampling_steps, seed, out)
+        return draw(
+            LatentDiffusion.load(out / "model", device), recipe, each, sampling_steps, seed, out
+        )
 
     # Hold all pictures in memory, as bytes.
     images, labels = load_all(ClassFolder(data), 32, pictures) if data else cifar10("data")
@@ -152,7 +219,9 @@ def main(
     conditional = recipe.conditional if conditional is None else conditional
     text = ClassLabels(classes, CLASS_DIM) if conditional else Unconditional()
     denoiser = Denoiser(recipe.unet(text.dim), recipe.schedule, recipe.target)
-    model = LatentDiffusion(Pixels(), text, denoiser, size=32, guidance=recipe.guidance).to(device, memory_format=torch.channels_last)
+    model = LatentDiffusion(Pixels(), text, denoiser, size=32, guidance=recipe.guidance).to(
+        device, memory_format=torch.channels_last
+    )
     ema = EMA(model, recipe.ema)
     if compile:
         model.unet.compile()
@@ -163,20 +232,54 @@ def main(
         return model.loss(x0, batch[1], t), model.schedule.progress(t)
 
     autocast = torch.bfloat16 if (device == "cuda" if bf16 is None else bf16) else None
-    how = dict(warmup=recipe.warmup, betas=recipe.betas, ema=ema, autocast=autocast, seed=seed, folder=out / "training", resume=resume)
+    how = dict(
+        warmup=recipe.warmup,
+        betas=recipe.betas,
+        ema=ema,
+        autocast=autocast,
+        seed=seed,
+        folder=out / "training",
+        resume=resume,
+    )
     training = train(loss, model, partial(batches, images, labels, batch, seed), steps, lr, **how)
     speed = follow(training, "training", steps, batch)
     log = read_log(out / "training")
 
     print(ema.average.save(out / "model"))
-    for path in chains.plot_forward(to_model(images[:1]), recipe.schedule, out, torch.Generator().manual_seed(seed), f"forward chain: {labels[0]}"):
+    for path in chains.plot_forward(
+        to_model(images[:1]),
+        recipe.schedule,
+        out,
+        torch.Generator().manual_seed(seed),
+        f"forward chain: {labels[0]}",
+    ):
         print(path)
     draw(ema.average, recipe, each, sampling_steps, seed, out)
     print(plots.loss(log, out / "loss.png"))
     size = round(sum(p.numel() for p in model.unet.parameters()) / 1e6, 2)
-    made = dict(preset=preset, conditional=conditional, steps=steps, batch=batch, lr=lr, seed=seed, device=device, bf16=autocast is not None)
-    print(write_results(out, **made, pictures=len(images), unet_million_parameters=size, loss=last_loss(log), **speed))
-    print(f"{size} M parameters, {steps} steps of {batch}, {speed['images_per_second']} images/s, loss {last_loss(log)}")
+    made = dict(
+        preset=preset,
+        conditional=conditional,
+        steps=steps,
+        batch=batch,
+        lr=lr,
+        seed=seed,
+        device=device,
+        bf16=autocast is not None,
+    )
+    print(
+        write_results(
+            out,
+            **made,
+            pictures=len(images),
+            unet_million_parameters=size,
+            loss=last_loss(log),
+            **speed,
+        )
+    )
+    print(
+        f"{size} M parameters, {steps} steps of {batch}, {speed['images_per_second']} images/s, loss {last_loss(log)}"
+    )
 
 
 if __name__ == "__main__":

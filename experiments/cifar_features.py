@@ -8,6 +8,7 @@ copy ships in minidiff/networks), distances.png, loss.png and results.json. Ctrl
 
 [1] Heusel et al. GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium. 2017. arXiv:1706.08500 (figure 3: distortions)
 """
+
 import os
 from collections.abc import Callable
 from functools import partial
@@ -35,7 +36,9 @@ Pictures = UInt8[Tensor, "N 3 32 32"]
 
 def noisy(x: Float[Tensor, "B 3 32 32"], level: float) -> Float[Tensor, "B 3 32 32"]:
     """Noise of this standard deviation, where black to white is 2."""
-    return (x + level * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
+    return (x + level * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).clamp(
+        -1, 1
+    )
 
 
 def blurred(x: Float[Tensor, "B 3 32 32"], level: float) -> Float[Tensor, "B 3 32 32"]:
@@ -58,7 +61,9 @@ DISTORTIONS: dict[str, tuple[Callable, tuple[float, ...]]] = {
 
 
 @torch.no_grad()
-def moments(network: Classifier, pictures: Pictures, distort: Callable[[Tensor], Tensor] = lambda x: x) -> Moments:
+def moments(
+    network: Classifier, pictures: Pictures, distort: Callable[[Tensor], Tensor] = lambda x: x
+) -> Moments:
     """Of the features of pictures, 500 at a time: no more of them are ever held as floats."""
     found = Moments()
     for some in pictures.split(500):
@@ -69,14 +74,24 @@ def moments(network: Classifier, pictures: Pictures, distort: Callable[[Tensor],
 def distances(network: Classifier, train: Pictures, test: Pictures, n: int) -> dict[str, float]:
     """The Fréchet distance of n training pictures to n others, to as many test pictures, and to those others distorted."""
     real, others = moments(network, train[:n]), train[n : 2 * n]
-    found = {"floor": frechet(moments(network, others), real), "test": frechet(moments(network, test[:n]), real)}
+    found = {
+        "floor": frechet(moments(network, others), real),
+        "test": frechet(moments(network, test[:n]), real),
+    }
     for name, (distort, levels) in DISTORTIONS.items():
-        found |= {f"{name} {level}": frechet(moments(network, others, partial(distort, level=level)), real) for level in levels}
+        found |= {
+            f"{name} {level}": frechet(
+                moments(network, others, partial(distort, level=level)), real
+            )
+            for level in levels
+        }
     return {name: round(distance, 4) for name, distance in found.items()}
 
 
 @torch.no_grad()
-def accuracy(network: Classifier, pictures: Pictures, names: list[str], index: dict[str, int]) -> float:
+def accuracy(
+    network: Classifier, pictures: Pictures, names: list[str], index: dict[str, int]
+) -> float:
     said = torch.cat([network(to_model(some)).argmax(1) for some in pictures.split(500)])
     return (said == torch.tensor([index[name] for name in names])).double().mean().item()
 
@@ -87,7 +102,14 @@ def plot(found: dict[str, float], path: Path) -> Path:
         figure, (axis,) = _panels(1, width=4.5, height=3.2)
         for name, colour, mark in zip(DISTORTIONS, COLOURS, "os^", strict=False):
             levels = DISTORTIONS[name][1]
-            axis.loglog(levels, [found[f"{name} {level}"] for level in levels], f"{mark}-", color=colour, markersize=4, label=name)
+            axis.loglog(
+                levels,
+                [found[f"{name} {level}"] for level in levels],
+                f"{mark}-",
+                color=colour,
+                markersize=4,
+                label=name,
+            )
         for name, line in (("test", "--"), ("floor", ":")):
             axis.axhline(found[name], color="black", linestyle=line, linewidth=1, label=name)
         axis.set(xlabel="strength (blur: in pixels)", ylabel="Fréchet, cifar10-resnet")
@@ -124,11 +146,18 @@ def main(
         resume: go on where an interrupted run stopped.
     """
     torch.set_num_threads(1)
-    both = [load_all(ClassFolder(data / part), 32, pictures) if data else cifar10("data", train=part == "train") for part in ("train", "test")]
+    both = [
+        load_all(ClassFolder(data / part), 32, pictures)
+        if data
+        else cifar10("data", train=part == "train")
+        for part in ("train", "test")
+    ]
     (images, names), (test, _) = both
     classes = sorted(set(names))
     if 2 * n > len(images):
-        raise UserError(f"--n is {n}, but there are {len(images)} training pictures; pass --n {len(images) // 2} or less.")
+        raise UserError(
+            f"--n is {n}, but there are {len(images)} training pictures; pass --n {len(images) // 2} or less."
+        )
     index = {name: k for k, name in enumerate(classes)}
 
     torch.manual_seed(seed)
@@ -136,25 +165,50 @@ def main(
 
     def loss(batch: tuple[Tensor, list[str]]) -> tuple[Tensor, None]:
         right = torch.tensor([index[name] for name in batch[1]])
-        return F.cross_entropy(network(batch[0]), right, reduction="none", label_smoothing=0.1), None
+        return F.cross_entropy(
+            network(batch[0]), right, reduction="none", label_smoothing=0.1
+        ), None
 
     steps = epochs * (len(images) // batch)
     how = dict(weight_decay=weight_decay, seed=seed, folder=out / "training", resume=resume)
-    speed = follow(train(loss, network, partial(batches, images, names, batch, seed), steps, lr, **how), "training", steps, batch)
+    speed = follow(
+        train(loss, network, partial(batches, images, names, batch, seed), steps, lr, **how),
+        "training",
+        steps,
+        batch,
+    )
 
     # What is measured is what is shipped: half precision.
     network.half().float()
     weights = {name: tensor.half() for name, tensor in network.state_dict().items()}
     save_file(weights, out / "fresh.safetensors")
     os.replace(out / "fresh.safetensors", out / "cifar10_resnet.safetensors")
-    right = {f"{part}_accuracy": round(accuracy(network, *some, index), 4) for part, some in zip(("training", "test"), both, strict=True)}
+    right = {
+        f"{part}_accuracy": round(accuracy(network, *some, index), 4)
+        for part, some in zip(("training", "test"), both, strict=True)
+    }
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     found = distances(network, images[order], test, n)
     log = read_log(out / "training")
-    print(out / "cifar10_resnet.safetensors", plot(found, out / "distances.png"), plots.loss(log, out / "loss.png"), sep="\n")
-    made = dict(epochs=epochs, batch=batch, lr=lr, weight_decay=weight_decay, n=n, pictures=len(images), seed=seed)
+    print(
+        out / "cifar10_resnet.safetensors",
+        plot(found, out / "distances.png"),
+        plots.loss(log, out / "loss.png"),
+        sep="\n",
+    )
+    made = dict(
+        epochs=epochs,
+        batch=batch,
+        lr=lr,
+        weight_decay=weight_decay,
+        n=n,
+        pictures=len(images),
+        seed=seed,
+    )
     print(write_results(out, **made, **right, frechet=found, loss=last_loss(log), **speed))
-    print(f"test accuracy {right['test_accuracy']:.3f}; Fréchet distance {', '.join(f'{name} {distance:.3g}' for name, distance in found.items())}")
+    print(
+        f"test accuracy {right['test_accuracy']:.3f}; Fréchet distance {', '.join(f'{name} {distance:.3g}' for name, distance in found.items())}"
+    )
 
 
 if __name__ == "__main__":

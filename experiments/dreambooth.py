@@ -10,6 +10,7 @@ subject/, second/, an OUT for each way, dreambooth.png and results.json. The num
 [2] Gal et al. An Image is Worth One Word: Personalizing Text-to-Image Generation using Textual Inversion. 2022. arXiv:2208.01618
 [3] Sohn et al. StyleDrop: Text-to-Image Generation in Any Style. 2023. arXiv:2306.00983 (section 3.3, iterative training with feedback)
 """
+
 import json
 import random
 import re
@@ -42,20 +43,31 @@ FIVE = [
     Scene((RING, Thing("triangle", "yellow", "large")), "white", "left of"),
     Scene((RING, Thing("square", "green", "small")), "gray", "right of"),
 ]
-ONE, GROUND = "a {small|large} {red|yellow|green|blue} {circle|square|triangle}", " on a {white|gray|black|pink} background"
+ONE, GROUND = (
+    "a {small|large} {red|yellow|green|blue} {circle|square|triangle}",
+    " on a {white|gray|black|pink} background",
+)
 CLASS = [ONE + GROUND] + [f"{ONE} {{above|below|to the left of|to the right of}} {ONE}{GROUND}"] * 3
 WAYS = ("full", "without prior", "LoRA", "second round", "inversion")
 
 
 def named(scene: Scene, word: str = WORD) -> Scene:
     """The scene as captions have it, in which rings are called by the word."""
-    return replace(scene, things=tuple(replace(thing, shape=word) if thing.shape == RING.shape else thing for thing in scene.things))
+    return replace(
+        scene,
+        things=tuple(
+            replace(thing, shape=word) if thing.shape == RING.shape else thing
+            for thing in scene.things
+        ),
+    )
 
 
 def said(scene: Scene, word: str = WORD) -> str:
     """A scene's caption, everything stated."""
     things = [f"a {thing.size} {thing.colour} {thing.shape}" for thing in named(scene, word).things]
-    beside = {"left of": " to the left of ", "right of": " to the right of "}.get(scene.relation, f" {scene.relation} ")
+    beside = {"left of": " to the left of ", "right of": " to the right of "}.get(
+        scene.relation, f" {scene.relation} "
+    )
     return beside.join(things) + f" on a {scene.background} background"
 
 
@@ -75,11 +87,19 @@ def beside(rng: random.Random) -> Scene:
     return Scene((RING, other), rng.choice(list(BACKGROUNDS)), rng.choice(RELATIONS))
 
 
-def subject_folder(folder: Path, seed: int, more: list[tuple[Float[Tensor, "3 H W"], Scene]] = ()) -> Path:
+def subject_folder(
+    folder: Path, seed: int, more: list[tuple[Float[Tensor, "3 H W"], Scene]] = ()
+) -> Path:
     """The five pictures, each with several captions: what it shows in the world's many ways of saying so. And more pictures, with a caption each."""
     world, rng = World(SIZE), random.Random(f"five {seed}")
-    texts = [(k, text) for k, scene in enumerate(FIVE) for text in [said(scene)] + [world.caption(named(scene), rng) for _ in range(7)]]
-    for k, (_, scene) in enumerate(more, len(FIVE)):  # and the ring alone as often, or it would be drawn well in company only
+    texts = [
+        (k, text)
+        for k, scene in enumerate(FIVE)
+        for text in [said(scene)] + [world.caption(named(scene), rng) for _ in range(7)]
+    ]
+    for k, (_, scene) in enumerate(
+        more, len(FIVE)
+    ):  # and the ring alone as often, or it would be drawn well in company only
         texts += [(k, said(scene)), (0, said(FIVE[0]))]
     for k, picture in enumerate([*world.draw(FIVE, rng), *(picture for picture, _ in more)]):
         plots.save_png(picture, folder / f"{k}.png")
@@ -88,44 +108,98 @@ def subject_folder(folder: Path, seed: int, more: list[tuple[Float[Tensor, "3 H 
     return folder
 
 
-def second_folder(model: LatentDiffusion, folder: Path, drawings: int, contexts: list[Scene], seed: int) -> Path:
+def second_folder(
+    model: LatentDiffusion, folder: Path, drawings: int, contexts: list[Scene], seed: int
+) -> Path:
     """The five pictures, and what is right of the model's own drawings of the ring beside other things, in none of the contexts that are judged
     later. The critic sorts them here; with a subject of your own you do."""
     rng, scenes = random.Random(f"second {seed}"), []
     while len(scenes) < drawings:
         scene = beside(rng)
         scenes += [scene] if scene not in [*FIVE, *contexts] else []
-    pictures = model.generate([said(scene) for scene in scenes], generator=torch.Generator().manual_seed(seed + 1), progress=True).cpu()
-    right = [pair for pair in zip(pictures, scenes, strict=True) if critic.holds(pair[0], said(pair[1], "ring"))]
+    pictures = model.generate(
+        [said(scene) for scene in scenes],
+        generator=torch.Generator().manual_seed(seed + 1),
+        progress=True,
+    ).cpu()
+    right = [
+        pair
+        for pair in zip(pictures, scenes, strict=True)
+        if critic.holds(pair[0], said(pair[1], "ring"))
+    ]
     print(f"{len(right)} of {drawings} drawings are right, and are learnt from")
     return subject_folder(folder, seed, right)
 
 
-def taught(way: str, subject: Path, classes: Pictures, out: Path, steps: int | None, seed: int) -> LatentDiffusion:
+def taught(
+    way: str, subject: Path, classes: Pictures, out: Path, steps: int | None, seed: int
+) -> LatentDiffusion:
     """The box after this way of teaching it."""
-    model, method = load(), {"LoRA": "lora", "second round": "lora", "inversion": "inversion"}.get(way, "full")
+    model, method = (
+        load(),
+        {"LoRA": "lora", "second round": "lora", "inversion": "inversion"}.get(way, "full"),
+    )
     recipe = booth.recipe(model, method)
     steps = steps or recipe.steps
-    examples = booth.subject_examples(model, booth.subject_pictures(subject, ""), recipe.shift, out / "cache", seed)
+    examples = booth.subject_examples(
+        model, booth.subject_pictures(subject, ""), recipe.shift, out / "cache", seed
+    )
     groups = [Group("subject", examples)]
     if way not in ("without prior", "inversion"):
-        groups.append(Group("class", encoded(model, classes, model.size, out / "cache" / "class"), recipe.prior))
-    how = dict(method=method, lr=recipe.lr, batch=recipe.batch, rank=recipe.rank, text=recipe.text == "yes", ema=recipe.ema, levels=recipe.levels)
+        groups.append(
+            Group(
+                "class", encoded(model, classes, model.size, out / "cache" / "class"), recipe.prior
+            )
+        )
+    how = dict(
+        method=method,
+        lr=recipe.lr,
+        batch=recipe.batch,
+        rank=recipe.rank,
+        text=recipe.text == "yes",
+        ema=recipe.ema,
+        levels=recipe.levels,
+    )
     how |= dict(word=TOKEN, word_lr=recipe.word_lr) if recipe.text == "word" else {}
-    return finetune(model, groups, out, steps=steps, every=steps, seed=seed, dropout=0.0 if way == "inversion" else None, **how)
+    return finetune(
+        model,
+        groups,
+        out,
+        steps=steps,
+        every=steps,
+        seed=seed,
+        dropout=0.0 if way == "inversion" else None,
+        **how,
+    )
 
 
-def judged(model: LatentDiffusion, scenes: list[Scene], captions: list[str], seed: int) -> tuple[dict[str, float], Float[Tensor, "N 3 H W"]]:
+def judged(
+    model: LatentDiffusion, scenes: list[Scene], captions: list[str], seed: int
+) -> tuple[dict[str, float], Float[Tensor, "N 3 H W"]]:
     """How many of the scenes show a red ring, how many show all that was asked for, and how many of the other captions come out right."""
-    pictures = model.generate([said(scene) for scene in scenes], generator=torch.Generator().manual_seed(seed), progress=True).cpu()
+    pictures = model.generate(
+        [said(scene) for scene in scenes],
+        generator=torch.Generator().manual_seed(seed),
+        progress=True,
+    ).cpu()
     seen = [critic.read(picture).things for picture in pictures]
-    there = [any((thing.shape, thing.colour) == (RING.shape, RING.colour) for thing in things) for things in seen]
+    there = [
+        any((thing.shape, thing.colour) == (RING.shape, RING.colour) for thing in things)
+        for things in seen
+    ]
     right = critic.accuracy(pictures, [said(scene, "ring") for scene in scenes])
     other, others, _ = evaluate.caption_accuracy(model, captions, seed=seed)
-    return {"subject": sum(there) / len(there), "all right": right, "others": other}, torch.cat([pictures[:6], others[:2], others[-2:]])
+    return {"subject": sum(there) / len(there), "all right": right, "others": other}, torch.cat(
+        [pictures[:6], others[:2], others[-2:]]
+    )
 
 
-def figure(rows: dict[str, Float[Tensor, "10 3 H W"]], results: dict[str, dict[str, float]], labels: list[str], path: Path) -> Path:
+def figure(
+    rows: dict[str, Float[Tensor, "10 3 H W"]],
+    results: dict[str, dict[str, float]],
+    labels: list[str],
+    path: Path,
+) -> Path:
     """Pictures of the same prompts and seeds, a row for each way, and bars beside them."""
     from matplotlib.figure import Figure  # the object API: no window, no global state
 
@@ -141,7 +215,11 @@ def figure(rows: dict[str, Float[Tensor, "10 3 H W"]], results: dict[str, dict[s
         one.set_title(re.sub(" (?=on a|to the|above|below)", "\n", label), fontsize=5)
     bars, names = right.subplots(), list(results)
     for k, key in enumerate(("subject", "others")):
-        drawn = bars.barh([i + 0.2 - 0.4 * k for i in range(len(names))], [results[name][key] for name in names], 0.38)
+        drawn = bars.barh(
+            [i + 0.2 - 0.4 * k for i in range(len(names))],
+            [results[name][key] for name in names],
+            0.38,
+        )
         bars.bar_label(drawn, fmt="%.2f", fontsize=8)
         drawn.set_label(("a red ring, in 100 new contexts", "other captions right")[k])
     bars.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 1.15))
@@ -176,7 +254,11 @@ def main(
     """
     torch.set_num_threads(threads)
     world, subject = World(SIZE, SHAPES, COLOURS), subject_folder(out / "subject", seed)
-    captions = [caption for objects in (1, 2) for caption in evaluate.held_out(world, others // 2, objects, seed)]
+    captions = [
+        caption
+        for objects in (1, 2)
+        for caption in evaluate.held_out(world, others // 2, objects, seed)
+    ]
     scenes = new_contexts(contexts, seed)
     start, box = time.perf_counter(), load()
     prompts = booth.expand(CLASS, class_pictures or booth.recipe(box, "lora").class_pictures, seed)
@@ -194,7 +276,13 @@ def main(
         print(way, ", ".join(f"{name} {value:.3f}" for name, value in found[way].items()))
     labels = [said(scene) for scene in scenes[:6]] + captions[:2] + captions[-2:]
     print(figure(rows, found, labels, out / "dreambooth.png"))
-    made = dict(contexts=contexts, others=len(captions), class_pictures=len(prompts), class_minutes=round(drawing, 2), drawings=drawings)
+    made = dict(
+        contexts=contexts,
+        others=len(captions),
+        class_pictures=len(prompts),
+        class_minutes=round(drawing, 2),
+        drawings=drawings,
+    )
     print(write_results(out, **made, seed=seed, threads=threads, ways=found))
 
 

@@ -10,6 +10,7 @@ goes on, bit for bit.
 
 [1] Yoon, Choi, Kwon, Ryu. Diffusion Probabilistic Models Generalize when They Fail to Memorize. 2023. ICML workshop SPIGM
 """
+
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -30,15 +31,28 @@ from minidiff.features import pixels
 from minidiff.finetune import finetune
 from minidiff.groups import Group, split
 from minidiff.recorder import Recorder
-from minidiff.script import follow, last_loss, peak_memory_gb, pick_device, read_log, run, write_results
+from minidiff.script import (
+    follow,
+    last_loss,
+    peak_memory_gb,
+    pick_device,
+    read_log,
+    run,
+    write_results,
+)
 from minidiff.train import seed_of, train
 from minidiff.vae import VAE
 
-PROMPTS = ("A large white bowl of many green apples.", "Apples in a blue bowl sitting on a brown counter.")
+PROMPTS = (
+    "A large white bowl of many green apples.",
+    "Apples in a blue bowl sitting on a brown counter.",
+)
 UNRELATED = "a small blue circle above a large red square"
 
 
-def windows(images: Float[Tensor, "N 3 S S"], batch: int, seed: int, start: int) -> Iterator[Float[Tensor, "B 3 s s"]]:
+def windows(
+    images: Float[Tensor, "N 3 S S"], batch: int, seed: int, start: int
+) -> Iterator[Float[Tensor, "B 3 s s"]]:
     """Batches start, start + 1, ... of windows of half the side, mirrored every other time: a network of convolutions learns from them as from
     whole pictures, and a hundred pictures have thousands of them."""
     side = images.shape[-1] // 2
@@ -47,24 +61,56 @@ def windows(images: Float[Tensor, "N 3 S S"], batch: int, seed: int, start: int)
         chosen = images[torch.randint(len(images), (batch,), generator=generator)]
         top, left, mirrored = torch.randint(side + 1, (3,), generator=generator).tolist()
         window = chosen[:, :, top : top + side, left : left + side]
-        yield (window.flip(3) if mirrored % 2 else window).contiguous(memory_format=torch.channels_last)
+        yield (window.flip(3) if mirrored % 2 else window).contiguous(
+            memory_format=torch.channels_last
+        )
 
 
 @torch.no_grad()
 def psnr(vae: VAE, images: Float[Tensor, "N 3 S S"]) -> float:
     """Peak signal-to-noise ratio in dB of pictures through the VAE, mean over pictures."""
-    rebuilt = torch.cat([vae.decode(vae.encode(part.to(vae.latent_scale.device))).clamp(-1, 1).cpu() for part in images.split(16)])
-    return round((-10 * ((rebuilt - images) / 2).pow(2).flatten(1).mean(1).log10()).mean().item(), 2)
+    rebuilt = torch.cat(
+        [
+            vae.decode(vae.encode(part.to(vae.latent_scale.device))).clamp(-1, 1).cpu()
+            for part in images.split(16)
+        ]
+    )
+    return round(
+        (-10 * ((rebuilt - images) / 2).pow(2).flatten(1).mean(1).log10()).mean().item(), 2
+    )
 
 
-def adapt_vae(vae: VAE, images: Float[Tensor, "N 3 S S"], folder: Path, steps: int, batch: int, lr: float, seed: int, resume: bool) -> None:
+def adapt_vae(
+    vae: VAE,
+    images: Float[Tensor, "N 3 S S"],
+    folder: Path,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    resume: bool,
+) -> None:
     """Act one: to photographs and back. The scale follows, so that latents are of unit variance again."""
     place, vae = vae.latent_scale.device, vae.float().requires_grad_(True)
 
     def loss(pictures: Float[Tensor, "B 3 s s"]) -> tuple[Tensor, None]:
         return vae.loss(pictures.to(place)), None
 
-    follow(train(loss, vae, partial(windows, images, batch, seed), steps, lr, seed=seed, folder=folder, resume=resume), "1/2 VAE", steps, batch)
+    follow(
+        train(
+            loss,
+            vae,
+            partial(windows, images, batch, seed),
+            steps,
+            lr,
+            seed=seed,
+            folder=folder,
+            resume=resume,
+        ),
+        "1/2 VAE",
+        steps,
+        batch,
+    )
     vae.requires_grad_(False).eval()
     vae.measure_scale(images[:256].to(place))
 
@@ -76,10 +122,23 @@ def losses(records: list[dict], path: Path) -> Path:
         by_step, by_tenth = sheet.subplots(1, 2)
         for name, colour in (("train", plots.COLOURS[0]), ("validation", plots.COLOURS[1])):
             mean = [sum(record[name]) / len(record[name]) for record in records]
-            by_step.plot([record["step"] for record in records], mean, ".-", color=colour, label=name)
+            by_step.plot(
+                [record["step"] for record in records], mean, ".-", color=colour, label=name
+            )
             for record, style in ((records[0], ":"), (records[-1], "-")):
-                by_tenth.plot([0.05 + k / 10 for k in range(10)], record[name], style, color=colour, label=f"{name}, step {record['step']}")
-        by_step.set(xlabel="step", ylabel="squared error of x0", title="at fixed t and noise", ylim=(0, None))
+                by_tenth.plot(
+                    [0.05 + k / 10 for k in range(10)],
+                    record[name],
+                    style,
+                    color=colour,
+                    label=f"{name}, step {record['step']}",
+                )
+        by_step.set(
+            xlabel="step",
+            ylabel="squared error of x0",
+            title="at fixed t and noise",
+            ylim=(0, None),
+        )
         by_tenth.set(xlabel="t / T", title="by noise level", ylim=(0, None))
         for axis in (by_step, by_tenth):
             axis.legend()
@@ -87,7 +146,10 @@ def losses(records: list[dict], path: Path) -> Path:
 
 
 def memorised(
-    draw: Callable[[list[str]], Float[Tensor, "B 3 S S"]], captions: dict[str, list[str]], images: Float[Tensor, "N 3 S S"], path: Path
+    draw: Callable[[list[str]], Float[Tensor, "B 3 S S"]],
+    captions: dict[str, list[str]],
+    images: Float[Tensor, "N 3 S S"],
+    path: Path,
 ) -> dict[str, float]:
     """How many drawings of each kind of caption are copies of training pictures, by the ratio test of metrics.memorised ([1]); and a figure,
     drawings above the training pictures nearest to them."""
@@ -96,8 +158,13 @@ def memorised(
         drawn = draw(some)
         distance, which = metrics.nearest(pixels(drawn), known)
         figures[f"copies_{kind}"] = round(metrics.memorised(pixels(drawn), known).mean().item(), 3)
-        figures[f"nearest_{kind}"] = round((distance[:, 0] / metrics.radii(known, 1).median()).mean().item(), 3)
-        rows |= {f"{kind} captions": drawn[:8], "nearest in training" + " " * len(rows): images[which[:8, 0]]}
+        figures[f"nearest_{kind}"] = round(
+            (distance[:, 0] / metrics.radii(known, 1).median()).mean().item(), 3
+        )
+        rows |= {
+            f"{kind} captions": drawn[:8],
+            "nearest in training" + " " * len(rows): images[which[:8, 0]],
+        }
     plots.strip(rows, [""] * min(8, *map(len, captions.values())), path)
     return figures
 
@@ -143,49 +210,119 @@ def main(
         resume: go on where an interrupted run stopped.
     """
     if (out / "vae").exists() and not resume:
-        raise UserError(f"{out} holds a run already; pass --resume to go on with it, or another --out.")
+        raise UserError(
+            f"{out} holds a run already; pass --resume to go on with it, or another --out."
+        )
     base = minidiff.load(model, pick_device(device)).to(memory_format=torch.channels_last)
     check_size(size, base.vae.factor * base.unet.multiple)
     pictures, captions = load_all(CaptionedFolder(data, size, caption_column), size)
     images, (kept, held) = to_model(pictures), split(len(captions), validation, seed)
     if not held:
-        raise UserError(f"{data}: none of {len(captions)} pictures is held out at --validation {validation:g}; take a larger share.")
+        raise UserError(
+            f"{data}: none of {len(captions)} pictures is held out at --validation {validation:g}; take a larger share."
+        )
     base.size = size
 
     def drawn(wanted: list[str]) -> Float[Tensor, "B 3 S S"]:
-        return base.generate(wanted, steps=sampling_steps, generator=torch.Generator().manual_seed(seed)).cpu()
+        return base.generate(
+            wanted, steps=sampling_steps, generator=torch.Generator().manual_seed(seed)
+        ).cpu()
 
     # What it draws before: what it makes of words it does not know.
     shown = [*PROMPTS, *(captions[i] for i in kept[:4]), *(captions[i] for i in held[:2])]
     before, figures = drawn(shown), {"psnr_before": psnr(base.vae, images[held])}
 
     adapt_vae(base.vae, images[kept], out / "vae", vae_steps, vae_batch, vae_lr, seed, resume)
-    figures |= {"psnr_train": psnr(base.vae, images[kept]), "psnr_validation": psnr(base.vae, images[held])}
+    figures |= {
+        "psnr_train": psnr(base.vae, images[kept]),
+        "psnr_validation": psnr(base.vae, images[held]),
+    }
 
     # Act two: what fine-tunes is the library's.
     with torch.no_grad():
-        latents = torch.cat([base.vae.encode(part.to(base.device)).cpu() for part in images.split(16)])
+        latents = torch.cat(
+            [base.vae.encode(part.to(base.device)).cpu() for part in images.split(16)]
+        )
     examples = [Example(z, caption) for z, caption in zip(latents, captions, strict=True)]
-    prompts = {"caption": shown[2], "apples": PROMPTS[0], "held out": captions[held[0]], "unrelated": UNRELATED}
+    prompts = {
+        "caption": shown[2],
+        "apples": PROMPTS[0],
+        "held out": captions[held[0]],
+        "unrelated": UNRELATED,
+    }
     training, validating = [examples[i] for i in kept], [examples[i] for i in held]
-    measured = Recorder(base, out / "finetune", prompts, images[kept], validating, training, every=every, steps=sampling_steps, seed=seed)
-    how = dict(steps=steps, lr=lr, batch=batch, text=True, ema=0.995, every=every, seed=seed, resume=resume)
-    base = finetune(base, [Group("pictures", training)], out / "finetune", warmup=min(100, steps // 10), recorder=measured, **how)
+    measured = Recorder(
+        base,
+        out / "finetune",
+        prompts,
+        images[kept],
+        validating,
+        training,
+        every=every,
+        steps=sampling_steps,
+        seed=seed,
+    )
+    how = dict(
+        steps=steps, lr=lr, batch=batch, text=True, ema=0.995, every=every, seed=seed, resume=resume
+    )
+    base = finetune(
+        base,
+        [Group("pictures", training)],
+        out / "finetune",
+        warmup=min(100, steps // 10),
+        recorder=measured,
+        **how,
+    )
 
     # Before and after, under the same seeds; then the losses, and what is copied.
-    after, names = drawn(shown), [*PROMPTS, *(f"trained on: {captions[i]}" for i in kept[:4]), *(f"held out: {captions[i]}" for i in held[:2])]
+    after, names = (
+        drawn(shown),
+        [
+            *PROMPTS,
+            *(f"trained on: {captions[i]}" for i in kept[:4]),
+            *(f"held out: {captions[i]}" for i in held[:2]),
+        ],
+    )
     pairs = torch.stack([before, after], 1).flatten(0, 1)
-    print(plots.grid(pairs, [f"{when}. {name}" for name in names for when in ("before", "after")], out / "before_after.png", columns=4))
-    records = [json.loads(line) for line in (out / "finetune" / "record.jsonl").read_text(encoding="utf-8").splitlines()]
+    print(
+        plots.grid(
+            pairs,
+            [f"{when}. {name}" for name in names for when in ("before", "after")],
+            out / "before_after.png",
+            columns=4,
+        )
+    )
+    records = [
+        json.loads(line)
+        for line in (out / "finetune" / "record.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     print(losses(records, out / "losses.png"))
     kinds = {"training": [captions[i] for i in kept[:32]], "held-out": [captions[i] for i in held]}
     figures |= memorised(drawn, kinds, images[kept], out / "memorised.png")
     print(out / "memorised.png")
     log = read_log(out / "finetune" / "training")
-    ends = {f"{name}_{when}": round(sum(records[k][name]) / 10, 4) for name in ("train", "validation") for when, k in (("first", 0), ("last", -1))}
+    ends = {
+        f"{name}_{when}": round(sum(records[k][name]) / 10, 4)
+        for name in ("train", "validation")
+        for when, k in (("first", 0), ("last", -1))
+    }
     best = min(records, key=lambda record: sum(record["validation"]))["step"]
-    said = dict(best_validation_step=best, loss=last_loss(log), advice=measured.advice(), memory_gb=peak_memory_gb())
-    made = dict(pictures=len(kept), held_out=len(held), size=size, vae_steps=vae_steps, steps=steps, batch=batch, lr=lr, seed=seed)
+    said = dict(
+        best_validation_step=best,
+        loss=last_loss(log),
+        advice=measured.advice(),
+        memory_gb=peak_memory_gb(),
+    )
+    made = dict(
+        pictures=len(kept),
+        held_out=len(held),
+        size=size,
+        vae_steps=vae_steps,
+        steps=steps,
+        batch=batch,
+        lr=lr,
+        seed=seed,
+    )
     print(write_results(out, **made, **figures, **ends, **said))
     print(", ".join(f"{name} {value:g}" for name, value in (figures | ends).items()))
     print(said["advice"])

@@ -5,6 +5,7 @@
 The box has never seen a heart. Each flight shows it pictures of single hearts and trains the whole U-Net; what differs is one row of FLIGHTS.
 Writes a folder with report.html for each flight, flights.png and results.json. Look at the advice: it must tell the three apart.
 """
+
 import time
 from collections.abc import Iterator
 from itertools import count
@@ -25,7 +26,10 @@ from minidiff.script import run, write_results
 from minidiff.train import NonFiniteError, seed_of, train
 
 KNOWN = ("red", "yellow", "green", "blue")  # the colours of the box
-KEPT = {"class": "a large blue square on white", "unrelated": "a large red circle above a small blue square"}
+KEPT = {
+    "class": "a large blue square on white",
+    "unrelated": "a large red circle above a small blue square",
+}
 BATCH, HIDDEN, HELD_OUT = 8, 0.1, 8
 
 
@@ -35,7 +39,11 @@ class Flight(NamedTuple):
     steps: int
 
 
-FLIGHTS = {"sensible": Flight(40, 3e-4, 300), "too fast": Flight(40, 1e-2, 300), "by heart": Flight(3, 1e-3, 300)}
+FLIGHTS = {
+    "sensible": Flight(40, 3e-4, 300),
+    "too fast": Flight(40, 1e-2, 300),
+    "by heart": Flight(3, 1e-3, 300),
+}
 Batch = tuple[Float[Tensor, "B Z h w"], Float[Tensor, "B L D"]]
 
 
@@ -66,11 +74,21 @@ def main(
         recorder = fly(flight, every, sampling_steps, seed, out / name.replace(" ", "_"))
         last = recorder.records[-1]
         drawn = [to_model(recorder.pictures(step)["caption"][:2]) for step in (0, last.step)]
-        rows[name] = torch.cat([*drawn, recorder.training[[which for _, which in last.nearest["caption"][:2]]]])
-        results[name] = {**flight._asdict(), "advice": recorder.advice(), "seconds": round(time.perf_counter() - start, 1)}
-        results[name]["seconds_to_measure"] = round(sum(r.seconds for r in recorder.records) / len(recorder.records), 2)
+        rows[name] = torch.cat(
+            [*drawn, recorder.training[[which for _, which in last.nearest["caption"][:2]]]]
+        )
+        results[name] = {
+            **flight._asdict(),
+            "advice": recorder.advice(),
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+        results[name]["seconds_to_measure"] = round(
+            sum(r.seconds for r in recorder.records) / len(recorder.records), 2
+        )
         print(f"{name}: {recorder.advice()}\n  {recorder.report()}")
-    plots.strip(rows, ["before"] * 2 + ["after"] * 2 + ["nearest training picture"] * 2, out / "flights.png")
+    plots.strip(
+        rows, ["before"] * 2 + ["after"] * 2 + ["nearest training picture"] * 2, out / "flights.png"
+    )
     print(f"wrote {write_results(out, **results, seed=seed, every=every)}")
 
 
@@ -79,10 +97,18 @@ def fly(flight: Flight, every: int, sampling_steps: int, seed: int, folder: Path
     model = minidiff.load("box")
     world = World(model.size, shapes=("heart",), colours=KNOWN)
     pictures, captions, _ = world.batch(flight.pictures, seed=f"{seed} hearts", objects=1)
-    others, descriptions, _ = world.batch(HELD_OUT, seed=f"{seed} other hearts", objects=1, split="held-out")
+    others, descriptions, _ = world.batch(
+        HELD_OUT, seed=f"{seed} other hearts", objects=1, split="held-out"
+    )
     with torch.no_grad():
-        latents, contexts, null = model.vae.encode(pictures), model.text.encode(captions), model.text.null(1)[0]
-        validation = list(zip(model.vae.encode(others), model.text.encode(descriptions), strict=True))
+        latents, contexts, null = (
+            model.vae.encode(pictures),
+            model.text.encode(captions),
+            model.text.null(1)[0],
+        )
+        validation = list(
+            zip(model.vae.encode(others), model.text.encode(descriptions), strict=True)
+        )
 
     def batches(start: int) -> Iterator[Batch]:
         for k in count(start):
@@ -92,12 +118,30 @@ def fly(flight: Flight, every: int, sampling_steps: int, seed: int, folder: Path
             yield latents[chosen], torch.where(hidden[:, None, None], null, contexts[chosen])
 
     examples = list(zip(latents, contexts, strict=True))
-    prompts = {"caption": captions[0], "new caption": "a large blue heart on a pink background", **KEPT}
-    how = dict(every=every, steps=sampling_steps, seed=seed, network="critic-attributes", settings=flight._asdict())
+    prompts = {
+        "caption": captions[0],
+        "new caption": "a large blue heart on a pink background",
+        **KEPT,
+    }
+    how = dict(
+        every=every,
+        steps=sampling_steps,
+        seed=seed,
+        network="critic-attributes",
+        settings=flight._asdict(),
+    )
     recorder = Recorder(model, folder, prompts, pictures, validation, examples, **how)
     recorder.measure(0, {})
     losses: list[float] = []
-    training = train(lambda batch: (model.denoiser.loss(*batch), None), model.denoiser, batches, flight.steps, flight.lr, warmup=10, seed=seed)
+    training = train(
+        lambda batch: (model.denoiser.loss(*batch), None),
+        model.denoiser,
+        batches,
+        flight.steps,
+        flight.lr,
+        warmup=10,
+        seed=seed,
+    )
     try:
         for step in training:
             losses.append(step.loss)

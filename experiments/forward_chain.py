@@ -6,6 +6,7 @@ Seconds. Writes forward_chain.png (a row for each schedule, a column for each t)
 the signal-to-noise ratio along each chain, and where signal and noise are equal. Look at the right half of the linear row: most of its
 steps are spent where nothing can be seen any more, which is why the cosine schedule was made.
 """
+
 from pathlib import Path
 from typing import Literal
 
@@ -18,13 +19,27 @@ from minidiff.errors import UserError
 from minidiff.schedules import Flow, cosine, linear, scaled_linear, sigmoid
 from minidiff.script import run, write_results
 
-SCHEDULES = {"linear": linear(), "scaled_linear": scaled_linear(), "cosine": cosine(), "sigmoid": sigmoid(), "flow": Flow()}
-SHOWN = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the way from data to noise: where the signal-to-noise ratio is printed
+SCHEDULES = {
+    "linear": linear(),
+    "scaled_linear": scaled_linear(),
+    "cosine": cosine(),
+    "sigmoid": sigmoid(),
+    "flow": Flow(),
+}
+SHOWN = (
+    0.1,
+    0.3,
+    0.5,
+    0.7,
+    0.9,
+)  # of the way from data to noise: where the signal-to-noise ratio is printed
 
 
 def main(
     image: Path | None = None,
-    schedules: tuple[Literal["linear", "scaled_linear", "cosine", "sigmoid", "flow"], ...] = tuple(SCHEDULES),
+    schedules: tuple[Literal["linear", "scaled_linear", "cosine", "sigmoid", "flow"], ...] = tuple(
+        SCHEDULES
+    ),
     size: int = 128,
     columns: int = 9,
     seed: int = 0,
@@ -41,21 +56,33 @@ def main(
         out: folder for everything written.
     """
     if columns < 2:
-        raise UserError(f"--columns is {columns}; it must be at least 2, one for data and one for noise.")
-    picture = to_model(load_picture(image, size))[None] if image else World(size).batch(1, seed, objects=2)[0]
+        raise UserError(
+            f"--columns is {columns}; it must be at least 2, one for data and one for noise."
+        )
+    picture = (
+        to_model(load_picture(image, size))[None]
+        if image
+        else World(size).batch(1, seed, objects=2)[0]
+    )
     eps = torch.randn(picture.shape, generator=torch.Generator().manual_seed(seed))
 
     rows, figures = {}, {}
     for name in schedules:
         schedule = SCHEDULES[name]
-        alpha, sigma = (scale.float().view(-1, 1, 1, 1) for scale in schedule.alpha_sigma(schedule.timesteps(columns - 1).flip(0)))
+        alpha, sigma = (
+            scale.float().view(-1, 1, 1, 1)
+            for scale in schedule.alpha_sigma(schedule.timesteps(columns - 1).flip(0))
+        )
         rows[name] = alpha * picture + sigma * eps
 
         # Read the ratio off a thousand times; signal and noise are equal where its logarithm is nearest to 0.
         times = schedule.timesteps(1000).flip(0)
         snr = schedule.snr(times)
         equal = schedule.progress(times)[snr.log().abs().argmin()].item()
-        figures[name] = {"alpha_is_sigma_at": round(equal, 3), "snr": {u: float(f"{snr[round(1000 * u)].item():.3g}") for u in SHOWN}}
+        figures[name] = {
+            "alpha_is_sigma_at": round(equal, 3),
+            "snr": {u: float(f"{snr[round(1000 * u)].item():.3g}") for u in SHOWN},
+        }
 
     labels = [f"t = {k / (columns - 1):.3g}" for k in range(columns)]
     print(plots.strip(rows, labels, out / "forward_chain.png", "x_t = α_t x0 + σ_t ε, by schedule"))

@@ -7,6 +7,7 @@ Measured is the growth of a new process's peak memory over three steps of traini
 C library keeps much of what is freed for later; so that what is measured is what is needed, it is told to give pieces above 64 kB back at once,
 unless --no-exact is passed.
 """
+
 import gc
 import multiprocessing
 import os
@@ -28,20 +29,39 @@ from minidiff.unet import UNet
 from minidiff.vae import VAE
 
 SD1 = {  # the numbers of unet_sd1, vae_sd and clip_vit_l14
-    "unet": dict(channels=(320, 640, 1280, 1280), blocks=2, depth=(1, 1, 1, 0), heads=(8, 8, 8, 8), context_dim=768),
+    "unet": dict(
+        channels=(320, 640, 1280, 1280),
+        blocks=2,
+        depth=(1, 1, 1, 0),
+        heads=(8, 8, 8, 8),
+        context_dim=768,
+    ),
     "vae": dict(channels=(128, 256, 512, 512), blocks=2),
     "text": dict(width=768, layers=12, heads=12),
 }
 BOX = {  # of the model that ships
     "unet": dict(
-        channels=(64, 64, 64, 64), blocks=1, depth=(0, 0, 1, 0), heads=(2, 2, 2, 2), context_dim=64, ff_mult=2, groups=16,
-        pooled=True, scale_shift=True,
+        channels=(64, 64, 64, 64),
+        blocks=1,
+        depth=(0, 0, 1, 0),
+        heads=(2, 2, 2, 2),
+        context_dim=64,
+        ff_mult=2,
+        groups=16,
+        pooled=True,
+        scale_shift=True,
     ),
     "vae": dict(channels=(16, 32), blocks=1, groups=0),
     "text": dict(width=64, layers=2, heads=2, context_length=32, words_only=True),
 }
 MIDDLE = {  # Stable Diffusion at 0.4 of its width
-    "unet": dict(channels=(128, 256, 512, 512), blocks=1, depth=(1, 1, 1, 0), heads=(8, 8, 8, 8), context_dim=256),
+    "unet": dict(
+        channels=(128, 256, 512, 512),
+        blocks=1,
+        depth=(1, 1, 1, 0),
+        heads=(8, 8, 8, 8),
+        context_dim=256,
+    ),
     "vae": dict(channels=(32, 64, 64, 64), blocks=1),
     "text": dict(width=256, layers=4, heads=4),
 }
@@ -52,7 +72,14 @@ TINY = {
 }
 
 
-def main(batch: int = 1, size: int = 512, small: bool = False, exact: bool = True, seed: int = 0, out: Path = Path("out/memory")) -> None:
+def main(
+    batch: int = 1,
+    size: int = 512,
+    small: bool = False,
+    exact: bool = True,
+    seed: int = 0,
+    out: Path = Path("out/memory"),
+) -> None:
     """Print both tables.
 
     Args:
@@ -68,27 +95,57 @@ def main(batch: int = 1, size: int = 512, small: bool = False, exact: bool = Tru
     for name, found in table.items():
         print(f"{name:40} {found['line']}")
     if exact:
-        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # of glibc, for the processes that are started from here
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = (
+            "65536"  # of glibc, for the processes that are started from here
+        )
     cases = {"box": (BOX, Settings(16, (32, 32))), "middle": (MIDDLE, Settings(4, (256, 256)))}
     if small:
         cases = {"tiny": (TINY, Settings(2, (32, 32)))}
     measurements = {}
     for name, (numbers, how) in cases.items():
-        ways = {"full": how, "checkpointing": how._replace(checkpointing=True), "lora": how._replace(rank=8), "bf16": how._replace(bf16=True)}
+        ways = {
+            "full": how,
+            "checkpointing": how._replace(checkpointing=True),
+            "lora": how._replace(rank=8),
+            "bf16": how._replace(bf16=True),
+        }
         ways["ema, two batches a step"] = how._replace(ema=True, accumulate=2)
         for way, settings in list(ways.items())[: 2 if small else None]:
             said = estimate(composed(numbers), settings)
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
                 grown, seconds = apart.submit(measured, numbers, settings).result()
-            entry = {"estimated": said.total, "measured": grown, "ratio": round(said.total / grown, 3), "gflop": said.flops / 1e9, "seconds": seconds}
+            entry = {
+                "estimated": said.total,
+                "measured": grown,
+                "ratio": round(said.total / grown, 3),
+                "gflop": said.flops / 1e9,
+                "seconds": seconds,
+            }
             measurements[f"{name}, {way}"] = entry
-            print(f"{name + ', ' + way:40} estimated {human(said.total)}, measured {human(grown)}, ratio {entry['ratio']}")
-    print(write_results(out, batch=batch, size=size, exact=exact, seed=seed, torch=torch.__version__, by_switch=table, measured=measurements))
+            print(
+                f"{name + ', ' + way:40} estimated {human(said.total)}, measured {human(grown)}, ratio {entry['ratio']}"
+            )
+    print(
+        write_results(
+            out,
+            batch=batch,
+            size=size,
+            exact=exact,
+            seed=seed,
+            torch=torch.__version__,
+            by_switch=table,
+            measured=measurements,
+        )
+    )
 
 
 def composed(numbers: dict) -> LatentDiffusion:
     """On the meta device, where tensors have no memory, if that is the default device."""
-    unet, vae, text = UNet(4, 4, **numbers["unet"]), VAE(**numbers["vae"]), CLIPText(**numbers["text"])
+    unet, vae, text = (
+        UNet(4, 4, **numbers["unet"]),
+        VAE(**numbers["vae"]),
+        CLIPText(**numbers["text"]),
+    )
     return LatentDiffusion(vae, text, Denoiser(unet, schedules.scaled_linear()), 512)
 
 
@@ -104,14 +161,20 @@ def by_switch(numbers: dict, how: Settings) -> dict:
     found = {}
     for name, way in ways.items():
         begun, said = time.process_time(), estimate(model, way)
-        found[name] = said._asdict() | {"total": said.total, "line": f"{said}; {said.flops / 1e12:.2f} TFLOP", "took": time.process_time() - begun}
+        found[name] = said._asdict() | {
+            "total": said.total,
+            "line": f"{said}; {said.flops / 1e12:.2f} TFLOP",
+            "took": time.process_time() - begun,
+        }
     return found
 
 
 def measured(numbers: dict, how: Settings) -> tuple[int, float]:
     """Bytes by which this process's peak grows from building and training, and seconds of the third step."""
     torch.set_num_threads(1)
-    trained(TINY, Settings(1, (32, 32)))  # what libraries take when they are first used is not the networks'
+    trained(
+        TINY, Settings(1, (32, 32))
+    )  # what libraries take when they are first used is not the networks'
     gc.collect()
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -132,8 +195,14 @@ def trained(numbers: dict, how: Settings) -> float:
     with torch.no_grad():
         context = model.text.encode([""] * how.batch)
     steps = train(
-        lambda batch: (model.denoiser.loss(*batch), None), unet, lambda _: repeat((latents, context)), 3, 1e-6, accumulate=how.accumulate,
-        ema=EMA(unet, 0.99) if how.ema else None, autocast=torch.bfloat16 if how.bf16 else None,
+        lambda batch: (model.denoiser.loss(*batch), None),
+        unet,
+        lambda _: repeat((latents, context)),
+        3,
+        1e-6,
+        accumulate=how.accumulate,
+        ema=EMA(unet, 0.99) if how.ema else None,
+        autocast=torch.bfloat16 if how.bf16 else None,
     )
     seconds, begun = 0.0, time.perf_counter()
     for _ in steps:

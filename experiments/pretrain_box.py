@@ -8,6 +8,7 @@ Ctrl-C saves; --resume goes on, bit for bit.
 
 [1] Saharia et al. Photorealistic Text-to-Image Diffusion Models with Deep Language Understanding. 2022. arXiv:2205.11487
 """
+
 import random
 from collections.abc import Iterator
 from functools import partial
@@ -43,15 +44,22 @@ from minidiff.train import EMA, seed_of, train
 from minidiff.vae import VAE
 
 TWO_OBJECTS = 0.8  # the share of pictures that show two
-EARLY, LATE = (0.6, 0.85), (1.9, 0.9)  # centre and spread of logit(t / 1000): shapes are decided at medium noise, whose colour is whose above 840
+EARLY, LATE = (
+    (0.6, 0.85),
+    (1.9, 0.9),
+)  # centre and spread of logit(t / 1000): shapes are decided at medium noise, whose colour is whose above 840
 
 
-def train_text(world: World, folder: Path, steps: int, batch: int, lr: float, seed: int, resume: bool) -> CLIPText:
+def train_text(
+    world: World, folder: Path, steps: int, batch: int, lr: float, seed: int, resume: bool
+) -> CLIPText:
     """Act two: the tower learns to read (reading.py), then stays as it is, as in [1]."""
     torch.manual_seed(seed)
     text = text_quickstart()
     data = partial(reading.lessons, world, reading.codes(world, text.dim), batch, TWO_OBJECTS, seed)
-    training = train(partial(reading.loss, text), text, data, steps, lr, seed=seed, folder=folder, resume=resume)
+    training = train(
+        partial(reading.loss, text), text, data, steps, lr, seed=seed, folder=folder, resume=resume
+    )
     follow(training, "2/3 text", steps, batch)
     return text.requires_grad_(False).eval()
 
@@ -65,7 +73,12 @@ def train_vae(world: World, folder: Path, steps: int, lr: float, seed: int, resu
         return vae.loss(crops(pictures, 2 * VAE_BATCH)), None
 
     data = partial(pictures_of, world, f"vae {seed}")
-    follow(train(loss, vae, data, steps, lr, seed=seed, folder=folder, resume=resume), "1/3 VAE", steps, VAE_BATCH)
+    follow(
+        train(loss, vae, data, steps, lr, seed=seed, folder=folder, resume=resume),
+        "1/3 VAE",
+        steps,
+        VAE_BATCH,
+    )
     vae.measure_scale(world.batch(256, f"scale {seed}", two_objects=TWO_OBJECTS)[0])
     return vae.requires_grad_(False).eval()
 
@@ -87,10 +100,15 @@ def pool_of(world: World, vae: VAE, size: int, objects: int, seed: int) -> Pool:
     return Pool(torch.cat(latents), scenes)
 
 
-def parts(world: World, one: Pool, two: Pool, batch: int, late: int, seed: int, dropout: float, start: int) -> Iterator[Part]:
+def parts(
+    world: World, one: Pool, two: Pool, batch: int, late: int, seed: int, dropout: float, start: int
+) -> Iterator[Part]:
     """Batches start, start + 1, ... with all that is random about them; from batch `late` on, t is drawn higher."""
     for k in count(start):
-        generator, rng = torch.Generator().manual_seed(seed_of(seed, k)), random.Random(f"{seed} {k}")
+        generator, rng = (
+            torch.Generator().manual_seed(seed_of(seed, k)),
+            random.Random(f"{seed} {k}"),
+        )
         latents, captions = [], []
         for _ in range(batch):
             pool = two if rng.random() < TWO_OBJECTS else one
@@ -138,7 +156,9 @@ def main(
         seed: everything random follows from it.
         resume: go on where an interrupted run stopped.
     """
-    torch.set_num_threads(1)  # the recipe is one core's: on networks this small a second thread would mostly wait
+    torch.set_num_threads(
+        1
+    )  # the recipe is one core's: on networks this small a second thread would mostly wait
     world, training = World(SIZE, SHAPES, COLOURS), out / "training"
     vae = train_vae(world, training / "vae", vae_steps, vae_lr, seed, resume)
     text = train_text(world, training / "text", text_steps, text_batch, text_lr, seed, resume)
@@ -146,30 +166,77 @@ def main(
     # Act three: the U-Net learns to denoise latents.
     torch.manual_seed(seed + 1)
     denoiser = Denoiser(unet_quickstart(), schedules.cosine(), target="x0", weighting="learned")
-    model = LatentDiffusion(vae, text, denoiser, SIZE, guidance=guidance, sampler="ddpm").to(memory_format=torch.channels_last)
+    model = LatentDiffusion(vae, text, denoiser, SIZE, guidance=guidance, sampler="ddpm").to(
+        memory_format=torch.channels_last
+    )
     ema = EMA(model, decay=0.999)
     one, two = pool_of(world, vae, -(-pool // 4), 1, seed), pool_of(world, vae, pool, 2, seed)
 
     def loss(part: Part) -> tuple[Tensor, Tensor]:
-        return denoiser.loss(part.latents, text.encode(part.captions), part.t, part.eps), model.schedule.progress(part.t)
+        return denoiser.loss(
+            part.latents, text.encode(part.captions), part.t, part.eps
+        ), model.schedule.progress(part.t)
 
     data = partial(parts, world, one, two, batch, late, seed, model.dropout)
-    speed = follow(train(loss, model, data, steps, lr, ema=ema, seed=seed, folder=training / "unet", resume=resume), "3/3 U-Net", steps, batch)
+    speed = follow(
+        train(
+            loss,
+            model,
+            data,
+            steps,
+            lr,
+            ema=ema,
+            seed=seed,
+            folder=training / "unet",
+            resume=resume,
+        ),
+        "3/3 U-Net",
+        steps,
+        batch,
+    )
 
     # What is judged is what is shipped: half precision, read back from the folder.
     box = ema.average.half().save(out / "box")
     model = LatentDiffusion.load(box)
     figures, pictures, prompts, verdicts = judge(model, world, seed, captions)
     print(box)
-    print(plots.grid(pictures, prompts, out / "samples.png", columns=8, title="held-out captions, judged by the critic", marks=verdicts))
+    print(
+        plots.grid(
+            pictures,
+            prompts,
+            out / "samples.png",
+            columns=8,
+            title="held-out captions, judged by the critic",
+            marks=verdicts,
+        )
+    )
     for name in ("text", "unet"):
-        print(plots.loss(read_log(training / name), out / ("loss.png" if name == "unet" else f"{name}_loss.png")))
-    made = dict(vae_steps=vae_steps, text_steps=text_steps, steps=steps, late=late, batch=batch, lr=lr, pool=pool, guidance=guidance, seed=seed)
-    losses = {f"{name}_loss": last_loss(read_log(training / name)) for name in ("vae", "text", "unet")}
+        print(
+            plots.loss(
+                read_log(training / name),
+                out / ("loss.png" if name == "unet" else f"{name}_loss.png"),
+            )
+        )
+    made = dict(
+        vae_steps=vae_steps,
+        text_steps=text_steps,
+        steps=steps,
+        late=late,
+        batch=batch,
+        lr=lr,
+        pool=pool,
+        guidance=guidance,
+        seed=seed,
+    )
+    losses = {
+        f"{name}_loss": last_loss(read_log(training / name)) for name in ("vae", "text", "unet")
+    }
     megabytes = round(sum(file.stat().st_size for file in box.iterdir()) / 1e6, 2)
     sizes = dict(megabytes=megabytes, peak_memory_gb=peak_memory_gb())
     print(write_results(out, **made, **figures, captions_each=captions, **losses, **speed, **sizes))
-    print(f"one object {figures['accuracy_one_object']:.3f}, two objects {figures['accuracy_two_objects']:.3f}; {megabytes} MB")
+    print(
+        f"one object {figures['accuracy_one_object']:.3f}, two objects {figures['accuracy_two_objects']:.3f}; {megabytes} MB"
+    )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Seconds. Writes sampler_order.png and results.json, and prints the fitted orders
 plane, whose denoiser is exact, and the distance from where the true path of each noise ends. Right, those that draw noise, which have
 no path: one Gaussian, and the error of the variance of what they draw, found without sampling.
 """
+
 from pathlib import Path
 from typing import Literal
 
@@ -23,29 +24,52 @@ from minidiff.script import run, write_results
 SCHEDULES = {"cosine": schedules.cosine(), "flow": schedules.Flow(), "karras": schedules.Karras()}
 PATHS = {"euler": 1, "heun": 2, "dpmpp_2m": 1, "unipc": 1}  # evaluations a step
 NOISY = {"ddpm": 1, "dpmpp_2m_sde": 1}
-ISLANDS = Mixture(torch.tensor([[-1.0, -0.6], [0.7, -0.4], [0.2, 1.1]]), 0.35, torch.tensor([0.3, 0.5, 0.2]))
+ISLANDS = Mixture(
+    torch.tensor([[-1.0, -0.6], [0.7, -0.4], [0.2, 1.1]]), 0.35, torch.tensor([0.3, 0.5, 0.2])
+)
 STD = 0.5
 ONE = Mixture(torch.zeros(1, 1), STD)
 
 
-def ends(name: str, schedule: schedules.NoiseSchedule, spacing: str, steps: int, noise: Float[Tensor, "N 2"]) -> Float[Tensor, "N 2"]:
+def ends(
+    name: str,
+    schedule: schedules.NoiseSchedule,
+    spacing: str,
+    steps: int,
+    noise: Float[Tensor, "N 2"],
+) -> Float[Tensor, "N 2"]:
     """Where a deterministic sampler takes unit noise."""
     times = schedule.timesteps(steps, spacing)
     alpha, sigma = schedule.alpha_sigma(times[0])
-    *_, last = sample(ISLANDS.denoiser(schedule), schedule, (alpha**2 + sigma**2).sqrt() * noise, steps, by_name(name), times=times)
+    *_, last = sample(
+        ISLANDS.denoiser(schedule),
+        schedule,
+        (alpha**2 + sigma**2).sqrt() * noise,
+        steps,
+        by_name(name),
+        times=times,
+    )
     return last.x
 
 
-def variance(name: str, schedule: schedules.NoiseSchedule, spacing: str, steps: int, seed: int) -> float:
+def variance(
+    name: str, schedule: schedules.NoiseSchedule, spacing: str, steps: int, seed: int
+) -> float:
     """Of what a stochastic sampler draws. On Gaussian data a chain is linear in its noises, x = c_T x_T + sum_k c_k z_k, and twice as many
     chains as there are coefficients tell what they are."""
     times, chains = schedule.timesteps(steps, spacing), 2 * (steps + 1)
     alpha, sigma = schedule.alpha_sigma(times[0])
     z = torch.Generator().manual_seed(seed)
-    noises = torch.cat([torch.randn(chains, 1, generator=z, dtype=torch.float64) for _ in range(steps + 1)], dim=1)
+    noises = torch.cat(
+        [torch.randn(chains, 1, generator=z, dtype=torch.float64) for _ in range(steps + 1)], dim=1
+    )
     z.manual_seed(seed)
-    x_T = (alpha**2 * STD**2 + sigma**2).sqrt() * torch.randn(chains, 1, generator=z, dtype=torch.float64)
-    *_, last = sample(ONE.denoiser(schedule), schedule, x_T, steps, by_name(name, z), times=times)  # draws the other columns
+    x_T = (alpha**2 * STD**2 + sigma**2).sqrt() * torch.randn(
+        chains, 1, generator=z, dtype=torch.float64
+    )
+    *_, last = sample(
+        ONE.denoiser(schedule), schedule, x_T, steps, by_name(name, z), times=times
+    )  # draws the other columns
     return torch.linalg.lstsq(noises, last.x).solution.pow(2).sum().item()
 
 
@@ -62,7 +86,14 @@ def plot(panels: dict[str, dict[str, tuple[list[int], list[float], float]]], pat
         colours = iter(COLOURS)
         for axis, (title, lines) in zip(axes, panels.items(), strict=True):
             for (name, (evaluations, errors, p)), mark in zip(lines.items(), "os^D", strict=False):
-                axis.loglog(evaluations, errors, f"{mark}-", color=next(colours), markersize=4, label=f"{name}: order {p:.2f}")
+                axis.loglog(
+                    evaluations,
+                    errors,
+                    f"{mark}-",
+                    color=next(colours),
+                    markersize=4,
+                    label=f"{name}: order {p:.2f}",
+                )
             axis.set(title=title, xlabel="evaluations of the denoiser")
             axis.xaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_major_formatter("{x:g}")
@@ -90,19 +121,43 @@ def main(
         out: folder for everything written.
     """
     if len(steps) < 2 or min(steps) < 1:
-        raise UserError(f"--steps is {' '.join(map(str, steps))}; give at least two numbers, each at least 1.")
+        raise UserError(
+            f"--steps is {' '.join(map(str, steps))}; give at least two numbers, each at least 1."
+        )
     noises = SCHEDULES[schedule]
-    noise = torch.randn(points, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    noise = torch.randn(
+        points, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
     # Where every path truly ends: eight times as many steps of the most accurate method.
     truth = ends("unipc", noises, spacing, 8 * max(steps), noise)
-    errors = {name: [(ends(name, noises, spacing, n, noise) - truth).pow(2).sum(1).mean().sqrt().item() for n in steps] for name in PATHS}
-    errors |= {name: [abs(variance(name, noises, spacing, n, seed) / STD**2 - 1) for n in steps] for name in NOISY}
-    lines = {name: ([k * n for n in steps], errors[name], order(steps[-4:], errors[name][-4:])) for name, k in (PATHS | NOISY).items()}
+    errors = {
+        name: [
+            (ends(name, noises, spacing, n, noise) - truth).pow(2).sum(1).mean().sqrt().item()
+            for n in steps
+        ]
+        for name in PATHS
+    }
+    errors |= {
+        name: [abs(variance(name, noises, spacing, n, seed) / STD**2 - 1) for n in steps]
+        for name in NOISY
+    }
+    lines = {
+        name: ([k * n for n in steps], errors[name], order(steps[-4:], errors[name][-4:]))
+        for name, k in (PATHS | NOISY).items()
+    }
 
     titles = {"distance from the true end": PATHS, "relative error of the variance drawn": NOISY}
-    print(plot({title: {name: lines[name] for name in names} for title, names in titles.items()}, out / "sampler_order.png"))
-    figures = {name: {"evaluations": e, "error": errors, "order": round(p, 3)} for name, (e, errors, p) in lines.items()}
+    print(
+        plot(
+            {title: {name: lines[name] for name in names} for title, names in titles.items()},
+            out / "sampler_order.png",
+        )
+    )
+    figures = {
+        name: {"evaluations": e, "error": errors, "order": round(p, 3)}
+        for name, (e, errors, p) in lines.items()
+    }
     print(write_results(out, schedule=schedule, spacing=spacing, seed=seed, **figures))
     print(", ".join(f"{name} {figure['order']:.2f}" for name, figure in figures.items()))
 

@@ -7,6 +7,7 @@ Writes trace.txt: shapes, parameters and multiply-adds, from 512x512 pixels to t
 picture.png, chain.png (the guess of the picture along the way) and results.json. Look at the trace: five sixths of the U-Net's
 parameters sit where maps are 16x16 or smaller, and two thirds of its work where they are 64x64 and 32x32.
 """
+
 from pathlib import Path
 
 import torch
@@ -71,7 +72,9 @@ def main(
 
     # Noise, on the CPU, so that a seed means the same picture everywhere.
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(1, vae.latent_channels, side // vae.factor, side // vae.factor, generator=generator).to(found.device)
+    x = torch.randn(
+        1, vae.latent_channels, side // vae.factor, side // vae.factor, generator=generator
+    ).to(found.device)
 
     # From noise to latents: at each time the U-Net guesses what is noise in x, once with and once without the words.
     denoise, step = guide(found.denoiser, context, null, guidance), by_name(sampler, generator)
@@ -85,9 +88,29 @@ def main(
     shown = [guesses[round(k * (steps - 1) / 5)] for k in range(6)] if steps > 5 else guesses
     chain = torch.cat([found.decode(x0) for x0 in shown]).clamp(-1, 1).cpu()
     picture = found.decode(x).clamp(-1, 1).cpu()[0]
-    print(plots.save_png(picture, out / "picture.png", {"prompt": prompt, "seed": str(seed), "steps": str(steps), "sampler": sampler}))
-    print(plots.grid(chain, [f"guess {k + 1} of {len(chain)}" for k in range(len(chain))], out / "chain.png", columns=len(chain)))
-    settings = {"model": model, "prompt": prompt, "negative": negative, "steps": steps, "guidance": guidance, "sampler": sampler}
+    print(
+        plots.save_png(
+            picture,
+            out / "picture.png",
+            {"prompt": prompt, "seed": str(seed), "steps": str(steps), "sampler": sampler},
+        )
+    )
+    print(
+        plots.grid(
+            chain,
+            [f"guess {k + 1} of {len(chain)}" for k in range(len(chain))],
+            out / "chain.png",
+            columns=len(chain),
+        )
+    )
+    settings = {
+        "model": model,
+        "prompt": prompt,
+        "negative": negative,
+        "steps": steps,
+        "guidance": guidance,
+        "sampler": sampler,
+    }
     print(write_results(out, **settings, size=side, dtype=dtype, seed=seed))
 
 
@@ -98,12 +121,14 @@ def traces(vae, text, unet, side: int) -> str:
     z, small = vae.latent_channels, side // vae.factor
     words, width = text.context_length, text.dim
     parameters = sum(p.numel() for p in text.parameters())
-    return "\n\n".join([
-        f"VAE encoder, from 3 x {side} x {side}\n{table(trace_half(vae.encoder, 3, side))}",
-        f"U-Net, from {z} x {small} x {small} and {words} x {width} of words\n{table(trace_unet(unet, small, words))}",
-        f"VAE decoder, from {z} x {small} x {small}\n{table(trace_half(vae.decoder, z, small))}",
-        f"text tower: {words} tokens to {words} x {width}, {parameters / 1e6:.2f} M parameters",
-    ])
+    return "\n\n".join(
+        [
+            f"VAE encoder, from 3 x {side} x {side}\n{table(trace_half(vae.encoder, 3, side))}",
+            f"U-Net, from {z} x {small} x {small} and {words} x {width} of words\n{table(trace_unet(unet, small, words))}",
+            f"VAE decoder, from {z} x {small} x {small}\n{table(trace_half(vae.decoder, z, small))}",
+            f"text tower: {words} tokens to {words} x {width}, {parameters / 1e6:.2f} M parameters",
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Writes random weights of SD 1.5's true shapes in both layouts, and measures: how
 of its own), and seconds for a step of the U-Net under guidance, ours and theirs in turns, so that what else the machine does meets both.
 The ratio is the median of the turns' ratios. diffusers must be installed (the test extra has it).
 """
+
 import json
 import statistics
 import subprocess
@@ -85,30 +86,75 @@ def main(
     with tempfile.TemporaryDirectory(dir=out) as folder:
         folder, file = Path(folder) / "sd", Path(folder) / "sd.safetensors"
         numbers = written(small, folder, file)
-        rounds = [[opened(what, folder, file, dtype) for what in WAYS] for _ in range(3)]  # in turns: files get into the cache, disks get busy
-        figures = {what: {key: statistics.median(r[k][key] for r in rounds) for key in rounds[0][k]} for k, what in enumerate(WAYS)}
+        rounds = [
+            [opened(what, folder, file, dtype) for what in WAYS] for _ in range(3)
+        ]  # in turns: files get into the cache, disks get busy
+        figures = {
+            what: {key: statistics.median(r[k][key] for r in rounds) for key in rounds[0][k]}
+            for k, what in enumerate(WAYS)
+        }
         from minidiff.weights.load import part
 
         ours = part(folder, "unet").to(device, precision).eval()
-        theirs = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=precision).to(device).eval()
+        theirs = (
+            UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=precision)
+            .to(device)
+            .eval()
+        )
     side, width = size // 8, numbers["context_dim"]
-    x, context = (torch.randn(2 * batch, *shape, device=device, dtype=precision) for shape in ((4, side, side), (77, width)))
+    x, context = (
+        torch.randn(2 * batch, *shape, device=device, dtype=precision)
+        for shape in ((4, side, side), (77, width))
+    )
     t = torch.full((2 * batch,), 500.0, device=device)
     if channels_last:
-        x, ours, theirs = (thing.to(memory_format=torch.channels_last) for thing in (x, ours, theirs))
+        x, ours, theirs = (
+            thing.to(memory_format=torch.channels_last) for thing in (x, ours, theirs)
+        )
     if compile:
         ours, theirs = torch.compile(ours), torch.compile(theirs)
-    calls = {"minidiff": lambda: ours(x, t, context), "diffusers": lambda: theirs(x, t, context).sample}
+    calls = {
+        "minidiff": lambda: ours(x, t, context),
+        "diffusers": lambda: theirs(x, t, context).sample,
+    }
     turns, gap = taken_in_turns(calls, steps, device)
-    ratio = statistics.median(a / b for a, b in zip(turns["minidiff"], turns["diffusers"], strict=True))
+    ratio = statistics.median(
+        a / b for a, b in zip(turns["minidiff"], turns["diffusers"], strict=True)
+    )
     seconds = {name: round(statistics.median(times), 4) for name, times in turns.items()}
     macs = sum(row.multiply_adds for row in trace_unet(empty(UNet, numbers), side))
-    tflops = {name: round(2 * macs * 2 * batch / value / 1e12, 3) for name, value in seconds.items()}
-    how = {"batch": batch, "size": size, "dtype": dtype, "device": device, "compile": compile, "channels_last": channels_last, "seed": seed}
+    tflops = {
+        name: round(2 * macs * 2 * batch / value / 1e12, 3) for name, value in seconds.items()
+    }
+    how = {
+        "batch": batch,
+        "size": size,
+        "dtype": dtype,
+        "device": device,
+        "compile": compile,
+        "channels_last": channels_last,
+        "seed": seed,
+    }
     share = {"share_of_peak": round(tflops["minidiff"] / peak_tflops, 3)} if peak_tflops else {}
-    found = {"opening": figures, "seconds_per_step": seconds, "ratio": round(ratio, 3), "tflops": tflops, **share, "largest_difference": gap}
+    found = {
+        "opening": figures,
+        "seconds_per_step": seconds,
+        "ratio": round(ratio, 3),
+        "tflops": tflops,
+        **share,
+        "largest_difference": gap,
+    }
     print(json.dumps(found, indent=2))
-    print(write_results(out, **how, torch=torch.__version__, threads=torch.get_num_threads(), turns=turns, **found))
+    print(
+        write_results(
+            out,
+            **how,
+            torch=torch.__version__,
+            threads=torch.get_num_threads(),
+            turns=turns,
+            **found,
+        )
+    )
 
 
 def written(small: bool, folder: Path, file: Path) -> dict:
@@ -120,9 +166,18 @@ def written(small: bool, folder: Path, file: Path) -> dict:
         unet, vae, text = unet_sd1(), vae_sd(), clip_vit_l14()
     for part in (unet, vae):
         for p in part.parameters():
-            if p.ndim > 1:  # else whole branches are zero, and say nothing of how alike two networks are
+            if (
+                p.ndim > 1
+            ):  # else whole branches are zero, and say nothing of how alike two networks are
                 torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
-    model = LatentDiffusion(vae, text, Denoiser(unet, schedules.Discrete(**STABLE_DIFFUSION)), 512, guidance=7.5, spacing="leading")
+    model = LatentDiffusion(
+        vae,
+        text,
+        Denoiser(unet, schedules.Discrete(**STABLE_DIFFUSION)),
+        512,
+        guidance=7.5,
+        spacing="leading",
+    )
     save_diffusers(model, folder)
     save_compvis(model, file)
     return unet.numbers
@@ -131,20 +186,29 @@ def written(small: bool, folder: Path, file: Path) -> dict:
 def opened(what: str, folder: Path, file: Path, dtype: str) -> dict[str, float]:
     """Seconds and peak memory of opening a whole model and reading all of it in a new process, beyond those of the imports. Linux only."""
     if what == "diffusers":
-        library, parts = "from diffusers import StableDiffusionPipeline", "model.unet, model.vae, model.text_encoder"
-        call = f"StableDiffusionPipeline.from_pretrained({str(folder)!r}, torch_dtype={DTYPES[dtype]})"
+        library, parts = (
+            "from diffusers import StableDiffusionPipeline",
+            "model.unet, model.vae, model.text_encoder",
+        )
+        call = (
+            f"StableDiffusionPipeline.from_pretrained({str(folder)!r}, torch_dtype={DTYPES[dtype]})"
+        )
     else:
         library, parts = "import minidiff.weights.load", "model,"
         call = f"minidiff.load({str(file if 'single' in what else folder)!r}, dtype={dtype!r})"
     code = OPENING.format(library=library, call=call, parts=parts)
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return {name: round(value, 3) for name, value in json.loads(ran.stdout.splitlines()[-1]).items()}
+    return {
+        name: round(value, 3) for name, value in json.loads(ran.stdout.splitlines()[-1]).items()
+    }
 
 
 @torch.no_grad()
 def taken_in_turns(calls: dict, steps: int, device: str) -> tuple[dict[str, list[float]], float]:
     """Seconds of each call in turns, and the largest difference of what they give, relative to its size."""
-    outputs = {name: call() for name, call in calls.items()}  # not counted: memory is found, kernels are chosen or compiled
+    outputs = {
+        name: call() for name, call in calls.items()
+    }  # not counted: memory is found, kernels are chosen or compiled
     a, b = (output.float() for output in outputs.values())
     gap = ((a - b).abs().max() / b.abs().max()).item()
     turns: dict[str, list[float]] = {name: [] for name in calls}

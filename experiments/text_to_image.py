@@ -6,6 +6,7 @@ FOLDER holds pictures and a metadata.jsonl (minidiff data coco makes one of COCO
 on purpose: every part of Stable Diffusion at work on a CPU, with an answer that can be checked. Writes model/,
 generated.png, real_vs_generated.png, reverse.png and .gif, the losses and results.json. Ctrl-C saves; --resume goes on, bit for bit.
 """
+
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
@@ -29,14 +30,20 @@ from minidiff.vae import VAE
 
 def rows(n: int, batch: int, seed: int, start: int) -> Iterator[Int[Tensor, "B"]]:
     """Which of n pictures make batch start, start + 1, ...; batch k follows from (seed, k) alone."""
-    for k in count(start):  # training seeds its noise with the steps from 0 up; the data takes the others
-        yield torch.randint(n, (batch,), generator=torch.Generator().manual_seed(seed_of(seed, -1 - k)))
+    for k in count(
+        start
+    ):  # training seeds its noise with the steps from 0 up; the data takes the others
+        yield torch.randint(
+            n, (batch,), generator=torch.Generator().manual_seed(seed_of(seed, -1 - k))
+        )
 
 
 Half = tuple[Int[Tensor, "B"], Int[Tensor, "B"], Float[Tensor, "B Z h w"], Bool[Tensor, "B"]]
 
 
-def halves(model: LatentDiffusion, latents: Float[Tensor, "N Z h w"], batch: int, seed: int, start: int) -> Iterator[Half]:
+def halves(
+    model: LatentDiffusion, latents: Float[Tensor, "N Z h w"], batch: int, seed: int, start: int
+) -> Iterator[Half]:
     """Half batches start, start + 1, ... with all that is random about them, so that two can be learnt from at once: which of the
     pictures, t, the noise, and whose caption is hidden."""
     for k, chosen in enumerate(rows(len(latents), -(-batch // 2), seed, start), start):
@@ -47,7 +54,9 @@ def halves(model: LatentDiffusion, latents: Float[Tensor, "N Z h w"], batch: int
 
 
 @torch.no_grad()
-def in_parts(f: Callable[[Tensor], Tensor], x: Float[Tensor, "N _ _ _"]) -> Float[Tensor, "N _ _ _"]:
+def in_parts(
+    f: Callable[[Tensor], Tensor], x: Float[Tensor, "N _ _ _"]
+) -> Float[Tensor, "N _ _ _"]:
     """f of a few at a time: a VAE needs much memory for each picture."""
     return torch.cat([f(part) for part in x.split(32)])
 
@@ -58,15 +67,25 @@ def distances(x: Float[Tensor, "N 3 H W"], y: Float[Tensor, "M 3 H W"]) -> Float
 
 
 def compare(
-    drawn: Float[Tensor, "K 3 H W"], where: list[int], images: Float[Tensor, "N 3 H W"], decoded: Float[Tensor, "N 3 H W"]
+    drawn: Float[Tensor, "K 3 H W"],
+    where: list[int],
+    images: Float[Tensor, "N 3 H W"],
+    decoded: Float[Tensor, "N 3 H W"],
 ) -> dict[str, float]:
     """How close pictures drawn from captions come to the training pictures `where`, and how close the VAE lets them come."""
     apart, between = distances(drawn, images), distances(images, images).fill_diagonal_(torch.inf)
     figures = {
-        "vae_psnr_db": (-10 * ((decoded - images) / 2).pow(2).flatten(1).mean(1).log10()).mean().item(),
+        "vae_psnr_db": (-10 * ((decoded - images) / 2).pow(2).flatten(1).mean(1).log10())
+        .mean()
+        .item(),
         "nearest_training_picture_rms": apart.min(1).values.mean().item(),
-        "two_training_pictures_rms": between.min(1).values.mean().item(),  # of a picture and the nearest other
-        "nearest_is_the_captioned_one": (apart.argmin(1) == torch.tensor(where)).double().mean().item(),
+        "two_training_pictures_rms": between.min(1)
+        .values.mean()
+        .item(),  # of a picture and the nearest other
+        "nearest_is_the_captioned_one": (apart.argmin(1) == torch.tensor(where))
+        .double()
+        .mean()
+        .item(),
     }
     return {name: round(value, 3) for name, value in figures.items()}
 
@@ -120,20 +139,38 @@ def main(
     if judged < 1:
         raise UserError(f"--judged is {judged}; it must be at least 1.")
     device = pick_device(device)
-    how = dict(autocast=torch.bfloat16 if (device == "cuda" if bf16 is None else bf16) else None, seed=seed, resume=resume)
+    how = dict(
+        autocast=torch.bfloat16 if (device == "cuda" if bf16 is None else bf16) else None,
+        seed=seed,
+        resume=resume,
+    )
     place = dict(device=device, memory_format=torch.channels_last)
 
     # Build everything first, so that what does not fit is refused before the first step.
     torch.manual_seed(seed)
-    vae = VAE(3, 4, channels=(vae_width, 2 * vae_width, 4 * vae_width), blocks=1, groups=0)  # 64x64x3 pictures to 16x16x4 latents
+    vae = VAE(
+        3, 4, channels=(vae_width, 2 * vae_width, 4 * vae_width), blocks=1, groups=0
+    )  # 64x64x3 pictures to 16x16x4 latents
     text = CLIPText(width=128, layers=2, heads=4, context_length=48, words_only=True)
     heads = width // 32
     unet = UNet(
-        4, 4, channels=(width, width, 2 * width, 2 * width), blocks=1,
-        depth=(0, 1, 1, 1), heads=(heads, heads, 2 * heads, 2 * heads), context_dim=128,  # words are read from 8x8 down,
-        pooled=True, scale_shift=True,  # and everywhere as one sum
+        4,
+        4,
+        channels=(width, width, 2 * width, 2 * width),
+        blocks=1,
+        depth=(0, 1, 1, 1),
+        heads=(heads, heads, 2 * heads, 2 * heads),
+        context_dim=128,  # words are read from 8x8 down,
+        pooled=True,
+        scale_shift=True,  # and everywhere as one sum
     )
-    model = LatentDiffusion(vae, text, Denoiser(unet, schedules.cosine(), target="x0", weighting="learned"), size, guidance=guidance).to(**place)
+    model = LatentDiffusion(
+        vae,
+        text,
+        Denoiser(unet, schedules.cosine(), target="x0", weighting="learned"),
+        size,
+        guidance=guidance,
+    ).to(**place)
     check_size(size, vae.factor * unet.multiple)
     pictures, captions = load_all(CaptionedFolder(data, size, caption_column), size)
     images = to_model(pictures)
@@ -142,7 +179,15 @@ def main(
     def vae_loss(chosen: Int[Tensor, "B"]) -> tuple[Tensor, None]:
         return vae.loss(images[chosen].to(**place)), None
 
-    training = train(vae_loss, vae, partial(rows, len(images), vae_batch, seed + 1), vae_steps, vae_lr, folder=out / "training" / "vae", **how)
+    training = train(
+        vae_loss,
+        vae,
+        partial(rows, len(images), vae_batch, seed + 1),
+        vae_steps,
+        vae_lr,
+        folder=out / "training" / "vae",
+        **how,
+    )
     vae_speed = follow(training, "1/2 VAE", vae_steps, vae_batch)
     vae.requires_grad_(False).eval()
     vae.measure_scale(images[:256].to(**place))
@@ -153,20 +198,45 @@ def main(
 
     def loss(half: Half) -> tuple[Tensor, Tensor]:
         chosen, t, eps, hidden = half
-        context = model.text.encode(["" if h else captions[i] for i, h in zip(chosen.tolist(), hidden, strict=True)])
-        return model.denoiser.loss(latents[chosen].to(**place), context, t, eps.to(**place)), model.schedule.progress(t)
+        context = model.text.encode(
+            ["" if h else captions[i] for i, h in zip(chosen.tolist(), hidden, strict=True)]
+        )
+        return model.denoiser.loss(
+            latents[chosen].to(**place), context, t, eps.to(**place)
+        ), model.schedule.progress(t)
 
-    both = dict(accumulate=2, threads=2 if device == "cpu" and torch.get_num_threads() > 1 else 1)  # two halves of a batch, on two cores
-    training = train(loss, model, partial(halves, model, latents, batch, seed), steps, lr, ema=ema, folder=out / "training" / "model", **both, **how)
+    both = dict(
+        accumulate=2, threads=2 if device == "cpu" and torch.get_num_threads() > 1 else 1
+    )  # two halves of a batch, on two cores
+    training = train(
+        loss,
+        model,
+        partial(halves, model, latents, batch, seed),
+        steps,
+        lr,
+        ema=ema,
+        folder=out / "training" / "model",
+        **both,
+        **how,
+    )
     speed = follow(training, "2/2 text to image", steps, batch)
     model = ema.average
     print(model.save(out / "model"))
 
     # Draw what was asked for, and captions of the folder, spread evenly.
     generator, judged = torch.Generator().manual_seed(seed), min(judged, len(captions))
-    wanted = list(dict.fromkeys([*prompts, *(captions[i * len(captions) // judged] for i in range(judged))]))
+    wanted = list(
+        dict.fromkeys([*prompts, *(captions[i * len(captions) // judged] for i in range(judged))])
+    )
     drawn = model.generate(wanted, steps=sampling_steps, generator=generator, progress=True).cpu()
-    print(plots.grid(drawn[: max(8, len(prompts))], wanted[: max(8, len(prompts))], out / "generated.png", columns=4))
+    print(
+        plots.grid(
+            drawn[: max(8, len(prompts))],
+            wanted[: max(8, len(prompts))],
+            out / "generated.png",
+            columns=4,
+        )
+    )
     frames = list(model.sample(wanted[:4], steps=sampling_steps, generator=generator))
     for path in chains.plot_reverse(model, frames, wanted[:4], out):
         print(path)
@@ -175,15 +245,33 @@ def main(
     decoded = in_parts(lambda part: vae.decode(part.to(device)).clamp(-1, 1).cpu(), latents)
     known = [k for k, caption in enumerate(wanted) if caption in captions]
     where = [captions.index(wanted[k]) for k in known]
-    sides = {"real": images[where[:8]], "through the VAE": decoded[where[:8]], "generated": drawn[known[:8]]}
+    sides = {
+        "real": images[where[:8]],
+        "through the VAE": decoded[where[:8]],
+        "generated": drawn[known[:8]],
+    }
     print(plots.strip(sides, [wanted[k] for k in known[:8]], out / "real_vs_generated.png"))
     figures = compare(drawn[known], where, images, decoded)
 
     logs = {name: read_log(out / "training" / name) for name in ("vae", "model")}
     print(plots.loss(logs["vae"], out / "vae_loss.png"))
     print(plots.loss(logs["model"], out / "loss.png"))
-    made = dict(pictures=len(images), size=size, vae_steps=vae_steps, steps=steps, batch=batch, lr=lr, guidance=guidance, seed=seed, device=device)
-    speeds = {"vae_seconds": vae_speed["seconds"], "vae_images_per_second": vae_speed["images_per_second"], **speed}
+    made = dict(
+        pictures=len(images),
+        size=size,
+        vae_steps=vae_steps,
+        steps=steps,
+        batch=batch,
+        lr=lr,
+        guidance=guidance,
+        seed=seed,
+        device=device,
+    )
+    speeds = {
+        "vae_seconds": vae_speed["seconds"],
+        "vae_images_per_second": vae_speed["images_per_second"],
+        **speed,
+    }
     losses = {"vae_loss": last_loss(logs["vae"]), "loss": last_loss(logs["model"])}
     print(write_results(out, **made, judged=len(known), **figures, **losses, **speeds))
     print(", ".join(f"{name} {value:g}" for name, value in figures.items()))

@@ -6,6 +6,7 @@ A minute on one CPU core. Writes toy_2d.png (draws, score fields and sampling pa
 The exact denoiser is an oracle: with the same sampler and the same noise, what differs between the halves of the figure is the network.
 The distances it prints stand beside their floor, the distance between two exact draws of the same size.
 """
+
 import math
 from collections.abc import Iterator
 from itertools import count
@@ -42,7 +43,9 @@ class Curve(Mixture):
     """64 equal Gaussians along a curve, scaled to zero mean and unit variance: everything about it is known in closed form."""
 
     def __init__(self, density: str, std: float = 0.08):
-        centres = {"moons": moons, "ring": ring}[density]((torch.arange(64, dtype=torch.float64) + 0.5) / 64)
+        centres = {"moons": moons, "ring": ring}[density](
+            (torch.arange(64, dtype=torch.float64) + 0.5) / 64
+        )
         centres = centres - centres.mean(0)
         scale = (centres.pow(2).mean() + std**2).sqrt().item()
         super().__init__(centres / scale, std / scale)
@@ -52,7 +55,12 @@ class Curve(Mixture):
 
     def strays(self, x: Float[Tensor, "N 2"]) -> float:
         """The share of points more than 4 standard deviations from every centre: of exact draws, at most exp(-8) = 0.0003."""
-        return (torch.cdist(x.double(), self.means).min(dim=1).values > 4 * self.std[0, 0]).double().mean().item()
+        return (
+            (torch.cdist(x.double(), self.means).min(dim=1).values > 4 * self.std[0, 0])
+            .double()
+            .mean()
+            .item()
+        )
 
 
 class MLP(nn.Module):
@@ -63,7 +71,9 @@ class MLP(nn.Module):
         self.first, self.last = nn.Linear(2 * 7 + 64, width), nn.Linear(width, 2)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
 
-    def forward(self, x: Float[Tensor, "N 2"], t: Float[Tensor, "N"], context: None = None) -> Float[Tensor, "N 2"]:
+    def forward(
+        self, x: Float[Tensor, "N 2"], t: Float[Tensor, "N"], context: None = None
+    ) -> Float[Tensor, "N 2"]:
         waves = [wave(k * x) for k in (1, 2, 4) for wave in (torch.sin, torch.cos)]
         h = self.first(torch.cat([x, *waves, timestep_embedding(t, 64)], dim=1))
         for layer in self.hidden:
@@ -73,7 +83,9 @@ class MLP(nn.Module):
 
 def energy_distance(x: Float[Tensor, "N 2"], y: Float[Tensor, "M 2"]) -> float:
     """2 E|x - y| - E|x - x'| - E|y - y'|: zero only where two distributions are the same (Székely & Rizzo 2013)."""
-    return (2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean()).item()
+    return (
+        2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean()
+    ).item()
 
 
 def main(
@@ -110,14 +122,26 @@ def main(
     ema = EMA(denoiser, decay=0.999)
 
     def batches(start: int) -> Iterator[Tensor]:
-        for k in count(start):  # training seeds its noise with steps from 0 up; data made from the same seeds would be correlated with it
+        for k in count(
+            start
+        ):  # training seeds its noise with steps from 0 up; data made from the same seeds would be correlated with it
             yield mixture.draw(batch, torch.Generator().manual_seed(seed_of(seed, -1 - k)))
 
     def loss(x0: Tensor) -> tuple[Tensor, Tensor]:
         t = schedule.sample_t(len(x0))
         return denoiser.loss(x0, t=t), schedule.progress(t)
 
-    training = train(loss, denoiser, batches, steps, lr, ema=ema, seed=seed, folder=out / "training", resume=resume)
+    training = train(
+        loss,
+        denoiser,
+        batches,
+        steps,
+        lr,
+        ema=ema,
+        seed=seed,
+        folder=out / "training",
+        resume=resume,
+    )
     speed = follow(training, f"learning the {density}", steps, batch)
     log = read_log(out / "training")
     denoisers = {"exact": mixture.denoiser(schedule), "learnt": torch.no_grad()(ema.average)}
@@ -125,9 +149,17 @@ def main(
     # Sample with both denoisers from the same noise, and measure how far from exact draws they end.
     generator = torch.Generator().manual_seed(seed)
     truth, x_T = mixture.draw(n, generator), torch.randn(n, 2, generator=generator)
-    chains = {name: list(sample(denoise, schedule, x_T, sampling_steps, ddim())) for name, denoise in denoisers.items()}
-    figures = {"distance_floor": sum(energy_distance(mixture.draw(n, generator), truth) for _ in range(5)) / 5}
-    figures |= {f"distance_{name}": energy_distance(chain[-1].x, truth) for name, chain in chains.items()}
+    chains = {
+        name: list(sample(denoise, schedule, x_T, sampling_steps, ddim()))
+        for name, denoise in denoisers.items()
+    }
+    figures = {
+        "distance_floor": sum(energy_distance(mixture.draw(n, generator), truth) for _ in range(5))
+        / 5
+    }
+    figures |= {
+        f"distance_{name}": energy_distance(chain[-1].x, truth) for name, chain in chains.items()
+    }
     figures |= {f"strays_{name}": mixture.strays(chain[-1].x) for name, chain in chains.items()}
 
     # The score is -eps / sigma_t: compare sqrt(E|learnt - exact|^2 / E|exact|^2) where x_t lives.
@@ -136,25 +168,46 @@ def main(
         alpha, sigma = (scale[:, None].float() for scale in schedule.alpha_sigma(times))
         x = alpha * truth + sigma * torch.randn(n, 2, generator=generator)
         exact, learnt = (denoise(x, times).eps for denoise in denoisers.values())
-        figures[f"score_error_t{t}"] = ((learnt - exact).pow(2).sum() / exact.pow(2).sum()).sqrt().item()
+        figures[f"score_error_t{t}"] = (
+            ((learnt - exact).pow(2).sum() / exact.pow(2).sum()).sqrt().item()
+        )
 
     # Draw the fields on a grid, as far as x_t comes: beyond, no network has ever been shown anything.
     alpha, sigma = (scale.item() for scale in schedule.alpha_sigma(torch.tensor(field_at)))
     grid = torch.cartesian_prod(torch.linspace(-3, 3, 31), torch.linspace(-3, 3, 31))
     grid = grid[torch.cdist(grid, alpha * truth + sigma * x_T).min(dim=1).values < 0.1]
-    scores = {name: -denoise(grid, torch.full((len(grid),), field_at)).eps / sigma for name, denoise in denoisers.items()}
+    scores = {
+        name: -denoise(grid, torch.full((len(grid),), field_at)).eps / sigma
+        for name, denoise in denoisers.items()
+    }
     paths = {name: torch.stack([frame.x[:60] for frame in chain]) for name, chain in chains.items()}
-    print(plots.points([
-        {"title": "exact draws", "points": truth},
-        {"title": f"exact score at t = {field_at}", "arrows": (grid, scores["exact"])},
-        {"title": f"learnt score at t = {field_at}", "arrows": (grid, scores["learnt"])},
-        {"title": "learnt draws", "points": chains["learnt"][-1].x},
-        {"title": "exact DDIM paths", "paths": paths["exact"]},
-        {"title": "learnt DDIM paths", "paths": paths["learnt"]},
-    ], out / "toy_2d.png"))
+    print(
+        plots.points(
+            [
+                {"title": "exact draws", "points": truth},
+                {"title": f"exact score at t = {field_at}", "arrows": (grid, scores["exact"])},
+                {"title": f"learnt score at t = {field_at}", "arrows": (grid, scores["learnt"])},
+                {"title": "learnt draws", "points": chains["learnt"][-1].x},
+                {"title": "exact DDIM paths", "paths": paths["exact"]},
+                {"title": "learnt DDIM paths", "paths": paths["learnt"]},
+            ],
+            out / "toy_2d.png",
+        )
+    )
     print(plots.loss(log, out / "loss.png"))
 
-    print(write_results(out, density=density, steps=steps, n=n, seed=seed, loss=last_loss(log), **figures, **speed))
+    print(
+        write_results(
+            out,
+            density=density,
+            steps=steps,
+            n=n,
+            seed=seed,
+            loss=last_loss(log),
+            **figures,
+            **speed,
+        )
+    )
     print(", ".join(f"{name} {value:.2g}" for name, value in figures.items()))
 
 

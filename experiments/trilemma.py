@@ -8,6 +8,7 @@ interrupted goes on where it stopped. Writes trilemma.csv, trilemma.png and resu
 [1] Xiao, Kreis, Vahdat. Tackling the Generative Learning Trilemma with Denoising Diffusion GANs. 2022. arXiv:2112.07804
 [2] Kynkäänniemi et al. Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion Models. 2024. arXiv:2404.07724
 """
+
 from itertools import product
 from pathlib import Path
 
@@ -19,9 +20,25 @@ from minidiff.evaluate import of_world
 from minidiff.script import run, write_results
 from minidiff.trilemma import Setting
 
-SAMPLERS = ("ddim", "ddpm", "euler", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm", "heun")  # heun takes two evaluations a step
-PART = {"guidance": 2.5, "interval": (0.78, 0.95), "spacing": "shifted"}  # guided in two steps only, where it is settled what stands where ([2])
-MORE = [Setting("ddpm", 25, 2.0), *(Setting("ddpm", count, **PART) for count in (5, 6, 7, 8))]  # the model's own setting, and the fewest evaluations
+SAMPLERS = (
+    "ddim",
+    "ddpm",
+    "euler",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "unipc",
+    "lcm",
+    "heun",
+)  # heun takes two evaluations a step
+PART = {
+    "guidance": 2.5,
+    "interval": (0.78, 0.95),
+    "spacing": "shifted",
+}  # guided in two steps only, where it is settled what stands where ([2])
+MORE = [
+    Setting("ddpm", 25, 2.0),
+    *(Setting("ddpm", count, **PART) for count in (5, 6, 7, 8)),
+]  # the model's own setting, and the fewest evaluations
 
 
 def main(
@@ -48,16 +65,41 @@ def main(
     """
     torch.set_num_threads(1)
     diffusion = load(model, "cpu").to(memory_format=torch.channels_last)  # a fifth faster
-    bench = of_world(World(diffusion.size, quickstart.SHAPES, quickstart.COLOURS), n, seed, trilemma.NETWORKS)
-    key = {"model": str(model), "weights": trilemma.fingerprint(diffusion), "data": "quickstart world", "n": str(n), "seed": str(seed)}
-    settings = [Setting(name, count, scale) for count, name, scale in product(steps, samplers, guidance)]  # the fast ones first
-    rows = trilemma.sweep(diffusion, bench, [*settings, *(MORE if more else [])], out / "trilemma.csv", key, seed)
+    bench = of_world(
+        World(diffusion.size, quickstart.SHAPES, quickstart.COLOURS), n, seed, trilemma.NETWORKS
+    )
+    key = {
+        "model": str(model),
+        "weights": trilemma.fingerprint(diffusion),
+        "data": "quickstart world",
+        "n": str(n),
+        "seed": str(seed),
+    }
+    settings = [
+        Setting(name, count, scale) for count, name, scale in product(steps, samplers, guidance)
+    ]  # the fast ones first
+    rows = trilemma.sweep(
+        diffusion, bench, [*settings, *(MORE if more else [])], out / "trilemma.csv", key, seed
+    )
 
     best, enough = max(rows, key=trilemma.point), trilemma.cheapest(rows)
-    said = {name: f"{trilemma.name(row)}: {row['accuracy critic']} at {row[trilemma.SPEED]}" for name, row in (("best", best), ("enough", enough))}
+    said = {
+        name: f"{trilemma.name(row)}: {row['accuracy critic']} at {row[trilemma.SPEED]}"
+        for name, row in (("best", best), ("enough", enough))
+    }
     print(trilemma.figure(rows, out / "trilemma.png"))
-    print(write_results(out, **key, settings=len(rows), **said, front=[trilemma.name(row) for row in trilemma.front(rows)]))
-    print(f"accuracy and evaluations a picture: best {said['best']}; 99 % of it with the fewest {said['enough']}")
+    print(
+        write_results(
+            out,
+            **key,
+            settings=len(rows),
+            **said,
+            front=[trilemma.name(row) for row in trilemma.front(rows)],
+        )
+    )
+    print(
+        f"accuracy and evaluations a picture: best {said['best']}; 99 % of it with the fewest {said['enough']}"
+    )
 
 
 if __name__ == "__main__":

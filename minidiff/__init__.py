@@ -1,4 +1,5 @@
 """minidiff: text-to-image diffusion from scratch. Names are imported when they are first used, so that `import minidiff` is instant."""
+
 import importlib
 
 _HOMES = {
@@ -11,8 +12,21 @@ _HOMES = {
     "World": "minidiff.data.world",
 }
 _MODULES = (
-    "ddpm", "schedules", "denoiser", "steps", "samplers", "exact", "unet", "vae", "clip", "latent_diffusion", "train", "lora", "plots",
-    "evaluate", "data",
+    "ddpm",
+    "schedules",
+    "denoiser",
+    "steps",
+    "samplers",
+    "exact",
+    "unet",
+    "vae",
+    "clip",
+    "latent_diffusion",
+    "train",
+    "lora",
+    "plots",
+    "evaluate",
+    "data",
 )
 
 __all__ = [*_HOMES, *_MODULES, "load"]

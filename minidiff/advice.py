@@ -3,12 +3,16 @@
 The rules are asked from top to bottom and the first that holds speaks. They are rules of thumb, and say the number they go by, so that
 a reader can disagree. docs/flight_recorder.md has them as a table.
 """
+
 import math
 from statistics import fmean, median
 from typing import NamedTuple
 
 NOISE = 0.02  # a mean loss this near to another is as good as the same
-ASTRAY, FAR = 1.0, 3.0  # times the distance between two seeds: a prompt nobody trains that moved so far is worth a word, or is lost
+ASTRAY, FAR = (
+    1.0,
+    3.0,
+)  # times the distance between two seeds: a prompt nobody trains that moved so far is worth a word, or is lost
 STILL = 0.1  # times the distance between two seeds: pictures that moved less look as they did
 COPIED = 0.5  # share of copies among the pictures of taught prompts, if it is above that among the training pictures
 CLOSE = 1 / 3  # times the floor: no two training pictures are as near to each other, as a rule
@@ -20,21 +24,33 @@ class Record(NamedTuple):
     step: int
     losses: dict[str, float]  # what the trainer says
     lr: float | None
-    validation: list[float | None]  # mean loss in each tenth of progress(t), None where training never is; empty without examples
+    validation: list[
+        float | None
+    ]  # mean loss in each tenth of progress(t), None where training never is; empty without examples
     train: list[float | None]  # the same of as many training examples
-    moved: dict[str, float]  # by label: how far its pictures are from those of the first measure; 1 is as far as another seed's
-    nearest: dict[str, list[tuple[float, int]]]  # by taught label, for each of its pictures: distance over the floor, which training picture
-    copies: float | None  # share of those pictures that are copies; None where the training pictures have no floor
+    moved: dict[
+        str, float
+    ]  # by label: how far its pictures are from those of the first measure; 1 is as far as another seed's
+    nearest: dict[
+        str, list[tuple[float, int]]
+    ]  # by taught label, for each of its pictures: distance over the floor, which training picture
+    copies: (
+        float | None
+    )  # share of those pictures that are copies; None where the training pictures have no floor
     copies_floor: float  # the same share of the training pictures among themselves; 0 where they are too few to say
     seconds_per_step: float | None  # of training, since the measure before
     seconds: float  # that this measure took
-    memory_gb: float | None  # the most that was held: on the GPU where the model is on one; None where the system does not say
+    memory_gb: (
+        float | None
+    )  # the most that was held: on the GPU where the model is on one; None where the system does not say
 
 
 def relative(records: list[Record], which: str) -> list[float | None]:
     """The mean over the tenths of a loss ("validation" or "train") over that of the first measure, so that each tenth has the same say."""
     first = getattr(records[0], which) if records else []
-    return [_mean(getattr(r, which), first) if first and getattr(r, which) else None for r in records]
+    return [
+        _mean(getattr(r, which), first) if first and getattr(r, which) else None for r in records
+    ]
 
 
 def _mean(now: list[float | None], first: list[float | None]) -> float:
@@ -49,7 +65,10 @@ def closeness(record: Record) -> float | None:
 
 def drift(record: Record) -> tuple[float, str]:
     """Of the prompts that should stay, how far the one that moved furthest did, and its label; 0 where there is none."""
-    return max(((moved, label) for label, moved in record.moved.items() if label.startswith("unrelated")), default=(0.0, ""))
+    return max(
+        ((moved, label) for label, moved in record.moved.items() if label.startswith("unrelated")),
+        default=(0.0, ""),
+    )
 
 
 def advise(records: list[Record]) -> str:
@@ -83,7 +102,9 @@ def advise(records: list[Record]) -> str:
     if far >= FAR:
         return f"Stop{_back(records)}: at step {step} {stray}."
     but = f"; but {stray}." if far >= ASTRAY else "."
-    taught = [moved for name, moved in last.moved.items() if not name.startswith(("unrelated", "class"))]
+    taught = [
+        moved for name, moved in last.moved.items() if not name.startswith(("unrelated", "class"))
+    ]
     if fitted is not None and fitted > 1 - NOISE and max(taught, default=0.0) < STILL:
         return (
             f"Nothing learnt yet: at step {step} the loss of the training examples is {fitted:.3f} of what it was at first; "
@@ -103,9 +124,16 @@ def advise(records: list[Record]) -> str:
 
 def _not_finite(record: Record) -> str | None:
     """The first number that is not finite, by name."""
-    numbers = {**record.losses, **{f"how far {label} moved": moved for label, moved in record.moved.items()}}
+    numbers = {
+        **record.losses,
+        **{f"how far {label} moved": moved for label, moved in record.moved.items()},
+    }
     for which in ("validation", "train"):
-        numbers |= {f"{which} loss in tenth {b + 1} of t": v for b, v in enumerate(getattr(record, which)) if v is not None}
+        numbers |= {
+            f"{which} loss in tenth {b + 1} of t": v
+            for b, v in enumerate(getattr(record, which))
+            if v is not None
+        }
     return next((name for name, value in numbers.items() if not math.isfinite(value)), None)
 
 
@@ -133,7 +161,11 @@ def best(records: list[Record]) -> int | None:
     trained at all."""
     losses = relative(records, "validation")
     wrong = [bool(_not_finite(record)) or _copies(record) or _strayed(record) for record in records]
-    right = [(-math.inf if loss is None else -loss, r.step) for loss, r, no in zip(losses, records, wrong, strict=True) if not no]
+    right = [
+        (-math.inf if loss is None else -loss, r.step)
+        for loss, r, no in zip(losses, records, wrong, strict=True)
+        if not no
+    ]
     step = max(right, default=(0.0, records[0].step))[1] if records else None
     return step if records and step > records[0].step else None
 

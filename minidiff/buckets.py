@@ -5,6 +5,7 @@ nearest its own shape among those of about equal area, which cost about equal me
 
 [1] NovelAI. NovelAI Improvements on Stable Diffusion: Aspect Ratio Bucketing. 2022. github.com/NovelAI/novelai-aspect-ratio-bucketing
 """
+
 import math
 import random
 from collections.abc import Iterator
@@ -30,7 +31,13 @@ def shapes(area: int, multiple: int) -> list[tuple[int, int]]:
 def bucket(width: int, height: int, area: int, multiple: int) -> tuple[int, int]:
     """The (height, width) for a picture: the nearest aspect ratio by its logarithm, so that a picture and the same on its side go alike."""
     wanted = math.log(width / height)
-    return min(shapes(area, multiple), key=lambda shape: (round(abs(math.log(shape[1] / shape[0]) - wanted), 9), -math.prod(shape)))
+    return min(
+        shapes(area, multiple),
+        key=lambda shape: (
+            round(abs(math.log(shape[1] / shape[0]) - wanted), 9),
+            -math.prod(shape),
+        ),
+    )
 
 
 def cut(width: int, height: int, size: tuple[int, int]) -> float:
@@ -54,7 +61,10 @@ def batches(sizes: list[tuple[int, int]], batch: int, seed: int, start: int) -> 
     for k in count(start):
         epoch, place = divmod(k, per_epoch)
         if epoch != planned:
-            planned, plan = epoch, _plan(list(members.values()), batch, random.Random(f"{seed} {epoch}"))
+            planned, plan = (
+                epoch,
+                _plan(list(members.values()), batch, random.Random(f"{seed} {epoch}")),
+            )
         yield plan[place]
 
 

@@ -6,6 +6,7 @@ weight. So what has changed has another key and is computed anew, and nothing ha
 
 Entries are computed one at a time: what is in one then follows from its key, to the bit, whatever else was missing with it.
 """
+
 import hashlib
 import os
 import warnings
@@ -37,7 +38,13 @@ class Example(NamedTuple):
 
 
 @torch.no_grad()
-def encoded(vae: nn.Module, paths: list[Path], sizes: list[tuple[int, int]], folder: Path | None, flip: bool = False) -> list[Float[Tensor, "Z h w"]]:
+def encoded(
+    vae: nn.Module,
+    paths: list[Path],
+    sizes: list[tuple[int, int]],
+    folder: Path | None,
+    flip: bool = False,
+) -> list[Float[Tensor, "Z h w"]]:
     """The latents of each picture, scaled to cover its size (height, width) and cut in the centre; on the CPU.
 
     flip: after those of all pictures come those of their mirror images, so that captions * 2 go with them.
@@ -50,7 +57,9 @@ def encoded(vae: nn.Module, paths: list[Path], sizes: list[tuple[int, int]], fol
         picture = to_model(load_picture(path, size))[None].to(where)
         latents = vae.encode(picture.flip(-1) if mirrored else picture)[0].cpu()
         if not latents.isfinite().all():
-            raise UserError(f"{path}: its latents are not finite; load the VAE in float32 or bfloat16.")
+            raise UserError(
+                f"{path}: its latents are not finite; load the VAE in float32 or bfloat16."
+            )
         return latents
 
     wanted = {}
@@ -64,18 +73,28 @@ def encoded(vae: nn.Module, paths: list[Path], sizes: list[tuple[int, int]], fol
 
 
 @torch.no_grad()
-def contexts(text: nn.Module, captions: list[str], folder: Path | None) -> dict[str, Float[Tensor, "L D"]]:
+def contexts(
+    text: nn.Module, captions: list[str], folder: Path | None
+) -> dict[str, Float[Tensor, "L D"]]:
     """What the text tower says of each caption, and of "", which captions are dropped to; on the CPU. folder: where contexts.safetensors is kept."""
     of_text = fingerprint(text)
     keys = {caption: _key(of_text, caption) for caption in dict.fromkeys(["", *captions])}
     wanted = {key: (caption,) for caption, key in keys.items()}
-    found = _served("contexts", folder, wanted, lambda caption: text.encode([caption])[0].cpu(), "encoding captions")
+    found = _served(
+        "contexts",
+        folder,
+        wanted,
+        lambda caption: text.encode([caption])[0].cpu(),
+        "encoding captions",
+    )
     return {caption: found[key] for caption, key in keys.items()}
 
 
 def fingerprint(network: nn.Module) -> str:
     """One word for all that a network computes with: its kind, its numbers, and every weight with its precision, LoRAs included."""
-    digest = hashlib.sha256(repr((type(network).__name__, sorted(network.numbers.items()))).encode())
+    digest = hashlib.sha256(
+        repr((type(network).__name__, sorted(network.numbers.items()))).encode()
+    )
     for name, value in sorted(merged_state(network).items()):
         digest.update(repr((name, value.dtype, tuple(value.shape))).encode())
         digest.update(_bytes(value))
@@ -90,7 +109,13 @@ def _bytes(value: Tensor) -> memoryview:
     return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _served(name: str, folder: Path | None, wanted: dict[str, tuple], encode: Callable[..., Tensor], title: str) -> dict[str, Tensor]:
+def _served(
+    name: str,
+    folder: Path | None,
+    wanted: dict[str, tuple],
+    encode: Callable[..., Tensor],
+    title: str,
+) -> dict[str, Tensor]:
     """An entry for each key: from the file if it has it, else encode(*wanted[key]). Then the file holds these entries and no others;
     where it ends early, by Ctrl-C or by a damaged picture, those that were ready."""
     file = None if folder is None else folder / f"{name}.safetensors"
@@ -133,10 +158,16 @@ def _write(file: Path, entries: dict[str, Tensor]) -> None:
     fresh = file.with_name(file.name + ".new")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.contiguous() for key, value in entries.items()}, fresh, {"checksum": _checksum(entries)})
+        save_file(
+            {key: value.contiguous() for key, value in entries.items()},
+            fresh,
+            {"checksum": _checksum(entries)},
+        )
         os.replace(fresh, file)
     except (SafetensorError, OSError) as error:
         fresh.unlink(missing_ok=True)
         size = sum(value.nbytes for value in entries.values()) / 1e6
         why = " ".join(str(error).split())
-        raise UserError(f"{file}: {size:.1f} MB cannot be written ({why}); free some space, or name another folder.") from error
+        raise UserError(
+            f"{file}: {size:.1f} MB cannot be written ({why}); free some space, or name another folder."
+        ) from error

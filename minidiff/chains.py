@@ -3,6 +3,7 @@
 x_t is shown divided by its scale sqrt(alpha_t^2 + sigma_t^2) where that is above 1, as it is for the Karras schedule, whose noise
 grows to 80 times the picture; the row's name says so. Everywhere else x_t is shown as it is.
 """
+
 from pathlib import Path
 
 import torch
@@ -20,22 +21,39 @@ FILM = 60  # frames of a GIF, at most
 
 
 def plot_forward(
-    picture: Float[Tensor, "1 3 H W"], schedule: NoiseSchedule, out: Path, generator: torch.Generator | None = None, title: str | None = None
+    picture: Float[Tensor, "1 3 H W"],
+    schedule: NoiseSchedule,
+    out: Path,
+    generator: torch.Generator | None = None,
+    title: str | None = None,
 ) -> list[Path]:
     """One picture turning into noise, x_t = alpha_t x0 + sigma_t eps with one eps for all t; writes forward.png and forward.gif."""
     times = _times(schedule, 5 * (COLUMNS - 1))
-    alpha, sigma = (scale.to(picture.dtype).view(-1, 1, 1, 1) for scale in schedule.alpha_sigma(times))
+    alpha, sigma = (
+        scale.to(picture.dtype).view(-1, 1, 1, 1) for scale in schedule.alpha_sigma(times)
+    )
     eps = torch.randn(picture.shape, generator=generator, dtype=picture.dtype)
     scale, name = _shown(schedule, times)
     chain = (alpha * picture.cpu() + sigma * eps) / scale.to(picture.dtype).view(-1, 1, 1, 1)
     labels = [_label(t) for t in times.tolist()]
     some = _spread(len(times), COLUMNS)
-    strip = plots.strip({name: chain[some]}, [labels[k] for k in some], Path(out) / "forward.png", title)
-    return [strip, plots.animate([{name: x_t[None]} for x_t in chain], labels, Path(out) / "forward.gif")]
+    strip = plots.strip(
+        {name: chain[some]}, [labels[k] for k in some], Path(out) / "forward.png", title
+    )
+    return [
+        strip,
+        plots.animate([{name: x_t[None]} for x_t in chain], labels, Path(out) / "forward.gif"),
+    ]
 
 
 @torch.no_grad()
-def plot_reverse(model: LatentDiffusion, frames: list[Frame], captions: list[str], out: Path, title: str | None = None) -> list[Path]:
+def plot_reverse(
+    model: LatentDiffusion,
+    frames: list[Frame],
+    captions: list[str],
+    out: Path,
+    title: str | None = None,
+) -> list[Path]:
     """Noise turning into pictures. reverse.png follows the first sample: the latent, the latent decoded, and the guess of the end made
     there, decoded. reverse.gif has all samples side by side, without the bare latent."""
     times = torch.tensor([frame.t for frame in frames], dtype=torch.float64)
@@ -45,15 +63,25 @@ def plot_reverse(model: LatentDiffusion, frames: list[Frame], captions: list[str
 
     def shown(k: int) -> dict[str, Tensor]:
         x, x0 = frames[k].x / scales[k].item(), frames[k].x0
-        return {decoded: model.vae.decode(x).clamp(-1, 1), "guess of x0": model.vae.decode(x0).clamp(-1, 1)}
+        return {
+            decoded: model.vae.decode(x).clamp(-1, 1),
+            "guess of x0": model.vae.decode(x0).clamp(-1, 1),
+        }
 
     some, film = _spread(len(frames), COLUMNS), _spread(len(frames), FILM)
     pictures = {k: shown(k) for k in {*some, *film}}
     labels = [_label(t) for t in times.tolist()]
     rows = {f"latent {x_t}": torch.cat([frames[k].x[:1] for k in some])} if latents else {}
     rows |= {name: torch.cat([pictures[k][name][:1] for k in some]) for name in pictures[0]}
-    strip = plots.strip(rows, [labels[k] for k in some], Path(out) / "reverse.png", title or captions[0])
-    return [strip, plots.animate([pictures[k] for k in film], [labels[k] for k in film], Path(out) / "reverse.gif")]
+    strip = plots.strip(
+        rows, [labels[k] for k in some], Path(out) / "reverse.png", title or captions[0]
+    )
+    return [
+        strip,
+        plots.animate(
+            [pictures[k] for k in film], [labels[k] for k in film], Path(out) / "reverse.gif"
+        ),
+    ]
 
 
 def plot_schedules(schedules: dict[str, NoiseSchedule], out: Path) -> Path:
@@ -73,7 +101,9 @@ def _times(schedule: NoiseSchedule, count: int) -> Shaped[Tensor, "N"]:
 
 def _spread(count: int, most: int) -> list[int]:
     """At most `most` of `count` places, equally spaced, the first and the last among them."""
-    return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).round().long().tolist()
+    return (
+        torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).round().long().tolist()
+    )
 
 
 def _shown(schedule: NoiseSchedule, times: Shaped[Tensor, "N"]) -> tuple[Float[Tensor, "N"], str]:

@@ -2,6 +2,7 @@
 
 [1] He et al. Deep Residual Learning for Image Recognition. 2016. arXiv:1512.03385
 """
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -17,7 +18,10 @@ class Classifier(nn.Module):
     def __init__(self, classes: int, channels: tuple[int, ...] = (32, 64, 128)):
         super().__init__()
         widths = zip((3, *channels), channels, strict=False)
-        self.stages = nn.ModuleList(nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), ResBlock(b, b, groups=GROUPS)) for a, b in widths)
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), ResBlock(b, b, groups=GROUPS))
+            for a, b in widths
+        )
         self.norm = nn.GroupNorm(GROUPS, channels[-1])
         self.out = nn.Linear(channels[-1], classes)
 

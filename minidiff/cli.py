@@ -2,6 +2,7 @@
 
 Bad input ends with one line and exit code 2; the library says so by raising UserError.
 """
+
 import sys
 from collections.abc import Callable
 
@@ -26,7 +27,12 @@ VERBS: dict[str, Callable[..., None]] = {
 
 def main(args: list[str] | None = None) -> None:
     """Run one verb. Exit code 0 on success, 2 with one line on bad input, 130 on Ctrl-C."""
-    console.run("minidiff", "Text-to-image diffusion from scratch.", VERBS, sys.argv[1:] if args is None else args)
+    console.run(
+        "minidiff",
+        "Text-to-image diffusion from scratch.",
+        VERBS,
+        sys.argv[1:] if args is None else args,
+    )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ The tokenizer and its vocabulary come from open_clip (imported when first used: 
 [2] Cherti et al. Reproducible Scaling Laws for Contrastive Language-Image Learning. 2022. arXiv:2212.07143
 [3] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. 2022. arXiv:2112.10752
 """
+
 import warnings
 from functools import lru_cache
 
@@ -46,7 +47,11 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, activation: str):
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads, bias=True)
-        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm2, self.up, self.down = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            nn.Linear(4 * width, width),
+        )
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
@@ -70,7 +75,12 @@ class CLIPText(nn.Module):
     ):
         super().__init__()
         self.numbers = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        self.dim, self.pad, self.context_length, self.words_only = width, pad, context_length, words_only
+        self.dim, self.pad, self.context_length, self.words_only = (
+            width,
+            pad,
+            context_length,
+            words_only,
+        )
         self.checkpointing = False  # True: compute each block again in the backward pass rather than keep what it computed
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.position_embedding = nn.Embedding(context_length, width)
@@ -96,7 +106,10 @@ class CLIPText(nn.Module):
             ids = token_ids(prompt)
             if len(ids) > room:
                 lost = tokenizer().decode(ids[room:]).strip()
-                warnings.warn(f'prompt cut after {room} tokens; the model does not see: "{lost}"', stacklevel=2)
+                warnings.warn(
+                    f'prompt cut after {room} tokens; the model does not see: "{lost}"',
+                    stacklevel=2,
+                )
             row = [START, *ids[:room], END]
             rows.append(row + [self.pad] * (self.context_length - len(row)))
         return torch.tensor(rows, dtype=torch.long, device=self.token_embedding.weight.device)

@@ -2,6 +2,7 @@
 
 A verb is a function; tyro reads its options off its signature.
 """
+
 import contextlib
 import difflib
 import functools
@@ -18,7 +19,9 @@ from tqdm import tqdm
 
 from minidiff.errors import UserError
 
-Verbs = dict[str, Callable[..., None]]  # by name; a name of two words is a verb of a group, as in "plot forward"
+Verbs = dict[
+    str, Callable[..., None]
+]  # by name; a name of two words is a verb of a group, as in "plot forward"
 
 
 def run(program: str, purpose: str, verbs: Verbs, args: list[str]) -> None:
@@ -26,15 +29,21 @@ def run(program: str, purpose: str, verbs: Verbs, args: list[str]) -> None:
     with one_line(program):
         for arg in args:
             if re.search("[\ud800-\udfff]", arg):  # how Python keeps bytes that are no text
-                raise UserError(f"the argument {arg!a} is not valid UTF-8; type it anew, or rename the file.")
+                raise UserError(
+                    f"the argument {arg!a} is not valid UTF-8; type it anew, or rename the file."
+                )
         chosen(program, purpose, verbs, args or ["--help"])()
 
 
 @contextlib.contextmanager
 def one_line(program: str, interrupted: str = "interrupted.") -> Iterator[None]:
     """Every complaint in one line. Exit code 0 on success, 2 on bad input, 130 on Ctrl-C."""
-    with warnings.catch_warnings():  # a warning is one line too, above a progress bar where there is one
-        warnings.showwarning = lambda message, *_, **__: tqdm.write(f"{program}: {_flat(str(message))}", file=sys.stderr)
+    with (
+        warnings.catch_warnings()
+    ):  # a warning is one line too, above a progress bar where there is one
+        warnings.showwarning = lambda message, *_, **__: tqdm.write(
+            f"{program}: {_flat(str(message))}", file=sys.stderr
+        )
         try:
             yield
             sys.stdout.flush()
@@ -44,7 +53,11 @@ def one_line(program: str, interrupted: str = "interrupted.") -> Iterator[None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except OSError as error:
             advice = "check the path, its permissions and the free space."
-            _fail(program, f"{error.filename}: {error.strerror}; {advice}" if error.filename else str(error), 2)
+            _fail(
+                program,
+                f"{error.filename}: {error.strerror}; {advice}" if error.filename else str(error),
+                2,
+            )
         except KeyboardInterrupt:
             _fail(program, interrupted, 130)
 
@@ -71,8 +84,19 @@ def overview(usage: str, purpose: str, verbs: Verbs) -> str:
     """What --help prints where no verb is named: each verb and the first line of its docstring."""
     width = 4 + max(len(name) for name in verbs)
     first = {name: verb.__doc__.splitlines()[0] for name, verb in verbs.items()}
-    listed = [textwrap.fill(f"{'  ' + name:{width}}{line}", 100, subsequent_indent=" " * width) for name, line in first.items()]
-    return "\n".join([f"usage: {usage} VERB [OPTIONS]", "", f"{purpose} Each verb has its own --help:", "", *listed])
+    listed = [
+        textwrap.fill(f"{'  ' + name:{width}}{line}", 100, subsequent_indent=" " * width)
+        for name, line in first.items()
+    ]
+    return "\n".join(
+        [
+            f"usage: {usage} VERB [OPTIONS]",
+            "",
+            f"{purpose} Each verb has its own --help:",
+            "",
+            *listed,
+        ]
+    )
 
 
 def parsed(function: Callable[..., None], args: list[str], command: str) -> Callable[[], None]:
@@ -95,9 +119,13 @@ def parsed(function: Callable[..., None], args: list[str], command: str) -> Call
 def complaint(box: str) -> str:
     """What stands in tyro's box, in one line: the message, and the options it would rather have seen."""
     lines = [line.strip("│| ") for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()]
-    said, *more = re.split(r"\n?.*[─-]{5}.*\n", "\n".join(lines))[1:] or [" ".join(lines)]  # rules part it; what is before the first is the title
+    said, *more = re.split(r"\n?.*[─-]{5}.*\n", "\n".join(lines))[1:] or [
+        " ".join(lines)
+    ]  # rules part it; what is before the first is the title
     said, hints = _flat(said.split("\n\n")[0]).rstrip("."), "\n".join(more)
-    if bad := re.match(r"""Error parsing (--[\w-]+): .*(['"])(.*)\2""", said):  # what follows is Python's, not the reader's
+    if bad := re.match(
+        r"""Error parsing (--[\w-]+): .*(['"])(.*)\2""", said
+    ):  # what follows is Python's, not the reader's
         whole = re.search(rf"^{bad[1]} INT", hints, re.M)
         return f'{bad[1]} takes {"a whole number" if whole else "a number"}, not "{bad[3]}"'
     options = sorted(set(re.findall(r"^--[\w-]+", hints, re.M)))

@@ -18,6 +18,7 @@ into the same thing: a Prediction of (x0, eps). Nothing outside this file knows 
 [12] Saharia et al. Photorealistic Text-to-Image Diffusion Models with Deep Language Understanding. 2022. arXiv:2205.11487
 [13] Karras et al. Guiding a Diffusion Model with a Bad Version of Itself. 2024. arXiv:2406.02507
 """
+
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,7 +30,10 @@ from minidiff.errors import UserError
 from minidiff.schedules import NoiseSchedule
 
 SIGMA_DATA = 0.5  # s_d, the standard deviation EDM assumes of its data, [4] table 1
-LEVELS, HASTE = 20, 20.0  # of the learned weighting: stretches of t, and how many times faster than a weight it learns
+LEVELS, HASTE = (
+    20,
+    20.0,
+)  # of the learned weighting: stretches of t, and how many times faster than a weight it learns
 
 
 def _edm(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,11 +47,16 @@ TARGETS: dict[str, Callable] = {  # F estimates a x0 + b eps
     "eps": lambda alpha, sigma: (torch.zeros_like(alpha), torch.ones_like(alpha)),  # [1] eq. 14
     "x0": lambda alpha, sigma: (torch.ones_like(alpha), torch.zeros_like(alpha)),  # [1] section 3.2
     "v": lambda alpha, sigma: (-sigma, alpha),  # [2] appendix D
-    "flow": lambda alpha, sigma: (-torch.ones_like(alpha), torch.ones_like(alpha)),  # [3] eq. 23, rectified flow
+    "flow": lambda alpha, sigma: (
+        -torch.ones_like(alpha),
+        torch.ones_like(alpha),
+    ),  # [3] eq. 23, rectified flow
     "edm": _edm,  # [4] table 1
 }
 
-WEIGHTINGS: dict[str, Callable] = {  # w(SNR), the weight of || x0 - x0_hat ||^2, whatever the network predicts
+WEIGHTINGS: dict[
+    str, Callable
+] = {  # w(SNR), the weight of || x0 - x0_hat ||^2, whatever the network predicts
     "eps": lambda snr: snr,  # the paper's "simple" loss, [1] eq. 14
     "x0": lambda snr: torch.ones_like(snr),
     "v": lambda snr: snr + 1,  # [2] section 4
@@ -55,7 +64,9 @@ WEIGHTINGS: dict[str, Callable] = {  # w(SNR), the weight of || x0 - x0_hat ||^2
     "edm": lambda snr: snr + SIGMA_DATA**-2,  # [4] table 1, lambda(sigma)
     "min-snr": lambda snr: snr.clamp(max=5),  # [5] section 3.4, gamma = 5
     "p2": lambda snr: snr / (1 + snr),  # [6] eq. 8, gamma = k = 1
-    "learned": lambda snr: torch.ones_like(snr),  # then divided by its own mean at each level: Denoiser.loss
+    "learned": lambda snr: torch.ones_like(
+        snr
+    ),  # then divided by its own mean at each level: Denoiser.loss
 }
 
 
@@ -66,7 +77,9 @@ class Prediction(NamedTuple):
     eps: Float[Tensor, "B *dims"]
 
 
-Denoise = Callable[[Tensor, Tensor], Prediction]  # (x, t) -> Prediction: all a sampler needs to know of a model
+Denoise = Callable[
+    [Tensor, Tensor], Prediction
+]  # (x, t) -> Prediction: all a sampler needs to know of a model
 
 
 def _like(scale: Float[Tensor, "B"], x: Tensor) -> Tensor:
@@ -77,7 +90,13 @@ def _like(scale: Float[Tensor, "B"], x: Tensor) -> Tensor:
 class Denoiser(nn.Module):
     """network + schedule + one row of TARGETS. The network is called as network(x, c_noise, context)."""
 
-    def __init__(self, network: nn.Module, schedule: NoiseSchedule, target: str = "eps", weighting: str | None = None):
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: NoiseSchedule,
+        target: str = "eps",
+        weighting: str | None = None,
+    ):
         """weighting: a key of WEIGHTINGS; None means the plain squared error of the network's own output."""
         super().__init__()
         if target not in TARGETS:
@@ -85,27 +104,50 @@ class Denoiser(nn.Module):
         if (weighting or target) not in WEIGHTINGS:
             raise ValueError(f'no weighting "{weighting}"; there is {", ".join(WEIGHTINGS)}')
         if target == "eps" and getattr(schedule, "zero_terminal_snr", False):
-            raise ValueError('target "eps" says nothing about x0 where alpha = 0; use "v" or "x0" with zero_terminal_snr')
-        self.network, self.schedule, self.target, self.weighting = network, schedule, target, weighting or target
-        self.log_error = nn.Parameter(torch.zeros(LEVELS)) if weighting == "learned" else None  # u / HASTE; of use in training only
+            raise ValueError(
+                'target "eps" says nothing about x0 where alpha = 0; use "v" or "x0" with zero_terminal_snr'
+            )
+        self.network, self.schedule, self.target, self.weighting = (
+            network,
+            schedule,
+            target,
+            weighting or target,
+        )
+        self.log_error = (
+            nn.Parameter(torch.zeros(LEVELS)) if weighting == "learned" else None
+        )  # u / HASTE; of use in training only
 
     def _row(self, t: Shaped[Tensor, "B"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         alpha, sigma = self.schedule.alpha_sigma(t)
         return alpha, sigma, *TARGETS[self.target](alpha, sigma)
 
-    def output(self, x: Float[Tensor, "B *dims"], t: Shaped[Tensor, "B"], context: Float[Tensor, "B L D"] | None = None) -> Tensor:
+    def output(
+        self,
+        x: Float[Tensor, "B *dims"],
+        t: Shaped[Tensor, "B"],
+        context: Float[Tensor, "B L D"] | None = None,
+    ) -> Tensor:
         """F, the bare output of the network, on an input scaled to unit variance where the target asks for it."""
         if self.target == "edm":  # c_in, [4] table 1
             alpha, sigma = self.schedule.alpha_sigma(t)
             x = x * _like((sigma**2 + (SIGMA_DATA * alpha) ** 2).rsqrt(), x)
-        precise = torch.promote_types(x.dtype, torch.float32)  # bfloat16 cannot tell t = 999 from 1000
+        precise = torch.promote_types(
+            x.dtype, torch.float32
+        )  # bfloat16 cannot tell t = 999 from 1000
         return self.network(x, self.schedule.c_noise(t).to(precise).to(x.device), context)
 
-    def forward(self, x: Float[Tensor, "B *dims"], t: Shaped[Tensor, "B"], context: Float[Tensor, "B L D"] | None = None) -> Prediction:
+    def forward(
+        self,
+        x: Float[Tensor, "B *dims"],
+        t: Shaped[Tensor, "B"],
+        context: Float[Tensor, "B L D"] | None = None,
+    ) -> Prediction:
         """What the network says of x0 and eps. t is a CPU tensor."""
         return self.solve(x, t, self.output(x, t, context).to(x.dtype))
 
-    def solve(self, x: Float[Tensor, "B *dims"], t: Shaped[Tensor, "B"], F: Float[Tensor, "B *dims"]) -> Prediction:
+    def solve(
+        self, x: Float[Tensor, "B *dims"], t: Shaped[Tensor, "B"], F: Float[Tensor, "B *dims"]
+    ) -> Prediction:
         """Solve  x = alpha x0 + sigma eps,  F = a x0 + b eps  for (x0, eps)."""
         alpha, sigma, a, b = self._row(t)
         det = alpha * b - sigma * a
@@ -137,11 +179,19 @@ class Denoiser(nn.Module):
         alpha, sigma, a, b = self._row(t)
         x = _like(alpha, x0) * x0 + _like(sigma, x0) * eps
         error = _like(a, x0) * x0 + _like(b, x0) * eps - self.output(x, t, context)
-        weight = WEIGHTINGS[self.weighting](self.schedule.snr(t)) * (sigma / (alpha * b - sigma * a)) ** 2
+        weight = (
+            WEIGHTINGS[self.weighting](self.schedule.snr(t))
+            * (sigma / (alpha * b - sigma * a)) ** 2
+        )
         each = weight.to(x0.dtype).to(x0.device) * error.pow(2).flatten(1).mean(1)
         if self.log_error is None:
             return each
-        u = HASTE * self.log_error[(LEVELS * self.schedule.progress(t)).long().clamp(max=LEVELS - 1).to(x0.device)]
+        u = (
+            HASTE
+            * self.log_error[
+                (LEVELS * self.schedule.progress(t)).long().clamp(max=LEVELS - 1).to(x0.device)
+            ]
+        )
         return each / u.exp() + u
 
 
@@ -170,15 +220,25 @@ def guide(
     if not 0 <= rescale <= 1:
         raise UserError(f"rescale is {rescale}; it must be from 0 (off) to 1.")
     if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
-        raise UserError(f"the guidance interval is {interval}; it must be two numbers from 0 (data) to 1 (noise), the smaller one first.")
+        raise UserError(
+            f"the guidance interval is {interval}; it must be two numbers from 0 (data) to 1 (noise), the smaller one first."
+        )
     if scale != 1 and context is not None and null is None and weak is None:
-        raise UserError(f"guidance at scale {scale:g} needs something to steer away from: null or weak.")
+        raise UserError(
+            f"guidance at scale {scale:g} needs something to steer away from: null or weak."
+        )
     if threshold is not None and not 0 < threshold <= 1:
-        raise UserError(f"threshold is {threshold}; it must be a share above 0 and up to 1, as in 0.995.")
+        raise UserError(
+            f"threshold is {threshold}; it must be a share above 0 and up to 1, as in 0.995."
+        )
 
     def steered(x: Tensor, t: Tensor) -> Prediction:
         progress = denoiser.schedule.progress(t)
-        inside = torch.ones_like(progress) if interval is None else ((interval[0] <= progress) & (progress <= interval[1])).double()
+        inside = (
+            torch.ones_like(progress)
+            if interval is None
+            else ((interval[0] <= progress) & (progress <= interval[1])).double()
+        )
         if scale == 1 or not inside.any() or (weak is None and context is None):
             return denoiser(x, t, context)
         if weak is not None:
@@ -186,7 +246,12 @@ def guide(
         elif scale == 0 and inside.all():
             return denoiser(x, t, null)
         else:
-            halves = [half.chunk(2) for half in denoiser(torch.cat([x, x]), torch.cat([t, t]), torch.cat([null, context]))]
+            halves = [
+                half.chunk(2)
+                for half in denoiser(
+                    torch.cat([x, x]), torch.cat([t, t]), torch.cat([null, context])
+                )
+            ]
             away, towards = (Prediction(*half) for half in zip(*halves, strict=True))
         g = scale if interval is None else _like(1 + (scale - 1) * inside, x)
         guided = Prediction(*(a + g * (b - a) for a, b in zip(away, towards, strict=True)))

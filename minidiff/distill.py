@@ -32,6 +32,7 @@ is any of these losses with a guided teacher, and `guided_loss` is its first sta
 [7] Luhman, Luhman. Knowledge Distillation in Iterative Generative Models for Improved Sampling Speed. 2021. arXiv:2101.02388
 [8] Sauer, Lorenz, Blattmann, Rombach. Adversarial Diffusion Distillation. 2023. arXiv:2311.17042
 """
+
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -60,7 +61,12 @@ def pseudo_huber(x: Float[Tensor, "B *dims"], y: Float[Tensor, "B *dims"]) -> Fl
     return (squared(x, y) + c**2).sqrt() - c
 
 
-def noised(schedule: NoiseSchedule, t: Shaped[Tensor, "B"], x0: Float[Tensor, "B *dims"], eps: Float[Tensor, "B *dims"]) -> Float[Tensor, "B *dims"]:
+def noised(
+    schedule: NoiseSchedule,
+    t: Shaped[Tensor, "B"],
+    x0: Float[Tensor, "B *dims"],
+    eps: Float[Tensor, "B *dims"],
+) -> Float[Tensor, "B *dims"]:
     """x_t = alpha_t x0 + sigma_t eps. With what a denoiser says of another x_s in place of x0 and eps, it is DDIM's step from s to t."""
     alpha, sigma = schedule.alpha_sigma(t)
     return _like(alpha, x0) * x0 + _like(sigma, x0) * eps
@@ -76,11 +82,21 @@ def guided_loss(
 ) -> Float[Tensor, "B"]:
     """[4] section 3.1 for one scale of guidance: matching_loss with a guided teacher, where noise takes data."""
     t = schedule.sample_t(len(x0)) if t is None else t
-    return matching_loss(student, teacher, schedule, noised(schedule, t, x0, torch.randn_like(x0) if eps is None else eps), t)
+    return matching_loss(
+        student,
+        teacher,
+        schedule,
+        noised(schedule, t, x0, torch.randn_like(x0) if eps is None else eps),
+        t,
+    )
 
 
 def matching_loss(
-    student: Denoise, teacher: Denoise, schedule: NoiseSchedule, x: Float[Tensor, "B *dims"], t: Shaped[Tensor, "B"]
+    student: Denoise,
+    teacher: Denoise,
+    schedule: NoiseSchedule,
+    x: Float[Tensor, "B *dims"],
+    t: Shaped[Tensor, "B"],
 ) -> Float[Tensor, "B"]:
     """w(SNR_t) |x0_student(x_t) - x0_teacher(x_t)|^2 with w = max(SNR, 1), at any x_t: those of the student's own walks, say, where what
     it gets wrong leads it."""
@@ -90,7 +106,10 @@ def matching_loss(
 
 
 def progressive_target(
-    teacher: Denoise, schedule: NoiseSchedule, x: Float[Tensor, "B *dims"], times: Shaped[Tensor, "n1 B"]
+    teacher: Denoise,
+    schedule: NoiseSchedule,
+    x: Float[Tensor, "B *dims"],
+    times: Shaped[Tensor, "n1 B"],
 ) -> Float[Tensor, "B *dims"]:
     """[1] algorithm 2: the x0 with which one DDIM step from times[0] to times[-1] ends where the teacher's n steps through times end,
     x0 = (x_s - (sigma_s / sigma_t) x_t) / (alpha_s - (sigma_s / sigma_t) alpha_t)."""
@@ -98,7 +117,10 @@ def progressive_target(
     with torch.no_grad():
         for t, s in pairwise(times):
             x_s = noised(schedule, s, *teacher(x_s, t))
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(times[0]), schedule.alpha_sigma(times[-1])
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = (
+        schedule.alpha_sigma(times[0]),
+        schedule.alpha_sigma(times[-1]),
+    )
     kept = sigma_s / sigma_t
     return (x_s - _like(kept, x) * x) / _like(alpha_s - kept * alpha_t, x)
 
@@ -120,10 +142,14 @@ def progressive_loss(
     stride, 2 stride, ...; drawn, and eps too, unless given."""
     steps = len(times) - 1
     if stride < 1 or steps < stride or steps % stride:
-        raise UserError(f"{steps} steps of the teacher are not a whole number of strides of {stride}.")
+        raise UserError(
+            f"{steps} steps of the teacher are not a whole number of strides of {stride}."
+        )
     n = stride * torch.randint(0, steps // stride, (len(x0),)) if n is None else n
     x = noised(schedule, times[n], x0, torch.randn_like(x0) if eps is None else eps)
-    taught = progressive_target(teacher, schedule, x, torch.stack([times[n + k] for k in range(stride + 1)]))
+    taught = progressive_target(
+        teacher, schedule, x, torch.stack([times[n + k] for k in range(stride + 1)])
+    )
     return schedule.snr(times[n]).clamp(min=1).to(x0) * squared(student(x, times[n]).x0, taught)
 
 
@@ -196,12 +222,16 @@ def intervals(step: int, steps: int, first: int = 10, last: int = 1280) -> int:
     K' = floor(steps / (log2(last / first) + 1)) steps, at most `last`."""
     stages = int(math.log2(last / first)) + 1
     if steps < stages:
-        raise UserError(f"steps is {steps}; from {first} intervals to {last} takes at least {stages}.")
+        raise UserError(
+            f"steps is {steps}; from {first} intervals to {last} takes at least {stages}."
+        )
     doublings = step // (steps // stages)
     return min(first * 2**doublings, last)
 
 
-def lognormal(sigma: Float[Tensor, "N1"], mean: float = -1.1, std: float = 2.0) -> Float[Tensor, "N"]:
+def lognormal(
+    sigma: Float[Tensor, "N1"], mean: float = -1.1, std: float = 2.0
+) -> Float[Tensor, "N"]:
     """[3] section 3.5: how often each interval of these decreasing noise levels is met if ln sigma is normal, for torch.multinomial to draw n by."""
     below = torch.special.ndtr((sigma.log() - mean) / std)
     return below[:-1] - below[1:]

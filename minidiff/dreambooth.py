@@ -9,6 +9,7 @@ groups of examples and the sum of their losses:
 
 [1] Ruiz et al. DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation. 2022. arXiv:2208.12242
 """
+
 import hashlib
 import json
 import random
@@ -27,7 +28,14 @@ from tqdm import tqdm
 from minidiff import cache, plots
 from minidiff.cache import Example
 from minidiff.clip import token_ids
-from minidiff.data.folder import CaptionedFolder, Pictures, existing, load_picture, pictures_in, to_model
+from minidiff.data.folder import (
+    CaptionedFolder,
+    Pictures,
+    existing,
+    load_picture,
+    pictures_in,
+    to_model,
+)
 from minidiff.errors import UserError
 from minidiff.finetune import encoded
 from minidiff.latent_diffusion import LatentDiffusion
@@ -54,7 +62,9 @@ class Recipe(NamedTuple):
     prior: float = 1.0
     rank: int = 4
     word_lr: float = 5e-4  # of that vector
-    levels: tuple[float, float] | None = None  # mean and spread of logit(t / T), where training draws t otherwise than the schedule
+    levels: tuple[float, float] | None = (
+        None  # mean and spread of logit(t / T), where training draws t otherwise than the schedule
+    )
 
 
 TOY = {
@@ -98,7 +108,14 @@ def subject_pictures(folder: Path, prompt: str, caption_column: str = "text") ->
 def expand(templates: list[str], n: int, seed: int) -> list[str]:
     """n prompts: the templates in turn, and of every {one|or another} in them one, chosen at random."""
     rng = random.Random(f"class {seed}")
-    return [re.sub(r"\{([^{}]*)\}", lambda choice: rng.choice(choice[1].split("|")), templates[k % len(templates)]) for k in range(n)]
+    return [
+        re.sub(
+            r"\{([^{}]*)\}",
+            lambda choice: rng.choice(choice[1].split("|")),
+            templates[k % len(templates)],
+        )
+        for k in range(n)
+    ]
 
 
 def rare_words(prompt: str, class_prompts: list[str]) -> list[str]:
@@ -110,7 +127,11 @@ def rare_words(prompt: str, class_prompts: list[str]) -> list[str]:
 def check_prompts(captions: list[str], class_prompts: list[str]) -> list[str]:
     """Warn of prompts that will teach something else than a subject; returns the words that call it: of all captions and of no class prompt."""
     spoken = [set(re.findall(r"\w+", caption.lower())) for caption in captions]
-    words = [word for word in rare_words(captions[0], class_prompts) if all(word in caption for caption in spoken)]
+    words = [
+        word
+        for word in rare_words(captions[0], class_prompts)
+        if all(word in caption for caption in spoken)
+    ]
     if class_prompts and not words:
         said = f'"{captions[0]}" has no word that the class prompt lacks, so the whole class becomes the subject; add a rare token, as "sks"'
         warnings.warn(said, stacklevel=2)
@@ -122,7 +143,12 @@ def check_prompts(captions: list[str], class_prompts: list[str]) -> list[str]:
 
 
 def class_pictures(
-    model: LatentDiffusion, prompts: list[str], folder: Path, steps: int = 25, guidance: float | None = None, seed: int = 0
+    model: LatentDiffusion,
+    prompts: list[str],
+    folder: Path,
+    steps: int = 25,
+    guidance: float | None = None,
+    seed: int = 0,
 ) -> Pictures:
     """A picture for each prompt, drawn by the model as it is now, into folder/0000.png and so on.
 
@@ -130,7 +156,9 @@ def class_pictures(
     there under the key wanted is not drawn again; any other is, and so is one that cannot be read.
     """
     if not prompts:
-        raise UserError("no class pictures: prior preservation has nothing to preserve. Ask for some, or go without it.")
+        raise UserError(
+            "no class pictures: prior preservation has nothing to preserve. Ask for some, or go without it."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     guidance = model.guidance if guidance is None else guidance
     weights = [cache.fingerprint(part) for part in (model.vae, model.text, model.unet)]
@@ -145,7 +173,13 @@ def class_pictures(
             key = hashlib.sha256(json.dumps([weights, some, how]).encode()).hexdigest()
             if not all(carries(path, key) for path in places):
                 generator = torch.Generator().manual_seed(seed_of(seed, start))
-                drawn = model.generate(some, steps=steps, guidance=guidance, generator=generator, step=by_name(model.sampler, generator))
+                drawn = model.generate(
+                    some,
+                    steps=steps,
+                    guidance=guidance,
+                    generator=generator,
+                    step=by_name(model.sampler, generator),
+                )
                 for path, picture, prompt in zip(places, drawn.float().cpu(), some, strict=True):
                     plots.save_png(picture, path, {"prompt": prompt, "key": key})
             bar.update(len(some))
@@ -164,9 +198,13 @@ def carries(path: Path, key: str) -> bool:
         return picture.info.get("key") == key
 
 
-def subject_examples(model: LatentDiffusion, data: Pictures, shift: float, folder: Path, seed: int) -> list[Example]:
+def subject_examples(
+    model: LatentDiffusion, data: Pictures, shift: float, folder: Path, seed: int
+) -> list[Example]:
     """The subject as training sees it: every picture as it is or, with a shift, moved about."""
-    return moved_about(model, data, shift, seed) if shift else encoded(model, data, model.size, folder)
+    return (
+        moved_about(model, data, shift, seed) if shift else encoded(model, data, model.size, folder)
+    )
 
 
 @torch.no_grad()
@@ -178,12 +216,18 @@ def moved_about(model: LatentDiffusion, data: Pictures, shift: float, seed: int)
     for path, caption in zip(data.paths, data.captions, strict=True):
         picture = to_model(load_picture(path, model.size))
         copies = torch.stack([moved(picture, reach, generator) for _ in range(COPIES)])
-        examples += [Example(latents, caption) for latents in model.vae.encode(copies.to(model.device)).cpu()]
+        examples += [
+            Example(latents, caption) for latents in model.vae.encode(copies.to(model.device)).cpu()
+        ]
     return examples
 
 
-def moved(picture: Float[Tensor, "3 H W"], reach: int, generator: torch.Generator) -> Float[Tensor, "3 H W"]:
+def moved(
+    picture: Float[Tensor, "3 H W"], reach: int, generator: torch.Generator
+) -> Float[Tensor, "3 H W"]:
     """The picture, moved by up to `reach` pixels each way."""
     _, height, width = picture.shape
     top, left = torch.randint(2 * reach + 1, (2,), generator=generator).tolist()
-    return F.pad(picture[None], (reach,) * 4, mode="replicate")[0, :, top : top + height, left : left + width]
+    return F.pad(picture[None], (reach,) * 4, mode="replicate")[
+        0, :, top : top + height, left : left + width
+    ]

@@ -6,6 +6,7 @@ z0 are the latents of the given picture; a mask is 1 where new things may be dra
 [2] Lugmayr et al. RePaint: Inpainting using Denoising Diffusion Probabilistic Models. 2022. arXiv:2201.09865
 [3] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. 2022. arXiv:2112.10752
 """
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
@@ -29,7 +30,9 @@ def noised(schedule: NoiseSchedule, z0: Latents, noise: Latents, t: Shaped[Tenso
 def late(times: Shaped[Tensor, "steps1"], strength: float) -> Shaped[Tensor, "late1"]:
     """The last strength x steps of the steps, [1] section 3: the earlier ones decide what the given picture has decided already."""
     if not 0 < strength <= 1:
-        raise UserError(f"strength is {strength:g}; it must be above 0 (the picture stays) and at most 1 (little of it does).")
+        raise UserError(
+            f"strength is {strength:g}; it must be above 0 (the picture stays) and at most 1 (little of it does)."
+        )
     steps = len(times) - 1
     return times[steps - max(1, int(steps * strength)) :]
 
@@ -38,7 +41,11 @@ def keeping(step: Step, z0: Latents, noise: Latents, mask: Mask) -> Step:
     """The step, after which all outside the mask is as noisy as it should be and otherwise as given ([2] eq. 8, with the same noise throughout)."""
 
     def masked(
-        denoise: Denoise, schedule: NoiseSchedule, x: Latents, t: Shaped[Tensor, ""], s: Shaped[Tensor, ""]
+        denoise: Denoise,
+        schedule: NoiseSchedule,
+        x: Latents,
+        t: Shaped[Tensor, ""],
+        s: Shaped[Tensor, ""],
     ) -> tuple[Latents, Latents]:
         x_s, x0 = step(denoise, schedule, x, t, s)
         return mask * x_s + (1 - mask) * noised(schedule, z0, noise, s), x0
@@ -53,10 +60,18 @@ class Inpainting(nn.Module):
         super().__init__()
         self.network, self.beside = network, torch.cat([mask, kept], dim=1)
 
-    def forward(self, x: Latents, t: Shaped[Tensor, "B"], context: Float[Tensor, "B L D"] | None = None) -> Latents:
-        return self.network(torch.cat([x, self.beside.to(x).expand(len(x), -1, -1, -1)], dim=1), t, context)
+    def forward(
+        self, x: Latents, t: Shaped[Tensor, "B"], context: Float[Tensor, "B L D"] | None = None
+    ) -> Latents:
+        return self.network(
+            torch.cat([x, self.beside.to(x).expand(len(x), -1, -1, -1)], dim=1), t, context
+        )
 
 
 def shrunk(mask: Float[Tensor, "1 1 H W"], factor: int) -> Mask:
     """The mask at the size of latents: each position's first pixel decides."""
-    return F.interpolate((mask > 0.5).float(), size=(mask.shape[2] // factor, mask.shape[3] // factor), mode="nearest")
+    return F.interpolate(
+        (mask > 0.5).float(),
+        size=(mask.shape[2] // factor, mask.shape[3] // factor),
+        mode="nearest",
+    )

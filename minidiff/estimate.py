@@ -8,6 +8,7 @@ allocator holds in reserve) is not in it; docs/memory.md has estimates beside me
 [1] Chen et al. Training Deep Nets with Sublinear Memory Cost. 2016. arXiv:1604.06174
 [2] Dettmers et al. 8-bit Optimizers via Block-wise Quantization. 2022. arXiv:2110.02861
 """
+
 import copy
 import os
 import time
@@ -42,7 +43,9 @@ class Settings(NamedTuple):
     bf16: bool = False  # compute in it; the weights stay as they are
     optimizer: str = "adamw"
     ema: bool = False
-    cached: bool = True  # latents, and contexts where the text tower is not trained, are computed beforehand
+    cached: bool = (
+        True  # latents, and contexts where the text tower is not trained, are computed beforehand
+    )
 
 
 class Estimate(NamedTuple):
@@ -53,15 +56,24 @@ class Estimate(NamedTuple):
     moments: int  # the optimizer's two numbers for each trained weight
     average: int  # the EMA's copy
     trained: int  # how many numbers are trained
-    flops: int  # multiplications and additions of one step, all its batches and the way back included
+    flops: (
+        int  # multiplications and additions of one step, all its batches and the way back included
+    )
 
     @property
     def total(self) -> int:
         return self.weights + self.step + self.moments + self.average
 
     def __str__(self) -> str:
-        parts = {"weights": self.weights, "gradients and activations": self.step, "optimizer": self.moments, "average of the weights": self.average}
-        return f"{human(self.total)} = " + " + ".join(f"{name} {human(count)}" for name, count in parts.items() if count)
+        parts = {
+            "weights": self.weights,
+            "gradients and activations": self.step,
+            "optimizer": self.moments,
+            "average of the weights": self.average,
+        }
+        return f"{human(self.total)} = " + " + ".join(
+            f"{name} {human(count)}" for name, count in parts.items() if count
+        )
 
 
 class Ledger(TorchDispatchMode):
@@ -72,10 +84,14 @@ class Ledger(TorchDispatchMode):
         self.now = self.peak = self.flops = 0
         self.known: set[int] = set()
 
-    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         result = operation(*args, **(kwargs or {}))
         if operation.overloadpacket in flop_registry:
-            self.flops += flop_registry[operation.overloadpacket](*args, **(kwargs or {}), out_val=result)
+            self.flops += flop_registry[operation.overloadpacket](
+                *args, **(kwargs or {}), out_val=result
+            )
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
                 self.note(value.untyped_storage())
@@ -102,10 +118,17 @@ def estimate(model: LatentDiffusion, how: Settings) -> Estimate:
     return Estimate(weights, step, moments, average, sum(numbers for numbers, _ in trained), flops)
 
 
-def _simulated(model: LatentDiffusion, how: Settings) -> tuple[int, int, int, list[tuple[int, int]]]:
+def _simulated(
+    model: LatentDiffusion, how: Settings
+) -> tuple[int, int, int, list[tuple[int, int]]]:
     """Bytes of the weights, most bytes beyond them in a step, FLOPs of a step, and (numbers, bytes) of each trained tensor."""
-    device = "cuda" if model.device.type == "cuda" else "cpu"  # which kernels there are decides what is kept
-    ledger, schedule = Ledger(), copy.deepcopy(model.schedule)  # whatever it keeps of what it computes must not be fake in the model
+    device = (
+        "cuda" if model.device.type == "cuda" else "cpu"
+    )  # which kernels there are decides what is kept
+    ledger, schedule = (
+        Ledger(),
+        copy.deepcopy(model.schedule),
+    )  # whatever it keeps of what it computes must not be fake in the model
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device), ledger:
         vae, text, unet = (_twin(part) for part in (model.vae, model.text, model.unet))
         denoiser = Denoiser(unet, schedule, model.denoiser.target, model.denoiser.weighting)
@@ -115,13 +138,20 @@ def _simulated(model: LatentDiffusion, how: Settings) -> tuple[int, int, int, li
         weights = ledger.now
         kept = text.encode([""] * how.batch) if how.cached and not how.text else None
         ledger.peak = ledger.now
-        for _ in range(min(how.accumulate, 2)):  # from the second on, the gradients of the first are there
+        for _ in range(
+            min(how.accumulate, 2)
+        ):  # from the second on, the gradients of the first are there
             ledger.flops = 0
             with torch.autocast(device, torch.bfloat16, enabled=how.bf16):
                 loss = _loss(vae, text, denoiser, how, kept)
             (loss.mean() / how.accumulate).backward()
             del loss
-    return weights, ledger.peak - weights, how.accumulate * ledger.flops, [(p.numel(), p.nbytes) for p in trained]
+    return (
+        weights,
+        ledger.peak - weights,
+        how.accumulate * ledger.flops,
+        [(p.numel(), p.nbytes) for p in trained],
+    )
 
 
 def _twin(part: nn.Module) -> nn.Module:
@@ -129,7 +159,9 @@ def _twin(part: nn.Module) -> nn.Module:
     twin, dtype = type(part)(**part.numbers), next((p.dtype for p in part.parameters()), None)
     for module in twin.modules():
         for name, p in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(p.to(dtype), requires_grad=False))  # module.to() does not work on fake tensors
+            setattr(
+                module, name, nn.Parameter(p.to(dtype), requires_grad=False)
+            )  # module.to() does not work on fake tensors
     return twin
 
 
@@ -142,13 +174,19 @@ def _to_train(unet: nn.Module, text: nn.Module, how: Settings) -> list[nn.Parame
     return [p for network in (unet, text) for p in network.parameters() if p.requires_grad]
 
 
-def _loss(vae: nn.Module, text: nn.Module, denoiser: Denoiser, how: Settings, context: Tensor | None) -> Tensor:
+def _loss(
+    vae: nn.Module, text: nn.Module, denoiser: Denoiser, how: Settings, context: Tensor | None
+) -> Tensor:
     """That of one batch, as fine-tuning computes it; the context is given where it was computed beforehand."""
     height, width = how.size
     latents = torch.randn(how.batch, vae.latent_channels, height // vae.factor, width // vae.factor)
     if not how.cached:
         with torch.no_grad():
-            latents = vae.encode(torch.randn(how.batch, vae.numbers.get("in_channels", vae.latent_channels), height, width))
+            latents = vae.encode(
+                torch.randn(
+                    how.batch, vae.numbers.get("in_channels", vae.latent_channels), height, width
+                )
+            )
     if context is None:
         with torch.set_grad_enabled(how.text):
             context = text.encode([""] * how.batch)
@@ -168,7 +206,9 @@ def alternatives(how: Settings) -> dict[str, Settings]:
     ways = {
         "--checkpointing": how._replace(checkpointing=True),
         "--method lora": how._replace(rank=how.rank or 8),
-        f"--batch 1 --accumulate {how.batch * how.accumulate}": how._replace(batch=1, accumulate=how.batch * how.accumulate),
+        f"--batch 1 --accumulate {how.batch * how.accumulate}": how._replace(
+            batch=1, accumulate=how.batch * how.accumulate
+        ),
         "--dtype bf16": how._replace(bf16=True),
         "--optimizer adamw8bit": how._replace(optimizer="adamw8bit"),
         "caching latents": how._replace(cached=True),
@@ -178,7 +218,11 @@ def alternatives(how: Settings) -> dict[str, Settings]:
 
 def advice(model: LatentDiffusion, how: Settings, total: int, without: Iterable[str] = ()) -> str:
     """The switch that would save most of this total, and how much; `without` are switches that cannot be had, as adamw8bit without a GPU."""
-    saved = {name: total - estimate(model, way).total for name, way in alternatives(how).items() if name not in without}
+    saved = {
+        name: total - estimate(model, way).total
+        for name, way in alternatives(how).items()
+        if name not in without
+    }
     best = max(saved, key=lambda name: saved[name], default=None)
     if best is None or saved[best] < 0.05 * total:
         return "no switch would save more than a twentieth of it"
@@ -188,10 +232,17 @@ def advice(model: LatentDiffusion, how: Settings, total: int, without: Iterable[
 def forecast(model: LatentDiffusion, how: Settings, steps: int) -> str:
     """What to print before the first step. Warns where the device has less memory than that."""
     said, device = estimate(model, how), model.device
-    hint = advice(model, how, said.total, without=() if device.type == "cuda" else ("--optimizer adamw8bit",))
-    have = room(device) + (said.weights if device.type == "cuda" else 0)  # the model is on the device already
+    hint = advice(
+        model, how, said.total, without=() if device.type == "cuda" else ("--optimizer adamw8bit",)
+    )
+    have = room(device) + (
+        said.weights if device.type == "cuda" else 0
+    )  # the model is on the device already
     if said.total > have:
-        warnings.warn(f"this needs about {human(said.total)}, and the device has {human(have)}: {hint}", stacklevel=2)
+        warnings.warn(
+            f"this needs about {human(said.total)}, and the device has {human(have)}: {hint}",
+            stacklevel=2,
+        )
     each = said.flops / speed(device, how.bf16)
     needs = f"memory: about {human(said.total)} ({str(said).split(' = ')[1]}); {hint}."
     return f"{needs}\ntime: about {duration(each)} a step, {duration(steps * each)} in all, estimated from {said.flops / 1e9:,.0f} GFLOP a step."
@@ -208,7 +259,10 @@ def speed(device: torch.device, bf16: bool = False) -> float:
     """FLOP/s of this device, forward and backward through a 3x3 convolution and a linear layer of 256 channels at 32x32, the median of several."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     maps = torch.randn(2, 256, 32, 32, device=device, dtype=dtype, requires_grad=True)
-    kernel, matrix = (torch.randn(256, 256, *k, device=device, dtype=dtype, requires_grad=True) for k in ((3, 3), ()))
+    kernel, matrix = (
+        torch.randn(256, 256, *k, device=device, dtype=dtype, requires_grad=True)
+        for k in ((3, 3), ())
+    )
 
     def once() -> float:
         begun = time.perf_counter()
@@ -222,7 +276,11 @@ def speed(device: torch.device, bf16: bool = False) -> float:
 
 def human(count: float) -> str:
     """Bytes, as 14.9 GB, 95 MB, 3.2 MB."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.{0 if count >= 1e7 else 1}f} MB"
+    return (
+        f"{count / 1e9:.1f} GB"
+        if count >= 1e9
+        else f"{count / 1e6:.{0 if count >= 1e7 else 1}f} MB"
+    )
 
 
 def duration(seconds: float) -> str:

@@ -5,6 +5,7 @@ place included. Pictures, real and drawn, go by a batch at a time, and only thei
 So each figure comes with its floor: what as many real pictures score against the same others. A figure as good as its floor is as good as
 can be told with so few pictures.
 """
+
 import random
 import time
 from collections import Counter, defaultdict
@@ -38,11 +39,23 @@ def held_out(world: World, n: int, objects: int, seed: int) -> list[str]:
 
 
 def caption_accuracy(
-    model: LatentDiffusion, captions: list[str], steps: int = 25, guidance: float | None = None, seed: int = 0
+    model: LatentDiffusion,
+    captions: list[str],
+    steps: int = 25,
+    guidance: float | None = None,
+    seed: int = 0,
 ) -> tuple[float, Float[Tensor, "B 3 H W"], list[bool]]:
     """The share of captions whose picture the critic accepts in every attribute; the pictures; the verdict on each."""
-    pictures = model.generate(captions, steps=steps, guidance=guidance, generator=torch.Generator().manual_seed(seed), progress=True).cpu()
-    verdicts = [critic.holds(picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
+    pictures = model.generate(
+        captions,
+        steps=steps,
+        guidance=guidance,
+        generator=torch.Generator().manual_seed(seed),
+        progress=True,
+    ).cpu()
+    verdicts = [
+        critic.holds(picture, caption) for picture, caption in zip(pictures, captions, strict=True)
+    ]
     return sum(verdicts) / len(verdicts), pictures, verdicts
 
 
@@ -61,8 +74,12 @@ def shuffled(captions: list[str]) -> list[str]:
     return captions[1:] + captions[:1]
 
 
-Batches = Iterable[tuple[Float[Tensor, "B 3 H W"], list[str]]]  # pictures and their captions, a few at a time
-Seen = dict[str, Float[Tensor, "_n ..."]]  # features under their network's name; a number for each picture under "accuracy" and "CLIP score"
+Batches = Iterable[
+    tuple[Float[Tensor, "B 3 H W"], list[str]]
+]  # pictures and their captions, a few at a time
+Seen = dict[
+    str, Float[Tensor, "_n ..."]
+]  # features under their network's name; a number for each picture under "accuracy" and "CLIP score"
 
 
 def look(batches: Batches, networks: list[str], judged: bool, clip: bool = False) -> Seen:
@@ -72,7 +89,11 @@ def look(batches: Batches, networks: list[str], judged: bool, clip: bool = False
         for name in networks:
             kept[name].append(features.features(name, pictures))
         if judged:
-            kept["accuracy"].append(torch.tensor([float(critic.holds(*pair)) for pair in zip(pictures, captions, strict=True)]))
+            kept["accuracy"].append(
+                torch.tensor(
+                    [float(critic.holds(*pair)) for pair in zip(pictures, captions, strict=True)]
+                )
+            )
         if clip:
             kept["CLIP score"].append(features.clip_similarity(pictures, captions))
     return {name: torch.cat(parts) for name, parts in kept.items()}
@@ -107,33 +128,70 @@ def of_world(world: World, n: int, seed: int, networks: list[str], clip: bool = 
         for count, objects in ((n // 2, 1), (n - n // 2, 2)):
             rng = random.Random(str((key, seed)))
             scenes = [world.scene(rng, objects, "held-out") for _ in range(count)]
-            yield from shown(scenes, [world.caption(scene, rng, full=True) for scene in scenes], rng)
+            yield from shown(
+                scenes, [world.caption(scene, rng, full=True) for scene in scenes], rng
+            )
 
     rng = random.Random(f"repeated {seed}")
     scenes = [world.scene(rng, split="held-out") for _ in range(max(2, n // 20))]
-    repeated = [caption for scene in scenes for caption in [world.caption(scene, rng, full=True)] * EACH]
+    repeated = [
+        caption for scene in scenes for caption in [world.caption(scene, rng, full=True)] * EACH
+    ]
     alike = looking(shown([scene for scene in scenes for _ in range(EACH)], repeated, rng))
     prompts = held_out(world, n // 2, 1, seed) + held_out(world, n - n // 2, 2, seed)
-    return Bench(looking, networks, prompts, looking(fresh("real")), looking(fresh("instead")), repeated, alike, None)
+    return Bench(
+        looking,
+        networks,
+        prompts,
+        looking(fresh("real")),
+        looking(fresh("instead")),
+        repeated,
+        alike,
+        None,
+    )
 
 
-def of_folder(folder: Path, size: int, n: int, seed: int, networks: list[str], clip: bool = False, column: str = "text") -> Bench:
+def of_folder(
+    folder: Path,
+    size: int,
+    n: int,
+    seed: int,
+    networks: list[str],
+    clip: bool = False,
+    column: str = "text",
+) -> Bench:
     """A captioned folder, halved at random: n pictures to compare with, and n others, whose captions are the prompts, in the model's place."""
     data = CaptionedFolder(folder, size, column)
     if len(data) < 2 * n:
-        raise UserError(f"{folder} holds {len(data)} pictures; a floor at the same n needs twice n: pass --n {len(data) // 2} or less.")
+        raise UserError(
+            f"{folder} holds {len(data)} pictures; a floor at the same n needs twice n: pass --n {len(data) // 2} or less."
+        )
 
     def shown() -> Batches:
         for i in range(0, len(data), AT_ONCE):
-            pictures, captions = load_all(Pictures(data.paths[i : i + AT_ONCE], data.captions[i : i + AT_ONCE]), size)
+            pictures, captions = load_all(
+                Pictures(data.paths[i : i + AT_ONCE], data.captions[i : i + AT_ONCE]), size
+            )
             yield to_model(pictures), captions
 
     looking = partial(look, networks=networks, judged=False, clip=clip)
-    training, order = looking(shown()), torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    training, order = (
+        looking(shown()),
+        torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)),
+    )
     real, other = order[:n], order[n : 2 * n]
     prompts = [data.captions[i] for i in other.tolist()]
     repeated = [prompt for prompt in prompts[: max(2, n // 20)] for _ in range(EACH)]
-    return Bench(looking, networks, prompts, only(training, real), only(training, other), repeated, None, training)
+    return Bench(
+        looking,
+        networks,
+        prompts,
+        only(training, real),
+        only(training, other),
+        repeated,
+        None,
+        training,
+    )
 
 
 class Figure(NamedTuple):
@@ -168,11 +226,15 @@ def counted(network: nn.Module) -> Iterator[list[int]]:
         handle.remove()
 
 
-def draw(model: LatentDiffusion, bench: Bench, sampler: str | None = None, seed: int = 0, **how) -> Drawn:
+def draw(
+    model: LatentDiffusion, bench: Bench, sampler: str | None = None, seed: int = 0, **how
+) -> Drawn:
     """A picture for every prompt, the repeated ones included; how: steps, guidance, and more of model.draw's arguments."""
     generator = torch.Generator().manual_seed(seed)
     prompts, n, seconds = bench.prompts + bench.repeated, len(bench.prompts), 0.0
-    drawing = model.draw(prompts, step=by_name(sampler or model.sampler, generator), generator=generator, **how)
+    drawing = model.draw(
+        prompts, step=by_name(sampler or model.sampler, generator), generator=generator, **how
+    )
 
     def batches() -> Batches:  # only drawing is timed, not looking
         nonlocal seconds
@@ -184,7 +246,12 @@ def draw(model: LatentDiffusion, bench: Bench, sampler: str | None = None, seed:
 
     with counted(model.unet) as sizes:
         seen = bench.look(batches())
-    return Drawn(only(seen, slice(n)), only(seen, slice(n, None)), seconds / len(prompts), sum(sizes) / len(prompts))
+    return Drawn(
+        only(seen, slice(n)),
+        only(seen, slice(n, None)),
+        seconds / len(prompts),
+        sum(sizes) / len(prompts),
+    )
 
 
 def figures(bench: Bench, drawn: Drawn, seed: int = 0) -> list[Figure]:
@@ -193,15 +260,36 @@ def figures(bench: Bench, drawn: Drawn, seed: int = 0) -> list[Figure]:
     rows = accuracies(bench, drawn, generator) if "accuracy" in bench.real else []
     for name in bench.networks:
         fake, real, instead = (seen[name] for seen in (drawn.pictures, bench.real, bench.instead))
-        found, floors = compared(name, fake, real, generator), compared(name, instead, real, generator)
-        rows += [Figure(metric, name, *score, floors[metric].value, n) for metric, score in found.items()]
+        found, floors = (
+            compared(name, fake, real, generator),
+            compared(name, instead, real, generator),
+        )
+        rows += [
+            Figure(metric, name, *score, floors[metric].value, n) for metric, score in found.items()
+        ]
         rows.append(varied(name, bench, drawn, generator))
         if bench.training is not None:
             floor = metrics.memorised_floor(bench.training[name]).mean().item()
-            rows.append(Figure("memorised", name, *metrics.bootstrap(metrics.memorised(fake, bench.training[name]), generator), floor, n))
+            rows.append(
+                Figure(
+                    "memorised",
+                    name,
+                    *metrics.bootstrap(metrics.memorised(fake, bench.training[name]), generator),
+                    floor,
+                    n,
+                )
+            )
     if "CLIP score" in bench.real:
         ours, theirs = drawn.pictures["CLIP score"], bench.instead["CLIP score"]
-        rows.append(Figure("CLIP score", "clip ViT-B-32 openai", *metrics.bootstrap(ours, generator), theirs.mean().item(), n))
+        rows.append(
+            Figure(
+                "CLIP score",
+                "clip ViT-B-32 openai",
+                *metrics.bootstrap(ours, generator),
+                theirs.mean().item(),
+                n,
+            )
+        )
     return [
         *rows,
         Figure("evaluations per picture", "", drawn.evaluations, None, None, None, n),
@@ -213,16 +301,33 @@ def accuracies(bench: Bench, drawn: Drawn, generator: torch.Generator) -> list[F
     """The share of pictures the critic accepts in every attribute: all, and those of one thing and of two."""
     ours, theirs = drawn.pictures["accuracy"], bench.instead["accuracy"]
     half, rows = len(ours) // 2, []
-    for name, part in (("accuracy", slice(None)), ("accuracy, one object", slice(half)), ("accuracy, two objects", slice(half, None))):
+    for name, part in (
+        ("accuracy", slice(None)),
+        ("accuracy, one object", slice(half)),
+        ("accuracy, two objects", slice(half, None)),
+    ):
         if len(ours[part]):
-            rows.append(Figure(name, "critic", *metrics.bootstrap(ours[part], generator), theirs[part].mean().item(), len(ours[part])))
+            rows.append(
+                Figure(
+                    name,
+                    "critic",
+                    *metrics.bootstrap(ours[part], generator),
+                    theirs[part].mean().item(),
+                    len(ours[part]),
+                )
+            )
     return rows
 
 
-def compared(name: str, fake: Float[Tensor, "n D"], real: Float[Tensor, "m D"], generator: torch.Generator) -> dict[str, Score]:
+def compared(
+    name: str, fake: Float[Tensor, "n D"], real: Float[Tensor, "m D"], generator: torch.Generator
+) -> dict[str, Score]:
     """Distances and shares between two sets of features. Resampling pictures would only push the Fréchet distance up: it has no interval."""
     distance = metrics.frechet(metrics.Moments().add(fake), metrics.Moments().add(real))
-    found = {"FID" if name == features.INCEPTION else "frechet": Score(distance), "kid": metrics.kid(fake, real, generator)}
+    found = {
+        "FID" if name == features.INCEPTION else "frechet": Score(distance),
+        "kid": metrics.kid(fake, real, generator),
+    }
     for metric in (metrics.precision, metrics.recall, metrics.density, metrics.coverage):
         found[metric.__name__] = metrics.bootstrap(metric(real, fake), generator)
     return found
@@ -235,6 +340,12 @@ def varied(name: str, bench: Bench, drawn: Drawn, generator: torch.Generator) ->
         return metrics.diversity(seen[name].unflatten(0, (-1, EACH)))
 
     unit = metrics.diversity(bench.real[name][None, :1000]).item()
-    floor = None if bench.repeated_instead is None else each(bench.repeated_instead).mean().item() / unit
+    floor = (
+        None
+        if bench.repeated_instead is None
+        else each(bench.repeated_instead).mean().item() / unit
+    )
     ours = each(drawn.repeated) / unit
-    return Figure("diversity per prompt", name, *metrics.bootstrap(ours, generator), floor, len(ours))
+    return Figure(
+        "diversity per prompt", name, *metrics.bootstrap(ours, generator), floor, len(ours)
+    )

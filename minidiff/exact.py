@@ -7,6 +7,7 @@ over its items. Whatever a sampler or a network gets wrong against these, it got
 [1] Karras, Aittala, Aila, Laine. Elucidating the Design Space of Diffusion-Based Generative Models. 2022. arXiv:2206.00364
 [2] Efron. Tweedie's Formula and Selection Bias. 2011. JASA 106
 """
+
 import math
 
 import torch
@@ -23,7 +24,12 @@ class Mixture:
     A point may have any shape, as a picture has: `means` says which.
     """
 
-    def __init__(self, means: Float[Tensor, "K *dims"], std: float | Float[Tensor, "..."] = 0.0, weights: Float[Tensor, "K"] | None = None):
+    def __init__(
+        self,
+        means: Float[Tensor, "K *dims"],
+        std: float | Float[Tensor, "..."] = 0.0,
+        weights: Float[Tensor, "K"] | None = None,
+    ):
         """std: one for all, or a tensor that broadcasts with means; 0 makes the means a data set. weights: their ratios; left out, equal."""
         self.shape = means.shape[1:]
         self.means = means.double().flatten(1)
@@ -34,16 +40,26 @@ class Mixture:
     def draw(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n *dims"]:
         """n points of the data, in float64."""
         which = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        x0 = self.means[which] + self.std[which] * torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
+        x0 = self.means[which] + self.std[which] * torch.randn(
+            n, self.means.shape[1], generator=generator, dtype=torch.float64
+        )
         return x0.unflatten(1, self.shape)
 
-    def _parts(self, x: Float[Tensor, "B *dims"], alpha: Float[Tensor, "B"], sigma: Float[Tensor, "B"]) -> tuple[Tensor, Tensor, Tensor]:
+    def _parts(
+        self, x: Float[Tensor, "B *dims"], alpha: Float[Tensor, "B"], sigma: Float[Tensor, "B"]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Of each component k at noisy points x: log(weight_k p_k(x)) as (B, K); mean and variance of x0 if it came from k, as (B, K, D)."""
         alpha, sigma = alpha.view(-1, 1, 1), sigma.view(-1, 1, 1)
         spread = (alpha * self.std) ** 2 + sigma**2  # variance of x about alpha mean
         away = x.double().flatten(1)[:, None] - alpha * self.means
-        log_share = self.weights.log() - (away**2 / spread + (2 * math.pi * spread).log()).sum(-1) / 2
-        return log_share, self.means + alpha * self.std**2 / spread * away, (self.std * sigma) ** 2 / spread
+        log_share = (
+            self.weights.log() - (away**2 / spread + (2 * math.pi * spread).log()).sum(-1) / 2
+        )
+        return (
+            log_share,
+            self.means + alpha * self.std**2 / spread * away,
+            (self.std * sigma) ** 2 / spread,
+        )
 
     def denoiser(self, schedule: NoiseSchedule) -> Denoise:
         """The best there is, x0 = E[x0 | x_t]: every component's own posterior mean, weighted by how likely x_t came from it ([1] appendix B.3)."""
@@ -57,20 +73,27 @@ class Mixture:
 
         return denoise
 
-    def score(self, schedule: NoiseSchedule, x: Float[Tensor, "B *dims"], t: Shaped[Tensor, "B"]) -> Float[Tensor, "B *dims"]:
+    def score(
+        self, schedule: NoiseSchedule, x: Float[Tensor, "B *dims"], t: Shaped[Tensor, "B"]
+    ) -> Float[Tensor, "B *dims"]:
         """The gradient of log p_t at x: -eps / sigma_t (Tweedie's formula, [2])."""
         sigma = schedule.alpha_sigma(t)[1].view(-1, *[1] * len(self.shape))
         return -self.denoiser(schedule)(x, t).eps / sigma.to(x)
 
     def log_likelihood(
-        self, x: Float[Tensor, "B *dims"], schedule: NoiseSchedule | None = None, t: Shaped[Tensor, "B"] | None = None
+        self,
+        x: Float[Tensor, "B *dims"],
+        schedule: NoiseSchedule | None = None,
+        t: Shaped[Tensor, "B"] | None = None,
     ) -> Float[Tensor, "B"]:
         """log p(x) in nats, of clean data, or of data noised to time t of a schedule. Clean, a component of no width has no density."""
         ones = torch.ones(len(x), dtype=torch.float64)
         alpha, sigma = (ones, 0 * ones) if schedule is None else schedule.alpha_sigma(t)
         return self._parts(x, alpha, sigma)[0].logsumexp(1).to(x.dtype)
 
-    def posterior_variance(self, schedule: NoiseSchedule, x: Float[Tensor, "B *dims"], t: Shaped[Tensor, "B"]) -> Float[Tensor, "B"]:
+    def posterior_variance(
+        self, schedule: NoiseSchedule, x: Float[Tensor, "B *dims"], t: Shaped[Tensor, "B"]
+    ) -> Float[Tensor, "B"]:
         """E[|x0 - E[x0 | x_t]|^2 | x_t], mean over dims: the squared error at x_t that no denoiser can avoid."""
         log_share, mean, variance = self._parts(x, *schedule.alpha_sigma(t))
         share = log_share.softmax(1)[..., None]
@@ -78,7 +101,11 @@ class Mixture:
         return (share * (variance + about**2)).sum(1).mean(1).to(x.dtype)
 
     def optimal_loss(
-        self, schedule: NoiseSchedule, t: Shaped[Tensor, ""], n: int = 4096, generator: torch.Generator | None = None
+        self,
+        schedule: NoiseSchedule,
+        t: Shaped[Tensor, ""],
+        n: int = 4096,
+        generator: torch.Generator | None = None,
     ) -> Float[Tensor, ""]:
         """E|x0 - E[x0 | x_t]|^2, mean over dims: the least loss there is at t, for the weighting "x0". The mean of the exact posterior variance over
         n draws of x_t; of a single Gaussian it is the same everywhere, so exact: std^2 sigma^2 / (alpha^2 std^2 + sigma^2)."""
@@ -86,4 +113,3 @@ class Mixture:
         x0 = self.draw(n, generator)
         x = alpha * x0 + sigma * torch.randn(x0.shape, generator=generator, dtype=torch.float64)
         return self.posterior_variance(schedule, x, t.expand(n)).mean()
-

@@ -7,6 +7,7 @@ attributes, a classifier of CIFAR-10 what tells its ten classes apart. Pictures 
 [2] Heusel et al. GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium. 2017. arXiv:1706.08500
 [3] Hessel et al. CLIPScore: A Reference-free Evaluation Metric for Image Captioning. 2021. arXiv:2104.08718
 """
+
 import math
 from collections.abc import Callable
 from functools import cache
@@ -47,7 +48,10 @@ def random_conv(pictures: Pictures) -> Float[Tensor, "B 128"]:
 @cache
 def _random_weights() -> list[Float[Tensor, "out in 3 3"]]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(b, a, 3, 3, generator=generator) * math.sqrt(2 / (9 * a)) for a, b in pairwise(WIDTHS)]
+    return [
+        torch.randn(b, a, 3, 3, generator=generator) * math.sqrt(2 / (9 * a))
+        for a, b in pairwise(WIDTHS)
+    ]
 
 
 def attributes(reading: critic.Reading) -> Float[Tensor, "D"]:
@@ -55,8 +59,12 @@ def attributes(reading: critic.Reading) -> Float[Tensor, "D"]:
     things = [*reading.things, None, None][:2]
     numbers = [float(len(reading.things)), *_one_hot(reading.background, critic.BACKGROUNDS)]
     for thing in things:
-        numbers += _one_hot(thing and thing.shape, dict.fromkeys(critic.WORDS.values())) + _one_hot(thing and thing.colour, critic.COLOURS)
-        numbers += [thing.x, thing.y, 4 * thing.radius] if thing else [0.0] * 3  # radii up to 1/4: as large as the others
+        numbers += _one_hot(thing and thing.shape, dict.fromkeys(critic.WORDS.values())) + _one_hot(
+            thing and thing.colour, critic.COLOURS
+        )
+        numbers += (
+            [thing.x, thing.y, 4 * thing.radius] if thing else [0.0] * 3
+        )  # radii up to 1/4: as large as the others
     return torch.tensor(numbers)
 
 
@@ -78,7 +86,9 @@ def cifar10(pictures: Pictures) -> Float[Tensor, "B 128"]:
 @cache
 def _cifar10() -> torch.nn.Module:
     network = Classifier(10)
-    network.load_state_dict(load_file(Path(__file__).parent / "networks" / "cifar10_resnet.safetensors"))
+    network.load_state_dict(
+        load_file(Path(__file__).parent / "networks" / "cifar10_resnet.safetensors")
+    )
     return network.float().eval()
 
 
@@ -93,13 +103,17 @@ def _inception() -> torch.nn.Module:
     try:
         from torch_fidelity.utils import create_feature_extractor
     except ImportError:
-        raise UserError("Inception's features need torch-fidelity: pip install 'minidiff[eval]'.") from None
+        raise UserError(
+            "Inception's features need torch-fidelity: pip install 'minidiff[eval]'."
+        ) from None
     try:
         return create_feature_extractor(INCEPTION, ["2048"], cuda=False)
     except OSError as error:
         reason = " ".join(str(error).split())
         others = ", ".join(name for name in NETWORKS if name != INCEPTION)
-        raise UserError(f"Inception's weights cannot be had ({reason}); go online once, or use other features: {others}.") from None
+        raise UserError(
+            f"Inception's weights cannot be had ({reason}); go online once, or use other features: {others}."
+        ) from None
 
 
 NETWORKS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -109,7 +123,11 @@ NETWORKS: dict[str, Callable[[Tensor], Tensor]] = {
     CIFAR10: cifar10,
     INCEPTION: inception,
 }
-DEFAULTS = ("pixels-8x8", "random-conv-0", "critic-attributes")  # what nobody named is measured in; the last only on the built-in world
+DEFAULTS = (
+    "pixels-8x8",
+    "random-conv-0",
+    "critic-attributes",
+)  # what nobody named is measured in; the last only on the built-in world
 
 
 def by_name(name: str) -> Callable[[Tensor], Tensor]:
@@ -135,19 +153,40 @@ def _clip(name: str, weights: str) -> tuple[torch.nn.Module, Callable]:
         model, _, _ = open_clip.create_model_and_transforms(name, pretrained=weights)
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"CLIP's weights {name}/{weights} cannot be had ({reason}); go online once, or leave --clip out.") from None
+        raise UserError(
+            f"CLIP's weights {name}/{weights} cannot be had ({reason}); go online once, or leave --clip out."
+        ) from None
     return model, open_clip.get_tokenizer(name)
 
 
-def clip_similarity(pictures: Pictures, prompts: list[str], name: str = "ViT-B-32", weights: str = "openai") -> Float[Tensor, "B"]:
+def clip_similarity(
+    pictures: Pictures, prompts: list[str], name: str = "ViT-B-32", weights: str = "openai"
+) -> Float[Tensor, "B"]:
     """The cosine between each picture and its prompt in CLIP's space: what [3] multiplies by 2.5, others by 100. Weights are fetched on first use."""
     model, tokenizer = _clip(name, weights)
-    side = model.visual.image_size[0] if isinstance(model.visual.image_size, tuple) else model.visual.image_size
-    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (model.visual.image_mean, model.visual.image_std))
+    side = (
+        model.visual.image_size[0]
+        if isinstance(model.visual.image_size, tuple)
+        else model.visual.image_size
+    )
+    mean, std = (
+        torch.tensor(numbers).view(3, 1, 1)
+        for numbers in (model.visual.image_mean, model.visual.image_std)
+    )
     tokens = tokenizer(prompts)
     found = []
     with torch.no_grad():
         for some, words in zip(pictures.cpu().split(64), tokens.split(64), strict=True):
-            shown = (F.interpolate(some / 2 + 0.5, (side, side), mode="bicubic", antialias=True).clamp(0, 1) - mean) / std
-            found.append((F.normalize(model.encode_image(shown), dim=1) * F.normalize(model.encode_text(words), dim=1)).sum(1))
+            shown = (
+                F.interpolate(some / 2 + 0.5, (side, side), mode="bicubic", antialias=True).clamp(
+                    0, 1
+                )
+                - mean
+            ) / std
+            found.append(
+                (
+                    F.normalize(model.encode_image(shown), dim=1)
+                    * F.normalize(model.encode_text(words), dim=1)
+                ).sum(1)
+            )
     return torch.cat(found)

@@ -7,6 +7,7 @@ refused.
 
 [1] Hang et al. Efficient Diffusion Training via Min-SNR Weighting Strategy. 2023. arXiv:2303.09556
 """
+
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,20 +37,36 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 SHARED = 50_000_000  # trained numbers below which a CPU's cores share a batch by pictures; above, a second set of gradients would cost too much
 
 
-def encoded(model: LatentDiffusion, data: Pictures, size: int, folder: Path | None, flip: bool = False, shapes: bool = False) -> list[Example]:
+def encoded(
+    model: LatentDiffusion,
+    data: Pictures,
+    size: int,
+    folder: Path | None,
+    flip: bool = False,
+    shapes: bool = False,
+) -> list[Example]:
     """The pictures of a captioned folder as examples: squares of this side, or with shapes each of the shape nearest its own, and the same area.
     With flip each is there a second time, mirrored. folder: where the latents are kept."""
     sizes = [(size, size)] * len(data)
     if shapes:
         seen = (load_picture(path).shape for path in data.paths)
-        sizes = [bucket(width, height, size**2, model.vae.factor * model.unet.multiple) for _, height, width in seen]
+        sizes = [
+            bucket(width, height, size**2, model.vae.factor * model.unet.multiple)
+            for _, height, width in seen
+        ]
     latents = cache.encoded(model.vae, data.paths, sizes, folder, flip)
-    return [Example(z, caption) for z, caption in zip(latents, data.captions * (1 + flip), strict=True)]
+    return [
+        Example(z, caption) for z, caption in zip(latents, data.captions * (1 + flip), strict=True)
+    ]
 
 
 def hearing(unet: nn.Module) -> tuple[str, ...]:
     """The layers a LoRA should adapt unless told otherwise: attention, and in a U-Net whose residual blocks hear the text too, these."""
-    return (*lora.ATTENTION, "pool", "conv1", "conv2") if getattr(unet, "pool", None) is not None else lora.ATTENTION
+    return (
+        (*lora.ATTENTION, "pool", "conv1", "conv2")
+        if getattr(unet, "pool", None) is not None
+        else lora.ATTENTION
+    )
 
 
 def to_train(
@@ -119,30 +136,54 @@ def finetune(
     [1]. ema: the decay of an average of the weights, which is then what is recorded and written. every: steps between two checkpoints and two
     measurements of the recorder.
     """
-    numbers = dict(steps=steps, lr=lr, batch=batch, accumulate=accumulate, warmup=warmup, every=every)
+    numbers = dict(
+        steps=steps, lr=lr, batch=batch, accumulate=accumulate, warmup=warmup, every=every
+    )
     check(method, optimizer, dtype, word, **numbers, rank=rank, ema=ema, dropout=dropout)
     for group in groups:
         if not group.examples:
             raise UserError(f'nothing to learn from: the group "{group.name}" has no pictures.')
     if levels and not hasattr(model.schedule, "mean"):
-        raise UserError(f"levels cannot be chosen for a schedule of the kind {type(model.schedule).__name__}; it draws t its own way.")
+        raise UserError(
+            f"levels cannot be chosen for a schedule of the kind {type(model.schedule).__name__}; it draws t its own way."
+        )
     dropout = model.dropout if dropout is None else dropout
     settings = {"method": method} | numbers
-    settings |= dict(text=text, dropout=dropout, min_snr=min_snr, ema=ema, dtype=dtype, optimizer=optimizer, seed=seed)
+    settings |= dict(
+        text=text,
+        dropout=dropout,
+        min_snr=min_snr,
+        ema=ema,
+        dtype=dtype,
+        optimizer=optimizer,
+        seed=seed,
+    )
     settings |= dict(rank=rank, alpha=alpha, layers=",".join(layers)) if method == "lora" else {}
     settings |= {"levels": list(levels)} if levels else {}
     settings |= dict(word=word, word_lr=word_lr, like=like) if word else {}
     same_run(out, identity(model, groups, settings), resume)
 
     torch.manual_seed(seed)  # LoRA's A
-    denoiser = Denoiser(model.unet, model.schedule, model.denoiser.target, "min-snr") if min_snr else model.denoiser
-    named = inversion.Word(model.text, word, like, (word_lr or lr) / lr).to(model.device) if word else None
+    denoiser = (
+        Denoiser(model.unet, model.schedule, model.denoiser.target, "min-snr")
+        if min_snr
+        else model.denoiser
+    )
+    named = (
+        inversion.Word(model.text, word, like, (word_lr or lr) / lr).to(model.device)
+        if word
+        else None
+    )
     trained = to_train(model, denoiser, method, rank, alpha, layers, text, named)
     hook = named.hang(model.text) if named else None
     for part in (model.unet, model.text):
         part.checkpointing = checkpointing
     captions = [example.caption for group in groups for example in group.examples]
-    contexts = None if text or word or model.text.dim is None else cache.contexts(model.text, captions, out / "cache")
+    contexts = (
+        None
+        if text or word or model.text.dim is None
+        else cache.contexts(model.text, captions, out / "cache")
+    )
     average, seen = None if ema is None else EMA(trained, ema), {}
     pieces, loss_fn = shares(model, trained, batch), loss(model, contexts, denoiser, seen)
     times = replace(model.schedule, mean=levels[0], std=levels[1]) if levels else model.schedule
@@ -187,9 +228,16 @@ def finetune(
         for step in loop:
             if not bar.n:
                 bar.initial = bar.n = step.step - 1  # a resumed loop starts further on
-            since.append(mean([{name: value.item() for name, value in seen[k].items()} for k in sorted(seen)]))
+            since.append(
+                mean(
+                    [{name: value.item() for name, value in seen[k].items()} for k in sorted(seen)]
+                )
+            )
             seen.clear()
-            bar.set_postfix_str(", ".join(f"{name} {value:.3f}" for name, value in mean(since[-20:]).items()), refresh=False)
+            bar.set_postfix_str(
+                ", ".join(f"{name} {value:.3f}" for name, value in mean(since[-20:]).items()),
+                refresh=False,
+            )
             bar.update()
             if step.step % every == 0 or step.step == steps:
                 record(step.step, step.lr)
@@ -224,13 +272,18 @@ def shares(model: LatentDiffusion, trained: nn.Module, batch: int) -> int:
     """Into how many pieces a batch is cut, so that two cores work on pictures and not on one operation: 2 where that is possible, else 1.
     It follows from the run and not from how many cores there are today: the sum of two halves has other last bits than the whole."""
     few = sum(p.numel() for p in trained.parameters()) < SHARED
-    random_inside = model.unet.numbers.get("dropout", 0) > 0  # threads that draw from one generator draw in any order
+    random_inside = (
+        model.unet.numbers.get("dropout", 0) > 0
+    )  # threads that draw from one generator draw in any order
     return 2 if model.device.type == "cpu" and batch % 2 == 0 and few and not random_inside else 1
 
 
 def mean(losses: list[dict[str, float]]) -> dict[str, float]:
     """Of each group, over some batches or steps."""
-    return {name: sum(each[name] for each in losses) / len(losses) for name in (losses[0] if losses else ())}
+    return {
+        name: sum(each[name] for each in losses) / len(losses)
+        for name in (losses[0] if losses else ())
+    }
 
 
 @contextmanager
@@ -249,22 +302,37 @@ def averaged(ema: EMA | None) -> Iterator[None]:
             torch._foreach_copy_(ema.weights, kept)
 
 
-def check(method: str, optimizer: str, dtype: str, word: str | None = None, **numbers: float | None) -> None:
+def check(
+    method: str, optimizer: str, dtype: str, word: str | None = None, **numbers: float | None
+) -> None:
     """Every number that cannot be, before anything slow."""
     if method not in METHODS:
         raise UserError(f'no method "{method}"; there is {", ".join(METHODS)}.')
     if method == "inversion" and not word:
-        raise UserError('the method "inversion" learns one word\'s vector, and none is named; minidiff dreambooth finds it in its prompt.')
+        raise UserError(
+            'the method "inversion" learns one word\'s vector, and none is named; minidiff dreambooth finds it in its prompt.'
+        )
     if optimizer not in OPTIMIZERS:
         raise UserError(f'no optimizer "{optimizer}"; there is {", ".join(OPTIMIZERS)}.')
     if dtype not in DTYPES:
-        raise UserError(f'no dtype "{dtype}" to train in; there is {", ".join(DTYPES)} (in fp16 gradients vanish).')
+        raise UserError(
+            f'no dtype "{dtype}" to train in; there is {", ".join(DTYPES)} (in fp16 gradients vanish).'
+        )
     if not math.isfinite(numbers["lr"]) or numbers["lr"] <= 0:
         raise UserError(f"lr is {numbers['lr']:g}; it must be above 0, as in 1e-4.")
-    for name, least in (("steps", 1), ("batch", 1), ("accumulate", 1), ("every", 1), ("rank", 1), ("warmup", 0)):
+    for name, least in (
+        ("steps", 1),
+        ("batch", 1),
+        ("accumulate", 1),
+        ("every", 1),
+        ("rank", 1),
+        ("warmup", 0),
+    ):
         if numbers[name] < least:
             raise UserError(f"{name} is {numbers[name]}; it must be at least {least}.")
     if numbers["ema"] is not None and not 0 < numbers["ema"] < 1:
         raise UserError(f"ema is {numbers['ema']:g}; it must be between 0 and 1, as in 0.999.")
     if numbers["dropout"] is not None and not 0 <= numbers["dropout"] < 1:
-        raise UserError(f"dropout is {numbers['dropout']:g}; it must be from 0 to below 1, as in 0.1.")
+        raise UserError(
+            f"dropout is {numbers['dropout']:g}; it must be from 0 to below 1, as in 0.1."
+        )

@@ -1,4 +1,5 @@
 """Where NaN began: numbers that are not finite spread through everything after them, so the first module that gives one is the one to know."""
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,7 +17,9 @@ def watched(module: nn.Module, advice: str) -> Iterator[None]:
         def hook(_, __, output: object) -> None:
             if isinstance(output, torch.Tensor) and not output.isfinite().all():
                 precision = str(output.dtype).removeprefix("torch.")
-                raise UserError(f"numbers that are not finite (NaN or infinity) began in {name or 'the model'}, computed in {precision}; {advice}")
+                raise UserError(
+                    f"numbers that are not finite (NaN or infinity) began in {name or 'the model'}, computed in {precision}; {advice}"
+                )
 
         return hook
 

@@ -5,6 +5,7 @@ All that is random about batch k follows from (seed, k).
 [1] Ho, Salimans. Classifier-Free Diffusion Guidance. 2022. arXiv:2207.12598
 [2] Ruiz et al. DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation. 2022. arXiv:2208.12242
 """
+
 import random
 from collections.abc import Iterator
 from itertools import count
@@ -52,11 +53,15 @@ def split(n: int, share: float, seed: int) -> tuple[list[int], list[int]]:
     return [i for i in range(n) if i not in set(held)], held
 
 
-def batches(groups: list[Group], schedule: NoiseSchedule, batch: int, dropout: float, seed: int, start: int) -> Iterator[Batch]:
+def batches(
+    groups: list[Group], schedule: NoiseSchedule, batch: int, dropout: float, seed: int, start: int
+) -> Iterator[Batch]:
     """Batches start, start + 1, ...: `batch` examples of every group, those of a group of one shape (buckets.py). A caption is hidden with
     probability `dropout` ([1] algorithm 1)."""
     orders = [
-        buckets.batches([tuple(e.latents.shape[1:]) for e in group.examples], batch, seed_of(seed, place), start)
+        buckets.batches(
+            [tuple(e.latents.shape[1:]) for e in group.examples], batch, seed_of(seed, place), start
+        )
         for place, group in enumerate(groups)
     ]
     for k, *chosen in zip(count(start), *orders, strict=False):
@@ -64,9 +69,20 @@ def batches(groups: list[Group], schedule: NoiseSchedule, batch: int, dropout: f
         for group, indices in zip(groups, chosen, strict=True):
             latents = torch.stack([group.examples[i].latents for i in indices])
             hidden = (torch.rand(batch, generator=generator) < dropout).tolist()
-            captions = ["" if h else group.examples[i].caption for i, h in zip(indices, hidden, strict=True)]
+            captions = [
+                "" if h else group.examples[i].caption for i, h in zip(indices, hidden, strict=True)
+            ]
             t = schedule.sample_t(batch, generator)
-            parts.append(Part(group.name, group.weight, latents, captions, t, torch.randn(latents.shape, generator=generator)))
+            parts.append(
+                Part(
+                    group.name,
+                    group.weight,
+                    latents,
+                    captions,
+                    t,
+                    torch.randn(latents.shape, generator=generator),
+                )
+            )
         yield Batch(k, parts)
 
 
@@ -86,18 +102,35 @@ def loss(
 
     def together(parts: list[Part]) -> list[Float[Tensor, "B"]]:
         captions = [caption for part in parts for caption in part.captions]
-        context = model.text.encode(captions) if contexts is None else torch.stack([contexts[caption] for caption in captions]).to(device)
-        latents, t, eps = (torch.cat([getattr(part, name) for part in parts]) for name in ("latents", "t", "eps"))
+        context = (
+            model.text.encode(captions)
+            if contexts is None
+            else torch.stack([contexts[caption] for caption in captions]).to(device)
+        )
+        latents, t, eps = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("latents", "t", "eps")
+        )
         each = denoiser.loss(latents.to(device), context, t, eps.to(device))
         return list(each.split([len(part.t) for part in parts]))
 
     def of_batch(batch: Batch) -> tuple[Tensor, Tensor | None]:
-        alike = len({part.latents.shape[1:] for part in batch.parts}) == 1  # then one pass of the network does for all groups
-        losses = together(batch.parts) if alike else [each for part in batch.parts for each in together([part])]
+        alike = (
+            len({part.latents.shape[1:] for part in batch.parts}) == 1
+        )  # then one pass of the network does for all groups
+        losses = (
+            together(batch.parts)
+            if alike
+            else [each for part in batch.parts for each in together([part])]
+        )
         if seen is not None:
-            seen[batch.number] = {part.group: each.detach().mean() for part, each in zip(batch.parts, losses, strict=True)}
+            seen[batch.number] = {
+                part.group: each.detach().mean()
+                for part, each in zip(batch.parts, losses, strict=True)
+            }
         if len(batch.parts) == 1:
             return batch.parts[0].weight * losses[0], model.schedule.progress(batch.parts[0].t)
-        return sum(part.weight * each.mean() for part, each in zip(batch.parts, losses, strict=True))[None], None
+        return sum(
+            part.weight * each.mean() for part, each in zip(batch.parts, losses, strict=True)
+        )[None], None
 
     return of_batch

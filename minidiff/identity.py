@@ -2,6 +2,7 @@
 
 A checkpoint alone would take other pictures, other weights or another batch size without a word, and end somewhere that neither run would.
 """
+
 import hashlib
 import json
 import os
@@ -19,7 +20,9 @@ from minidiff.weights import files
 RESULTS = ("training", "model", "lora.safetensors")  # what a run leaves in its folder
 
 
-def identity(model: LatentDiffusion, groups: list[Group], settings: dict[str, object]) -> dict[str, dict]:
+def identity(
+    model: LatentDiffusion, groups: list[Group], settings: dict[str, object]
+) -> dict[str, dict]:
     """What a run is made of, as run.json has it: settings by name, a word for all weights of each part, the
     fingerprints of each group."""
     parts = {"VAE": model.vae, "text tower": model.text, "U-Net": model.unet}
@@ -40,7 +43,9 @@ def fingerprints(groups: list[Group]) -> dict[str, list[str]]:
 def check_free(out: Path, resume: bool) -> None:
     """That no run is written over."""
     if not resume and any((out / name).exists() for name in RESULTS):
-        raise UserError(f"{out} holds a training already; pass --resume to go on with it, or another --out.")
+        raise UserError(
+            f"{out} holds a training already; pass --resume to go on with it, or another --out."
+        )
 
 
 def same_run(out: Path, run: dict[str, dict], resume: bool) -> None:

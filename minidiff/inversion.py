@@ -11,6 +11,7 @@ tuning [2]).
 [1] Gal et al. An Image is Worth One Word: Personalizing Text-to-Image Generation using Textual Inversion. 2022. arXiv:2208.01618
 [2] Roich et al. Pivotal Tuning for Latent-based Editing of Real Images. 2021. arXiv:2106.05744
 """
+
 import os
 import re
 from pathlib import Path
@@ -30,7 +31,9 @@ def token_of(word: str) -> int:
     """The number of a word that is one token of the vocabulary."""
     ids = token_ids(word.strip().removeprefix("<").removesuffix(">"))
     if len(ids) != 1:
-        raise UserError(f'"{word}" is {len(ids)} tokens of the vocabulary; a vector can be learnt for one. Take a word that is one, as "sks".')
+        raise UserError(
+            f'"{word}" is {len(ids)} tokens of the vocabulary; a vector can be learnt for one. Take a word that is one, as "sks".'
+        )
     return ids[0]
 
 
@@ -63,8 +66,12 @@ class Word(nn.Module):
     def hang(self, text: CLIPText) -> RemovableHandle:
         """Have the tower read this vector where it meets the token."""
 
-        def replaced(_: nn.Module, inputs: tuple[Tensor, ...], output: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
-            return torch.where((inputs[0] == self.token)[..., None], self.vector.to(output.dtype), output)
+        def replaced(
+            _: nn.Module, inputs: tuple[Tensor, ...], output: Float[Tensor, "B L D"]
+        ) -> Float[Tensor, "B L D"]:
+            return torch.where(
+                (inputs[0] == self.token)[..., None], self.vector.to(output.dtype), output
+            )
 
         return text.token_embedding.register_forward_hook(replaced)
 
@@ -88,14 +95,20 @@ def load(text: CLIPText, file: Path, word: str | None = None) -> str:
     a word can be new, here it is one token of CLIP's vocabulary."""
     tensors = files.tensors(file)
     if len(tensors) != 1:
-        raise UserError(f"{file}: {len(tensors)} tensors, {', '.join(list(tensors)[:3])}; a textual inversion has one, named as its word.")
-    (name, vector), = tensors.items()
+        raise UserError(
+            f"{file}: {len(tensors)} tensors, {', '.join(list(tensors)[:3])}; a textual inversion has one, named as its word."
+        )
+    ((name, vector),) = tensors.items()
     vector = vector[None] if vector.ndim == 1 else vector
     if tuple(vector.shape) != (1, text.dim):
         fit = f"1 vector of width {text.dim}"
-        raise UserError(f'{file}: "{name}" has the shape {tuple(vector.shape)}; this text tower takes {fit}.')
+        raise UserError(
+            f'{file}: "{name}" has the shape {tuple(vector.shape)}; this text tower takes {fit}.'
+        )
     word = word or name.strip().removeprefix("<").removesuffix(">")
     if len(token_ids(word)) != 1:
-        raise UserError(f'{file}: its word "{name}" is not one token of the vocabulary; say which word is to mean it, as in {file}:sks.')
+        raise UserError(
+            f'{file}: its word "{name}" is not one token of the vocabulary; say which word is to mean it, as in {file}:sks.'
+        )
     put_in(text, word, vector[0])
     return word

@@ -1,4 +1,5 @@
 """Conditions that are not text, with the text tower's two methods: class labels, and none at all."""
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -19,8 +20,12 @@ class ClassLabels(nn.Module):
         """One vector for each class name."""
         unknown = next((p for p in prompts if p not in self.index), None)
         if unknown is not None:
-            raise UserError(f'this model knows no class "{unknown}"; it knows {", ".join(list(self.index)[:-1])}.')
-        return self.embedding(torch.tensor([self.index[p] for p in prompts], device=self.embedding.weight.device))[:, None]
+            raise UserError(
+                f'this model knows no class "{unknown}"; it knows {", ".join(list(self.index)[:-1])}.'
+            )
+        return self.embedding(
+            torch.tensor([self.index[p] for p in prompts], device=self.embedding.weight.device)
+        )[:, None]
 
     def null(self, batch: int) -> Float[Tensor, "B 1 D"]:
         """The null class: what guidance steers away from."""

@@ -5,6 +5,7 @@ A model folder holds model.json (kinds and numbers) and one safetensors file for
 [1] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. 2022. arXiv:2112.10752
 [2] Ho, Salimans. Classifier-Free Diffusion Guidance. 2022. arXiv:2207.12598
 """
+
 import json
 import os
 import shutil
@@ -57,15 +58,25 @@ class LatentDiffusion(nn.Module):
         self.check_widths()
         if sampler not in SAMPLERS:
             raise ValueError(f'no sampler "{sampler}"; there is {", ".join(SAMPLERS)}')
-        self.size, self.dropout, self.guidance, self.sampler, self.spacing = size, dropout, guidance, sampler, spacing
+        self.size, self.dropout, self.guidance, self.sampler, self.spacing = (
+            size,
+            dropout,
+            guidance,
+            sampler,
+            spacing,
+        )
 
     def check_widths(self) -> None:
         """That the parts fit: a U-Net of one version with the text tower of another does not."""
         if self.text.dim != self.unet.context_dim:
-            raise UserError(f"the text encoder gives vectors of width {self.text.dim}, the U-Net expects {self.unet.context_dim}.")
+            raise UserError(
+                f"the text encoder gives vectors of width {self.text.dim}, the U-Net expects {self.unet.context_dim}."
+            )
         z = self.vae.latent_channels
         if self.unet.numbers["out_channels"] != z:
-            raise UserError(f"the VAE's latents have {z} channels, the U-Net gives {self.unet.numbers['out_channels']}.")
+            raise UserError(
+                f"the VAE's latents have {z} channels, the U-Net gives {self.unet.numbers['out_channels']}."
+            )
 
     @property
     def unet(self) -> nn.Module:
@@ -79,16 +90,28 @@ class LatentDiffusion(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def loss(self, images: Float[Tensor, "B C H W"], conditions: list[str], t: Shaped[Tensor, "B"] | None = None) -> Float[Tensor, "B"]:
+    def loss(
+        self,
+        images: Float[Tensor, "B C H W"],
+        conditions: list[str],
+        t: Shaped[Tensor, "B"] | None = None,
+    ) -> Float[Tensor, "B"]:
         """The denoiser's loss on the latents of pictures in [-1, 1]."""
         with torch.no_grad():
             latents = self.vae.encode(images)
         return self.latent_loss(latents, conditions, t)
 
-    def latent_loss(self, latents: Float[Tensor, "B Z h w"], conditions: list[str], t: Shaped[Tensor, "B"] | None = None) -> Float[Tensor, "B"]:
+    def latent_loss(
+        self,
+        latents: Float[Tensor, "B Z h w"],
+        conditions: list[str],
+        t: Shaped[Tensor, "B"] | None = None,
+    ) -> Float[Tensor, "B"]:
         """The same on latents encoded beforehand. A condition is hidden with probability `dropout`, here and only here ([2] algorithm 1)."""
         hidden = torch.rand(len(conditions)) < self.dropout
-        context = self.text.encode(["" if h else c for c, h in zip(conditions, hidden, strict=True)])
+        context = self.text.encode(
+            ["" if h else c for c, h in zip(conditions, hidden, strict=True)]
+        )
         return self.denoiser.loss(latents, context, t)
 
     @torch.no_grad()
@@ -120,12 +143,19 @@ class LatentDiffusion(nn.Module):
         height, width = self._shape(size if image is None else tuple(image.shape[2:]))
         times = self.schedule.timesteps(steps, spacing or self.spacing) if times is None else times
         step = step or by_name(self.sampler, generator)
-        shape = (len(conditions), self.vae.latent_channels, height // self.vae.factor, width // self.vae.factor)
+        shape = (
+            len(conditions),
+            self.vae.latent_channels,
+            height // self.vae.factor,
+            width // self.vae.factor,
+        )
         noise = (torch.randn(shape, generator=generator) if x_T is None else x_T).to(self.device)
         denoiser, x = self.denoiser, noise
         if x_T is None:
             alpha, sigma = self.schedule.alpha_sigma(times[0])
-            x = (alpha**2 + sigma**2).sqrt().item() * noise  # the spread of x_T, for data of unit variance
+            x = (
+                alpha**2 + sigma**2
+            ).sqrt().item() * noise  # the spread of x_T, for data of unit variance
         if mask is not None and image is None:
             raise UserError("a mask needs an image that it belongs to.")
         if image is not None:
@@ -136,7 +166,9 @@ class LatentDiffusion(nn.Module):
         if self.unet.numbers["in_channels"] != self.vae.latent_channels:
             denoiser = self._inpainting(image, mask)
         elif mask is not None:
-            step = editing.keeping(step, z0, noise, editing.shrunk(mask, self.vae.factor).to(self.device))
+            step = editing.keeping(
+                step, z0, noise, editing.shrunk(mask, self.vae.factor).to(self.device)
+            )
         context, null = self.text.encode(conditions), self.text.null(len(conditions))
         if negative:
             null = self.text.encode([negative]).expand(len(conditions), -1, -1)
@@ -150,23 +182,39 @@ class LatentDiffusion(nn.Module):
             check_size(side, self.vae.factor * self.unet.multiple)
         return height, width
 
-    def _inpainting(self, image: Float[Tensor, "1 C H W"] | None, mask: Float[Tensor, "1 1 H W"] | None) -> Denoiser:
+    def _inpainting(
+        self, image: Float[Tensor, "1 C H W"] | None, mask: Float[Tensor, "1 1 H W"] | None
+    ) -> Denoiser:
         channels, z = self.unet.numbers["in_channels"], self.vae.latent_channels
         if channels != 2 * z + 1:
-            raise UserError(f"this U-Net takes {channels} channels; known are {z}, and {2 * z + 1} for inpainting.")
+            raise UserError(
+                f"this U-Net takes {channels} channels; known are {z}, and {2 * z + 1} for inpainting."
+            )
         if image is None or mask is None:
-            raise UserError("this model is for inpainting; it needs an image and a mask (--image FILE --mask FILE).")
+            raise UserError(
+                "this model is for inpainting; it needs an image and a mask (--image FILE --mask FILE)."
+            )
         kept = self.vae.encode((image * (mask < 0.5)).to(self.device))
-        network = editing.Inpainting(self.unet, editing.shrunk(mask, self.vae.factor).to(self.device), kept)
+        network = editing.Inpainting(
+            self.unet, editing.shrunk(mask, self.vae.factor).to(self.device), kept
+        )
         return Denoiser(network, self.schedule, self.denoiser.target)
 
-    def generate(self, conditions: list[str], batch: int = 64, steps: int = 25, **how) -> Float[Tensor, "B C H W"]:
+    def generate(
+        self, conditions: list[str], batch: int = 64, steps: int = 25, **how
+    ) -> Float[Tensor, "B C H W"]:
         """Pictures in [-1, 1], all at once; `how` are draw's arguments and sample's."""
         return torch.cat(list(self.draw(conditions, batch, steps, **how)))
 
     @torch.no_grad()
     def draw(
-        self, conditions: list[str], batch: int = 64, steps: int = 25, progress: bool = False, tile: bool | None = None, **how
+        self,
+        conditions: list[str],
+        batch: int = 64,
+        steps: int = 25,
+        progress: bool = False,
+        tile: bool | None = None,
+        **how,
     ) -> Iterator[Float[Tensor, "B C H W"]]:
         """The same, yielded a batch at a time. progress: show a bar, once the first step is done. tile: decode in tiles; None does above
         1024x1024 pixels. Numbers that are not finite are a UserError that names the module where they began."""
@@ -174,7 +222,13 @@ class LatentDiffusion(nn.Module):
             raise UserError("no conditions to generate from; name at least one.")
         generator, starts = how.get("generator"), range(0, len(conditions), batch)
         walked = max(1, int(steps * how.get("strength", 1.0)))
-        with tqdm(desc="sampling", total=len(starts) * walked, unit="step", delay=0.01, disable=not progress) as bar:
+        with tqdm(
+            desc="sampling",
+            total=len(starts) * walked,
+            unit="step",
+            delay=0.01,
+            disable=not progress,
+        ) as bar:
 
             def drawn(some: list[str]) -> Float[Tensor, "B C H W"]:
                 for frame in self.sample(some, steps, **how):
@@ -193,7 +247,9 @@ class LatentDiffusion(nn.Module):
                 yield pictures.clamp(-1, 1)
 
     @torch.no_grad()
-    def decode(self, latents: Float[Tensor, "B Z h w"], tile: bool | None = None) -> Float[Tensor, "B C H W"]:
+    def decode(
+        self, latents: Float[Tensor, "B Z h w"], tile: bool | None = None
+    ) -> Float[Tensor, "B C H W"]:
         """Pictures from latents in bounded memory: about a megapixel at a time, and above it, or where asked, in tiles."""
         pixels = latents[0, 0].numel() * self.vae.factor**2
         together = latents.split(max(1, 2**20 // pixels))
@@ -213,10 +269,22 @@ class LatentDiffusion(nn.Module):
         fresh.mkdir(parents=True)
         parts = {"vae": self.vae, "text": self.text, "unet": self.unet}
         for name, part in parts.items():
-            save_file({k: v.contiguous() for k, v in merged_state(part).items()}, fresh / f"{name}.safetensors")
-        numbers = {name: {"kind": type(part).__name__, **part.numbers} for name, part in parts.items()}
-        how = {"target": self.denoiser.target, "weighting": self.denoiser.weighting, "schedule": schedules.to_json(self.schedule)}
-        settings = {name: getattr(self, name) for name in ("size", "dropout", "guidance", "sampler", "spacing")}
+            save_file(
+                {k: v.contiguous() for k, v in merged_state(part).items()},
+                fresh / f"{name}.safetensors",
+            )
+        numbers = {
+            name: {"kind": type(part).__name__, **part.numbers} for name, part in parts.items()
+        }
+        how = {
+            "target": self.denoiser.target,
+            "weighting": self.denoiser.weighting,
+            "schedule": schedules.to_json(self.schedule),
+        }
+        settings = {
+            name: getattr(self, name)
+            for name in ("size", "dropout", "guidance", "sampler", "spacing")
+        }
         whole = {"format": FORMAT, **settings, "denoiser": how, **numbers}
         (fresh / "model.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
         if path.exists():
@@ -226,31 +294,71 @@ class LatentDiffusion(nn.Module):
         return path
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32) -> "LatentDiffusion":
+    def load(
+        cls,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = torch.float32,
+    ) -> "LatentDiffusion":
         """Read a model folder, in this precision or as stored (None); every problem is a UserError that names the file."""
         path = Path(path)
         _finish_save(path)
         if not path.is_dir():
-            raise UserError(f'no model folder "{path}"; `minidiff quickstart` makes one, or pass --model FOLDER.')
+            raise UserError(
+                f'no model folder "{path}"; `minidiff quickstart` makes one, or pass --model FOLDER.'
+            )
         if not (path / "model.json").is_file():
-            raise UserError(f'"{path}" is no model folder: it has no model.json (a folder as written by `minidiff quickstart` has one).')
+            raise UserError(
+                f'"{path}" is no model folder: it has no model.json (a folder as written by `minidiff quickstart` has one).'
+            )
         whole = files.read_json(path / "model.json")
         try:
             if whole["format"] != FORMAT:
                 raise ValueError(f'format "{whole["format"]}", but this version reads "{FORMAT}"')
             parts = {name: _empty(whole[name]) for name in ("vae", "text", "unet")}
             how = whole["denoiser"]
-            denoiser = Denoiser(parts["unet"], schedules.from_json(how["schedule"]), how["target"], how["weighting"])
-            denoiser.schedule.timesteps(1)  # numbers of the wrong kind show now, not in the middle of a picture
-            how_to_sample = float(whole["guidance"]), str(whole.get("sampler", "ddim")), str(whole.get("spacing", "trailing"))
-            model = cls(parts["vae"], parts["text"], denoiser, int(whole["size"]), float(whole["dropout"]), *how_to_sample)
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
-            raise UserError(f"{path / 'model.json'} is damaged ({type(error).__name__}: {error}); save the model again.") from error
+            denoiser = Denoiser(
+                parts["unet"], schedules.from_json(how["schedule"]), how["target"], how["weighting"]
+            )
+            denoiser.schedule.timesteps(
+                1
+            )  # numbers of the wrong kind show now, not in the middle of a picture
+            how_to_sample = (
+                float(whole["guidance"]),
+                str(whole.get("sampler", "ddim")),
+                str(whole.get("spacing", "trailing")),
+            )
+            model = cls(
+                parts["vae"],
+                parts["text"],
+                denoiser,
+                int(whole["size"]),
+                float(whole["dropout"]),
+                *how_to_sample,
+            )
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+            ZeroDivisionError,
+        ) as error:
+            raise UserError(
+                f"{path / 'model.json'} is damaged ({type(error).__name__}: {error}); save the model again."
+            ) from error
         for name, part in parts.items():
             file = path / f"{name}.safetensors"
             if not file.is_file():
-                raise UserError(f"{path} has no weights: {file.name} is missing; copy the whole folder, or save the model again.")
-            fill(part, files.tensors(files.inside(path, file)), f"{file} does not fit model.json", precision_of(name, dtype))
+                raise UserError(
+                    f"{path} has no weights: {file.name} is missing; copy the whole folder, or save the model again."
+                )
+            fill(
+                part,
+                files.tensors(files.inside(path, file)),
+                f"{file} does not fit model.json",
+                precision_of(name, dtype),
+            )
         return model.to(device).eval()
 
 

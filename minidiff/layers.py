@@ -7,6 +7,7 @@
 [5] Dhariwal, Nichol. Diffusion Models Beat GANs on Image Synthesis. 2021. arXiv:2105.05233
 [6] Chen et al. Training Deep Nets with Sublinear Memory Cost. 2016. arXiv:1604.06174
 """
+
 import math
 from collections.abc import Callable
 
@@ -18,9 +19,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-def timestep_embedding(t: Shaped[Tensor, "B"], dim: int, max_period: float = 10_000) -> Float[Tensor, "B {dim}"]:
+def timestep_embedding(
+    t: Shaped[Tensor, "B"], dim: int, max_period: float = 10_000
+) -> Float[Tensor, "B {dim}"]:
     """[cos, sin] of t at dim/2 frequencies from 1 down to 1/max_period, geometrically spaced ([1] section 3.5)."""
-    half, precise = dim // 2, torch.promote_types(t.dtype, torch.float32)  # sines of t up to 1000 need more digits than bfloat16 has
+    half, precise = (
+        dim // 2,
+        torch.promote_types(t.dtype, torch.float32),
+    )  # sines of t up to 1000 need more digits than bfloat16 has
     frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, dtype=precise))
     angles = t[:, None].to(precise) * frequencies.to(t.device)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -63,9 +69,15 @@ class ResBlock(nn.Module):
         self.norm2 = group_norm(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.skip = (
+            nn.Conv2d(in_channels, out_channels, 1)
+            if in_channels != out_channels
+            else nn.Identity()
+        )
 
-    def forward(self, x: Float[Tensor, "B C H W"], emb: Float[Tensor, "B E"] | None = None) -> Float[Tensor, "B C2 H W"]:
+    def forward(
+        self, x: Float[Tensor, "B C H W"], emb: Float[Tensor, "B E"] | None = None
+    ) -> Float[Tensor, "B C2 H W"]:
         h = self.conv1(F.silu(self.norm1(x)))
         time = self.time(F.silu(emb))[:, :, None, None] if self.time is not None else None
         if self.scale_shift:
@@ -90,10 +102,20 @@ class Attention(nn.Module):
         self.v = nn.Linear(context_dim or dim, dim, bias)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Float[Tensor, "B N D"], context: Float[Tensor, "B L D2"] | None = None, causal: bool = False) -> Float[Tensor, "B N D"]:
+    def forward(
+        self,
+        x: Float[Tensor, "B N D"],
+        context: Float[Tensor, "B L D2"] | None = None,
+        causal: bool = False,
+    ) -> Float[Tensor, "B N D"]:
         context = x if context is None else context
-        q, k, v = (rearrange(p, "b n (h d) -> b h n d", h=self.heads) for p in (self.q(x), self.k(context), self.v(context)))
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # never holds the N x L score matrix where a fused kernel exists
+        q, k, v = (
+            rearrange(p, "b n (h d) -> b h n d", h=self.heads)
+            for p in (self.q(x), self.k(context), self.v(context))
+        )
+        h = F.scaled_dot_product_attention(
+            q, k, v, is_causal=causal
+        )  # never holds the N x L score matrix where a fused kernel exists
         return self.out(rearrange(h, "b h n d -> b n (h d)"))
 
 
@@ -125,7 +147,9 @@ class TransformerBlock(nn.Module):
             self.norm3, self.ff = nn.LayerNorm(dim), GEGLU(dim, ff_mult)
         self.has_context, self.has_ff = bool(context_dim), bool(ff_mult)
 
-    def forward(self, x: Float[Tensor, "B N D"], context: Float[Tensor, "B L D2"] | None = None) -> Float[Tensor, "B N D"]:
+    def forward(
+        self, x: Float[Tensor, "B N D"], context: Float[Tensor, "B L D2"] | None = None
+    ) -> Float[Tensor, "B N D"]:
         x = x + self.self_attention(self.norm1(x))
         if self.has_context:
             x = x + self.cross_attention(self.norm2(x), context)
@@ -137,16 +161,31 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """A feature map read as a sequence of its pixels, through `depth` transformer blocks, around a skip ([3] appendix E)."""
 
-    def __init__(self, channels: int, heads: int, context_dim: int | None, depth: int = 1, ff_mult: int = 4, linear: bool = False, groups: int = 32):
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        context_dim: int | None,
+        depth: int = 1,
+        ff_mult: int = 4,
+        linear: bool = False,
+        groups: int = 32,
+    ):
         """linear: project in and out by a linear layer (SD 2.x) rather than a 1x1 convolution (SD 1.x); the same map, other weight shapes."""
         super().__init__()
         self.linear = linear
         self.norm = group_norm(groups, channels, 1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        self.blocks = nn.ModuleList(TransformerBlock(channels, heads, context_dim, ff_mult) for _ in range(depth))
-        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(channels, heads, context_dim, ff_mult) for _ in range(depth)
+        )
+        self.proj_out = (
+            nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        )
 
-    def forward(self, x: Float[Tensor, "B C H W"], context: Float[Tensor, "B L D"] | None = None) -> Float[Tensor, "B C H W"]:
+    def forward(
+        self, x: Float[Tensor, "B C H W"], context: Float[Tensor, "B L D"] | None = None
+    ) -> Float[Tensor, "B C H W"]:
         height = x.shape[2]
         h = self.norm(x)
         if not self.linear:

@@ -8,6 +8,7 @@ walked in u = log s, with the classical Runge-Kutta method.
 [2] Karras, Aittala, Aila, Laine. Elucidating the Design Space of Diffusion-Based Generative Models. 2022. arXiv:2206.00364
 [3] Hutchinson. A Stochastic Estimator of the Trace of the Influence Matrix. 1989
 """
+
 import math
 
 import torch
@@ -39,7 +40,9 @@ def log_likelihood(
     alpha, sigma = schedule.alpha_sigma(schedule.timesteps(1)[:1])
     low, high = math.log(between[0]), math.log(min(between[1], (sigma / alpha).item()))
     shape = (probes, *x0.shape)
-    signs = None if probes is None else (torch.randint(2, shape, generator=generator) * 2 - 1).to(x0)
+    signs = (
+        None if probes is None else (torch.randint(2, shape, generator=generator) * 2 - 1).to(x0)
+    )
 
     def slope(u: float, y: State) -> tuple[State, Float[Tensor, "B"]]:
         """dy/du and d log p / du."""
@@ -65,14 +68,18 @@ def log_likelihood(
     return log_prior - gained
 
 
-def _trace(eps: State, y: State, signs: Float[Tensor, "probes B *dims"] | None) -> Float[Tensor, "B"]:
+def _trace(
+    eps: State, y: State, signs: Float[Tensor, "probes B *dims"] | None
+) -> Float[Tensor, "B"]:
     """Of d eps / d y, for each example: the mean of v . J v over the probes v, or the sum over all axes."""
     along = signs
     if along is None:
         dims = y[0].numel()
         along = torch.eye(dims).to(y).view(dims, 1, *y.shape[1:]).expand(dims, *y.shape)
     pulled = [torch.autograd.grad(eps, y, v, retain_graph=True)[0] for v in along]
-    each = torch.stack([(v * back).flatten(1).sum(1) for v, back in zip(along, pulled, strict=True)])
+    each = torch.stack(
+        [(v * back).flatten(1).sum(1) for v, back in zip(along, pulled, strict=True)]
+    )
     return each.sum(0) if signs is None else each.mean(0)
 
 

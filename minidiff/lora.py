@@ -16,6 +16,7 @@ and no tensor of theirs changes its name.
 
 [1] Hu et al. LoRA: Low-Rank Adaptation of Large Language Models. 2021. arXiv:2106.09685
 """
+
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,12 +38,23 @@ class LoRA(nn.Module):
 
     def __init__(self, layer: Layer, rank: int, alpha: float):
         super().__init__()
-        (out, *inner), dtype = layer.weight.shape, torch.promote_types(layer.weight.dtype, torch.float32)
+        (out, *inner), dtype = (
+            layer.weight.shape,
+            torch.promote_types(layer.weight.dtype, torch.float32),
+        )
         self.A = nn.Parameter(torch.empty(rank, *inner, dtype=dtype, device=layer.weight.device))
-        self.B = nn.Parameter(torch.zeros(out, rank, *[1] * (len(inner) - 1), dtype=dtype, device=layer.weight.device))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as PyTorch's layers and PEFT begin, so that learning rates carry over; [1] says Gaussian
+        self.B = nn.Parameter(
+            torch.zeros(out, rank, *[1] * (len(inner) - 1), dtype=dtype, device=layer.weight.device)
+        )
+        nn.init.kaiming_uniform_(
+            self.A, a=math.sqrt(5)
+        )  # as PyTorch's layers and PEFT begin, so that learning rates carry over; [1] says Gaussian
         self.alpha, self.scale = float(alpha), 1.0
-        self.how = {name: getattr(layer, name) for name in ("stride", "padding", "dilation")} if inner[1:] else {}
+        self.how = (
+            {name: getattr(layer, name) for name in ("stride", "padding", "dilation")}
+            if inner[1:]
+            else {}
+        )
         self.register_buffer("kept", None, persistent=False)  # while merged: the layer's own weight
 
     @property
@@ -76,14 +88,19 @@ def hang(module: nn.Module, pairs: Iterable[tuple[Layer, LoRA]]) -> None:
         layer.lora.requires_grad_(True)
 
 
-def add(module: nn.Module, rank: int, alpha: float | None = None, targets: Iterable[str] = ATTENTION) -> list[str]:
+def add(
+    module: nn.Module, rank: int, alpha: float | None = None, targets: Iterable[str] = ATTENTION
+) -> list[str]:
     """Give a LoRA to every linear layer and convolution whose name is one of the targets or ends in one ("q", "cross_attention.k",
     "conv1"); all of the module but its LoRAs is frozen. alpha is the rank if left out. Returns the names of the layers."""
     if rank < 1:
         raise UserError(f"a LoRA of rank {rank}; the rank must be at least 1.")
     layers = chosen(module, tuple(targets))
     check_free(layers)
-    hang(module, [(layer, LoRA(layer, rank, rank if alpha is None else alpha)) for layer in layers.values()])
+    hang(
+        module,
+        [(layer, LoRA(layer, rank, rank if alpha is None else alpha)) for layer in layers.values()],
+    )
     return list(layers)
 
 
@@ -93,8 +110,14 @@ def chosen(module: nn.Module, targets: tuple[str, ...]) -> dict[str, Layer]:
     idle = [target for target in targets if not any(ends(name, target) for name in layers)]
     if idle or not targets:
         endings = sorted({name.rsplit(".")[-1] for name in layers} - {""})
-        raise UserError(f"no layer is named {' or '.join(idle) or 'by no target'}; names of this network end in {', '.join(endings)}.")
-    return {name: layer for name, layer in layers.items() if any(ends(name, target) for target in targets)}
+        raise UserError(
+            f"no layer is named {' or '.join(idle) or 'by no target'}; names of this network end in {', '.join(endings)}."
+        )
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if any(ends(name, target) for target in targets)
+    }
 
 
 def ends(name: str, target: str) -> bool:
@@ -104,17 +127,27 @@ def ends(name: str, target: str) -> bool:
 def check_free(layers: dict[str, Layer]) -> None:
     taken = next((name for name, layer in layers.items() if hasattr(layer, "lora")), None)
     if taken is not None:
-        raise UserError(f"{taken} has a LoRA already; remove it, or merge it and then remove it to put another on top.")
+        raise UserError(
+            f"{taken} has a LoRA already; remove it, or merge it and then remove it to put another on top."
+        )
 
 
 def adapted(module: nn.Module) -> dict[str, Layer]:
     """The layers that have a LoRA, by name."""
-    return {name: layer for name, layer in module.named_modules() if isinstance(getattr(layer, "lora", None), LoRA)}
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(getattr(layer, "lora", None), LoRA)
+    }
 
 
 def state(module: nn.Module) -> dict[str, Tensor]:
     """A and B of every LoRA under their names in the module's state_dict; load_state_dict(..., strict=False) takes them back."""
-    return {f"{name}.lora.{half}": getattr(layer.lora, half).detach() for name, layer in adapted(module).items() for half in ("A", "B")}
+    return {
+        f"{name}.lora.{half}": getattr(layer.lora, half).detach()
+        for name, layer in adapted(module).items()
+        for half in ("A", "B")
+    }
 
 
 def scale(module: nn.Module, by: float) -> None:

@@ -13,6 +13,7 @@ number of real pictures against other real pictures.
 [6] Chan, Golub, LeVeque. Algorithms for Computing the Sample Variance. 1983. The American Statistician 37
 [7] Efron, Tibshirani. An Introduction to the Bootstrap. 1993
 """
+
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -24,7 +25,9 @@ from minidiff.errors import UserError
 
 Features = Float[Tensor, "n D"]
 Others = Float[Tensor, "m D"]  # another set, in the same features
-ENTRIES = 5 * 2**20  # of a block of distances: 40 MB. Freed blocks of up to 32 MB glibc may keep, and then the peak grew with n
+ENTRIES = (
+    5 * 2**20
+)  # of a block of distances: 40 MB. Freed blocks of up to 32 MB glibc may keep, and then the peak grew with n
 
 
 class Score(NamedTuple):
@@ -47,7 +50,9 @@ class Moments:
         mean = batch.mean(0)
         about, gap = batch - mean, mean - self._mean
         n = self.n + len(batch)
-        self._scatter = self._scatter + about.T @ about + torch.outer(gap, gap) * (self.n * len(batch) / n)
+        self._scatter = (
+            self._scatter + about.T @ about + torch.outer(gap, gap) * (self.n * len(batch) / n)
+        )
         self._mean = self._mean + gap * (len(batch) / n)
         self.n = n
         return self
@@ -77,7 +82,12 @@ def frechet(a: Moments, b: Moments) -> float:
     fewer pictures than features they always are. It is called FID only if the features are Inception's.
     """
     A, B = a.covariance, b.covariance
-    return ((a.mean - b.mean).square().sum() + A.trace() + B.trace() - 2 * torch.linalg.svdvals(_root(A) @ _root(B)).sum()).item()
+    return (
+        (a.mean - b.mean).square().sum()
+        + A.trace()
+        + B.trace()
+        - 2 * torch.linalg.svdvals(_root(A) @ _root(B)).sum()
+    ).item()
 
 
 def _blocks(x: Features, columns: int) -> Iterator[Features]:
@@ -85,7 +95,9 @@ def _blocks(x: Features, columns: int) -> Iterator[Features]:
     yield from x.split(max(1, ENTRIES // max(1, columns)))
 
 
-def bootstrap(terms: Float[Tensor, "n"], generator: torch.Generator | None = None, rounds: int = 1000) -> Score:
+def bootstrap(
+    terms: Float[Tensor, "n"], generator: torch.Generator | None = None, rounds: int = 1000
+) -> Score:
     """The mean, and the middle 95 % of the means of as many terms drawn again with replacement: the percentile interval, [7] chapter 13.
     Where all terms are alike it has no width, and proves little: 0 of n still leaves room for a share of 3 / n."""
     means = _resampled(terms.double(), generator, rounds)
@@ -93,10 +105,14 @@ def bootstrap(terms: Float[Tensor, "n"], generator: torch.Generator | None = Non
     return Score(terms.double().mean().item(), low, high)
 
 
-def _resampled(terms: Float[Tensor, "n"], generator: torch.Generator | None, rounds: int) -> Float[Tensor, "rounds"]:
+def _resampled(
+    terms: Float[Tensor, "n"], generator: torch.Generator | None, rounds: int
+) -> Float[Tensor, "rounds"]:
     n = len(terms)
     sizes = [min(k, rounds - i) for k in [max(1, ENTRIES // n)] for i in range(0, rounds, k)]
-    return torch.cat([terms[torch.randint(n, (size, n), generator=generator)].mean(1) for size in sizes])
+    return torch.cat(
+        [terms[torch.randint(n, (size, n), generator=generator)].mean(1) for size in sizes]
+    )
 
 
 def kid(x: Features, y: Others, generator: torch.Generator | None = None) -> Score:
@@ -107,11 +123,27 @@ def kid(x: Features, y: Others, generator: torch.Generator | None = None) -> Sco
     It is too narrow where one feature with long tails decides everything.
     """
     x, y = x.double().cpu(), y.double().cpu()
-    (to_x, _), (within_y, _), (to_y, from_y) = _kernel_sums(x, x), _kernel_sums(y, y), _kernel_sums(x, y)
-    to_x, within_y, to_y, from_y = _to_others(to_x, x), _to_others(within_y, y), to_y / len(y), from_y / len(x)
+    (to_x, _), (within_y, _), (to_y, from_y) = (
+        _kernel_sums(x, x),
+        _kernel_sums(y, y),
+        _kernel_sums(x, y),
+    )
+    to_x, within_y, to_y, from_y = (
+        _to_others(to_x, x),
+        _to_others(within_y, y),
+        to_y / len(y),
+        from_y / len(x),
+    )
     value = to_x.mean() + within_y.mean() - to_y.mean() - from_y.mean()
-    rounds = [_resampled(terms - terms.mean(), generator, 1000) for terms in (to_x - to_y, within_y - from_y)]
-    low, high = (value + 2 * (rounds[0] + rounds[1])).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    rounds = [
+        _resampled(terms - terms.mean(), generator, 1000)
+        for terms in (to_x - to_y, within_y - from_y)
+    ]
+    low, high = (
+        (value + 2 * (rounds[0] + rounds[1]))
+        .quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+        .tolist()
+    )
     return Score(value.item(), low, high)
 
 
@@ -137,15 +169,21 @@ def _to_others(sums: Float[Tensor, "n"], x: Features) -> Float[Tensor, "n"]:
     return (sums - _kernel(x.square().sum(1), x.shape[1])) / (len(x) - 1)
 
 
-def nearest(x: Features, among: Others, k: int = 1) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+def nearest(
+    x: Features, among: Others, k: int = 1
+) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """Distances to the k nearest of `among`, nearest first, and which they are."""
     if k > len(among):
-        raise UserError(f"no {k} nearest neighbours among {len(among)} pictures; take more pictures.")
+        raise UserError(
+            f"no {k} nearest neighbours among {len(among)} pictures; take more pictures."
+        )
     x, among = x.double().cpu(), among.double().cpu()
     distances, places = [], []
     for rows in _blocks(x, max(len(among), k * x.shape[1])):
         places.append(torch.cdist(rows, among).topk(k, largest=False).indices)
-        distances.append((rows[:, None] - among[places[-1]]).norm(dim=-1))  # anew: cdist rounds the distance of a copy up from 0
+        distances.append(
+            (rows[:, None] - among[places[-1]]).norm(dim=-1)
+        )  # anew: cdist rounds the distance of a copy up from 0
     return torch.cat(distances), torch.cat(places)
 
 
@@ -157,7 +195,9 @@ def radii(x: Features, k: int) -> Float[Tensor, "n"]:
 def _balls(x: Features, centres: Others, radius: Float[Tensor, "m"]) -> Float[Tensor, "n"]:
     """In how many balls each x lies. A ball holds its own rim, as in [3]; [4] leaves the rim out, which only copies of a picture could tell."""
     x, centres = x.double().cpu(), centres.double().cpu()
-    return torch.cat([(torch.cdist(rows, centres) <= radius).sum(1) for rows in _blocks(x, len(centres))]).double()
+    return torch.cat(
+        [(torch.cdist(rows, centres) <= radius).sum(1) for rows in _blocks(x, len(centres))]
+    ).double()
 
 
 def precision(real: Others, fake: Features, k: int = 3) -> Float[Tensor, "n"]:

@@ -1,4 +1,5 @@
 """What a fine-tune writes: a model, a LoRA, a word's vector, at its end and of its best step. All in this file."""
+
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +15,14 @@ def kept(out: Path, step: int) -> Path:
     return out / f"best_step_{step}"
 
 
-def keep(model: LatentDiffusion, method: str, out: Path, word: inversion.Word | None, step: int, steps: int) -> None:
+def keep(
+    model: LatentDiffusion,
+    method: str,
+    out: Path,
+    word: inversion.Word | None,
+    step: int,
+    steps: int,
+) -> None:
     """The weights that the recorder's advice goes back to, the best so far, in a folder of their own; the last step's are in OUT anyway."""
     if step < steps:
         kept(out, step).mkdir(parents=True, exist_ok=True)
@@ -25,7 +33,11 @@ def keep(model: LatentDiffusion, method: str, out: Path, word: inversion.Word | 
 
 def write(model: LatentDiffusion, method: str, out: Path, word: inversion.Word | None) -> None:
     """OUT/model; or OUT/lora.safetensors, OUT/embedding.safetensors or both. What cannot be written now can be later: the last checkpoint has it."""
-    place = out / ("model" if method == "full" else f"{'lora' if method == 'lora' else 'embedding'}.safetensors")
+    place = out / (
+        "model"
+        if method == "full"
+        else f"{'lora' if method == 'lora' else 'embedding'}.safetensors"
+    )
     if word is not None:
         inversion.put_in(model.text, word.word, word.vector.detach())
     try:
@@ -40,4 +52,6 @@ def write(model: LatentDiffusion, method: str, out: Path, word: inversion.Word |
             place = inversion.save(word.word, word.vector, out / "embedding.safetensors")
     except (OSError, SafetensorError) as error:
         said = str(error).splitlines()[0]
-        raise UserError(f"{place} could not be written ({said}). The training is kept: make room, and write it with --resume.") from error
+        raise UserError(
+            f"{place} could not be written ({said}). The training is kept: make room, and write it with --resume."
+        ) from error

@@ -6,6 +6,7 @@ critic counts how often pictures show what held-out captions say. Every number o
 [1] Kingma et al. Variational Diffusion Models. 2021. arXiv:2107.00630
 [2] Esser et al. Scaling Rectified Flow Transformers for High-Resolution Image Synthesis. 2024. arXiv:2403.03206
 """
+
 import json
 import random
 import sys
@@ -41,7 +42,11 @@ VAE_STEPS, VAE_BATCH, VAE_LR = 750, 32, 3e-3
 TEXT_STEPS, TEXT_BATCH, TEXT_LR = 800, 128, 2e-3
 STEPS, LR = 3600, 2e-3
 PARTS = 2  # a step is PARTS batches, on as many cores at once
-SMALL_STEPS, SMALL_BATCH, BATCH = 1000, 48, 16  # the first steps see pictures of half the side: three times as many for the same work
+SMALL_STEPS, SMALL_BATCH, BATCH = (
+    1000,
+    48,
+    16,
+)  # the first steps see pictures of half the side: three times as many for the same work
 TWO_OBJECTS = 0.7  # the share of pictures that show two
 POOL = 12_000  # pictures of two objects; half as many of one
 T_CENTRE, T_SPREAD = 0.6, 0.85  # of logit(t / 1000)
@@ -68,22 +73,42 @@ def text_quickstart() -> CLIPText:
 def unet_quickstart() -> UNet:
     """Four levels, 16x16 to 2x2, mostly convolutions; attention at 4x4 and in the middle."""
     return UNet(
-        4, 4, channels=(64, 64, 64, 64), blocks=1, depth=(0, 0, 1, 0), heads=(2, 2, 2, 2), context_dim=64, ff_mult=2, groups=16,
-        pooled=True, scale_shift=True,
+        4,
+        4,
+        channels=(64, 64, 64, 64),
+        blocks=1,
+        depth=(0, 0, 1, 0),
+        heads=(2, 2, 2, 2),
+        context_dim=64,
+        ff_mult=2,
+        groups=16,
+        pooled=True,
+        scale_shift=True,
     )
 
 
 def batches(world: World, key: str, start: int) -> Iterator[Float[Tensor, "B 3 H W"]]:
     """Batches start, start + 1, ... of pictures of the endless world; each follows from (key, its number) alone."""
     for k in count(start):
-        yield world.batch(VAE_BATCH, (key, k), two_objects=TWO_OBJECTS)[0].contiguous(memory_format=torch.channels_last)
+        yield world.batch(VAE_BATCH, (key, k), two_objects=TWO_OBJECTS)[0].contiguous(
+            memory_format=torch.channels_last
+        )
 
 
-def crops(pictures: Float[Tensor, "B 3 H W"], count: int, side: int = 16, stride: int = 8) -> Float[Tensor, "N 3 h w"]:
+def crops(
+    pictures: Float[Tensor, "B 3 H W"], count: int, side: int = 16, stride: int = 8
+) -> Float[Tensor, "N 3 h w"]:
     """The `count` liveliest windows of a batch. A network of convolutions learns edges from them as from whole pictures, and flat
     background is most of every picture."""
-    windows = pictures.unfold(2, side, stride).unfold(3, side, stride).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
-    return windows[windows.flatten(2).std(2).mean(1).topk(count).indices].contiguous(memory_format=torch.channels_last)
+    windows = (
+        pictures.unfold(2, side, stride)
+        .unfold(3, side, stride)
+        .permute(0, 2, 3, 1, 4, 5)
+        .flatten(0, 2)
+    )
+    return windows[windows.flatten(2).std(2).mean(1).topk(count).indices].contiguous(
+        memory_format=torch.channels_last
+    )
 
 
 def watched(loop: Iterator[TrainStep], steps: int, title: str) -> None:
@@ -151,7 +176,9 @@ class Pool:
         self.latents, self.small = torch.cat(latents), torch.cat(small)
 
 
-def noise_levels(n: int, generator: torch.Generator, centre: float = T_CENTRE, spread: float = T_SPREAD) -> Int[Tensor, "B"]:
+def noise_levels(
+    n: int, generator: torch.Generator, centre: float = T_CENTRE, spread: float = T_SPREAD
+) -> Int[Tensor, "B"]:
     """t for n examples, stratified ([1] appendix I.1): logit-normal ([2] section 3.1) around the t where shapes are decided; one in four
     anywhere."""
     u = (torch.arange(n) + torch.rand(n, generator=generator)) / n
@@ -169,10 +196,15 @@ class Part(NamedTuple):
     eps: Float[Tensor, "B Z h w"]
 
 
-def parts(world: World, one: Pool, two: Pool, seed: int, dropout: float, start: int) -> Iterator[Part]:
+def parts(
+    world: World, one: Pool, two: Pool, seed: int, dropout: float, start: int
+) -> Iterator[Part]:
     """Parts start, start + 1, ... of the endless stream of training batches, small pictures first."""
     for k in count(start):
-        generator, rng = torch.Generator().manual_seed(seed_of(seed, k)), random.Random(f"{seed} {k}")
+        generator, rng = (
+            torch.Generator().manual_seed(seed_of(seed, k)),
+            random.Random(f"{seed} {k}"),
+        )
         small = k < SMALL_STEPS * PARTS
         latents, captions = [], []
         for _ in range(SMALL_BATCH if small else BATCH):
@@ -181,19 +213,33 @@ def parts(world: World, one: Pool, two: Pool, seed: int, dropout: float, start: 
             latents.append((pool.small if small else pool.latents)[i])
             captions.append("" if rng.random() < dropout else world.caption(pool.scenes[i], rng))
         x0 = torch.stack(latents).contiguous(memory_format=torch.channels_last)
-        yield Part(x0, captions, noise_levels(len(x0), generator), torch.randn(x0.shape, generator=generator).to(x0.device))
+        yield Part(
+            x0,
+            captions,
+            noise_levels(len(x0), generator),
+            torch.randn(x0.shape, generator=generator).to(x0.device),
+        )
 
 
-def train_model(world: World, vae: VAE, text: CLIPText, folder: Path, seed: int, device: str, resume: bool) -> LatentDiffusion:
+def train_model(
+    world: World, vae: VAE, text: CLIPText, folder: Path, seed: int, device: str, resume: bool
+) -> LatentDiffusion:
     """Act three: a U-Net, on latents. Returns the average of the weights."""
     torch.manual_seed(seed + 1)
     denoiser = Denoiser(unet_quickstart(), schedules.cosine(), target="x0", weighting="learned")
-    model = LatentDiffusion(vae, text, denoiser, SIZE, guidance=GUIDANCE, sampler="ddpm").to(device, memory_format=torch.channels_last)
+    model = LatentDiffusion(vae, text, denoiser, SIZE, guidance=GUIDANCE, sampler="ddpm").to(
+        device, memory_format=torch.channels_last
+    )
     ema = EMA(model, decay=0.998)
-    one, two = (Pool(world, vae, size, f"model {seed}", objects, device) for objects, size in ((1, POOL // 2), (2, POOL)))
+    one, two = (
+        Pool(world, vae, size, f"model {seed}", objects, device)
+        for objects, size in ((1, POOL // 2), (2, POOL))
+    )
 
     def loss(part: Part) -> tuple[Tensor, Tensor]:
-        return denoiser.loss(part.latents, model.text.encode(part.captions), part.t, part.eps), model.schedule.progress(part.t)
+        return denoiser.loss(
+            part.latents, model.text.encode(part.captions), part.t, part.eps
+        ), model.schedule.progress(part.t)
 
     loop = train(
         loss,
@@ -222,13 +268,21 @@ def judge(
         accuracy, pictures, verdicts = evaluate.caption_accuracy(model, captions, seed=seed)
         figures[f"accuracy_{name}"] = accuracy
         figures[f"mistakes_{name}"] = evaluate.mistakes(pictures, captions)
-        figures[f"accuracy_{name}_shuffled_captions"] = critic.accuracy(pictures, evaluate.shuffled(captions))
-        for some, values in zip(shown, (list(pictures[:12]), captions[:12], verdicts[:12]), strict=True):
+        figures[f"accuracy_{name}_shuffled_captions"] = critic.accuracy(
+            pictures, evaluate.shuffled(captions)
+        )
+        for some, values in zip(
+            shown, (list(pictures[:12]), captions[:12], verdicts[:12]), strict=True
+        ):
             some.extend(values)
         truth = world.batch(count, f"truth {seed}", objects=objects, split="held-out", full=True)
         with torch.no_grad():
-            rebuilt = model.vae.decode(model.vae.encode(truth[0].to(model.device))).clamp(-1, 1).cpu()
-        figures[f"accuracy_{name}_vae_alone"] = critic.accuracy(rebuilt, truth[1])  # no model can beat its VAE
+            rebuilt = (
+                model.vae.decode(model.vae.encode(truth[0].to(model.device))).clamp(-1, 1).cpu()
+            )
+        figures[f"accuracy_{name}_vae_alone"] = critic.accuracy(
+            rebuilt, truth[1]
+        )  # no model can beat its VAE
     return figures, torch.stack(shown[0]), shown[1], shown[2]
 
 
@@ -236,7 +290,9 @@ def quickstart(out: Path, seed: int = 0, device: str = "cpu", resume: bool = Fal
     """Train, draw, judge, and leave everything in `out`; returns what results.json says."""
     started = time.perf_counter()
     if (out / "training").exists() and not resume:
-        raise UserError(f"{out} holds a quickstart already; pass --resume to go on with it, or another --out.")
+        raise UserError(
+            f"{out} holds a quickstart already; pass --resume to go on with it, or another --out."
+        )
     world = World(SIZE, SHAPES, COLOURS)
     vae = train_vae(world, out / "training" / "vae", seed, device, resume)
     text = train_text(world, out / "training" / "text", seed, device, resume)
@@ -245,11 +301,30 @@ def quickstart(out: Path, seed: int = 0, device: str = "cpu", resume: bool = Fal
 
     tqdm.write("4/4 the critic judges pictures of captions never trained on", file=sys.stderr)
     figures, pictures, captions, verdicts = judge(model, world, seed)
-    wrote.append(plots.grid(pictures, captions, out / "samples.png", columns=8, title="held-out captions, judged by the critic", marks=verdicts))
-    wrote += chains.plot_forward(world.batch(1, f"forward {seed}", objects=2)[0], model.schedule, out, torch.Generator().manual_seed(seed))
+    wrote.append(
+        plots.grid(
+            pictures,
+            captions,
+            out / "samples.png",
+            columns=8,
+            title="held-out captions, judged by the critic",
+            marks=verdicts,
+        )
+    )
+    wrote += chains.plot_forward(
+        world.batch(1, f"forward {seed}", objects=2)[0],
+        model.schedule,
+        out,
+        torch.Generator().manual_seed(seed),
+    )
     frames = list(model.sample(PROMPTS, generator=torch.Generator().manual_seed(seed)))
     wrote += chains.plot_reverse(model, frames, PROMPTS, out)
-    log = [json.loads(line) for line in (out / "training" / "model" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    log = [
+        json.loads(line)
+        for line in (out / "training" / "model" / "log.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    ]
     wrote.append(plots.loss(log, out / "loss.png"))
 
     results = {
@@ -259,7 +334,10 @@ def quickstart(out: Path, seed: int = 0, device: str = "cpu", resume: bool = Fal
         **figures,
         "captions_each": CAPTIONS,
         "peak_memory_gb": peak_memory_gb(),
-        "pictures_seen": {"vae": VAE_STEPS * VAE_BATCH, "model": PARTS * (SMALL_STEPS * SMALL_BATCH + (STEPS - SMALL_STEPS) * BATCH)},
+        "pictures_seen": {
+            "vae": VAE_STEPS * VAE_BATCH,
+            "model": PARTS * (SMALL_STEPS * SMALL_BATCH + (STEPS - SMALL_STEPS) * BATCH),
+        },
         "prompts": PROMPTS,
     }
     for path in [*wrote, write_results(out, **results)]:
@@ -268,5 +346,7 @@ def quickstart(out: Path, seed: int = 0, device: str = "cpu", resume: bool = Fal
         f"{results['minutes']:.1f} minutes; all attributes right on held-out captions: one object {figures['accuracy_one_object']:.2f}, "
         f"two objects {figures['accuracy_two_objects']:.2f}; with shuffled captions {figures['accuracy_one_object_shuffled_captions']:.2f}"
     )
-    print(f'now draw your own: minidiff generate "{PROMPTS[0]}" --model {out / "model"} --n 4 --seed 7')
+    print(
+        f'now draw your own: minidiff generate "{PROMPTS[0]}" --model {out / "model"} --n 4 --seed 7'
+    )
     return results

@@ -10,6 +10,7 @@ settled in a minute; from pictures and captions alone a tower this small learns 
 [1] Radford et al. Learning Transferable Visual Models From Natural Language Supervision. 2021. arXiv:2103.00020
 [2] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. 2022. arXiv:2112.10752
 """
+
 import random
 from collections.abc import Iterator
 from itertools import count
@@ -36,30 +37,45 @@ class Lesson(NamedTuple):
 def pairs(scene: Scene) -> list[tuple[str, str]]:
     """All there is to see, as (place, attribute): "A above B" and "B below A" are the same list in another order."""
     places = (scene.relation, INVERSE[scene.relation]) if scene.relation else ("alone",)
-    things = [(place, said) for place, thing in zip(places, scene.things, strict=True) for said in (thing.shape, thing.colour, thing.size)]
+    things = [
+        (place, said)
+        for place, thing in zip(places, scene.things, strict=True)
+        for said in (thing.shape, thing.colour, thing.size)
+    ]
     return [("behind", scene.background), *things]
 
 
 def all_pairs(world: World) -> list[tuple[str, str]]:
     """Everything that `pairs` can hold in this world."""
     attributes = (*world.shapes, *world.colours, *SIZES)
-    return [*(("behind", name) for name in world.backgrounds), *((place, name) for place in ("alone", *RELATIONS) for name in attributes)]
+    return [
+        *(("behind", name) for name in world.backgrounds),
+        *((place, name) for place in ("alone", *RELATIONS) for name in attributes),
+    ]
 
 
 def codes(world: World, dim: int) -> Codes:
     """A random direction for every pair, at right angles to all others, as long as a vector of unit variance; dim of them at most."""
     names = all_pairs(world)
     if len(names) > dim:
-        raise UserError(f"{len(names)} directions do not fit at right angles in {dim} dimensions; take a smaller world or wider words.")
-    return dict(zip(names, nn.init.orthogonal_(torch.empty(len(names), dim)) * dim**0.5, strict=True))
+        raise UserError(
+            f"{len(names)} directions do not fit at right angles in {dim} dimensions; take a smaller world or wider words."
+        )
+    return dict(
+        zip(names, nn.init.orthogonal_(torch.empty(len(names), dim)) * dim**0.5, strict=True)
+    )
 
 
-def lessons(world: World, codes: Codes, batch: int, two_objects: float, seed: int, start: int) -> Iterator[Lesson]:
+def lessons(
+    world: World, codes: Codes, batch: int, two_objects: float, seed: int, start: int
+) -> Iterator[Lesson]:
     """Lessons start, start + 1, ... of the endless world. two_objects: the share of captions that name two things."""
     for k in count(start):
         rng = random.Random(f"text {seed} {k}")
         scenes = [world.scene(rng, two_objects=two_objects) for _ in range(batch)]
-        meant = torch.stack([torch.stack([codes[pair] for pair in pairs(scene)]).sum(0) for scene in scenes])
+        meant = torch.stack(
+            [torch.stack([codes[pair] for pair in pairs(scene)]).sum(0) for scene in scenes]
+        )
         yield Lesson([world.caption(scene, rng) for scene in scenes], meant)
 
 

@@ -16,6 +16,7 @@ any other is a prompt that is being taught.
 
 [1] Yoon, Choi, Kwon, Ryu. Diffusion Probabilistic Models Generalize when They Fail to Memorize. 2023. ICML workshop SPIGM
 """
+
 import json
 import math
 import os
@@ -40,7 +41,9 @@ from minidiff.report import Pair, page, shown
 from minidiff.script import peak_memory_gb
 from minidiff.train import BINS, seed_of
 
-Example = tuple[Float[Tensor, "Z _ _"], Float[Tensor, "L D"] | str]  # latents, and what the text tower said; a caption is encoded at every measure
+Example = tuple[
+    Float[Tensor, "Z _ _"], Float[Tensor, "L D"] | str
+]  # latents, and what the text tower said; a caption is encoded at every measure
 Drawn = dict[str, UInt8[Tensor, "n 3 H W"]]  # by label
 
 
@@ -71,13 +74,17 @@ class Recorder:
         n, steps, guidance: of the pictures of each prompt. network: whose features (features.py) say how far they moved; of pictures of the
         built-in world "critic-attributes" sees most. settings: what the report's table should say of the run."""
         if n < 2:
-            raise UserError(f"a grid of {n} picture of each prompt has no second seed to compare with; take at least 2.")
+            raise UserError(
+                f"a grid of {n} picture of each prompt has no second seed to compare with; take at least 2."
+            )
         if every < 1:
             raise UserError(f"measuring every {every} steps is not possible; take at least 1.")
         if not prompts:
             raise UserError("nothing to draw: the recorder needs at least one prompt.")
         if len(training) < 1:
-            raise UserError("no training pictures to compare with; the recorder needs at least one.")
+            raise UserError(
+                "no training pictures to compare with; the recorder needs at least one."
+            )
         self.model, self.folder, self.prompts, self.every = model, Path(folder), prompts, every
         self.n, self.steps, self.guidance, self.seed, self.noises = n, steps, guidance, seed, noises
         self.validation = list(validation)[:probe]
@@ -87,7 +94,9 @@ class Recorder:
         self.network, self.near, self.far = network, features.pixels, features.by_name(network)
         self.known = self.near(training)
         self.floor = metrics.radii(self.known, 1).median().item() if len(training) > 1 else None
-        self.copies_floor = metrics.memorised_floor(self.known).mean().item() if len(training) > 2 else 0.0
+        self.copies_floor = (
+            metrics.memorised_floor(self.known).mean().item() if len(training) > 2 else 0.0
+        )
         self.t, self.bin = self._times()
         self.records = self._read()
         self.clock: tuple[int, float] | None = None
@@ -102,21 +111,48 @@ class Recorder:
         """Draw the grid, measure everything, add a line to record.jsonl, write the report anew. Lines of this step and above, which a run
         that was killed and resumed has left behind, are dropped: they have just happened again."""
         start = time.perf_counter()
-        per_step = (start - self.clock[1]) / (step - self.clock[0]) if self.clock and step > self.clock[0] else None
+        per_step = (
+            (start - self.clock[1]) / (step - self.clock[0])
+            if self.clock and step > self.clock[0]
+            else None
+        )
         while self.records and self.records[-1].step >= step:
             self._grid_file(self.records.pop().step).unlink(missing_ok=True)
         with _evaluating(self.model):
             validation, train = self._losses(self.validation), self._losses(self.examples)
             drawn, broken = self._draw()
         first = self._first(drawn)
-        moved = {label: math.nan if label in broken else self._moved(drawn[label], first[label]) for label in drawn}
+        moved = {
+            label: math.nan if label in broken else self._moved(drawn[label], first[label])
+            for label in drawn
+        }
         nearest, copies = self._nearest(drawn)
         self._save_grid(step, drawn)
-        memory = round(torch.cuda.max_memory_allocated() / 2**30, 2) if self.model.device.type == "cuda" else peak_memory_gb()
+        memory = (
+            round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            if self.model.device.type == "cuda"
+            else peak_memory_gb()
+        )
         seconds = round(time.perf_counter() - start, 2)
-        record = Record(step, losses, lr, validation, train, moved, nearest, copies, self.copies_floor, per_step, seconds, memory)
+        record = Record(
+            step,
+            losses,
+            lr,
+            validation,
+            train,
+            moved,
+            nearest,
+            copies,
+            self.copies_floor,
+            per_step,
+            seconds,
+            memory,
+        )
         self.records.append(record)
-        _replace(self.folder / "record.jsonl", "".join(json.dumps(r._asdict()) + "\n" for r in self.records))
+        _replace(
+            self.folder / "record.jsonl",
+            "".join(json.dumps(r._asdict()) + "\n" for r in self.records),
+        )
         self.report()
         self.clock = step, time.perf_counter()
         return record
@@ -132,14 +168,19 @@ class Recorder:
     def report(self) -> Path:
         """Write folder/report.html: one file that needs no other."""
         if not self.records:
-            raise UserError(f"{self.folder}: nothing was measured yet, so there is nothing to report.")
+            raise UserError(
+                f"{self.folder}: nothing was measured yet, so there is nothing to report."
+            )
         last, grids = self.records[-1], {step: self.pictures(step) for step in shown(self.records)}
         pairs = [
             Pair(label, grids[last.step][label][k], to_uint8(self.training[which].cpu()), distance)
             for label, near in last.nearest.items()
             for k, (distance, which) in enumerate(near)
         ]
-        return _replace(self.folder / "report.html", page(self.advice(), self.records, self.prompts, grids, pairs, self._settings()))
+        return _replace(
+            self.folder / "report.html",
+            page(self.advice(), self.records, self.prompts, grids, pairs, self._settings()),
+        )
 
     # What is measured.
 
@@ -162,11 +203,20 @@ class Recorder:
         each = []
         for k, (latents, context) in enumerate(examples):
             context = model.text.encode([context])[0] if isinstance(context, str) else context
-            eps = torch.randn(len(self.t), *latents.shape, generator=torch.Generator().manual_seed(seed_of(self.seed, k + 1)))
-            x0, context = (part.to(device).expand(len(self.t), *part.shape) for part in (latents, context))
+            eps = torch.randn(
+                len(self.t),
+                *latents.shape,
+                generator=torch.Generator().manual_seed(seed_of(self.seed, k + 1)),
+            )
+            x0, context = (
+                part.to(device).expand(len(self.t), *part.shape) for part in (latents, context)
+            )
             each.append(plain.loss(x0, context, self.t, eps.to(x0)).float().cpu())
         mean = torch.stack(each).mean(0)
-        return [mean[self.bin == b].mean().item() if (self.bin == b).any() else None for b in range(BINS)]
+        return [
+            mean[self.bin == b].mean().item() if (self.bin == b).any() else None
+            for b in range(BINS)
+        ]
 
     @torch.no_grad()
     def _draw(self) -> tuple[Drawn, set[str]]:
@@ -174,7 +224,9 @@ class Recorder:
         drawn, broken = {}, set()
         for label, prompt in self.prompts.items():
             generator = torch.Generator().manual_seed(self.seed)
-            *_, last = self.model.sample([prompt] * self.n, self.steps, self.guidance, generator=generator)
+            *_, last = self.model.sample(
+                [prompt] * self.n, self.steps, self.guidance, generator=generator
+            )
             pictures = self.model.decode(last.x0).float().cpu()
             if not pictures.isfinite().all():
                 broken.add(label)
@@ -191,16 +243,25 @@ class Recorder:
     def _moved(self, now: UInt8[Tensor, "n 3 H W"], before: UInt8[Tensor, "n 3 H W"]) -> float:
         """Mean distance between the pictures of one seed, now and before, over that between two seeds before."""
         now, before = self.far(to_model(now)), self.far(to_model(before))
-        return ((now - before).norm(dim=1).mean().item()) / max(metrics.diversity(before[None]).item(), 1e-12)
+        return ((now - before).norm(dim=1).mean().item()) / max(
+            metrics.diversity(before[None]).item(), 1e-12
+        )
 
     def _nearest(self, drawn: Drawn) -> tuple[dict[str, list[tuple[float, int]]], float | None]:
         """The training picture nearest to each picture of a taught prompt, its distance in units of the floor (where there is one: a single picture
         has none, nor have twins); and the share of copies, [1]."""
-        taught = {label: self.near(to_model(pictures)) for label, pictures in drawn.items() if not label.startswith(("unrelated", "class"))}
+        taught = {
+            label: self.near(to_model(pictures))
+            for label, pictures in drawn.items()
+            if not label.startswith(("unrelated", "class"))
+        }
         near = {}
         for label, rows in taught.items():
             distance, which = metrics.nearest(rows, self.known)
-            near[label] = [(d / (self.floor or 1.0), w) for d, w in zip(distance[:, 0].tolist(), which[:, 0].tolist(), strict=True)]
+            near[label] = [
+                (d / (self.floor or 1.0), w)
+                for d, w in zip(distance[:, 0].tolist(), which[:, 0].tolist(), strict=True)
+            ]
         if not taught or not self.floor:
             return near, None
         return near, metrics.memorised(torch.cat(list(taught.values())), self.known).mean().item()
@@ -208,8 +269,16 @@ class Recorder:
     # What is kept.
 
     def _drawn_with(self) -> dict[str, str]:
-        how = {"n": self.n, "steps": self.steps, "guidance": self.guidance, "seed": self.seed, "network": self.network}
-        return {f"prompt {label}": prompt for label, prompt in self.prompts.items()} | {name: str(value) for name, value in how.items()}
+        how = {
+            "n": self.n,
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "seed": self.seed,
+            "network": self.network,
+        }
+        return {f"prompt {label}": prompt for label, prompt in self.prompts.items()} | {
+            name: str(value) for name, value in how.items()
+        }
 
     def _grid_file(self, step: int) -> Path:
         return self.folder / "grids" / f"step_{step:06d}.png"
@@ -224,12 +293,21 @@ class Recorder:
         path = self._grid_file(step)
         try:
             with Image.open(path) as image:
-                text, sheet = image.text, torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0)
+                text, sheet = (
+                    image.text,
+                    torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0),
+                )
         except OSError as error:
-            raise UserError(f"{path}: the pictures of an earlier measure cannot be read; start afresh in another folder.") from error
+            raise UserError(
+                f"{path}: the pictures of an earlier measure cannot be read; start afresh in another folder."
+            ) from error
         if text != self._drawn_with():
-            raise UserError(f"{path} was drawn with other prompts or settings; resume with those, or start afresh in another folder.")
-        rows = [torch.stack(row.chunk(self.n, dim=2)) for row in sheet.chunk(len(self.prompts), dim=1)]
+            raise UserError(
+                f"{path} was drawn with other prompts or settings; resume with those, or start afresh in another folder."
+            )
+        rows = [
+            torch.stack(row.chunk(self.n, dim=2)) for row in sheet.chunk(len(self.prompts), dim=1)
+        ]
         return dict(zip(self.prompts, rows, strict=True))
 
     def _read(self) -> list[Record]:
@@ -237,9 +315,13 @@ class Recorder:
         if not file.exists():
             return []
         try:
-            return [Record(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+            return [
+                Record(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()
+            ]
         except (ValueError, TypeError) as error:
-            raise UserError(f"{file} is damaged, or of another version; delete it, or start afresh in another folder.") from error
+            raise UserError(
+                f"{file} is damaged, or of another version; delete it, or start afresh in another folder."
+            ) from error
 
     def _settings(self) -> dict[str, object]:
         guidance = self.model.guidance if self.guidance is None else self.guidance

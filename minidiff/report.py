@@ -2,6 +2,7 @@
 
 It knows records, bytes of pictures and strings; it opens no file and asks no network, and the page runs no script.
 """
+
 import base64
 import html
 import io
@@ -18,7 +19,9 @@ from torch import Tensor
 from minidiff.advice import ASTRAY, CLOSE, Record, closeness, relative
 from minidiff.svg import chart
 
-SHOWN = 6  # measures whose pictures are in the page, evenly from the first to the last; and the best
+SHOWN = (
+    6  # measures whose pictures are in the page, evenly from the first to the last; and the best
+)
 SIDE = 160  # pictures are at most this wide in the page; in the grids they are whole
 
 STYLE = """
@@ -64,9 +67,16 @@ def page(
     for label, prompt in prompts.items():
         parts.append(f"<h3>{html.escape(label)}: {html.escape(prompt)}</h3>")
         for step, drawn in grids.items():
-            row = Image.fromarray(np.concatenate([_array(picture) for picture in drawn[label]], axis=1))
+            row = Image.fromarray(
+                np.concatenate([_array(picture) for picture in drawn[label]], axis=1)
+            )
             far = next(r.moved[label] for r in records if r.step == step)
-            parts.append(_figure(_picture(row, len(drawn[label]), f"{label}, step {step}: {prompt}"), f"step {step}, moved {far:.2f}"))
+            parts.append(
+                _figure(
+                    _picture(row, len(drawn[label]), f"{label}, step {step}: {prompt}"),
+                    f"step {step}, moved {far:.2f}",
+                )
+            )
     if pairs:
         parts.append("<h2>Samples, and the training pictures nearest to them</h2>")
         parts.append(
@@ -75,10 +85,20 @@ def page(
         )
         parts.append(f'<div class="pairs">{"".join(map(_pair, pairs))}</div>')
     said = {f"prompt: {label}": prompt for label, prompt in prompts.items()} | settings
-    parts += ["<h2>Every measure</h2>", _measures(records), "<h2>Settings</h2>", _rows(said), "<h2>Command</h2>"]
+    parts += [
+        "<h2>Every measure</h2>",
+        _measures(records),
+        "<h2>Settings</h2>",
+        _rows(said),
+        "<h2>Command</h2>",
+    ]
     parts.append(f"<pre>{html.escape(shlex.join(sys.argv))}</pre>")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Flight recorder</title>'
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head><body>\n'
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
 
 
 def shown(records: list[Record]) -> list[int]:
@@ -98,40 +118,81 @@ def curves(records: list[Record]) -> list[str]:
     """One figure below the other: losses at fixed t and noise, by tenth of t, as the trainer says them, distances, the learning rate."""
     steps = [float(record.step) for record in records]
 
-    def over_steps(title: str, lines: dict[str, list[float | None]], caption: str, levels: dict[str, float] | None = None) -> list[str]:
-        there = {name: list(zip(steps, line, strict=True)) for name, line in lines.items() if any(v is not None for v in line)}
+    def over_steps(
+        title: str,
+        lines: dict[str, list[float | None]],
+        caption: str,
+        levels: dict[str, float] | None = None,
+    ) -> list[str]:
+        there = {
+            name: list(zip(steps, line, strict=True))
+            for name, line in lines.items()
+            if any(v is not None for v in line)
+        }
         return [_figure(chart(title, there, "step", levels), caption)] if there else []
 
     held_out, fitted = relative(records, "validation"), relative(records, "train")
-    named = {name: [r.losses.get(name) for r in records] for name in dict.fromkeys(name for r in records for name in r.losses)}
+    named = {
+        name: [r.losses.get(name) for r in records]
+        for name in dict.fromkeys(name for r in records for name in r.losses)
+    }
     moved = {label: [r.moved.get(label) for r in records] for label in records[-1].moved}
-    near = {"median of the samples": [closeness(r) for r in records], "share of copies": [r.copies for r in records]}
+    near = {
+        "median of the samples": [closeness(r) for r in records],
+        "share of copies": [r.copies for r in records],
+    }
     return [
         *over_steps(
-            "Loss at fixed t and noise, 1 = at first", {"validation": held_out, "training examples": fitted},
+            "Loss at fixed t and noise, 1 = at first",
+            {"validation": held_out, "training examples": fitted},
             "Only the model changes between two points. Where the two curves part, the training pictures are learnt by heart.",
         ),
         *_by_tenth(records),
-        *over_steps("Loss as the trainer counts it", named, "At random t and noise: it jumps about."),
         *over_steps(
-            "How far pictures of the same seed moved", moved,
-            "1 is as far as another seed would take them. Unrelated prompts should stay below.", {"another seed": ASTRAY},
+            "Loss as the trainer counts it", named, "At random t and noise: it jumps about."
         ),
         *over_steps(
-            "Distance to the nearest training picture", near,
-            "The floor, 1, is the median distance of a training picture to its nearest other one. Samples far below it are copies.", {"floor": 1.0},
+            "How far pictures of the same seed moved",
+            moved,
+            "1 is as far as another seed would take them. Unrelated prompts should stay below.",
+            {"another seed": ASTRAY},
         ),
-        *over_steps("Learning rate", {"learning rate": [r.lr for r in records]}, "At the steps that were measured."),
+        *over_steps(
+            "Distance to the nearest training picture",
+            near,
+            "The floor, 1, is the median distance of a training picture to its nearest other one. Samples far below it are copies.",
+            {"floor": 1.0},
+        ),
+        *over_steps(
+            "Learning rate",
+            {"learning rate": [r.lr for r in records]},
+            "At the steps that were measured.",
+        ),
     ]
 
 
 def _by_tenth(records: list[Record]) -> list[str]:
-    which, title = ("validation", "Validation loss") if records[0].validation else ("train", "Loss of the training examples")
+    which, title = (
+        ("validation", "Validation loss")
+        if records[0].validation
+        else ("train", "Loss of the training examples")
+    )
     by_step = {record.step: getattr(record, which) for record in records}
-    lines = {f"step {step}": [((b + 0.5) / len(by_step[step]), v) for b, v in enumerate(by_step[step])] for step in shown(records) if by_step[step]}
+    lines = {
+        f"step {step}": [((b + 0.5) / len(by_step[step]), v) for b, v in enumerate(by_step[step])]
+        for step in shown(records)
+        if by_step[step]
+    }
     if not lines:
         return []
-    return [_figure(chart(f"{title} by noise level", lines, "t  (0 = data, 1 = noise)", log=True, greys=True), "Light is early, dark is late.")]
+    return [
+        _figure(
+            chart(
+                f"{title} by noise level", lines, "t  (0 = data, 1 = noise)", log=True, greys=True
+            ),
+            "Light is early, dark is late.",
+        )
+    ]
 
 
 # Pictures and tables.
@@ -144,7 +205,10 @@ def _array(picture: UInt8[Tensor, "3 H W"]) -> np.ndarray:
 def _picture(image: Image.Image, across: int, alt: str) -> str:
     """An <img> with the picture inside, `across` pictures wide."""
     if image.width > across * SIDE:
-        image = image.resize((across * SIDE, round(image.height * across * SIDE / image.width)), Image.Resampling.LANCZOS)
+        image = image.resize(
+            (across * SIDE, round(image.height * across * SIDE / image.width)),
+            Image.Resampling.LANCZOS,
+        )
     image.save(data := io.BytesIO(), "PNG", optimize=True)
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
 
@@ -169,13 +233,21 @@ def _number(value: float | None) -> str:
 def _measures(records: list[Record]) -> str:
     """A line for each measure: losses over those of the first, seconds, memory."""
     rows = [("step", "valid.", "train", "s/step", "s", "GB")]
-    for record, held_out, fitted in zip(records, relative(records, "validation"), relative(records, "train"), strict=True):
-        costs = ("-" if cost is None else f"{cost:.2g}" for cost in (record.seconds_per_step, record.seconds, record.memory_gb))
+    for record, held_out, fitted in zip(
+        records, relative(records, "validation"), relative(records, "train"), strict=True
+    ):
+        costs = (
+            "-" if cost is None else f"{cost:.2g}"
+            for cost in (record.seconds_per_step, record.seconds, record.memory_gb)
+        )
         rows.append((str(record.step), _number(held_out), _number(fitted), *costs))
     lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     return f'<table>{lines}</table><p class="small">s is what the measure itself took; GB is the most memory held so far.</p>'
 
 
 def _rows(settings: dict[str, object]) -> str:
-    cells = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in settings.items())
+    cells = (
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
+        for name, value in settings.items()
+    )
     return f"<table>{''.join(cells)}</table>"

@@ -8,6 +8,7 @@ generator, so the caller plots, logs or stops:
 [1] Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. arXiv:2010.02502
 [2] Mokady et al. Null-text Inversion for Editing Real Images using Guided Diffusion Models. 2022. arXiv:2211.09794
 """
+
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
@@ -19,7 +20,18 @@ from torch import Tensor
 from minidiff.denoiser import Denoise
 from minidiff.errors import UserError
 from minidiff.schedules import NoiseSchedule
-from minidiff.steps import Step, ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, euler, euler_ancestral, heun, lcm, unipc
+from minidiff.steps import (
+    Step,
+    ddim,
+    ddpm,
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    euler,
+    euler_ancestral,
+    heun,
+    lcm,
+    unipc,
+)
 
 
 class Frame(NamedTuple):
@@ -42,7 +54,9 @@ def sample(
 ) -> Iterator[Frame]:
     """Walk from x_T to data; yields steps + 1 frames, the last one clean. times, where given, replaces schedule.timesteps(steps, spacing):
     steps + 1 of them, decreasing to 0."""
-    times = schedule.timesteps(steps, spacing) if times is None else _checked(times, schedule, steps)
+    times = (
+        schedule.timesteps(steps, spacing) if times is None else _checked(times, schedule, steps)
+    )
     x = x_T
     for t, s in pairwise(times):
         x_s, x0 = step(denoise, schedule, x, t, s)
@@ -51,12 +65,16 @@ def sample(
     yield Frame(times[-1].item(), x, x)
 
 
-def _checked(times: Shaped[Tensor, "steps1"], schedule: NoiseSchedule, steps: int) -> Shaped[Tensor, "steps1"]:
+def _checked(
+    times: Shaped[Tensor, "steps1"], schedule: NoiseSchedule, steps: int
+) -> Shaped[Tensor, "steps1"]:
     if len(times) != steps + 1:
         raise UserError(f"{len(times)} times for {steps} steps; there must be one more than steps.")
     most = schedule.timesteps(1)[0].item()
     if not (times[0] <= most and times[-1] == 0):
-        raise UserError(f"times run from {times[0]:g} to {times[-1]:g}; they must begin at {most:g} or below, and end at 0.")
+        raise UserError(
+            f"times run from {times[0]:g} to {times[-1]:g}; they must begin at {most:g} or below, and end at 0."
+        )
     for t, s in pairwise(times.tolist()):
         if not t > s:
             raise UserError(f"{s:g} follows {t:g} in the times; they must decrease.")
@@ -81,11 +99,16 @@ def invert(
     """
     if rounds < 1:
         raise UserError(f"rounds is {rounds}; it must be at least 1.")
-    times = schedule.timesteps(steps, spacing) if times is None else _checked(times, schedule, steps)
+    times = (
+        schedule.timesteps(steps, spacing) if times is None else _checked(times, schedule, steps)
+    )
     x, guess = x0, x0
     for t, s in pairwise(times.flip(0)):
         yield Frame(t.item(), x, guess)
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t.clamp(min=schedule.final)), schedule.alpha_sigma(s)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = (
+            schedule.alpha_sigma(t.clamp(min=schedule.final)),
+            schedule.alpha_sigma(s),
+        )
         x_s = x
         for _ in range(rounds):
             guess, eps = denoise(x_s, s.expand(len(x)))

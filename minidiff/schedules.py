@@ -15,6 +15,7 @@ picture casts them to the picture's dtype (a GPU without float64 never sees one)
 [8] Lu et al. DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling in Around 10 Steps. 2022. arXiv:2206.00927
 [9] Sabour, Fidler, Kreis. Align Your Steps: Optimizing Sampling Schedules in Diffusion Models. 2024. arXiv:2404.14507
 """
+
 import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -25,10 +26,24 @@ from torch import Tensor
 
 from minidiff.errors import UserError
 
-Times = Shaped[Tensor, "*B"]  # 0..T for Discrete, trained at the whole numbers; real numbers for the others
+Times = Shaped[
+    Tensor, "*B"
+]  # 0..T for Discrete, trained at the whole numbers; real numbers for the others
 Scales = Float[Tensor, "*B"]  # float64
 SIGMA_MAX = 80.0  # sigma / alpha above which nothing is seen of data ([5] table 1)
-AYS = (1000, 851, 737, 646, 546, 456, 344, 234, 125, 25, 1)  # [9], Stable Diffusion 1.5 in 10 steps; there counted from 0
+AYS = (
+    1000,
+    851,
+    737,
+    646,
+    546,
+    456,
+    344,
+    234,
+    125,
+    25,
+    1,
+)  # [9], Stable Diffusion 1.5 in 10 steps; there counted from 0
 
 
 class NoiseSchedule:
@@ -72,7 +87,11 @@ class NoiseSchedule:
 
 def _check(steps: int, spacing: str, allowed: tuple[str, ...], most: int | None = None) -> None:
     if steps < 1 or (most is not None and steps > most):
-        raise UserError(f"steps is {steps}; it must be at least 1" + (f" and at most {most}" if most else "") + ".")
+        raise UserError(
+            f"steps is {steps}; it must be at least 1"
+            + (f" and at most {most}" if most else "")
+            + "."
+        )
     if spacing not in allowed:
         raise UserError(f'no spacing "{spacing}" for this schedule; there is {", ".join(allowed)}.')
 
@@ -80,7 +99,9 @@ def _check(steps: int, spacing: str, allowed: tuple[str, ...], most: int | None 
 def _ramp(first: float, last: float, steps: int, spacing: str, rho: float = 7.0) -> Scales:
     """Numbers from first to last, with equal strides in their rho-th root ("karras", [5] eq. 5) or in their logarithm ("log-snr")."""
     if spacing == "karras":
-        return torch.linspace(first ** (1 / rho), last ** (1 / rho), steps, dtype=torch.float64) ** rho
+        return (
+            torch.linspace(first ** (1 / rho), last ** (1 / rho), steps, dtype=torch.float64) ** rho
+        )
     return torch.linspace(math.log(first), math.log(last), steps, dtype=torch.float64).exp()
 
 
@@ -117,7 +138,12 @@ def _betas_sigmoid(T: int, _1: float, _T: float) -> Tensor:
     return _betas_from((u[-1] - u) / (u[-1] - u[0]))
 
 
-BETAS = {"linear": _betas_linear, "scaled_linear": _betas_scaled_linear, "cosine": _betas_cosine, "sigmoid": _betas_sigmoid}
+BETAS = {
+    "linear": _betas_linear,
+    "scaled_linear": _betas_scaled_linear,
+    "cosine": _betas_cosine,
+    "sigmoid": _betas_sigmoid,
+}
 
 
 @dataclass(frozen=True)
@@ -130,7 +156,9 @@ class Discrete(NoiseSchedule):
     beta_T: float = 0.02
     zero_terminal_snr: bool = False
     final: int = 0  # the time at which the published DDIM stops: Stable Diffusion's is 1 (diffusers: set_alpha_to_one = False)
-    mean: float | None = None  # training times are uniform; or, with a mean, logit-normal as a Flow's
+    mean: float | None = (
+        None  # training times are uniform; or, with a mean, logit-normal as a Flow's
+    )
     std: float = 1.0
 
     def __post_init__(self) -> None:
@@ -155,7 +183,11 @@ class Discrete(NoiseSchedule):
     def alpha_sigma(self, t: Times) -> tuple[Scales, Scales]:
         """Between two levels log SNR runs straight, as in k-diffusion; a network that was shown whole numbers takes such times well."""
         place = t.double()
-        alpha_bar = torch.where(place == place.floor(), self.alpha_bar[t.long()], _between(self._log_snr, place).sigmoid())
+        alpha_bar = torch.where(
+            place == place.floor(),
+            self.alpha_bar[t.long()],
+            _between(self._log_snr, place).sigmoid(),
+        )
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def unit(self, t: Times) -> Scales:
@@ -172,27 +204,45 @@ class Discrete(NoiseSchedule):
         """Uniform over 1..T, [1] algorithm 1; or logit-normal."""
         if self.mean is None:
             return torch.randint(1, self.T + 1, (batch,), generator=generator)
-        return (self.T * Flow(self.mean, self.std).sample_t(batch, generator)).ceil().long().clamp(1, self.T)
+        return (
+            (self.T * Flow(self.mean, self.std).sample_t(batch, generator))
+            .ceil()
+            .long()
+            .clamp(1, self.T)
+        )
 
     def timesteps(self, steps: int, spacing: str = "trailing") -> Shaped[Tensor, "steps1"]:
         """trailing: T down to 0 in equal strides ([4] table 2). leading: Stable Diffusion's, starts a stride below T.
         linspace: both T and 1 included ([2] section 4). Between levels fall karras: equal strides in (sigma / alpha)^(1/7) ([5] eq. 5); log-snr:
         in log SNR ([8] section 3.4); ays: Stable Diffusion's for 10 steps, interpolated ([9]); shifted: a flow's with shift 2 ([6] eq. 23)."""
         whole = ("trailing", "leading", "linspace")
-        _check(steps, spacing, (*whole, "karras", "log-snr", "ays", "shifted"), most=self.T if spacing in whole else None)
+        _check(
+            steps,
+            spacing,
+            (*whole, "karras", "log-snr", "ays", "shifted"),
+            most=self.T if spacing in whole else None,
+        )
         if spacing == "trailing":
             return torch.linspace(self.T, 0, steps + 1, dtype=torch.float64).round().long()
-        if spacing == "leading":  # SD counts t from 0 and offsets by 1, which is 2 in a count where 0 is clean data
-            visited = torch.arange(steps).flip(0) * (self.T // steps) + (2 if self.T // steps > 1 else 1)
+        if (
+            spacing == "leading"
+        ):  # SD counts t from 0 and offsets by 1, which is 2 in a count where 0 is clean data
+            visited = torch.arange(steps).flip(0) * (self.T // steps) + (
+                2 if self.T // steps > 1 else 1
+            )
         elif spacing == "linspace":
-            visited = torch.linspace(self.T - 1, 0, steps, dtype=torch.float64).round().long() + 1  # rounded in the published count
+            visited = (
+                torch.linspace(self.T - 1, 0, steps, dtype=torch.float64).round().long() + 1
+            )  # rounded in the published count
         elif spacing == "shifted":
             visited = self.T * Flow(shift=2.0).timesteps(steps)[:-1]
         elif spacing == "ays":
             place = torch.linspace(0, len(AYS) - 1, steps + 1, dtype=torch.float64)[:-1]
             visited = self.at_log_snr(_between(scaled_linear()._log_snr[list(AYS)], place))
         else:
-            noisiest, cleanest = (-self._log_snr[[self.T, 1]] / 2).exp().clamp(max=SIGMA_MAX).tolist()  # sigma / alpha
+            noisiest, cleanest = (
+                (-self._log_snr[[self.T, 1]] / 2).exp().clamp(max=SIGMA_MAX).tolist()
+            )  # sigma / alpha
             visited = self.at_log_snr(-2 * _ramp(noisiest, cleanest, steps, spacing).log())
         return torch.cat([visited, torch.zeros(1, dtype=visited.dtype)])
 
@@ -207,7 +257,9 @@ class Discrete(NoiseSchedule):
 class Flow(NoiseSchedule):
     """Straight lines from data to noise: alpha = 1 - t, sigma = t, t in [0, 1] (rectified flow, flow matching; [6] section 2)."""
 
-    mean: float = 0.0  # training times are logit-normal ([6] section 3.1): sigmoid(mean + std n), n ~ N(0, 1)
+    mean: float = (
+        0.0  # training times are logit-normal ([6] section 3.1): sigmoid(mean + std n), n ~ N(0, 1)
+    )
     std: float = 1.0
     shift: float = 1.0  # sampling times are moved towards noise ([6] eq. 23): t -> shift t / (1 + (shift - 1) t)
 
@@ -215,7 +267,9 @@ class Flow(NoiseSchedule):
         return 1 - t.double(), t.double()
 
     def sample_t(self, batch: int, generator: torch.Generator | None = None) -> Shaped[Tensor, "B"]:
-        return torch.sigmoid(self.mean + self.std * torch.randn(batch, generator=generator, dtype=torch.float64))
+        return torch.sigmoid(
+            self.mean + self.std * torch.randn(batch, generator=generator, dtype=torch.float64)
+        )
 
     def at_log_snr(self, log_snr: Scales) -> Times:
         return torch.sigmoid(-log_snr / 2)
@@ -251,7 +305,9 @@ class Karras(NoiseSchedule):
 
     def sample_t(self, batch: int, generator: torch.Generator | None = None) -> Shaped[Tensor, "B"]:
         """ln(sigma) ~ N(P_mean, P_std^2), [5] table 1."""
-        return torch.exp(self.P_mean + self.P_std * torch.randn(batch, generator=generator, dtype=torch.float64))
+        return torch.exp(
+            self.P_mean + self.P_std * torch.randn(batch, generator=generator, dtype=torch.float64)
+        )
 
     def at_log_snr(self, log_snr: Scales) -> Times:
         return (-log_snr / 2).exp()
@@ -259,7 +315,13 @@ class Karras(NoiseSchedule):
     def timesteps(self, steps: int, spacing: str = "trailing") -> Shaped[Tensor, "steps1"]:
         """trailing, also called karras: [5] eq. 5, equal strides in sigma^(1/rho). log-snr: in log(sigma)."""
         _check(steps, spacing, ("trailing", "karras", "log-snr"))
-        visited = _ramp(self.sigma_max, self.sigma_min, steps, "karras" if spacing == "trailing" else spacing, self.rho)
+        visited = _ramp(
+            self.sigma_max,
+            self.sigma_min,
+            steps,
+            "karras" if spacing == "trailing" else spacing,
+            self.rho,
+        )
         return torch.cat([visited, torch.zeros(1, dtype=torch.float64)])
 
     def c_noise(self, t: Times) -> Shaped[Tensor, "*B"]:
@@ -267,7 +329,9 @@ class Karras(NoiseSchedule):
 
     def progress(self, t: Times) -> Scales:
         span = math.log(self.sigma_max) - math.log(self.sigma_min)
-        return ((t.double().clamp(min=self.sigma_min).log() - math.log(self.sigma_min)) / span).clamp(0, 1)
+        return (
+            (t.double().clamp(min=self.sigma_min).log() - math.log(self.sigma_min)) / span
+        ).clamp(0, 1)
 
 
 def linear() -> Discrete:
@@ -295,7 +359,10 @@ KINDS = {"discrete": Discrete, "flow": Flow, "karras": Karras}
 
 def to_json(schedule: NoiseSchedule) -> dict:
     """The schedule's kind and numbers, for a model folder."""
-    return {"kind": next(name for name, cls in KINDS.items() if type(schedule) is cls), **asdict(schedule)}
+    return {
+        "kind": next(name for name, cls in KINDS.items() if type(schedule) is cls),
+        **asdict(schedule),
+    }
 
 
 def from_json(numbers: dict) -> NoiseSchedule:

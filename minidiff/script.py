@@ -1,5 +1,6 @@
 """What the experiments share: a main that is a command, the device a name means, training behind a progress bar, the memory
 it took, and results.json."""
+
 import json
 import os
 import sys
@@ -18,13 +19,19 @@ from minidiff.train import TrainStep
 def run(main: Callable[..., None]) -> None:
     """main's signature is the command line. Exit code 2 with one line on bad input, 130 on Ctrl-C."""
     script = Path(sys.argv[0]).name
-    with console.one_line(script, "interrupted; where it was training, --resume goes on from there."):
+    with console.one_line(
+        script, "interrupted; where it was training, --resume goes on from there."
+    ):
         console.parsed(main, sys.argv[1:], script)()
 
 
 def pick_device(name: str) -> str:
     """The device a name means here; auto is the GPU if there is one."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
     if name == "auto":
         return next(device for device in ("cuda", "mps", "cpu") if there[device])
     if name not in there:
@@ -34,7 +41,9 @@ def pick_device(name: str) -> str:
     return name
 
 
-def follow(training: Iterator[TrainStep], name: str, steps: int, batch: int) -> dict[str, float | None]:
+def follow(
+    training: Iterator[TrainStep], name: str, steps: int, batch: int
+) -> dict[str, float | None]:
     """Train to the end behind a bar that shows examples a second and the time left; returns the seconds it took here, and the speed."""
     start, done = time.perf_counter(), 0
     with tqdm(desc=name, total=steps * batch, unit=" examples", unit_scale=True) as bar:
@@ -45,12 +54,17 @@ def follow(training: Iterator[TrainStep], name: str, steps: int, batch: int) -> 
             bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
             bar.update(batch)
     seconds = time.perf_counter() - start
-    return {"seconds": round(seconds, 1), "images_per_second": round(done / seconds, 1) if done else None}
+    return {
+        "seconds": round(seconds, 1),
+        "images_per_second": round(done / seconds, 1) if done else None,
+    }
 
 
 def read_log(folder: Path) -> list[dict]:
     """The lines that training wrote: one for each step, those before a resume included."""
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def last_loss(log: list[dict]) -> float:
@@ -66,7 +80,9 @@ def peak_memory_gb() -> float | None:
     import resource  # not there on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**30 if sys.platform == "darwin" else 2**20), 2)  # macOS counts bytes, Linux kilobytes
+    return round(
+        peak / (2**30 if sys.platform == "darwin" else 2**20), 2
+    )  # macOS counts bytes, Linux kilobytes
 
 
 def write_results(out: Path, **figures: object) -> Path:

@@ -11,6 +11,7 @@ one seed, one picture, on any device.
 [5] Zhao et al. UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models. 2023. arXiv:2302.04867
 [6] Luo et al. Latent Consistency Models. 2023. arXiv:2310.04378
 """
+
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -36,11 +37,17 @@ def ddim(eta: float = 0.0, generator: torch.Generator | None = None, final: bool
     """[1] eq. 12 and 16 for any schedule. eta = 0 is deterministic: Euler's method for flow matching and in sigma. eta = 1 is
     DDPM's ancestral step. final: stop at schedule.final, as published; without it, at clean data."""
 
-    def step(denoise: Denoise, schedule: NoiseSchedule, x: State, t: Time, s: Time) -> tuple[State, State]:
+    def step(
+        denoise: Denoise, schedule: NoiseSchedule, x: State, t: Time, s: Time
+    ) -> tuple[State, State]:
         x0, eps = denoise(x, t.expand(len(x)))
         s = s.clamp(min=schedule.final) if final else s
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
-        up = eta * (sigma_s / sigma_t) * (sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2).clamp(min=0).sqrt()  # noise put back
+        up = (
+            eta
+            * (sigma_s / sigma_t)
+            * (sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2).clamp(min=0).sqrt()
+        )  # noise put back
         down = (sigma_s**2 - up**2).clamp(min=0).sqrt()  # noise kept
         x_s = alpha_s.item() * x0 + down.item() * eps
         if eta > 0:
@@ -80,7 +87,9 @@ def heun(
     and at the end of Euler's step. With x_s = alpha_s x0 + sigma_s eps at both, that moves x_s by `lean` times the change of x0.
     """
 
-    def step(denoise: Denoise, schedule: NoiseSchedule, x: State, t: Time, s: Time) -> tuple[State, State]:
+    def step(
+        denoise: Denoise, schedule: NoiseSchedule, x: State, t: Time, s: Time
+    ) -> tuple[State, State]:
         x, t = _churned(schedule, x, t) if churn > 0 else (x, t)
         x0, eps = denoise(x, t.expand(len(x)))
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
@@ -139,7 +148,9 @@ def dpmpp_2m(eta: float = 0.0, generator: torch.Generator | None = None) -> Step
     eta = 1 is SDE-DPM-Solver++(2M) of [4]; values between are k-diffusion's eta."""
     past = _Past()
 
-    def step(denoise: Denoise, schedule: NoiseSchedule, x: State, t: Time, s: Time) -> tuple[State, State]:
+    def step(
+        denoise: Denoise, schedule: NoiseSchedule, x: State, t: Time, s: Time
+    ) -> tuple[State, State]:
         x0 = denoise(x, t.expand(len(x))).x0
         stride = _Stride.between(schedule, t, s)
         h_last, x0_last = past.recall(x, t) or (math.inf, x0)
@@ -147,9 +158,13 @@ def dpmpp_2m(eta: float = 0.0, generator: torch.Generator | None = None) -> Step
         # A chain without a past has it infinitely far away; and no slope can be followed infinitely far, where s is clean.
         lean = (stride.h / (2 * h_last)).nan_to_num(0.0, posinf=0.0)
         ahead = x0 + lean.item() * (x0 - x0_last)
-        x_s = (stride.shrink * stride.r**eta).item() * x + (stride.alpha * (1 - stride.r ** (1 + eta))).item() * ahead
+        x_s = (stride.shrink * stride.r**eta).item() * x + (
+            stride.alpha * (1 - stride.r ** (1 + eta))
+        ).item() * ahead
         if eta > 0:
-            x_s = x_s + (stride.sigma * (1 - stride.r ** (2 * eta)).sqrt()).item() * _normal(x, generator)
+            x_s = x_s + (stride.sigma * (1 - stride.r ** (2 * eta)).sqrt()).item() * _normal(
+                x, generator
+            )
         return x_s, x0
 
     return step
@@ -170,7 +185,9 @@ def unipc(variant: str = "bh2") -> Step:
     def B(stride: _Stride) -> Tensor:
         return stride.h if variant == "bh1" else 1 - stride.r
 
-    def step(denoise: Denoise, schedule: NoiseSchedule, x: State, t: Time, s: Time) -> tuple[State, State]:
+    def step(
+        denoise: Denoise, schedule: NoiseSchedule, x: State, t: Time, s: Time
+    ) -> tuple[State, State]:
         x0 = denoise(x, t.expand(len(x))).x0
         h_last, x0_last = math.inf, x0
         if kept := past.recall(x, t):
@@ -181,7 +198,9 @@ def unipc(variant: str = "bh2") -> Step:
         ahead = (1 - stride.r).item() * x0 + lean.item() * (x0 - x0_last)
         return stride.shrink.item() * x + stride.alpha.item() * ahead, x0
 
-    def _corrected(x: State, stride: _Stride, x0: State, h_last: Tensor | float, x0_last: State, x0_s: State) -> tuple[State, Tensor, State]:
+    def _corrected(
+        x: State, stride: _Stride, x0: State, h_last: Tensor | float, x0_last: State, x0_s: State
+    ) -> tuple[State, Tensor, State]:
         """The stride taken again, now from three guesses of x0: before it, at its start x, and at its end. x_s is the integral of
         alpha_s e^(u - h) x0(u) over u = 0..h, taken along the parabola through the three; of u^k it is h^k m_k."""
         h, m0 = stride.h, 1 - stride.r
@@ -190,7 +209,9 @@ def unipc(variant: str = "bh2") -> Step:
         past_reach = h_last / h
         bend = (m2 - m1) / (1 + past_reach)
         new, old = m1 + bend, bend / past_reach
-        if math.isinf(h_last):  # two points are a line, which B(h) / 2 weighs as well to this order, even where h is infinite
+        if math.isinf(
+            h_last
+        ):  # two points are a line, which B(h) / 2 weighs as well to this order, even where h is infinite
             new, old = (B(stride) / 2).nan_to_num(posinf=0.0), torch.zeros(())
         ahead = m0.item() * x0 + new.item() * (x0_s - x0) - old.item() * (x0 - x0_last)
         return stride.shrink.item() * x + stride.alpha.item() * ahead, h, x0
@@ -198,19 +219,25 @@ def unipc(variant: str = "bh2") -> Step:
     return step
 
 
-def consistent(denoise: Denoise, schedule: NoiseSchedule, x: State, t: Shaped[Tensor, "B"]) -> State:
+def consistent(
+    denoise: Denoise, schedule: NoiseSchedule, x: State, t: Shaped[Tensor, "B"]
+) -> State:
     """The consistency function of [6] eq. 9, the guess of x0 that is x itself at clean data and at the first level: c_skip x + c_out x0_hat, with
     tau ten times the thousandths of the way since then, c_skip = 0.5^2 / (tau^2 + 0.5^2) and c_out = tau / sqrt(tau^2 + 0.5^2). A few levels
     further on, that is x0_hat."""
     tau = 10 * (1000 * schedule.progress(t) - 1).clamp(min=0)
     c_skip, c_out = _like(0.25 / (tau**2 + 0.25), x), _like(tau / (tau**2 + 0.25).sqrt(), x)
-    return torch.where(c_out > 0, c_skip * x + c_out * denoise(x, t).x0, x)  # of clean data, a network that predicts x0 says nan
+    return torch.where(
+        c_out > 0, c_skip * x + c_out * denoise(x, t).x0, x
+    )  # of clean data, a network that predicts x0 says nan
 
 
 def lcm(generator: torch.Generator | None = None) -> Step:
     """Multistep consistency sampling, [6] algorithm 3, for a network distilled to guess x0 in one go: all the noise is new at every step."""
 
-    def step(denoise: Denoise, schedule: NoiseSchedule, x: State, t: Time, s: Time) -> tuple[State, State]:
+    def step(
+        denoise: Denoise, schedule: NoiseSchedule, x: State, t: Time, s: Time
+    ) -> tuple[State, State]:
         x0 = consistent(denoise, schedule, x, t.expand(len(x)))
         alpha_s, sigma_s = schedule.alpha_sigma(s)
         return alpha_s.item() * x0 + sigma_s.item() * _normal(x, generator), x0

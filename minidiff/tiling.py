@@ -1,4 +1,5 @@
 """A large picture through a network in overlapping tiles, so that memory does not grow with the picture. Nothing here knows of diffusion."""
+
 from collections.abc import Callable
 
 import torch
@@ -7,7 +8,11 @@ from torch import Tensor
 
 
 def tiled(
-    f: Callable[[Tensor], Tensor], x: Float[Tensor, "B C H W"], tile: int, overlap: int, scale: float = 1
+    f: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "B C H W"],
+    tile: int,
+    overlap: int,
+    scale: float = 1,
 ) -> Float[Tensor, "B C2 H2 W2"]:
     """f(x), from f of tiles of tile x tile that overlap by `overlap`; f makes pictures `scale` times as large. Where tiles overlap, one fades
     into the next along a straight line, so that no seam shows."""
@@ -20,7 +25,9 @@ def tiled(
             if total is None:
                 total = part.new_zeros(*part.shape[:2], round(height * scale), round(width * scale))
                 weight = total[:1, :1].clone()
-            fade = _fade(part.shape[2], round(overlap * scale), part)[:, None] * _fade(part.shape[3], round(overlap * scale), part)
+            fade = _fade(part.shape[2], round(overlap * scale), part)[:, None] * _fade(
+                part.shape[3], round(overlap * scale), part
+            )
             rows = slice(round(top * scale), round(top * scale) + part.shape[2])
             columns = slice(round(left * scale), round(left * scale) + part.shape[3])
             total[:, :, rows, columns] += part * fade

@@ -1,4 +1,5 @@
 """What runs inside a network, part by part: shapes, parameters and multiply-adds. On the meta device, so that no number is computed."""
+
 from typing import NamedTuple
 
 import torch
@@ -38,9 +39,17 @@ def trace(network: nn.Module, parts: list[str], *inputs: torch.Tensor) -> list[R
     root = type(network).__name__
     rows = []
     for part, shape in shapes.items():
-        within = {name: sum(ops.values()) for name, ops in flops.items() if f"{name}.".startswith(f"{root}.{part}.")}
-        top = [name for name in within if not any(name.startswith(f"{other}.") for other in within)]  # a module's count includes its children's
-        parameters = sum(p.numel() for name, p in network.named_parameters() if name.startswith(f"{part}."))
+        within = {
+            name: sum(ops.values())
+            for name, ops in flops.items()
+            if f"{name}.".startswith(f"{root}.{part}.")
+        }
+        top = [
+            name for name in within if not any(name.startswith(f"{other}.") for other in within)
+        ]  # a module's count includes its children's
+        parameters = sum(
+            p.numel() for name, p in network.named_parameters() if name.startswith(f"{part}.")
+        )
         rows.append(Row(part, shape, parameters, sum(within[name] for name in top) // 2))
     return rows
 
@@ -49,14 +58,34 @@ def trace_unet(unet: nn.Module, side: int, words: int = 77) -> list[Row]:
     """A U-Net level by level, down to its smallest maps and back; side is that of its input."""
     n = unet.numbers
     levels = range(len(n["channels"]))
-    parts = ["time", "conv_in", *(f"encoder.{i}" for i in levels), "middle", *(f"decoder.{i}" for i in levels), "norm_out", "conv_out"]
+    parts = [
+        "time",
+        "conv_in",
+        *(f"encoder.{i}" for i in levels),
+        "middle",
+        *(f"decoder.{i}" for i in levels),
+        "norm_out",
+        "conv_out",
+    ]
     with torch.device("meta"):
-        return trace(unet, parts, torch.empty(1, n["in_channels"], side, side), torch.empty(1), torch.empty(1, words, n["context_dim"]))
+        return trace(
+            unet,
+            parts,
+            torch.empty(1, n["in_channels"], side, side),
+            torch.empty(1),
+            torch.empty(1, words, n["context_dim"]),
+        )
 
 
 def trace_half(half: nn.Module, channels: int, side: int) -> list[Row]:
     """A VAE's encoder or decoder, level by level."""
-    parts = ["conv_in", *(f"levels.{i}" for i in range(len(half.levels))), "middle", "norm_out", "conv_out"]
+    parts = [
+        "conv_in",
+        *(f"levels.{i}" for i in range(len(half.levels))),
+        "middle",
+        "norm_out",
+        "conv_out",
+    ]
     return trace(half, parts, torch.empty(1, channels, side, side, device="meta"))
 
 
@@ -64,6 +93,8 @@ def table(rows: list[Row]) -> str:
     """The rows as lines of text, with their sum."""
     lines = [f"{'part':12} {'shape':>18} {'parameters':>12} {'multiply-adds':>14}"]
     for part, shape, parameters, count in rows:
-        lines.append(f"{part:12} {' x '.join(map(str, shape)):>18} {parameters / 1e6:>10.2f} M {count / 1e9:>12.2f} G")
+        lines.append(
+            f"{part:12} {' x '.join(map(str, shape)):>18} {parameters / 1e6:>10.2f} M {count / 1e9:>12.2f} G"
+        )
     total = [sum(getattr(row, what) for row in rows) for what in ("parameters", "multiply_adds")]
     return "\n".join([*lines, f"{'sum':31} {total[0] / 1e6:>10.2f} M {total[1] / 1e9:>12.2f} G"])

@@ -10,6 +10,7 @@ ends, bit for bit, where an uninterrupted one would, with no random state to sav
 [2] Loshchilov, Hutter. SGDR: Stochastic Gradient Descent with Warm Restarts. 2017. arXiv:1608.03983
 [3] Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. arXiv:2006.11239
 """
+
 import copy
 import json
 import math
@@ -31,7 +32,9 @@ from minidiff.errors import UserError
 
 # A batch of any kind to (a loss for each example, where each lies in [0, 1] on the axis of the loss-by-t plot, or None).
 LossFn = Callable[[Any], tuple[Tensor, Tensor | None]]
-Run = dict[str, int | float]  # what a checkpoint must have in common with the run that goes on from it
+Run = dict[
+    str, int | float
+]  # what a checkpoint must have in common with the run that goes on from it
 BINS = 10
 
 
@@ -113,7 +116,10 @@ def train(
     ]
     adamw = optimizers.named(optimizer, groups, lr, betas, device)
     adamw.zero_grad()  # whatever the caller left there
-    start, run = 0, {"seed": seed, "steps": steps, "lr": lr, "warmup": warmup, "accumulate": accumulate}
+    start, run = (
+        0,
+        {"seed": seed, "steps": steps, "lr": lr, "warmup": warmup, "accumulate": accumulate},
+    )
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         if not resume:  # a checkpoint of an earlier run must not be what a later --resume finds
@@ -136,9 +142,15 @@ def train(
 
         def gradients(batch: Any) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
             each, where = forward(batch)
-            return each, where, torch.autograd.grad(each.mean() / accumulate, parameters, allow_unused=True)
+            return (
+                each,
+                where,
+                torch.autograd.grad(each.mean() / accumulate, parameters, allow_unused=True),
+            )
 
-        for each, where, grads in workers.map(gradients, micro):  # in the order of the parts: the sum is the same whoever came first
+        for each, where, grads in workers.map(
+            gradients, micro
+        ):  # in the order of the parts: the sum is the same whoever came first
             for p, g in zip(parameters, grads, strict=True):
                 if g is not None:
                     p.grad = g if p.grad is None else p.grad.add_(g)
@@ -163,7 +175,9 @@ def train(
             if not (loss.isfinite().all() and norm.isfinite()):
                 torch.manual_seed(seed_of(seed, step))
                 culprit = _first_bad(loss_fn, module, micro, autocast)
-                raise NonFiniteError(f"step {step + 1}: {culprit}; lower the learning rate, or compute in float32.")
+                raise NonFiniteError(
+                    f"step {step + 1}: {culprit}; lower the learning rate, or compute in float32."
+                )
             nn.utils.clip_grads_with_norm_(parameters, clip, norm)
             del grads  # this list would keep them alive beside those of the next step
             adamw.step()
@@ -171,7 +185,13 @@ def train(
             if ema is not None:
                 ema.update(step + 1)
 
-            done = TrainStep(step + 1, loss.mean().item(), by_bin(loss, places), adamw.param_groups[0]["lr"], norm.item())
+            done = TrainStep(
+                step + 1,
+                loss.mean().item(),
+                by_bin(loss, places),
+                adamw.param_groups[0]["lr"],
+                norm.item(),
+            )
             if folder is not None:
                 with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
                     log.write(json.dumps(done._asdict()) + "\n")
@@ -193,7 +213,9 @@ def by_bin(loss: Tensor, places: list[Tensor | None]) -> list[float | None]:
     return [loss[index == b].mean().item() if (index == b).any() else None for b in range(BINS)]
 
 
-def _first_bad(loss_fn: LossFn, module: nn.Module, batches: list[Any], autocast: torch.dtype | None) -> str:
+def _first_bad(
+    loss_fn: LossFn, module: nn.Module, batches: list[Any], autocast: torch.dtype | None
+) -> str:
     """Run the same step again and watch: the first weight, module output, or gradient that is not finite."""
     for name, p in module.named_parameters():
         if not p.isfinite().all():
@@ -203,13 +225,20 @@ def _first_bad(loss_fn: LossFn, module: nn.Module, batches: list[Any], autocast:
     def watch(name: str) -> Callable:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if not found and isinstance(output, Tensor) and not output.isfinite().all():
-                found.append(f'the output of "{name or "the whole module"}" is the first that is not finite')
+                found.append(
+                    f'the output of "{name or "the whole module"}" is the first that is not finite'
+                )
 
         return hook
 
     handles = [m.register_forward_hook(watch(name)) for name, m in module.named_modules()]
     try:
-        with torch.no_grad(), torch.autocast(next(module.parameters()).device.type, autocast, enabled=autocast is not None):
+        with (
+            torch.no_grad(),
+            torch.autocast(
+                next(module.parameters()).device.type, autocast, enabled=autocast is not None
+            ),
+        ):
             for batch in batches:
                 loss_fn(batch)
     finally:
@@ -217,8 +246,19 @@ def _first_bad(loss_fn: LossFn, module: nn.Module, batches: list[Any], autocast:
             handle.remove()
     if found:
         return found[0]
-    gradient = next((name for name, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()), None)
-    return "the loss is not finite" if gradient is None else f'the gradient of "{gradient}" is not finite'
+    gradient = next(
+        (
+            name
+            for name, p in module.named_parameters()
+            if p.grad is not None and not p.grad.isfinite().all()
+        ),
+        None,
+    )
+    return (
+        "the loss is not finite"
+        if gradient is None
+        else f'the gradient of "{gradient}" is not finite'
+    )
 
 
 @contextmanager
@@ -229,7 +269,9 @@ def _workers(threads: int) -> Iterator[ThreadPoolExecutor | None]:
         return
     cores = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(max(1, cores // threads),)) as workers:
+        with ThreadPoolExecutor(
+            threads, initializer=torch.set_num_threads, initargs=(max(1, cores // threads),)
+        ) as workers:
             yield workers
     finally:
         torch.set_num_threads(cores)
@@ -255,42 +297,79 @@ def _interrupts_wait() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def save_checkpoint(folder: Path, step: int, run: Run, module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> None:
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    run: Run,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA | None,
+) -> None:
     """All that resuming needs, written beside its place and renamed: a crash, or a full disk, leaves the last checkpoint whole."""
-    state = {"step": step, "run": run, "module": module.state_dict(), "optimizer": optimizer.state_dict()}
+    state = {
+        "step": step,
+        "run": run,
+        "module": module.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
     state["ema"] = ema.average.state_dict() if ema is not None else None
     fresh = folder / "checkpoint.pt.new"
     try:
         torch.save(state, fresh)
         os.replace(fresh, folder / "checkpoint.pt")
-    except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError where the disk is full
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # torch's writer says RuntimeError where the disk is full
         fresh.unlink(missing_ok=True)
         said = f"step {step} could not be saved ({str(error).splitlines()[0]})"
-        raise UserError(f"{folder / 'checkpoint.pt'}: {said}; what was saved before is whole. Make room, and go on with --resume.") from error
+        raise UserError(
+            f"{folder / 'checkpoint.pt'}: {said}; what was saved before is whole. Make room, and go on with --resume."
+        ) from error
 
 
-def load_checkpoint(folder: Path, run: Run, module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> int:
+def load_checkpoint(
+    folder: Path, run: Run, module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None
+) -> int:
     """Put everything back as it was; returns the steps done, 0 where there is no checkpoint."""
     file = folder / "checkpoint.pt"
     if not file.exists():
         return 0
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)  # a checkpoint is numbers: it cannot run code
+        state = torch.load(
+            file, map_location="cpu", weights_only=True
+        )  # a checkpoint is numbers: it cannot run code
     except (OSError, RuntimeError, UnpicklingError, EOFError, LookupError, ValueError) as error:
-        raise UserError(f"{file} is damaged, or no checkpoint; start afresh without --resume.") from error
-    if not isinstance(state, dict) or not state.keys() >= {"step", "run", "module", "optimizer", "ema"}:
-        raise UserError(f"{file} is not a checkpoint of a minidiff run; start afresh without --resume.")
+        raise UserError(
+            f"{file} is damaged, or no checkpoint; start afresh without --resume."
+        ) from error
+    if not isinstance(state, dict) or not state.keys() >= {
+        "step",
+        "run",
+        "module",
+        "optimizer",
+        "ema",
+    }:
+        raise UserError(
+            f"{file} is not a checkpoint of a minidiff run; start afresh without --resume."
+        )
     for name, value in run.items():
         if (before := state["run"].get(name)) != value:
-            raise UserError(f"{file} is of a run with {name} {before}, not {value}; pass --{name} {before}, or another --out.")
+            raise UserError(
+                f"{file} is of a run with {name} {before}, not {value}; pass --{name} {before}, or another --out."
+            )
     try:
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         if ema is not None:
             ema.average.load_state_dict(state["ema"])
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        line = str(error).splitlines()[:2][-1].strip()  # torch's first line is a heading where there are more
-        raise UserError(f"{file} does not fit this run ({line}); resume with the settings it was made with, or drop --resume.") from error
+        line = (
+            str(error).splitlines()[:2][-1].strip()
+        )  # torch's first line is a heading where there are more
+        raise UserError(
+            f"{file} does not fit this run ({line}); resume with the settings it was made with, or drop --resume."
+        ) from error
     return state["step"]
 
 

@@ -2,6 +2,7 @@
 
 [1] Xiao, Kreis, Vahdat. Tackling the Generative Learning Trilemma with Denoising Diffusion GANs. 2022. arXiv:2112.07804
 """
+
 import csv
 import hashlib
 import io
@@ -29,12 +30,21 @@ class Setting(NamedTuple):
     sampler: str
     steps: int
     guidance: float
-    interval: tuple[float, float] = (0.0, 1.0)  # where it is guided at all, from 0 (data) to 1 (noise)
+    interval: tuple[float, float] = (
+        0.0,
+        1.0,
+    )  # where it is guided at all, from 0 (data) to 1 (noise)
     spacing: str = "trailing"
 
     def columns(self) -> dict[str, str]:
         interval = "-".join(f"{end:g}" for end in self.interval)
-        return {"sampler": self.sampler, "steps": str(self.steps), "guidance": f"{self.guidance:g}", "interval": interval, "spacing": self.spacing}
+        return {
+            "sampler": self.sampler,
+            "steps": str(self.steps),
+            "guidance": f"{self.guidance:g}",
+            "interval": interval,
+            "spacing": self.spacing,
+        }
 
 
 Row = dict[str, str]  # a line of the CSV file, its numbers as they are written there
@@ -61,8 +71,12 @@ def read(path: Path) -> list[Row]:
         text = "?"  # no header of ours
     table = csv.DictReader(io.StringIO(text, newline=""))
     rows = list(table)
-    if not OURS <= set(table.fieldnames or OURS) or any(None in row or None in row.values() for row in rows):
-        raise UserError(f"{path} is not a table of evaluations; name another --out, or move the file away.")
+    if not OURS <= set(table.fieldnames or OURS) or any(
+        None in row or None in row.values() for row in rows
+    ):
+        raise UserError(
+            f"{path} is not a table of evaluations; name another --out, or move the file away."
+        )
     return rows
 
 
@@ -70,7 +84,9 @@ def append(path: Path, row: Row) -> Path:
     """One line more, and never half a line: written beside, then renamed. What only some lines have is empty in the others."""
     rows = read(path)
     text = io.StringIO()
-    writer = csv.DictWriter(text, dict.fromkeys(column for each in (*rows, row) for column in each), lineterminator="\n")
+    writer = csv.DictWriter(
+        text, dict.fromkeys(column for each in (*rows, row) for column in each), lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows([*rows, row])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +102,14 @@ def fingerprint(model: LatentDiffusion) -> str:
     return hashlib.sha256(repr(sums).encode()).hexdigest()[:8]
 
 
-def sweep(model: LatentDiffusion, bench: Bench, settings: list[Setting], path: Path, run: Row, seed: int = 0) -> list[Row]:
+def sweep(
+    model: LatentDiffusion,
+    bench: Bench,
+    settings: list[Setting],
+    path: Path,
+    run: Row,
+    seed: int = 0,
+) -> list[Row]:
     """Measure the settings that have no line in the file yet; returns the lines of all. run: what else a line must have in common to count."""
     wanted = [run | setting.columns() for setting in settings]
     for number, (setting, key) in enumerate(zip(settings, wanted, strict=True), 1):
@@ -116,7 +139,11 @@ def quality(row: Row) -> str:
 
 def point(row: Row) -> tuple[float, float, float]:
     """Quality, diversity and minus the evaluations: more is better in each. More diversity than real pictures have counts as theirs: it is errors."""
-    return float(row[quality(row)]), min(float(row[DIVERSITY]), real_diversity(row)), -float(row[SPEED])
+    return (
+        float(row[quality(row)]),
+        min(float(row[DIVERSITY]), real_diversity(row)),
+        -float(row[SPEED]),
+    )
 
 
 def real_diversity(row: Row) -> float:
@@ -127,7 +154,11 @@ def front(rows: list[Row]) -> list[Row]:
     """The Pareto front: those that no other equals in quality, diversity and speed and beats in one of them."""
 
     def beaten(row: Row) -> bool:
-        return any(point(other) != point(row) and all(a >= b for a, b in zip(point(other), point(row), strict=True)) for other in rows)
+        return any(
+            point(other) != point(row)
+            and all(a >= b for a, b in zip(point(other), point(row), strict=True))
+            for other in rows
+        )
 
     return [row for row in rows if not beaten(row)]
 
@@ -135,7 +166,10 @@ def front(rows: list[Row]) -> list[Row]:
 def cheapest(rows: list[Row], share: float = 0.99) -> Row:
     """The fewest evaluations that reach this share of the best quality; of equals the better."""
     enough = share * max(point(row)[0] for row in rows)
-    return max((row for row in rows if point(row)[0] >= enough), key=lambda row: (point(row)[2], point(row)[0]))
+    return max(
+        (row for row in rows if point(row)[0] >= enough),
+        key=lambda row: (point(row)[2], point(row)[0]),
+    )
 
 
 def figure(rows: list[Row], path: Path) -> Path:
@@ -147,31 +181,54 @@ def figure(rows: list[Row], path: Path) -> Path:
     best: dict[tuple, list[Row]] = {}
     for row in sorted(front(rows), key=lambda row: -point(row)[2]):
         best.setdefault(point(row), []).append(row)
-    speed, samplers = [float(row[SPEED]) for row in rows], list(dict.fromkeys(row["sampler"] for row in rows))
+    speed, samplers = (
+        [float(row[SPEED]) for row in rows],
+        list(dict.fromkeys(row["sampler"] for row in rows)),
+    )
     colours = LogNorm(min(speed), max(speed) * 1.01)
     with _style():
         sheet = matplotlib.figure.Figure((9.0, 5.0), layout="constrained")
         axis, names = sheet.subplots(1, 2, width_ratios=(5, 3))
         for sampler, mark in zip(samplers, cycle("os^vDPX*p"), strict=False):
             some = [row for row in rows if row["sampler"] == sampler]
-            x, y, z = ([float(row[column]) for row in some] for column in (DIVERSITY, quality(rows[0]), SPEED))
-            dots = axis.scatter(x, y, 30, z, mark, cmap="viridis_r", norm=colours, linewidths=0, zorder=2)
+            x, y, z = (
+                [float(row[column]) for row in some]
+                for column in (DIVERSITY, quality(rows[0]), SPEED)
+            )
+            dots = axis.scatter(
+                x, y, 30, z, mark, cmap="viridis_r", norm=colours, linewidths=0, zorder=2
+            )
             axis.scatter([], [], 30, "grey", mark, linewidths=0, label=sampler)
         for number, (row, *_) in enumerate(best.values(), 1):
             place = float(row[DIVERSITY]), point(row)[0]
-            axis.scatter(*place, 100, facecolors="none", edgecolors="black", linewidths=0.8, zorder=3)
+            axis.scatter(
+                *place, 100, facecolors="none", edgecolors="black", linewidths=0.8, zorder=3
+            )
             axis.annotate(str(number), place, (5, 5), textcoords="offset points", fontsize=7)
         if math.isfinite(real := real_diversity(rows[0])):
             axis.axvline(real, color="black", linestyle=":", linewidth=1)
-            axis.annotate("real pictures", (real, axis.get_ylim()[0]), (3, 3), textcoords="offset points", rotation=90)
-        axis.set(xlabel=DIVERSITY, ylabel=quality(rows[0]), title=f"quality against diversity, {len(rows)} settings, n = {rows[0]['n']}")
+            axis.annotate(
+                "real pictures",
+                (real, axis.get_ylim()[0]),
+                (3, 3),
+                textcoords="offset points",
+                rotation=90,
+            )
+        axis.set(
+            xlabel=DIVERSITY,
+            ylabel=quality(rows[0]),
+            title=f"quality against diversity, {len(rows)} settings, n = {rows[0]['n']}",
+        )
         bar = sheet.colorbar(dots, ax=axis, label=SPEED)
         ticks = [2**k for k in range(20) if min(speed) <= 2**k <= max(speed)] or sorted(set(speed))
         bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
         bar.minorticks_off()
         names.axis("off")
         names.legend(*axis.get_legend_handles_labels(), loc="lower left", ncols=2, fontsize=7)
-        alike = [name(row) + (f", and {len(others)} more" if others else "") for row, *others in best.values()]
+        alike = [
+            name(row) + (f", and {len(others)} more" if others else "")
+            for row, *others in best.values()
+        ]
         said = "\n".join(f"{number}  {line}" for number, line in enumerate(alike, 1))
         names.text(0, 1, f"The Pareto front\n\n{said}", verticalalignment="top", fontsize=7)
         return _save(sheet, path)

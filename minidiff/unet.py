@@ -15,6 +15,7 @@
 [2] Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. arXiv:2006.11239
 [3] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. 2022. arXiv:2112.10752
 """
+
 from collections.abc import Sequence
 
 import torch
@@ -50,12 +51,26 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """One resolution: residual blocks, each followed by a transformer where the level has them, then a change of size or none."""
 
-    def __init__(self, residual: list[ResBlock], attention: list[SpatialTransformer], resample: nn.Module | None):
+    def __init__(
+        self,
+        residual: list[ResBlock],
+        attention: list[SpatialTransformer],
+        resample: nn.Module | None,
+    ):
         super().__init__()
-        self.residual, self.attention, self.resample = nn.ModuleList(residual), nn.ModuleList(attention), resample
+        self.residual, self.attention, self.resample = (
+            nn.ModuleList(residual),
+            nn.ModuleList(attention),
+            resample,
+        )
 
     def block(
-        self, i: int, x: Float[Tensor, "B C H W"], emb: Tensor, context: Tensor | None, skip: Tensor | None = None
+        self,
+        i: int,
+        x: Float[Tensor, "B C H W"],
+        emb: Tensor,
+        context: Tensor | None,
+        skip: Tensor | None = None,
     ) -> Float[Tensor, "B C2 H W"]:
         x = self.residual[i](x if skip is None else torch.cat([x, skip], dim=1), emb)
         return self.attention[i](x, context) if self.attention else x
@@ -82,11 +97,15 @@ class UNet(nn.Module):
         middle: bool = True,  # False: pruned networks, whose decoder follows the encoder at once
     ):
         if not len(channels) == len(depth) == len(heads):
-            raise ValueError(f"channels, depth and heads name {len(channels)}, {len(depth)} and {len(heads)} levels; they must agree")
+            raise ValueError(
+                f"channels, depth and heads name {len(channels)}, {len(depth)} and {len(heads)} levels; they must agree"
+            )
         if pooled and context_dim is None:
             raise ValueError("pooled needs a context_dim")
         super().__init__()
-        self.numbers = {k: v for k, v in locals().items() if k not in ("self", "__class__")}  # all there is to rebuild it
+        self.numbers = {
+            k: v for k, v in locals().items() if k not in ("self", "__class__")
+        }  # all there is to rebuild it
         self.context_dim, self.multiple = context_dim, 2 ** (len(channels) - 1)
         self.checkpointing = False  # True: compute each block again in the backward pass rather than keep what it computed
         time_dim = 4 * channels[0]
@@ -96,10 +115,20 @@ class UNet(nn.Module):
 
         def attention(level: int, count: int, at_least: int = 0) -> list[SpatialTransformer]:
             d = max(depth[level], at_least)
-            args = (channels[level], heads[level], context_dim, d, ff_mult, linear_projection, groups)
+            args = (
+                channels[level],
+                heads[level],
+                context_dim,
+                d,
+                ff_mult,
+                linear_projection,
+                groups,
+            )
             return [SpatialTransformer(*args) for _ in range(count if d else 0)]
 
-        self.time = nn.Sequential(nn.Linear(channels[0], time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        self.time = nn.Sequential(
+            nn.Linear(channels[0], time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
+        )
         self.pool = nn.Linear(context_dim, time_dim) if pooled else None
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
 
@@ -107,11 +136,21 @@ class UNet(nn.Module):
         self.encoder = nn.ModuleList()
         for level, c in enumerate(channels):
             res = [residual(width if i == 0 else c, c) for i in range(blocks)]
-            self.encoder.append(Level(res, attention(level, blocks), Downsample(c) if level < last else None))
+            self.encoder.append(
+                Level(res, attention(level, blocks), Downsample(c) if level < last else None)
+            )
             skips += [c] * (blocks + (level < last))
             width = c
 
-        self.middle = Level([residual(width, width), residual(width, width)], attention(last, 1, at_least=1), None) if middle else None
+        self.middle = (
+            Level(
+                [residual(width, width), residual(width, width)],
+                attention(last, 1, at_least=1),
+                None,
+            )
+            if middle
+            else None
+        )
 
         self.decoder = nn.ModuleList()
         for level, c in reversed(list(enumerate(channels))):
@@ -119,7 +158,9 @@ class UNet(nn.Module):
             for _ in range(blocks + 1):
                 res.append(residual(width + skips.pop(), c))
                 width = c
-            self.decoder.append(Level(res, attention(level, blocks + 1), Upsample(c) if level > 0 else None))
+            self.decoder.append(
+                Level(res, attention(level, blocks + 1), Upsample(c) if level > 0 else None)
+            )
 
         self.norm_out = group_norm(groups, channels[0], 1e-5)
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
@@ -138,19 +179,30 @@ class UNet(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(
-        self, x: Float[Tensor, "B C H W"], t: Shaped[Tensor, "B"], context: Float[Tensor, "B L D"] | None = None
+        self,
+        x: Float[Tensor, "B C H W"],
+        t: Shaped[Tensor, "B"],
+        context: Float[Tensor, "B L D"] | None = None,
     ) -> Float[Tensor, "B C2 H W"]:
         """t is the number a schedule's c_noise gives. Computed in the weights' precision, returned in x's."""
         if x.shape[2] % self.multiple or x.shape[3] % self.multiple:
-            raise ValueError(f"a side of {x.shape[2]}x{x.shape[3]} is not divisible by {self.multiple}, as halving it at every level needs")
+            raise ValueError(
+                f"a side of {x.shape[2]}x{x.shape[3]} is not divisible by {self.multiple}, as halving it at every level needs"
+            )
         if (context is None) != (self.context_dim is None):
-            raise ValueError("this U-Net needs a context" if context is None else "this U-Net takes no context; it has no context_dim")
+            raise ValueError(
+                "this U-Net needs a context"
+                if context is None
+                else "this U-Net takes no context; it has no context_dim"
+            )
 
         dtype = self.conv_in.weight.dtype
         context = None if context is None else context.to(dtype)
         emb = self.time(timestep_embedding(t, self.conv_in.out_channels).to(dtype))
         if self.pool is not None:
-            emb = emb + self.pool(context.sum(dim=1))  # a sum: a word weighs as much in a long prompt as in a short one
+            emb = emb + self.pool(
+                context.sum(dim=1)
+            )  # a sum: a word weighs as much in a long prompt as in a short one
 
         h = self.conv_in(x.to(dtype))
         skips = [h]
@@ -178,17 +230,40 @@ class UNet(nn.Module):
 def unet_cifar10(context_dim: int | None = None) -> UNet:
     """The size of [2] appendix B: 4 levels from 32x32 to 4x4, attention at 16x16 and in the middle, dropout 0.1."""
     return UNet(
-        3, 3, channels=(128, 256, 256, 256), blocks=2, depth=(0, 1, 0, 0), heads=(1, 1, 1, 1), context_dim=context_dim, ff_mult=0, dropout=0.1
+        3,
+        3,
+        channels=(128, 256, 256, 256),
+        blocks=2,
+        depth=(0, 1, 0, 0),
+        heads=(1, 1, 1, 1),
+        context_dim=context_dim,
+        ff_mult=0,
+        dropout=0.1,
     )
 
 
 def unet_sd1(in_channels: int = 4) -> UNet:
     """Stable Diffusion 1.x: 859.52 M parameters; 9 input channels for inpainting."""
-    return UNet(in_channels, 4, channels=(320, 640, 1280, 1280), blocks=2, depth=(1, 1, 1, 0), heads=(8, 8, 8, 8), context_dim=768)
+    return UNet(
+        in_channels,
+        4,
+        channels=(320, 640, 1280, 1280),
+        blocks=2,
+        depth=(1, 1, 1, 0),
+        heads=(8, 8, 8, 8),
+        context_dim=768,
+    )
 
 
 def unet_sd2(in_channels: int = 4) -> UNet:
     """Stable Diffusion 2.x: heads of size 64 at every level, linear projections."""
     return UNet(
-        in_channels, 4, channels=(320, 640, 1280, 1280), blocks=2, depth=(1, 1, 1, 0), heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True
+        in_channels,
+        4,
+        channels=(320, 640, 1280, 1280),
+        blocks=2,
+        depth=(1, 1, 1, 0),
+        heads=(5, 10, 20, 20),
+        context_dim=1024,
+        linear_projection=True,
     )

@@ -3,6 +3,7 @@
 [1] Kingma, Welling. Auto-Encoding Variational Bayes. 2013. arXiv:1312.6114
 [2] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. 2022. arXiv:2112.10752
 """
+
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -33,7 +34,10 @@ class Middle(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.first = ResBlock(channels, channels, groups=groups, eps=1e-6)
-        self.norm, self.attention = group_norm(groups, channels, 1e-6), Attention(channels, heads=1, bias=True)
+        self.norm, self.attention = (
+            group_norm(groups, channels, 1e-6),
+            Attention(channels, heads=1, bias=True),
+        )
         self.second = ResBlock(channels, channels, groups=groups, eps=1e-6)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
@@ -42,21 +46,38 @@ class Middle(nn.Module):
         return self.second(x + rearrange(h, "b (h w) c -> b c h w", h=x.shape[2]))
 
 
-def _level(width: int, channels: int, blocks: int, groups: int, resample: nn.Module) -> nn.Sequential:
+def _level(
+    width: int, channels: int, blocks: int, groups: int, resample: nn.Module
+) -> nn.Sequential:
     """One resolution: residual blocks, then a change of size."""
-    residual = nn.Sequential(*(ResBlock(width if i == 0 else channels, channels, groups=groups, eps=1e-6) for i in range(blocks)))
+    residual = nn.Sequential(
+        *(
+            ResBlock(width if i == 0 else channels, channels, groups=groups, eps=1e-6)
+            for i in range(blocks)
+        )
+    )
     return nn.Sequential(OrderedDict(residual=residual, resample=resample))
 
 
 class Encoder(nn.Module):
     """Pictures to the 2 z numbers (mean and log-variance) of each latent position."""
 
-    def __init__(self, in_channels: int, out_channels: int, channels: Sequence[int], blocks: int, groups: int):
+    def __init__(
+        self, in_channels: int, out_channels: int, channels: Sequence[int], blocks: int, groups: int
+    ):
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.levels, width = nn.ModuleList(), channels[0]
         for level, c in enumerate(channels):
-            self.levels.append(_level(width, c, blocks, groups, Downsample(c) if level < len(channels) - 1 else nn.Identity()))
+            self.levels.append(
+                _level(
+                    width,
+                    c,
+                    blocks,
+                    groups,
+                    Downsample(c) if level < len(channels) - 1 else nn.Identity(),
+                )
+            )
             width = c
         self.middle = Middle(width, groups)
         self.norm_out = group_norm(groups, width, 1e-6)
@@ -72,14 +93,18 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """The encoder backwards, with one more residual block a level."""
 
-    def __init__(self, in_channels: int, out_channels: int, channels: Sequence[int], blocks: int, groups: int):
+    def __init__(
+        self, in_channels: int, out_channels: int, channels: Sequence[int], blocks: int, groups: int
+    ):
         super().__init__()
         width = channels[-1]
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
         self.middle = Middle(width, groups)
         self.levels = nn.ModuleList()
         for level, c in reversed(list(enumerate(channels))):
-            self.levels.append(_level(width, c, blocks + 1, groups, Upsample(c) if level > 0 else nn.Identity()))
+            self.levels.append(
+                _level(width, c, blocks + 1, groups, Upsample(c) if level > 0 else nn.Identity())
+            )
             width = c
         self.norm_out = group_norm(groups, width, 1e-6)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
@@ -105,8 +130,14 @@ class VAE(nn.Module):
         kl_weight: float = 1e-6,  # [2] appendix G
     ):
         super().__init__()
-        self.numbers = {k: v for k, v in locals().items() if k not in ("self", "__class__", "latent_scale")}
-        self.latent_channels, self.factor, self.kl_weight = latent_channels, 2 ** (len(channels) - 1), kl_weight
+        self.numbers = {
+            k: v for k, v in locals().items() if k not in ("self", "__class__", "latent_scale")
+        }
+        self.latent_channels, self.factor, self.kl_weight = (
+            latent_channels,
+            2 ** (len(channels) - 1),
+            kl_weight,
+        )
         self.encoder = Encoder(in_channels, 2 * latent_channels, channels, blocks, groups)
         self.decoder = Decoder(latent_channels, in_channels, channels, blocks, groups)
         self.quant = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
@@ -122,27 +153,39 @@ class VAE(nn.Module):
                 nn.init.zeros_(module.conv2.bias)
         nn.init.constant_(self.quant.bias.data[self.latent_channels :], -6.0)
 
-    def posterior(self, images: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B Z h w"], Float[Tensor, "B Z h w"]]:
+    def posterior(
+        self, images: Float[Tensor, "B C H W"]
+    ) -> tuple[Float[Tensor, "B Z h w"], Float[Tensor, "B Z h w"]]:
         """Mean and log-variance of q(z | image), [1] section 3, in raw units (before the latent scale)."""
-        moments = self.quant(self.encoder(images.to(self.quant.weight.dtype))).to(images.dtype)  # computed in the weights' precision
+        moments = self.quant(self.encoder(images.to(self.quant.weight.dtype))).to(
+            images.dtype
+        )  # computed in the weights' precision
         mean, log_variance = moments.chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)
 
-    def encode(self, images: Float[Tensor, "B C H W"], noise: Float[Tensor, "B Z h w"] | None = None) -> Float[Tensor, "B Z h w"]:
+    def encode(
+        self, images: Float[Tensor, "B C H W"], noise: Float[Tensor, "B Z h w"] | None = None
+    ) -> Float[Tensor, "B Z h w"]:
         """Scaled latents: the posterior's mean, or with standard normal noise a draw from it."""
         mean, log_variance = self.posterior(images)
-        return (mean if noise is None else mean + (0.5 * log_variance).exp() * noise) * self.latent_scale
+        return (
+            mean if noise is None else mean + (0.5 * log_variance).exp() * noise
+        ) * self.latent_scale
 
     def decode(self, latents: Float[Tensor, "B Z h w"]) -> Float[Tensor, "B C H W"]:
         """Pictures from scaled latents; about [-1, 1], not clamped."""
-        return self.decoder(self.post_quant((latents / self.latent_scale).to(self.post_quant.weight.dtype))).to(latents.dtype)
+        return self.decoder(
+            self.post_quant((latents / self.latent_scale).to(self.post_quant.weight.dtype))
+        ).to(latents.dtype)
 
     def loss(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B"]:
         """Negative evidence lower bound per example, [1] eq. 7, with |error| as in [2]: reconstruction + kl_weight KL(q(z|x) || N(0, I))."""
         mean, log_variance = self.posterior(images)
         z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
         error = (self.decoder(self.post_quant(z)) - images).abs().flatten(1).mean(1)
-        kl = 0.5 * (mean.pow(2) + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)  # [1] appendix B
+        kl = 0.5 * (mean.pow(2) + log_variance.exp() - 1 - log_variance).flatten(1).sum(
+            1
+        )  # [1] appendix B
         return error + self.kl_weight * kl
 
     @torch.no_grad()

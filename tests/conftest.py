@@ -1,4 +1,5 @@
 """While the tests run, every shape written in a signature of minidiff is checked by beartype."""
+
 import os
 from pathlib import Path
 
@@ -6,7 +7,9 @@ import pytest
 from jaxtyping import install_import_hook
 
 # before anything imports minidiff; the tower lets a float parameter take an int, as PEP 484 and callers do
-install_import_hook("minidiff", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+install_import_hook(
+    "minidiff", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +55,12 @@ def refused(capsys):
             main([str(arg) for arg in args])
         out, err = capsys.readouterr()
         assert (end.value.code, out) == (2, "")
-        assert err.startswith("minidiff: ") and err.endswith("\n") and err.count("\n") == 1 and "\r" not in err, err
+        assert (
+            err.startswith("minidiff: ")
+            and err.endswith("\n")
+            and err.count("\n") == 1
+            and "\r" not in err
+        ), err
         return err.removeprefix("minidiff: ").removesuffix("\n")
 
     return run
@@ -71,9 +79,26 @@ def sd():
 
     def make(second: bool = False, channels: int = 4, **how) -> LatentDiffusion:
         width = (64, 128) if second else (32, 64)
-        unet = UNet(channels, 4, width, 1, (1, 0), (1, 2) if second else (8, 8), 64, linear_projection=second, **how)
-        text = CLIPText(64, 1, 1, activation="gelu" if second else "quick_gelu", pad=0 if second else 49407)
-        vae, schedule = VAE(3, 4, (32, 32), 1, latent_scale=0.18215), schedules.Discrete(**STABLE_DIFFUSION)
-        return LatentDiffusion(vae, text, Denoiser(unet, schedule), 16, guidance=7.5, spacing="leading")
+        unet = UNet(
+            channels,
+            4,
+            width,
+            1,
+            (1, 0),
+            (1, 2) if second else (8, 8),
+            64,
+            linear_projection=second,
+            **how,
+        )
+        text = CLIPText(
+            64, 1, 1, activation="gelu" if second else "quick_gelu", pad=0 if second else 49407
+        )
+        vae, schedule = (
+            VAE(3, 4, (32, 32), 1, latent_scale=0.18215),
+            schedules.Discrete(**STABLE_DIFFUSION),
+        )
+        return LatentDiffusion(
+            vae, text, Denoiser(unet, schedule), 16, guidance=7.5, spacing="leading"
+        )
 
     return make

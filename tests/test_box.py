@@ -1,4 +1,5 @@
 """The model in the box: it is small, it is found from anywhere, and it draws what captions say."""
+
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,12 @@ def box():
 
 def test_it_is_small():
     files = list(BOX.glob("*.safetensors"))
-    assert {file.stem for file in files} == {"vae", "text", "unet"} and sum(file.stat().st_size for file in files) <= 12e6
-    assert all(tensor.dtype == torch.float16 for file in files for tensor in load_file(file).values())
+    assert {file.stem for file in files} == {"vae", "text", "unet"} and sum(
+        file.stat().st_size for file in files
+    ) <= 12e6
+    assert all(
+        tensor.dtype == torch.float16 for file in files for tensor in load_file(file).values()
+    )
 
 
 def test_half_precision_files_fill_networks_of_full_precision(box):
@@ -44,7 +49,10 @@ def test_verbs_draw_with_it_unless_told_otherwise(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     main(["generate", "a small blue circle", "--steps", "2"])
     main(["plot", "reverse", "--steps", "2"])
-    assert len(capsys.readouterr().out.splitlines()) == 4 and Path("out/generate/000-a-small-blue-circle.png").is_file()
+    assert (
+        len(capsys.readouterr().out.splitlines()) == 4
+        and Path("out/generate/000-a-small-blue-circle.png").is_file()
+    )
 
 
 @pytest.mark.parametrize(("objects", "right"), [(1, 23), (2, 20)])

@@ -1,4 +1,5 @@
 """Caches of latents and captions: the key forgets nothing, nothing is computed twice, and a file that is damaged or cannot be written is survived."""
+
 import resource
 import warnings
 
@@ -65,7 +66,9 @@ def test_latents_are_those_of_the_picture_and_of_its_mirror(vae, paths, tmp_path
     for folder in (None, tmp_path / "c", tmp_path / "c"):
         got = encoded(vae, paths, [SIZE] * 3, folder, flip=True)
         assert all(torch.equal(a, b) for a, b in zip(got, want + mirrors, strict=True))
-        assert all(z.shape == (4, 8, 12) and not z.requires_grad and z.device.type == "cpu" for z in got)
+        assert all(
+            z.shape == (4, 8, 12) and not z.requires_grad and z.device.type == "cpu" for z in got
+        )
 
 
 def test_only_what_is_missing_is_encoded_and_what_is_unused_goes(vae, paths, tmp_path):
@@ -118,7 +121,10 @@ def test_a_changed_weight_of_the_vae_is_another_key(vae, paths, tmp_path):
 def test_another_precision_of_the_same_weights_is_another_key(vae, text, tmp_path):
     """Numbers that bfloat16 holds exactly, so that only the precision they are computed in differs."""
     for network in (vae, text):
-        kept = [cache.fingerprint(network.to(dtype)) for dtype in (torch.bfloat16, torch.float32, torch.bfloat16)]
+        kept = [
+            cache.fingerprint(network.to(dtype))
+            for dtype in (torch.bfloat16, torch.float32, torch.bfloat16)
+        ]
         assert kept[0] == kept[2] != kept[1]
 
 
@@ -175,7 +181,14 @@ def test_a_damaged_file_is_made_anew(vae, paths, tmp_path, how):
     file = tmp_path / "latents.safetensors"
     whole = file.read_bytes()
     one = bytes([whole[-100] ^ 1])
-    file.write_bytes({"shorter": whole[:-7], "a byte": whole[:-100] + one + whole[-99:], "empty": b"", "text": b"what is this? " * 99}[how])
+    file.write_bytes(
+        {
+            "shorter": whole[:-7],
+            "a byte": whole[:-100] + one + whole[-99:],
+            "empty": b"",
+            "text": b"what is this? " * 99,
+        }[how]
+    )
     with pytest.warns(UserWarning, match=r"latents.safetensors is made anew: ") as said:
         got = encoded(vae, paths, [SIZE] * 3, tmp_path)
     assert len(said) == 1 and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
@@ -193,12 +206,17 @@ def test_a_full_disk(vae, paths, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        with pytest.raises(UserError, match=r"latents.safetensors: 0.0 MB cannot be written \(.*large.*\); free some space") as error:
+        with pytest.raises(
+            UserError,
+            match=r"latents.safetensors: 0.0 MB cannot be written \(.*large.*\); free some space",
+        ) as error:
             encoded(vae, paths, [SIZE] * 3, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(error.value)
-    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".png") == ["latents.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".png") == [
+        "latents.safetensors"
+    ]
     assert (tmp_path / "latents.safetensors").read_bytes() == before
 
 

@@ -1,4 +1,5 @@
 """Gradient checkpointing: the same gradients to the bit, from far less kept."""
+
 from itertools import count
 
 import pytest
@@ -23,14 +24,22 @@ def clip(**how):
 def without_zeros(monkeypatch):
     """Branches that start at zero would hide gradients that are wrong."""
     for kind in (UNet, CLIPText):
-        monkeypatch.setattr(kind, "_init_weights", lambda self: [nn.init.normal_(p, std=0.1) for p in self.parameters()])
+        monkeypatch.setattr(
+            kind,
+            "_init_weights",
+            lambda self: [nn.init.normal_(p, std=0.1) for p in self.parameters()],
+        )
 
 
 def inputs(network):
     noise = torch.Generator().manual_seed(4)
     if isinstance(network, CLIPText):
         return (torch.randint(0, 49408, (3, 12), generator=noise),)
-    return torch.randn(3, 4, 16, 16, generator=noise), torch.tensor([1, 500, 1000]), torch.randn(3, 5, 8, generator=noise)
+    return (
+        torch.randn(3, 4, 16, 16, generator=noise),
+        torch.tensor([1, 500, 1000]),
+        torch.randn(3, 5, 8, generator=noise),
+    )
 
 
 def gradients(network, checkpointing, autocast=False):
@@ -51,7 +60,9 @@ def saved(network, checkpointing):
     weights, kept = {p.untyped_storage().data_ptr() for p in network.parameters()}, {}
 
     def keep(value):
-        kept[value.untyped_storage().data_ptr()] = value.untyped_storage()  # held, so that no address is used twice
+        kept[value.untyped_storage().data_ptr()] = (
+            value.untyped_storage()
+        )  # held, so that no address is used twice
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
@@ -60,11 +71,21 @@ def saved(network, checkpointing):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("make", [unet, clip, lambda: unet(dropout=0.3), lambda: unet(pooled=True, scale_shift=True, middle=False)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        unet,
+        clip,
+        lambda: unet(dropout=0.3),
+        lambda: unet(pooled=True, scale_shift=True, middle=False),
+    ],
+)
 def test_the_same_gradients_to_the_bit(make, autocast):
     network = make()
     plain, recomputed = gradients(network, False, autocast), gradients(network, True, autocast)
-    assert len(plain) > 40 and all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+    assert len(plain) > 40 and all(
+        torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True)
+    )
     assert any(a.abs().sum() > 0 for a in plain[3:])
 
 
@@ -82,7 +103,9 @@ def test_with_a_lora(make):
     for layer in lora.adapted(network).values():
         nn.init.normal_(layer.lora.B)
     plain, recomputed = gradients(network, False), gradients(network, True)
-    assert len(plain) == 3 + 2 * len(lora.adapted(network)) and all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+    assert len(plain) == 3 + 2 * len(lora.adapted(network)) and all(
+        torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True)
+    )
     assert all(g.abs().sum() > 0 for g in plain[3:])
     assert saved(network, True) < 0.5 * saved(network, False)
 
@@ -93,14 +116,26 @@ def test_two_threads_in_one_training():
     def batches(start):
         for k in count(start):
             noise = torch.Generator().manual_seed(k)
-            yield torch.randn(2, 4, 8, 8, generator=noise), torch.randint(0, 1000, (2,), generator=noise), torch.randn(2, 5, 8, generator=noise)
+            yield (
+                torch.randn(2, 4, 8, 8, generator=noise),
+                torch.randint(0, 1000, (2,), generator=noise),
+                torch.randn(2, 5, 8, generator=noise),
+            )
 
     ends = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         network = unet()
         network.checkpointing = checkpointing
-        for _ in train(lambda batch, of=network: (of(*batch).pow(2).mean((1, 2, 3)), None), network, batches, 4, 1e-2, accumulate=2, threads=2):
+        for _ in train(
+            lambda batch, of=network: (of(*batch).pow(2).mean((1, 2, 3)), None),
+            network,
+            batches,
+            4,
+            1e-2,
+            accumulate=2,
+            threads=2,
+        ):
             pass
         ends.append(network.state_dict())
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

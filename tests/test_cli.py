@@ -1,4 +1,5 @@
 """The command line as its reader meets it: help, what is written, the same bytes for the same seed, and one line for everything that is wrong."""
+
 import json
 import os
 import shutil
@@ -28,10 +29,26 @@ def tiny(tmp_path_factory):
     from minidiff.vae import VAE
 
     torch.manual_seed(0)
-    unet = UNet(4, 4, channels=(32, 32, 32, 32), blocks=1, depth=(0, 0, 0, 1), heads=(1, 1, 1, 1), context_dim=32, groups=8)
+    unet = UNet(
+        4,
+        4,
+        channels=(32, 32, 32, 32),
+        blocks=1,
+        depth=(0, 0, 0, 1),
+        heads=(1, 1, 1, 1),
+        context_dim=32,
+        groups=8,
+    )
     text = CLIPText(width=32, layers=1, heads=2, context_length=32)
-    torch.nn.init.normal_(unet.conv_out.weight, std=0.1)  # else it starts at zero and no prompt, no step makes a difference
-    model = LatentDiffusion(VAE(3, 4, channels=(8, 16), blocks=1, groups=4), text, Denoiser(unet, schedules.cosine(), "v"), size=32)
+    torch.nn.init.normal_(
+        unet.conv_out.weight, std=0.1
+    )  # else it starts at zero and no prompt, no step makes a difference
+    model = LatentDiffusion(
+        VAE(3, 4, channels=(8, 16), blocks=1, groups=4),
+        text,
+        Denoiser(unet, schedules.cosine(), "v"),
+        size=32,
+    )
     return model.save(tmp_path_factory.mktemp("models") / "tiny")
 
 
@@ -64,13 +81,20 @@ def test_no_arguments_print_the_help(ran):
 
 def test_help_of_a_group(ran):
     said = ran("plot", "--help").out
-    assert "plot forward" in said and "plot reverse" in said and "plot schedules" in said and "generate" not in said
+    assert (
+        "plot forward" in said
+        and "plot reverse" in said
+        and "plot schedules" in said
+        and "generate" not in said
+    )
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_of_every_verb(ran, verb):
     said = ran(*verb.split(), "--help").out
-    assert f"usage: minidiff {verb} " in said and VERBS[verb].__doc__.splitlines()[0].rstrip(".") in " ".join(said.split())
+    assert f"usage: minidiff {verb} " in said and VERBS[verb].__doc__.splitlines()[0].rstrip(
+        "."
+    ) in " ".join(said.split())
     for option in ("--seed INT", "--device auto|cpu|cuda|mps", "--out PATH"):
         assert option in said
 
@@ -80,7 +104,11 @@ def test_help_of_every_verb(ran, verb):
 
 def test_quickstart_passes_its_arguments_on(ran, monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setitem(sys.modules, "minidiff.quickstart", types.SimpleNamespace(quickstart=lambda *args: calls.append(args)))
+    monkeypatch.setitem(
+        sys.modules,
+        "minidiff.quickstart",
+        types.SimpleNamespace(quickstart=lambda *args: calls.append(args)),
+    )
     ran("quickstart", "--out", tmp_path, "--seed", 3, "--resume")
     ran("quickstart", "--out", tmp_path, "--device", "cpu")
     assert calls == [(tmp_path, 3, "cpu", True), (tmp_path, 0, "cpu", False)]
@@ -88,11 +116,33 @@ def test_quickstart_passes_its_arguments_on(ran, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_generate_gives_the_same_bytes_for_the_same_seed(ran, tiny, tmp_path, sampler):
-    names = ["000-a-small-blue-circle.png", "001-a-small-blue-circle.png", "002-苹果.png", "003-苹果.png", "grid.png"]
+    names = [
+        "000-a-small-blue-circle.png",
+        "001-a-small-blue-circle.png",
+        "002-苹果.png",
+        "003-苹果.png",
+        "grid.png",
+    ]
     folders = {}
     for name, seed in (("first", 5), ("again", 5), ("other", 6)):
         out = tmp_path / name
-        said = ran("generate", PROMPT, "苹果", "--n", 2, "--steps", 3, "--model", tiny, "--sampler", sampler, "--seed", seed, "--out", out)
+        said = ran(
+            "generate",
+            PROMPT,
+            "苹果",
+            "--n",
+            2,
+            "--steps",
+            3,
+            "--model",
+            tiny,
+            "--sampler",
+            sampler,
+            "--seed",
+            seed,
+            "--out",
+            out,
+        )
         assert said.out.splitlines() == [str(out / n) for n in names]
         folders[name] = [(out / n).read_bytes() for n in names]
     assert folders["first"] == folders["again"]
@@ -101,15 +151,41 @@ def test_generate_gives_the_same_bytes_for_the_same_seed(ran, tiny, tmp_path, sa
 
 def test_a_picture_carries_its_settings(ran, tiny, tmp_path):
     prompt = "苹果 on white"
-    ran("generate", prompt, "--steps", 2, "--model", tiny, "--guidance", 2.5, "--interval", "0.6,1", "--size", 48, "--seed", 7, "--out", tmp_path)
+    ran(
+        "generate",
+        prompt,
+        "--steps",
+        2,
+        "--model",
+        tiny,
+        "--guidance",
+        2.5,
+        "--interval",
+        "0.6,1",
+        "--size",
+        48,
+        "--seed",
+        7,
+        "--out",
+        tmp_path,
+    )
     with Image.open(tmp_path / "000-苹果-on-white.png") as picture:
         assert picture.size == (48, 48)
-        settings = {"seed": "7", "steps": "2", "guidance": "2.5", "sampler": "ddim", "size": "48x48", "model": "tiny"}
+        settings = {
+            "seed": "7",
+            "steps": "2",
+            "guidance": "2.5",
+            "sampler": "ddim",
+            "size": "48x48",
+            "model": "tiny",
+        }
         settings |= {"spacing": "trailing", "dtype": "fp32", "interval": "0.6,1"}
         assert picture.text == {"prompt": "苹果 on white", "picture": "1 of 1", **settings}
 
 
-def test_generate_takes_the_models_own_guidance_and_shows_progress(ran, tiny, tmp_path, monkeypatch):
+def test_generate_takes_the_models_own_guidance_and_shows_progress(
+    ran, tiny, tmp_path, monkeypatch
+):
     seen = []
 
     class Bar(tqdm):
@@ -121,16 +197,23 @@ def test_generate_takes_the_models_own_guidance_and_shows_progress(ran, tiny, tm
     ran("generate", PROMPT, "--n", 65, "--steps", 2, "--model", tiny, "--out", tmp_path)
     assert seen[0] == (4, 4)  # 65 pictures are two batches
     with Image.open(tmp_path / "064-a-small-blue-circle.png") as picture:
-        assert picture.text["guidance"] == str(json.loads((tiny / "model.json").read_text())["guidance"])
+        assert picture.text["guidance"] == str(
+            json.loads((tiny / "model.json").read_text())["guidance"]
+        )
 
 
 def test_plot_forward(ran, tmp_path):
     Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
     for options in ([], ["--schedule", "karras"], ["--image", tmp_path / "red.png", "--size", 16]):
         said = ran("plot", "forward", "--out", tmp_path / "plots", *options)
-        assert said.out.splitlines() == [str(tmp_path / "plots" / name) for name in ("forward.png", "forward.gif")]
+        assert said.out.splitlines() == [
+            str(tmp_path / "plots" / name) for name in ("forward.png", "forward.gif")
+        ]
     with Image.open(tmp_path / "plots" / "forward.png") as strip:
-        colours = {colour: count for count, colour in strip.convert("RGB").getcolors(strip.width * strip.height)}
+        colours = {
+            colour: count
+            for count, colour in strip.convert("RGB").getcolors(strip.width * strip.height)
+        }
         assert colours[255, 0, 0] >= 128 * 128  # the first column is the picture itself
 
 
@@ -143,14 +226,20 @@ def test_plot_reverse(ran, tiny, tmp_path):
 
 def test_plot_schedules(ran, tmp_path):
     for names in ([], ["karras", "flow"]):
-        assert ran("plot", "schedules", *names, "--out", tmp_path).out.splitlines() == [str(tmp_path / "schedules.png")]
+        assert ran("plot", "schedules", *names, "--out", tmp_path).out.splitlines() == [
+            str(tmp_path / "schedules.png")
+        ]
 
 
 def test_a_long_prompt_says_in_one_line_which_words_fell_off(ran, tiny, tmp_path):
     words = "one two three four five six seven eight nine ten".split() * 4
-    said = ran("generate", " ".join(words), "--n", 2, "--steps", 1, "--model", tiny, "--out", tmp_path).err
+    said = ran(
+        "generate", " ".join(words), "--n", 2, "--steps", 1, "--model", tiny, "--out", tmp_path
+    ).err
     lines = [line for line in said.replace("\r", "\n").splitlines() if line.startswith("minidiff:")]
-    assert lines == [f'minidiff: prompt cut after 30 tokens; the model does not see: "{" ".join(words[30:])}"']
+    assert lines == [
+        f'minidiff: prompt cut after 30 tokens; the model does not see: "{" ".join(words[30:])}"'
+    ]
 
 
 # What is wrong with the input, in one line.
@@ -205,13 +294,23 @@ def test_a_device_that_is_not_there(refused, monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     data = ["data", "check", "."], ["data", "coco", "--annotations", "captions.json"]
-    for verb in (["quickstart"], ["generate", PROMPT], *data, *(name.split() for name in VERBS if name.startswith("plot "))):
-        assert refused(*verb, "--device", device) == f'no "{device}" on this machine; pass --device cpu, or auto.'
+    for verb in (
+        ["quickstart"],
+        ["generate", PROMPT],
+        *data,
+        *(name.split() for name in VERBS if name.startswith("plot ")),
+    ):
+        assert (
+            refused(*verb, "--device", device)
+            == f'no "{device}" on this machine; pass --device cpu, or auto.'
+        )
 
 
 def test_a_model_that_is_not_there_or_not_whole(refused, copy, tmp_path):
     def said(model):
-        return refused("generate", PROMPT, "--steps", 1, "--model", model, "--out", tmp_path / "out")
+        return refused(
+            "generate", PROMPT, "--steps", 1, "--model", model, "--out", tmp_path / "out"
+        )
 
     assert f'no model folder "{tmp_path / "nowhere"}"' in said(tmp_path / "nowhere")
     assert "no model.json" in said(tmp_path)
@@ -230,13 +329,31 @@ def test_a_model_that_is_not_there_or_not_whole(refused, copy, tmp_path):
 
 def test_a_place_that_cannot_be_written(refused, tiny, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    verbs = (["quickstart"], ["generate", PROMPT, "--model", tiny], ["plot", "forward"], ["plot", "reverse", "--model", tiny], ["plot", "schedules"])
-    for verb in (*verbs, ["data", "check", "."], ["data", "coco", "--annotations", "captions.json"]):
+    verbs = (
+        ["quickstart"],
+        ["generate", PROMPT, "--model", tiny],
+        ["plot", "forward"],
+        ["plot", "reverse", "--model", tiny],
+        ["plot", "schedules"],
+    )
+    for verb in (
+        *verbs,
+        ["data", "check", "."],
+        ["data", "coco", "--annotations", "captions.json"],
+    ):
         for out in (tmp_path / "file", tmp_path / "file" / "below"):
-            assert refused(*verb, "--out", out) == f'--out {out}: "{tmp_path / "file"}" is a file; name a folder.'
+            assert (
+                refused(*verb, "--out", out)
+                == f'--out {out}: "{tmp_path / "file"}" is a file; name a folder.'
+            )
     long = tmp_path / ("x" * 300)
-    assert refused("plot", "schedules", "--out", long) == f"{long}: File name too long; check the path, its permissions and the free space."
-    monkeypatch.setattr("os.access", lambda *_: False)  # the tests may run as root, who may write anywhere
+    assert (
+        refused("plot", "schedules", "--out", long)
+        == f"{long}: File name too long; check the path, its permissions and the free space."
+    )
+    monkeypatch.setattr(
+        "os.access", lambda *_: False
+    )  # the tests may run as root, who may write anywhere
     assert refused("generate", PROMPT, "--out", tmp_path / "new") == (
         f'--out {tmp_path / "new"}: no permission to write in "{tmp_path}"; name another folder.'
     )
@@ -244,12 +361,20 @@ def test_a_place_that_cannot_be_written(refused, tiny, tmp_path, monkeypatch):
 
 def test_what_cannot_be_plotted(refused, tmp_path):
     (tmp_path / "text.png").write_text("hello")
-    assert f"{tmp_path / 'no.png'}: no such picture" in refused("plot", "forward", "--image", tmp_path / "no.png")
-    assert f"{tmp_path / 'text.png'}: not a readable picture" in refused("plot", "forward", "--image", tmp_path / "text.png")
+    assert f"{tmp_path / 'no.png'}: no such picture" in refused(
+        "plot", "forward", "--image", tmp_path / "no.png"
+    )
+    assert f"{tmp_path / 'text.png'}: not a readable picture" in refused(
+        "plot", "forward", "--image", tmp_path / "text.png"
+    )
     assert "--size is 0; it must be at least 1." in refused("plot", "forward", "--size", 0)
     assert "too small" in refused("plot", "forward", "--size", 16)
-    assert 'no schedule "x"; there is linear, scaled_linear, cosine,' in refused("plot", "forward", "--schedule", "x")
-    assert 'no schedule "x"; there is linear, scaled_linear, cosine,' in refused("plot", "schedules", "cosine", "x")
+    assert 'no schedule "x"; there is linear, scaled_linear, cosine,' in refused(
+        "plot", "forward", "--schedule", "x"
+    )
+    assert 'no schedule "x"; there is linear, scaled_linear, cosine,' in refused(
+        "plot", "schedules", "cosine", "x"
+    )
 
 
 def test_a_disk_that_fills_up(refused, monkeypatch, tmp_path):
@@ -267,7 +392,9 @@ def test_interrupted(capsys, monkeypatch, tmp_path):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(sys.modules, "minidiff.quickstart", types.SimpleNamespace(quickstart=interrupted))
+    monkeypatch.setitem(
+        sys.modules, "minidiff.quickstart", types.SimpleNamespace(quickstart=interrupted)
+    )
     with pytest.raises(SystemExit) as end:
         main(["quickstart", "--out", str(tmp_path)])
     assert end.value.code == 130 and capsys.readouterr().err == "minidiff: interrupted.\n"
@@ -275,17 +402,38 @@ def test_interrupted(capsys, monkeypatch, tmp_path):
 
 def test_a_reader_that_has_seen_enough():
     for args in (["--help"], ["generate", "--help"]):
-        with subprocess.Popen([sys.executable, "-m", "minidiff.cli", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
+        with subprocess.Popen(
+            [sys.executable, "-m", "minidiff.cli", *args],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as command:
             command.stdout.close()
             assert (command.wait(60), command.stderr.read()) == (0, b"")
 
 
 def test_as_a_process():
     ran = shell("-m", "minidiff.cli", "generate", PROMPT, "--steps", "many")
-    assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", 'minidiff: --steps takes a whole number, not "many"; see minidiff generate --help.\n')
-    ran = shell("-m", "minidiff.cli", "generate", PROMPT, "--seeed", "3", env=os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "40"})
-    assert ran.stderr == "minidiff: unrecognized options: --seeed, 3; perhaps you meant --seed; see minidiff generate --help.\n"
+    assert (ran.returncode, ran.stdout, ran.stderr) == (
+        2,
+        "",
+        'minidiff: --steps takes a whole number, not "many"; see minidiff generate --help.\n',
+    )
+    ran = shell(
+        "-m",
+        "minidiff.cli",
+        "generate",
+        PROMPT,
+        "--seeed",
+        "3",
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "40"},
+    )
+    assert (
+        ran.stderr
+        == "minidiff: unrecognized options: --seeed, 3; perhaps you meant --seed; see minidiff generate --help.\n"
+    )
 
 
 def test_a_complaint_in_no_known_box_is_still_one_line():
-    assert console.complaint("\x1b[31mSomething\x1b[0m new\n  is wrong.\n") == "something new is wrong"
+    assert (
+        console.complaint("\x1b[31mSomething\x1b[0m new\n  is wrong.\n") == "something new is wrong"
+    )

@@ -1,11 +1,20 @@
 """The text tower: token ids against written-down ones and against transformers' tokenizer, the padding rules, causality; and the other conditions."""
+
 import gzip
 import warnings
 
 import pytest
 import torch
 
-from minidiff.clip import END, START, CLIPText, clip_vit_l14, openclip_vit_h14, quick_gelu, token_ids
+from minidiff.clip import (
+    END,
+    START,
+    CLIPText,
+    clip_vit_l14,
+    openclip_vit_h14,
+    quick_gelu,
+    token_ids,
+)
 from minidiff.errors import UserError
 from minidiff.labels import ClassLabels, Unconditional
 
@@ -14,7 +23,18 @@ GOLDEN = {  # ids between start and end, written down once
     "a photo of a cat": (320, 1125, 539, 320, 2368),
     "A Photo Of A CAT": (320, 1125, 539, 320, 2368),
     "  a  photo\tof\na cat ": (320, 1125, 539, 320, 2368),
-    "a photo of an astronaut riding a horse on mars": (320, 1125, 539, 550, 18376, 6765, 320, 4558, 525, 7496),
+    "a photo of an astronaut riding a horse on mars": (
+        320,
+        1125,
+        539,
+        550,
+        18376,
+        6765,
+        320,
+        4558,
+        525,
+        7496,
+    ),
     "sks dog": (48136, 1929),
     "a cat, a dog.": (320, 2368, 267, 320, 1929, 269),
     "!": (256,),
@@ -28,10 +48,39 @@ GOLDEN = {  # ids between start and end, written down once
     "cafe\u0301": (15304,),  # e and a combining accent are one letter
     "ñandú": (6445, 672, 36019),
     "日本の猫": (39121, 44353, 21575, 163, 234, 360),
-    "кот в сапогах": (27152, 13506, 141, 480, 140, 366, 23669, 16912, 26302, 20978, 111, 16912, 141, 483),
+    "кот в сапогах": (
+        27152,
+        13506,
+        141,
+        480,
+        140,
+        366,
+        23669,
+        16912,
+        26302,
+        20978,
+        111,
+        16912,
+        141,
+        483,
+    ),
     "🐱": (22979,),
     "a 🐱 and a 🐶!": (320, 22979, 537, 320, 14466, 256),
-    "e-mail@example.com #hash 100%": (324, 268, 2614, 287, 6228, 269, 2464, 258, 19199, 272, 271, 271, 260),
+    "e-mail@example.com #hash 100%": (
+        324,
+        268,
+        2614,
+        287,
+        6228,
+        269,
+        2464,
+        258,
+        19199,
+        272,
+        271,
+        271,
+        260,
+    ),
 }
 
 
@@ -46,11 +95,22 @@ def tower(**numbers):
 @pytest.fixture(scope="module")
 def published():
     """transformers' CLIP tokenizer, its vocabulary built from the merges that open_clip ships."""
-    transformers, open_clip = pytest.importorskip("transformers"), pytest.importorskip("open_clip.tokenizer")
+    transformers, open_clip = (
+        pytest.importorskip("transformers"),
+        pytest.importorskip("open_clip.tokenizer"),
+    )
     merges = gzip.open(open_clip.default_bpe()).read().decode().split("\n")[1 : 49152 - 256 - 2 + 1]
     letters = list(open_clip.bytes_to_unicode().values())
-    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(m.split()) for m in merges), "<|startoftext|>", "<|endoftext|>"]
-    return transformers.CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[tuple(m.split()) for m in merges])
+    words = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        *("".join(m.split()) for m in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    return transformers.CLIPTokenizer(
+        vocab={word: i for i, word in enumerate(words)}, merges=[tuple(m.split()) for m in merges]
+    )
 
 
 @pytest.mark.parametrize("prompt", GOLDEN)
@@ -59,20 +119,30 @@ def test_golden_token_ids(prompt, published):
     assert published(prompt)["input_ids"] == [START, *GOLDEN[prompt], END]
 
 
-@pytest.mark.parametrize("prompt, plain", [("“a cat”", '"a cat"'), ("salt &amp; pepper", "salt & pepper"), ("ﬁne", "fine")])
+@pytest.mark.parametrize(
+    "prompt, plain",
+    [("“a cat”", '"a cat"'), ("salt &amp; pepper", "salt & pepper"), ("ﬁne", "fine")],
+)
 def test_typography_is_made_plain(prompt, plain):
     """As OpenAI's code does; transformers' tokenizer keeps curly quotes, HTML entities and ligatures, and gets other ids."""
     assert token_ids(prompt) == token_ids(plain)
 
 
-@pytest.mark.parametrize("build, pad, activation", [(clip_vit_l14, 49407, "quick_gelu"), (openclip_vit_h14, 0, "gelu")], ids=["sd1", "sd2"])
+@pytest.mark.parametrize(
+    "build, pad, activation",
+    [(clip_vit_l14, 49407, "quick_gelu"), (openclip_vit_h14, 0, "gelu")],
+    ids=["sd1", "sd2"],
+)
 def test_padding(build, pad, activation):
     """SD 1.x repeats the end token, SD 2.x writes zeros. The shapes are the same either way, the pictures are not."""
     with torch.device("meta"):
         numbers = build().numbers
     assert (numbers["pad"], numbers["activation"]) == (pad, activation)
     rows = tower(pad=numbers["pad"]).tokens(["a photo of a cat", ""]).tolist()
-    assert rows == [[49406, 320, 1125, 539, 320, 2368, 49407] + [pad] * 70, [49406, 49407] + [pad] * 75]
+    assert rows == [
+        [49406, 320, 1125, 539, 320, 2368, 49407] + [pad] * 70,
+        [49406, 49407] + [pad] * 75,
+    ]
 
 
 def test_zero_padding_equals_open_clip():
@@ -93,25 +163,38 @@ def test_long_prompts_are_cut_and_the_warning_names_what_fell_off():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         whole = tower().tokens([fits])
-    with pytest.warns(UserWarning, match='cut after 75 tokens; the model does not see: "red square"'):
+    with pytest.warns(
+        UserWarning, match='cut after 75 tokens; the model does not see: "red square"'
+    ):
         cut = tower().tokens([fits + " red square"])
-    assert torch.equal(cut, whole) and cut.shape == (1, 77) and cut[0, 0] == START and cut[0, -1] == END
+    assert (
+        torch.equal(cut, whole)
+        and cut.shape == (1, 77)
+        and cut[0, 0] == START
+        and cut[0, -1] == END
+    )
     with pytest.warns(UserWarning, match="cut after 6 tokens"):  # in the middle of a character
         assert tower(context_length=8).tokens(["日本の猫 日本の猫"]).shape == (1, 8)
 
 
 @torch.no_grad()
 def test_a_later_word_never_changes_an_earlier_vector():
-    """"a small" are tokens 1 and 2; token 3 differs."""
+    """ "a small" are tokens 1 and 2; token 3 differs."""
     text = tower().double()
     a, b = text.encode(["a small red square", "a small blue square"])
-    assert (a - b)[:3].abs().max() < 1e-12  # float64; exactly equal, if the matrix product treats all rows alike
+    assert (a - b)[
+        :3
+    ].abs().max() < 1e-12  # float64; exactly equal, if the matrix product treats all rows alike
     assert (a - b)[3:].abs().amax(1).min() > 1e-4  # every vector from there on knows
 
 
 def test_null_is_the_empty_prompt():
     text = tower()
-    assert torch.equal(text.null(3), text.encode(["", "", ""])) and text.null(3).shape == (3, 77, 16)
+    assert torch.equal(text.null(3), text.encode(["", "", ""])) and text.null(3).shape == (
+        3,
+        77,
+        16,
+    )
 
 
 def test_a_fresh_tower_is_a_bag_of_words():
@@ -134,8 +217,14 @@ def test_words_only():
 def test_gradients_reach_every_parameter():
     text = tower(context_length=8).double()
     text.encode(["a cat", "red square"]).pow(3).sum().backward()
-    unreached = [name for name, p in text.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-9]
-    assert unreached == [f"blocks.{i}.attention.k.bias" for i in range(2)]  # adds the same to all of a query's scores: softmax does not see it
+    unreached = [
+        name
+        for name, p in text.named_parameters()
+        if p.grad is None or not p.grad.abs().max() > 1e-9
+    ]
+    assert unreached == [
+        f"blocks.{i}.attention.k.bias" for i in range(2)
+    ]  # adds the same to all of a query's scores: softmax does not see it
 
 
 def test_quick_gelu_formula():

@@ -1,4 +1,5 @@
 """The literal chain: its parts against each other, in float64."""
+
 import pytest
 import torch
 
@@ -33,8 +34,13 @@ def test_posterior_is_bayes(time):
     if time == 1:  # the prior is a point: x_0 itself
         assert torch.allclose(mean, x0, atol=EXACT, rtol=0) and variance.item() == 0
         return
-    prior, likelihood = 1 / (1 - before), (1 - beta) / beta  # precisions of q(x_{t-1} | x_0) and of q(x_t | x_{t-1}) as a function of x_{t-1}
-    expected = (prior * before.sqrt() * x0 + likelihood * x_t / (1 - beta).sqrt()) / (prior + likelihood)
+    prior, likelihood = (
+        1 / (1 - before),
+        (1 - beta) / beta,
+    )  # precisions of q(x_{t-1} | x_0) and of q(x_t | x_{t-1}) as a function of x_{t-1}
+    expected = (prior * before.sqrt() * x0 + likelihood * x_t / (1 - beta).sqrt()) / (
+        prior + likelihood
+    )
     assert torch.allclose(mean, expected, atol=EXACT, rtol=0)
     assert torch.allclose(variance, 1 / (prior + likelihood), atol=EXACT, rtol=0)
 
@@ -49,9 +55,16 @@ class Toy(torch.nn.Module):
 def test_general_sampler_equals_the_literal_chain():
     """eta = 1 over all T steps of the linear schedule is algorithm 2, given the same noise."""
     x_T = torch.randn(3, 4, dtype=torch.float64)
-    literal = list(DDPM().p_sample_loop(lambda x, t: Toy()(x, t - 1), x_T, torch.Generator().manual_seed(1)))
+    literal = list(
+        DDPM().p_sample_loop(lambda x, t: Toy()(x, t - 1), x_T, torch.Generator().manual_seed(1))
+    )
     denoiser = Denoiser(Toy(), schedules.linear(), "eps")
-    general = [frame.x for frame in sample(denoiser, schedules.linear(), x_T, 1000, ddpm(torch.Generator().manual_seed(1)))][1:]
+    general = [
+        frame.x
+        for frame in sample(
+            denoiser, schedules.linear(), x_T, 1000, ddpm(torch.Generator().manual_seed(1))
+        )
+    ][1:]
     assert len(literal) == len(general) == 1000
     for a, b in zip(literal, general, strict=True):
         assert (a - b).abs().max() / a.abs().max() < EXACT
@@ -67,7 +80,9 @@ def test_last_step_adds_no_noise():
 def test_predict_x0_inverts_q_sample():
     chain, t = DDPM(), torch.tensor([1, 500, 1000])
     x0, eps = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
-    assert torch.allclose(chain.predict_x0(chain.q_sample(x0, t, eps), t, eps), x0, atol=EXACT, rtol=0)
+    assert torch.allclose(
+        chain.predict_x0(chain.q_sample(x0, t, eps), t, eps), x0, atol=EXACT, rtol=0
+    )
 
 
 def test_the_loop_is_a_generator_that_leaves_the_caller_alone():
@@ -78,12 +93,31 @@ def test_the_loop_is_a_generator_that_leaves_the_caller_alone():
 
 
 def test_simple_loss_of_the_true_noise_is_zero():
-    chain, x0, eps, t = DDPM(), torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.randint(1, 1001, (4,))
+    chain, x0, eps, t = (
+        DDPM(),
+        torch.randn(4, 3, 8, 8),
+        torch.randn(4, 3, 8, 8),
+        torch.randint(1, 1001, (4,)),
+    )
     assert torch.equal(chain.simple_loss(lambda x, t: eps, x0, t, eps), torch.zeros(4))
-    assert torch.allclose(chain.simple_loss(lambda x, t: eps + 2, x0, t, eps), torch.full((4,), 4.0), rtol=1e-6, atol=0)  # fp32
+    assert torch.allclose(
+        chain.simple_loss(lambda x, t: eps + 2, x0, t, eps),
+        torch.full((4,), 4.0),
+        rtol=1e-6,
+        atol=0,
+    )  # fp32
 
 
 def test_simple_loss_equals_the_general_one():
-    x0, eps, t = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64), torch.randint(1, 1001, (4,))
+    x0, eps, t = (
+        torch.randn(4, 6, dtype=torch.float64),
+        torch.randn(4, 6, dtype=torch.float64),
+        torch.randint(1, 1001, (4,)),
+    )
     literal = DDPM().simple_loss(lambda x, t: Toy()(x, t - 1), x0, t, eps)
-    assert torch.allclose(literal, Denoiser(Toy(), schedules.linear(), "eps").loss(x0, t=t, eps=eps), atol=EXACT, rtol=0)
+    assert torch.allclose(
+        literal,
+        Denoiser(Toy(), schedules.linear(), "eps").loss(x0, t=t, eps=eps),
+        atol=EXACT,
+        rtol=0,
+    )

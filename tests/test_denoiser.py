@@ -1,12 +1,29 @@
 """The table of targets, the weightings and guidance."""
+
 import pytest
 import torch
 
 from minidiff import schedules
-from minidiff.denoiser import HASTE, LEVELS, SIGMA_DATA, TARGETS, WEIGHTINGS, Denoiser, Prediction, guide
+from minidiff.denoiser import (
+    HASTE,
+    LEVELS,
+    SIGMA_DATA,
+    TARGETS,
+    WEIGHTINGS,
+    Denoiser,
+    Prediction,
+    guide,
+)
 from minidiff.errors import UserError
 
-ALL_SCHEDULES = [schedules.linear(), schedules.scaled_linear(), schedules.cosine(), schedules.sigmoid(), schedules.Flow(), schedules.Karras()]
+ALL_SCHEDULES = [
+    schedules.linear(),
+    schedules.scaled_linear(),
+    schedules.cosine(),
+    schedules.sigmoid(),
+    schedules.Flow(),
+    schedules.Karras(),
+]
 PAIRS = [(target, s) for target in TARGETS for s in ALL_SCHEDULES]
 
 
@@ -36,18 +53,25 @@ def test_every_row_gives_back_x0_and_eps(target, schedule):
     t = schedule.sample_t(5, torch.Generator().manual_seed(0))
     denoiser, x = oracle(target, schedule, x0, eps, t)
     found = denoiser(x, t)
-    assert torch.allclose(found.x0, x0, atol=1e-10, rtol=0) and torch.allclose(found.eps, eps, atol=1e-10, rtol=0)
+    assert torch.allclose(found.x0, x0, atol=1e-10, rtol=0) and torch.allclose(
+        found.eps, eps, atol=1e-10, rtol=0
+    )
 
 
 def test_edm_row_is_the_published_preconditioning():
     """D(x) = c_skip x + c_out F, EDM table 1."""
-    t, x = torch.tensor([0.01, 0.5, 40.0], dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    t, x = (
+        torch.tensor([0.01, 0.5, 40.0], dtype=torch.float64),
+        torch.randn(3, 4, dtype=torch.float64),
+    )
     network = Knows()
     network.answer = torch.randn(3, 4, dtype=torch.float64)
     s, s_d = t.view(-1, 1), SIGMA_DATA
     c_skip, c_out = s_d**2 / (s**2 + s_d**2), s * s_d / (s**2 + s_d**2).sqrt()
     expected = c_skip * x + c_out * network.answer
-    assert torch.allclose(Denoiser(network, schedules.Karras(), "edm")(x, t).x0, expected, atol=1e-12, rtol=0)
+    assert torch.allclose(
+        Denoiser(network, schedules.Karras(), "edm")(x, t).x0, expected, atol=1e-12, rtol=0
+    )
 
 
 def test_edm_row_is_the_same_on_every_schedule():
@@ -78,8 +102,16 @@ def test_weighting_means_the_same_for_every_target(target, weighting):
     assert torch.allclose(denoiser.loss(x0, t=t, eps=eps), expected, rtol=1e-8, atol=0)
 
 
-@pytest.mark.parametrize("target, schedule", [("eps", schedules.linear()), ("x0", schedules.linear()), ("v", schedules.linear()),
-                                              ("flow", schedules.Flow()), ("edm", schedules.Karras())])
+@pytest.mark.parametrize(
+    "target, schedule",
+    [
+        ("eps", schedules.linear()),
+        ("x0", schedules.linear()),
+        ("v", schedules.linear()),
+        ("flow", schedules.Flow()),
+        ("edm", schedules.Karras()),
+    ],
+)
 def test_default_weighting_is_plain_squared_error(target, schedule):
     x0, eps, error = (torch.randn(6, 5, dtype=torch.float64) for _ in range(3))
     t = schedule.sample_t(6, torch.Generator().manual_seed(0))
@@ -91,11 +123,17 @@ def test_min_snr_published_forms():
     """Hang et al.: min(SNR, 5)/SNR for eps, min(SNR, 5) for x0, min(SNR, 5)/(SNR + 1) for v, each on the target's own squared error."""
     schedule, t = schedules.linear(), torch.tensor([1, 50, 400, 1000])
     snr = schedule.snr(t)
-    for target, own in (("eps", snr.clamp(max=5) / snr), ("x0", snr.clamp(max=5)), ("v", snr.clamp(max=5) / (snr + 1))):
+    for target, own in (
+        ("eps", snr.clamp(max=5) / snr),
+        ("x0", snr.clamp(max=5)),
+        ("v", snr.clamp(max=5) / (snr + 1)),
+    ):
         x0, eps, error = (torch.randn(4, 9, dtype=torch.float64) for _ in range(3))
         denoiser, _ = oracle(target, schedule, x0, eps, t, error=error)
         denoiser.weighting = "min-snr"
-        assert torch.allclose(denoiser.loss(x0, t=t, eps=eps), own * error.pow(2).mean(1), rtol=1e-8, atol=0)
+        assert torch.allclose(
+            denoiser.loss(x0, t=t, eps=eps), own * error.pow(2).mean(1), rtol=1e-8, atol=0
+        )
 
 
 def test_learned_weighting_makes_every_level_pull_equally():
@@ -122,7 +160,9 @@ def test_learned_weighting_makes_every_level_pull_equally():
     loss = denoiser.loss(x0[:2], t=t)
     u = HASTE * denoiser.log_error[[2, 18]]
     assert torch.allclose(loss, 1 / u.exp() + u)
-    assert torch.allclose(torch.autograd.grad(loss.sum(), answer)[0], (2 / 50 / u.exp())[:, None].expand(-1, 50))
+    assert torch.allclose(
+        torch.autograd.grad(loss.sum(), answer)[0], (2 / 50 / u.exp())[:, None].expand(-1, 50)
+    )
     assert Denoiser(Knows(), schedule, "x0").log_error is None
 
 
@@ -131,16 +171,24 @@ def test_zero_terminal_snr_needs_a_target_that_sees_x0():
     assert schedule.alpha_bar[-1] == 0
     with pytest.raises(ValueError, match="zero_terminal_snr"):
         Denoiser(Knows(), schedule, "eps")
-    x0, eps, t = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64), torch.tensor([1000, 1000])
+    x0, eps, t = (
+        torch.randn(2, 3, dtype=torch.float64),
+        torch.randn(2, 3, dtype=torch.float64),
+        torch.tensor([1000, 1000]),
+    )
     denoiser, x = oracle("v", schedule, x0, eps, t)
-    assert torch.allclose(denoiser(x, t).x0, x0, atol=1e-14, rtol=0)  # alpha = 0: x is pure noise, the network alone knows
+    assert torch.allclose(
+        denoiser(x, t).x0, x0, atol=1e-14, rtol=0
+    )  # alpha = 0: x is pure noise, the network alone knows
     assert torch.equal(denoiser.loss(x0, t=t, eps=eps), torch.zeros(2, dtype=torch.float64))
 
 
 def test_unknown_names():
     with pytest.raises(ValueError, match='no target "noise"; there is eps, x0, v, flow, edm'):
         Denoiser(Knows(), schedules.linear(), "noise")
-    with pytest.raises(ValueError, match='no weighting "snr"; there is eps, x0, v, flow, edm, min-snr, p2'):
+    with pytest.raises(
+        ValueError, match='no weighting "snr"; there is eps, x0, v, flow, edm, min-snr, p2'
+    ):
         Denoiser(Knows(), schedules.linear(), "v", "snr")
 
 
@@ -153,22 +201,41 @@ class Linear(torch.nn.Module):
 
 def test_guidance_formula_and_special_scales():
     denoiser = Denoiser(Linear(), schedules.linear(), "eps")
-    x, t, context, null = torch.randn(2, 3), torch.tensor([10, 900]), torch.ones(2, 1, 4), torch.zeros(2, 1, 4)
+    x, t, context, null = (
+        torch.randn(2, 3),
+        torch.tensor([10, 900]),
+        torch.ones(2, 1, 4),
+        torch.zeros(2, 1, 4),
+    )
     with_text, without = denoiser(x, t, context), denoiser(x, t, null)
     assert isinstance(with_text, Prediction)
-    for scale, expected in ((1, with_text.eps), (0, without.eps), (7.5, without.eps + 7.5 * (with_text.eps - without.eps))):
-        assert torch.allclose(guide(denoiser, context, null, scale)(x, t).eps, expected, atol=1e-5, rtol=0)  # fp32
+    for scale, expected in (
+        (1, with_text.eps),
+        (0, without.eps),
+        (7.5, without.eps + 7.5 * (with_text.eps - without.eps)),
+    ):
+        assert torch.allclose(
+            guide(denoiser, context, null, scale)(x, t).eps, expected, atol=1e-5, rtol=0
+        )  # fp32
 
 
 def test_guiding_the_output_x0_or_eps_is_the_same():
     """At a fixed x_t the 2x2 solve is affine in F."""
     denoiser = Denoiser(Linear(), schedules.linear(), "v").double()
     x, t = torch.randn(2, 3, dtype=torch.float64), torch.tensor([10, 900])
-    context, null = torch.ones(2, 1, 4, dtype=torch.float64), torch.zeros(2, 1, 4, dtype=torch.float64)
-    F = denoiser.output(x, t, null) + 7.5 * (denoiser.output(x, t, context) - denoiser.output(x, t, null))
+    context, null = (
+        torch.ones(2, 1, 4, dtype=torch.float64),
+        torch.zeros(2, 1, 4, dtype=torch.float64),
+    )
+    F = denoiser.output(x, t, null) + 7.5 * (
+        denoiser.output(x, t, context) - denoiser.output(x, t, null)
+    )
     network = Knows()
     network.answer = F
-    by_output, by_prediction = Denoiser(network, schedules.linear(), "v")(x, t), guide(denoiser, context, null, 7.5)(x, t)
+    by_output, by_prediction = (
+        Denoiser(network, schedules.linear(), "v")(x, t),
+        guide(denoiser, context, null, 7.5)(x, t),
+    )
     assert torch.allclose(by_output.x0, by_prediction.x0, atol=1e-12, rtol=0)
     assert torch.allclose(by_output.eps, by_prediction.eps, atol=1e-12, rtol=0)
 
@@ -181,7 +248,11 @@ def test_guidance_costs_one_evaluation_and_none_more_where_it_is_off():
             self.calls.append(len(x))
             return super().forward(x, c_noise, context)
 
-    denoiser, x, t = Denoiser(Counts(), schedules.linear(), "eps"), torch.randn(2, 3), torch.tensor([10, 900])
+    denoiser, x, t = (
+        Denoiser(Counts(), schedules.linear(), "eps"),
+        torch.randn(2, 3),
+        torch.tensor([10, 900]),
+    )
     for scale in (1, 0, 7.5):
         guide(denoiser, torch.ones(2, 1, 4), torch.zeros(2, 1, 4), scale)(x, t)
     assert Counts.calls == [2, 2, 4]
@@ -201,9 +272,15 @@ class Shifts(torch.nn.Module):
 
 
 def pictures(target="eps"):
-    denoiser, other = Denoiser(Shifts(), schedules.scaled_linear(), target), Denoiser(Shifts(0.3), schedules.scaled_linear(), "x0")
+    denoiser, other = (
+        Denoiser(Shifts(), schedules.scaled_linear(), target),
+        Denoiser(Shifts(0.3), schedules.scaled_linear(), "x0"),
+    )
     x, t = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.tensor([400, 400])
-    context, null = torch.full((2, 1, 4), 0.8, dtype=torch.float64), torch.full((2, 1, 4), -0.4, dtype=torch.float64)
+    context, null = (
+        torch.full((2, 1, 4), 0.8, dtype=torch.float64),
+        torch.full((2, 1, 4), -0.4, dtype=torch.float64),
+    )
     return denoiser, other, x, t, context, null
 
 
@@ -215,48 +292,76 @@ def test_rescaled_guidance_equals_diffusers(target, rescale):
     denoiser, _, x, t, context, null = pictures(target)
     with_text, without = denoiser.output(x, t, context), denoiser.output(x, t, null)
     F = pipeline.rescale_noise_cfg(without + 7.5 * (with_text - without), with_text, rescale)
-    for ours, theirs in zip(guide(denoiser, context, null, 7.5, rescale)(x, t), denoiser.solve(x, t, F), strict=True):
+    for ours, theirs in zip(
+        guide(denoiser, context, null, 7.5, rescale)(x, t), denoiser.solve(x, t, F), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
 
 def test_fully_rescaled_output_has_the_conditional_standard_deviation():
     denoiser, _, x, t, context, null = pictures("v")
     F = denoiser.unsolve(guide(denoiser, context, null, 7.5, 1.0)(x, t), t)
-    torch.testing.assert_close(F.flatten(1).std(1), denoiser.output(x, t, context).flatten(1).std(1), rtol=1e-11, atol=0)
+    torch.testing.assert_close(
+        F.flatten(1).std(1), denoiser.output(x, t, context).flatten(1).std(1), rtol=1e-11, atol=0
+    )
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_unsolve_is_the_inverse_of_solve(target):
-    denoiser, x, t = Denoiser(Knows(), schedules.cosine(), target), torch.randn(3, 5, dtype=torch.float64), torch.tensor([1, 500, 999])
+    denoiser, x, t = (
+        Denoiser(Knows(), schedules.cosine(), target),
+        torch.randn(3, 5, dtype=torch.float64),
+        torch.tensor([1, 500, 999]),
+    )
     F = torch.randn(3, 5, dtype=torch.float64)
-    torch.testing.assert_close(denoiser.unsolve(denoiser.solve(x, t, F), t), F, rtol=1e-9, atol=1e-9)  # eps at alpha = 0.002 costs digits
+    torch.testing.assert_close(
+        denoiser.unsolve(denoiser.solve(x, t, F), t), F, rtol=1e-9, atol=1e-9
+    )  # eps at alpha = 0.002 costs digits
 
 
 def test_guidance_in_an_interval():
     """Inside as everywhere, outside the conditional prediction, at half the cost; each example by its own t."""
     denoiser, _, x, _, context, null = pictures()
-    limited, always = guide(denoiser, context, null, 7.5, interval=(0.2, 0.6)), guide(denoiser, context, null, 7.5)
+    limited, always = (
+        guide(denoiser, context, null, 7.5, interval=(0.2, 0.6)),
+        guide(denoiser, context, null, 7.5),
+    )
     for t, where in (((200, 600), "inside"), ((199, 601), "outside"), ((300, 900), "both")):
         t = torch.tensor(t)
         denoiser.network.calls.clear()
         found = limited(x, t)
         assert denoiser.network.calls == ([2] if where == "outside" else [4])
         inside, outside = always(x, t).x0, denoiser(x, t, context).x0
-        expected = {"inside": inside, "outside": outside, "both": torch.stack([inside[0], outside[1]])}[where]
+        expected = {
+            "inside": inside,
+            "outside": outside,
+            "both": torch.stack([inside[0], outside[1]]),
+        }[where]
         torch.testing.assert_close(found.x0, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_dynamic_thresholding_equals_diffusers():
     diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.DDIMScheduler(thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=1e9)
+    scheduler = diffusers.DDIMScheduler(
+        thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=1e9
+    )
     denoiser, _, x, t, context, null = pictures()
-    plain, found = guide(denoiser, context, null, 7.5)(x, t), guide(denoiser, context, null, 7.5, threshold=0.9)(x, t)
+    plain, found = (
+        guide(denoiser, context, null, 7.5)(x, t),
+        guide(denoiser, context, null, 7.5, threshold=0.9)(x, t),
+    )
     assert plain.x0.abs().max() > 1 >= found.x0.abs().max()
-    torch.testing.assert_close(found.x0, scheduler._threshold_sample(plain.x0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        found.x0, scheduler._threshold_sample(plain.x0), rtol=1e-12, atol=1e-12
+    )
     alpha, sigma = (scale.view(-1, 1, 1, 1) for scale in denoiser.schedule.alpha_sigma(t))
-    torch.testing.assert_close(alpha * found.x0 + sigma * found.eps, x, rtol=1e-12, atol=1e-12)  # eps says the same as x0
+    torch.testing.assert_close(
+        alpha * found.x0 + sigma * found.eps, x, rtol=1e-12, atol=1e-12
+    )  # eps says the same as x0
     small = Denoiser(Shifts(), denoiser.schedule, "x0")
-    torch.testing.assert_close(guide(small, None, None, 1, threshold=1.0)(0.1 * x, t).x0, small(0.1 * x, t).x0)  # within [-1, 1]: untouched
+    torch.testing.assert_close(
+        guide(small, None, None, 1, threshold=1.0)(0.1 * x, t).x0, small(0.1 * x, t).x0
+    )  # within [-1, 1]: untouched
 
 
 def test_a_negative_prompt_is_another_null_for_each_example():
@@ -264,7 +369,9 @@ def test_a_negative_prompt_is_another_null_for_each_example():
     null = torch.cat([null[:1], 3 * null[1:]])
     found = guide(denoiser, context, null, 4.0)(x, t)
     for k in range(2):
-        alone = guide(denoiser, context[k : k + 1], null[k : k + 1], 4.0)(x[k : k + 1], t[k : k + 1])
+        alone = guide(denoiser, context[k : k + 1], null[k : k + 1], 4.0)(
+            x[k : k + 1], t[k : k + 1]
+        )
         torch.testing.assert_close(found.x0[k], alone.x0[0], rtol=1e-12, atol=1e-12)
 
 
@@ -274,17 +381,24 @@ def test_autoguidance_steers_away_from_a_weak_denoiser():
     for shown in (context, None):
         good, bad = denoiser(x, t, shown), weak(x, t, shown)
         found = guide(denoiser, shown, None, 2.5, weak=weak)(x, t)
-        torch.testing.assert_close(found.x0, bad.x0 + 2.5 * (good.x0 - bad.x0), rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(found.eps, bad.eps + 2.5 * (good.eps - bad.eps), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            found.x0, bad.x0 + 2.5 * (good.x0 - bad.x0), rtol=1e-12, atol=1e-12
+        )
+        torch.testing.assert_close(
+            found.eps, bad.eps + 2.5 * (good.eps - bad.eps), rtol=1e-12, atol=1e-12
+        )
 
 
-@pytest.mark.parametrize("how, complaint", [
-    ({"rescale": 1.5}, "rescale is 1.5; it must be from 0"),
-    ({"interval": (0.6, 0.2)}, "smaller one first"),
-    ({"interval": (0.0, 600)}, "from 0 .data. to 1"),
-    ({"threshold": 0.0}, "threshold is 0.0; it must be a share"),
-    ({"threshold": 99.5}, "as in 0.995"),
-])
+@pytest.mark.parametrize(
+    "how, complaint",
+    [
+        ({"rescale": 1.5}, "rescale is 1.5; it must be from 0"),
+        ({"interval": (0.6, 0.2)}, "smaller one first"),
+        ({"interval": (0.0, 600)}, "from 0 .data. to 1"),
+        ({"threshold": 0.0}, "threshold is 0.0; it must be a share"),
+        ({"threshold": 99.5}, "as in 0.995"),
+    ],
+)
 def test_bad_guidance(how, complaint):
     denoiser, _, _, _, context, null = pictures()
     with pytest.raises(UserError, match=complaint):
@@ -300,6 +414,7 @@ def test_guidance_needs_something_to_steer_away_from(scale):
 
 def test_the_network_is_shown_exact_times_in_bfloat16():
     """bfloat16 has 8 binary digits: it would show t = 1000 where it means 999."""
+
     class Sees(torch.nn.Module):
         def forward(self, x, c_noise, context=None):
             self.seen = c_noise

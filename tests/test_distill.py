@@ -1,4 +1,5 @@
 """Distillation against exact worlds: what a loss asks for is the closed form, and few-step students land where the exact path of each noise ends."""
+
 import copy
 import math
 from itertools import count, pairwise
@@ -31,7 +32,9 @@ from minidiff.train import EMA, seed_of, train
 from minidiff.unet import UNet
 
 SCHEDULES = [schedules.cosine(), schedules.Flow(), schedules.Karras()]
-ISLANDS = Mixture(torch.tensor([[-1.0, -0.6], [0.7, -0.4], [0.2, 1.1]]), 0.35, torch.tensor([0.3, 0.5, 0.2]))
+ISLANDS = Mixture(
+    torch.tensor([[-1.0, -0.6], [0.7, -0.4], [0.2, 1.1]]), 0.35, torch.tensor([0.3, 0.5, 0.2])
+)
 
 
 def name(schedule):
@@ -60,10 +63,23 @@ def saying(schedule, x0_of):
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=name)
 def test_one_step_to_the_progressive_target_is_the_teachers_steps(schedule, stride):
     teacher, times = ISLANDS.denoiser(schedule), schedule.timesteps(8)
-    student = saying(schedule, lambda x, t: progressive_target(teacher, schedule, x, times[first : first + stride + 1, None].expand(-1, len(x))))
+    student = saying(
+        schedule,
+        lambda x, t: progressive_target(
+            teacher, schedule, x, times[first : first + stride + 1, None].expand(-1, len(x))
+        ),
+    )
     for first in range(0, 8, stride):
-        x = noised(schedule, times[first].expand(5), ISLANDS.draw(5), torch.randn(5, 2, dtype=torch.float64))
-        expected, found = x, ddim(final=False)(student, schedule, x, times[first], times[first + stride])[0]
+        x = noised(
+            schedule,
+            times[first].expand(5),
+            ISLANDS.draw(5),
+            torch.randn(5, 2, dtype=torch.float64),
+        )
+        expected, found = (
+            x,
+            ddim(final=False)(student, schedule, x, times[first], times[first + stride])[0],
+        )
         for t, s in zip(times[first : first + stride], times[first + 1 :], strict=False):
             expected = ddim(final=False)(teacher, schedule, expected, t, s)[0]
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
@@ -77,10 +93,14 @@ def test_progressive_loss_is_zero_at_its_target_and_weighs_by_truncated_snr():
     off = saying(schedule, lambda x, t: right(x, t).x0 + 0.1)
     assert progressive_loss(right, teacher, schedule, x0, times, n=n, eps=eps).abs().max() < 1e-24
     found = progressive_loss(off, teacher, schedule, x0, times, n=n, eps=eps)
-    torch.testing.assert_close(found, 0.01 * torch.maximum(schedule.snr(times[n]), torch.ones(2)), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        found, 0.01 * torch.maximum(schedule.snr(times[n]), torch.ones(2)), rtol=1e-9, atol=0
+    )
     assert schedule.snr(times[0]) < 1e-8 < 1 and 0.01 <= found[0] < found[1] * 1.001
     assert progressive_loss(off, teacher, schedule, x0, times).shape == (2,)
-    with pytest.raises(UserError, match="4 steps of the teacher are not a whole number of strides of 3"):
+    with pytest.raises(
+        UserError, match="4 steps of the teacher are not a whole number of strides of 3"
+    ):
         progressive_loss(right, teacher, schedule, x0, times, stride=3)
 
 
@@ -95,15 +115,25 @@ def small_unet():
 
 
 def test_guided_loss_asks_for_the_guided_teacher():
-    schedule, context, null = schedules.cosine(), torch.randn(3, 5, 8).double(), torch.randn(3, 5, 8).double()
+    schedule, context, null = (
+        schedules.cosine(),
+        torch.randn(3, 5, 8).double(),
+        torch.randn(3, 5, 8).double(),
+    )
     denoiser = Denoiser(small_unet(), schedule, "v")
     teacher, plain = guide(denoiser, context, null, 3.0), guide(denoiser, context, None, 1)
-    x0, eps, t = torch.randn(3, 2, 8, 8).double(), torch.randn(3, 2, 8, 8).double(), torch.tensor([900, 400, 100])
+    x0, eps, t = (
+        torch.randn(3, 2, 8, 8).double(),
+        torch.randn(3, 2, 8, 8).double(),
+        torch.tensor([900, 400, 100]),
+    )
     assert guided_loss(teacher, teacher, schedule, x0, t, eps).abs().max() == 0
     x = noised(schedule, t, x0, eps)
     with_words, without = denoiser(x, t, context).x0, denoiser(x, t, null).x0
     expected = schedule.snr(t).clamp(min=1) * (2 * (with_words - without)).pow(2).flatten(1).mean(1)
-    torch.testing.assert_close(guided_loss(plain, teacher, schedule, x0, t, eps), expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        guided_loss(plain, teacher, schedule, x0, t, eps), expected, rtol=1e-9, atol=0
+    )
     assert guided_loss(plain, teacher, schedule, x0).shape == (3,)
 
 
@@ -114,7 +144,9 @@ def test_guided_loss_asks_for_the_guided_teacher():
 def test_clean_data_is_its_own_guess(schedule):
     """To the bit, whatever the network says of it."""
     clean, x = torch.zeros(4, dtype=schedule.timesteps(1).dtype), torch.randn(4, 3)
-    assert torch.equal(consistent(lambda x, t: Prediction(x * math.nan, x * math.nan), schedule, x, clean), x)
+    assert torch.equal(
+        consistent(lambda x, t: Prediction(x * math.nan, x * math.nan), schedule, x, clean), x
+    )
     if schedule == schedules.cosine():
         assert torch.equal(consistent(lambda x, t: Prediction(x + 1, x), schedule, x, clean + 1), x)
         far = consistent(lambda x, t: Prediction(x + 1, x), schedule, x, clean + 900)
@@ -131,7 +163,11 @@ def gaussian_consistency(schedule, warp=0.0):
 
     def x0_of(x, t):
         alpha, sigma = (column(scale) for scale in schedule.alpha_sigma(t))
-        end = MEAN + STD * (x - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2).sqrt() + warp * column(schedule.progress(t)) * x
+        end = (
+            MEAN
+            + STD * (x - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2).sqrt()
+            + warp * column(schedule.progress(t)) * x
+        )
         tau = column(10 * (1000 * schedule.progress(t) - 1).clamp(min=0))
         return (end - 0.25 / (tau**2 + 0.25) * x) * (tau**2 + 0.25).sqrt() / tau.clamp(min=1e-9)
 
@@ -145,12 +181,21 @@ def test_consistency_distillation_wants_the_exact_path_of_a_gaussian(schedule):
     exact, warped = gaussian_consistency(schedule), gaussian_consistency(schedule, warp=0.2)
     *_, last = sample(GAUSSIAN.denoiser(schedule), schedule, x_T, 1000, unipc())
     T = schedule.timesteps(1)[:1].expand(500)
-    torch.testing.assert_close(consistent(exact, schedule, x_T, T), last.x, rtol=0, atol=1e-3)  # the sampler errs by 1e-4
+    torch.testing.assert_close(
+        consistent(exact, schedule, x_T, T), last.x, rtol=0, atol=1e-3
+    )  # the sampler errs by 1e-4
 
     def loss(student, steps):
         times, n = schedule.timesteps(steps), torch.full((len(x_T),), steps // 2)
         how = {"n": n, "eps": x_T, "teacher": GAUSSIAN.denoiser(schedule)}
-        return consistency_loss(student, student, schedule, GAUSSIAN.draw(len(x_T), torch.Generator().manual_seed(1)), times, **how).mean()
+        return consistency_loss(
+            student,
+            student,
+            schedule,
+            GAUSSIAN.draw(len(x_T), torch.Generator().manual_seed(1)),
+            times,
+            **how,
+        ).mean()
 
     ratio, elsewhere = (loss(f, 50) / loss(f, 100) for f in (exact, warped))
     assert ratio == pytest.approx(16, rel=0.1) and elsewhere == pytest.approx(4, rel=0.1)
@@ -173,13 +218,18 @@ def test_consistency_training_is_distillation_from_the_exact_teacher_as_steps_sh
 
     def gradient(t, stride, teacher):
         times, n = torch.tensor([t, t - stride]), torch.zeros(len(x0), dtype=torch.long)
-        each = consistency_loss(student, student, schedule, x0, times, teacher=teacher, n=n, eps=eps)
+        each = consistency_loss(
+            student, student, schedule, x0, times, teacher=teacher, n=n, eps=eps
+        )
         return torch.autograd.grad((share * each).sum(), parameters)[0]
 
     for t in (300, 600, 900):
         apart = []
         for stride in (80, 20, 5):
-            distilled, trained = gradient(t, stride, data.denoiser(schedule)), gradient(t, stride, None)
+            distilled, trained = (
+                gradient(t, stride, data.denoiser(schedule)),
+                gradient(t, stride, None),
+            )
             apart.append((trained - distilled).norm() / distilled.norm())
         assert apart[0] > 2.5 * apart[1] > 2.5 * 2.5 * apart[2] > 0  # of first order: 4 and 16
         assert apart[2] < 0.05
@@ -187,24 +237,45 @@ def test_consistency_training_is_distillation_from_the_exact_teacher_as_steps_sh
 
 def test_a_guided_teachers_step_is_the_latent_consistency_models():
     """[5] section 4.2: z_s = z_t + (1 + w) Psi(z_t, c) - w Psi(z_t, null), where Psi is the solver's step and 1 + w our scale."""
-    schedule, context, null = schedules.scaled_linear(), torch.randn(2, 5, 8).double(), torch.randn(2, 5, 8).double()
+    schedule, context, null = (
+        schedules.scaled_linear(),
+        torch.randn(2, 5, 8).double(),
+        torch.randn(2, 5, 8).double(),
+    )
     denoiser, times = Denoiser(small_unet(), schedule), schedule.timesteps(50)
-    x0, eps, n = torch.randn(2, 2, 8, 8).double(), torch.randn(2, 2, 8, 8).double(), torch.tensor([3, 30])
+    x0, eps, n = (
+        torch.randn(2, 2, 8, 8).double(),
+        torch.randn(2, 2, 8, 8).double(),
+        torch.tensor([3, 30]),
+    )
     z, w = noised(schedule, times[n], x0, eps), 6.5
-    psi = [noised(schedule, times[n + 1], *denoiser(z, times[n], words)) - z for words in (context, null)]
+    psi = [
+        noised(schedule, times[n + 1], *denoiser(z, times[n], words)) - z
+        for words in (context, null)
+    ]
     z_s = z + (1 + w) * psi[0] - w * psi[1]
     student = guide(denoiser, context, None, 1)
     with torch.no_grad():
-        expected = squared(consistent(student, schedule, z, times[n]), consistent(student, schedule, z_s, times[n + 1]))
-    found = consistency_loss(student, student, schedule, x0, times, guide(denoiser, context, null, 1 + w), n=n, eps=eps)
+        expected = squared(
+            consistent(student, schedule, z, times[n]),
+            consistent(student, schedule, z_s, times[n + 1]),
+        )
+    found = consistency_loss(
+        student, student, schedule, x0, times, guide(denoiser, context, null, 1 + w), n=n, eps=eps
+    )
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=0)
 
 
 def test_no_gradient_goes_through_teacher_or_target():
     schedule, x0 = schedules.cosine(), torch.randn(2, 2, 8, 8).double()
     student, target, teacher = (Denoiser(small_unet(), schedule, "x0") for _ in range(3))
-    consistency_loss(*(guide(d, torch.zeros(2, 1, 8).double(), None, 1) for d in (student, target)), schedule, x0, schedule.timesteps(4),
-                     guide(teacher, torch.zeros(2, 1, 8).double(), None, 1)).sum().backward()
+    consistency_loss(
+        *(guide(d, torch.zeros(2, 1, 8).double(), None, 1) for d in (student, target)),
+        schedule,
+        x0,
+        schedule.timesteps(4),
+        guide(teacher, torch.zeros(2, 1, 8).double(), None, 1),
+    ).sum().backward()
     assert any(p.grad is not None for p in student.parameters())
     assert all(p.grad is None for other in (target, teacher) for p in other.parameters())
 
@@ -218,8 +289,12 @@ def test_lora_alone_is_trained_by_latent_consistency():
     student.double()
     words = torch.randn(2, 5, 8).double()
     ours, taught = guide(student, words, None, 1), guide(teacher, words, 0 * words, 2.0)
-    consistency_loss(ours, ours, schedule, torch.randn(2, 2, 8, 8).double(), schedule.timesteps(4), taught).sum().backward()
-    moved = {name.rsplit(".", 1)[-1] for name, p in student.named_parameters() if p.grad is not None}
+    consistency_loss(
+        ours, ours, schedule, torch.randn(2, 2, 8, 8).double(), schedule.timesteps(4), taught
+    ).sum().backward()
+    moved = {
+        name.rsplit(".", 1)[-1] for name, p in student.named_parameters() if p.grad is not None
+    }
     assert moved == {"A", "B"}
 
 
@@ -232,38 +307,69 @@ def test_renoised_loss_leans_to_the_likelier_side():
     def slope(guess, s):
         """Of the mean loss in the guess: negative where the guess grows."""
         g = torch.tensor(guess, dtype=torch.float64, requires_grad=True)
-        student, t, s = saying(schedule, lambda x, t: g.expand(len(x), 1)), torch.full((len(eps),), 1000), torch.full((len(eps),), s)
-        return torch.autograd.grad(renoised_loss(student, data.denoiser(schedule), schedule, eps, t, s, eps=eps).mean(), g)[0]
+        student, t, s = (
+            saying(schedule, lambda x, t: g.expand(len(x), 1)),
+            torch.full((len(eps),), 1000),
+            torch.full((len(eps),), s),
+        )
+        return torch.autograd.grad(
+            renoised_loss(student, data.denoiser(schedule), schedule, eps, t, s, eps=eps).mean(), g
+        )[0]
 
-    assert slope(0.2, 250) < -0.1 and slope(-0.2, 250) > 0.1 and slope(0.2, 900) > 0.1  # their standard error is 0.013
+    assert (
+        slope(0.2, 250) < -0.1 and slope(-0.2, 250) > 0.1 and slope(0.2, 900) > 0.1
+    )  # their standard error is 0.013
     assert abs(slope(1.0, 100)) < 1e-6 < 0.01 < abs(slope(0.9, 100))
 
 
 def test_renoised_loss_by_its_formula():
     """[8] eq. 4: d(f(x_t), f_teacher(alpha_s f(x_t) + sigma_s eps)), and the gradient goes through the first f alone."""
-    schedule, x, eps = schedules.cosine(), torch.randn(2, 2, 8, 8).double(), torch.randn(2, 2, 8, 8).double()
+    schedule, x, eps = (
+        schedules.cosine(),
+        torch.randn(2, 2, 8, 8).double(),
+        torch.randn(2, 2, 8, 8).double(),
+    )
     student, teacher = (Denoiser(small_unet(), schedule, "x0") for _ in range(2))
-    ours, theirs = (guide(denoiser, torch.zeros(2, 1, 8).double(), None, 1) for denoiser in (student, teacher))
+    ours, theirs = (
+        guide(denoiser, torch.zeros(2, 1, 8).double(), None, 1) for denoiser in (student, teacher)
+    )
     t, s = torch.tensor([1000, 1000]), torch.tensor([400, 700])
     found = renoised_loss(ours, theirs, schedule, x, t, s, eps=eps)
     guess = consistent(ours, schedule, x, t)
-    expected = (guess - consistent(theirs, schedule, noised(schedule, s, guess, eps), s)).pow(2).flatten(1).mean(1)
+    expected = (
+        (guess - consistent(theirs, schedule, noised(schedule, s, guess, eps), s))
+        .pow(2)
+        .flatten(1)
+        .mean(1)
+    )
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     found.sum().backward()
-    assert any(p.grad is not None for p in student.parameters()) and all(p.grad is None for p in teacher.parameters())
+    assert any(p.grad is not None for p in student.parameters()) and all(
+        p.grad is None for p in teacher.parameters()
+    )
 
 
 def test_pseudo_huber():
     """[3] section 3.3 with c = 0.00054 sqrt(d), over sqrt(d)."""
     x, y = torch.randn(4, 3, 5), torch.randn(4, 3, 5)
     c = 0.00054 * 15**0.5
-    torch.testing.assert_close(pseudo_huber(x, y), (((x - y) ** 2).sum((1, 2)) + c**2).sqrt() / 15**0.5 - c / 15**0.5)
+    torch.testing.assert_close(
+        pseudo_huber(x, y), (((x - y) ** 2).sum((1, 2)) + c**2).sqrt() / 15**0.5 - c / 15**0.5
+    )
     assert pseudo_huber(x, x).max() == 0
 
 
 def test_intervals_double_and_levels_are_lognormal():
     """[3] section 3.4 and 3.5, by its own formulas."""
-    assert [intervals(k, 8000) for k in (0, 999, 1000, 1999, 2000, 7000, 7999)] == [10, 10, 20, 20, 40, 1280, 1280]
+    assert [intervals(k, 8000) for k in (0, 999, 1000, 1999, 2000, 7000, 7999)] == [
+        10,
+        10,
+        20,
+        20,
+        40,
+        1280,
+        1280,
+    ]
     assert [intervals(k, 3, 2, 4) for k in range(3)] == [2, 4, 4]
     with pytest.raises(UserError, match="from 10 intervals to 1280 takes at least 8"):
         intervals(0, 7)
@@ -280,8 +386,15 @@ def test_intervals_double_and_levels_are_lognormal():
 class MLP(nn.Module):
     def __init__(self, width=96):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(2 + 32, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-                                    nn.Linear(width, 2))
+        self.layers = nn.Sequential(
+            nn.Linear(2 + 32, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, 2),
+        )
 
     def forward(self, x, t, context=None):
         return self.layers(torch.cat([x, timestep_embedding(t, 32).to(x)], dim=1))
@@ -299,7 +412,9 @@ def distilled(loss, student, steps, lr=4e-3):
         for k in count(start):
             yield ISLANDS.draw(256, torch.Generator().manual_seed(seed_of(0, -1 - k))).float()
 
-    for _ in train(lambda x0: (loss(x0, ema.average), None), student, batches, steps, lr, ema=ema, warmup=20):
+    for _ in train(
+        lambda x0: (loss(x0, ema.average), None), student, batches, steps, lr, ema=ema, warmup=20
+    ):
         pass
     return ema.average
 
@@ -325,7 +440,13 @@ def test_progressive_student(three_steps):
     teacher, times, student = TEACHER, TIMES, Denoiser(MLP(), SCHEDULE, "x0")
     for _ in range(2):
         student = copy.deepcopy(student).requires_grad_(True)
-        student = distilled(lambda x0, _, s=student, t=teacher, g=times: progressive_loss(s, t, SCHEDULE, x0, g, stride=4), student, 300)
+        student = distilled(
+            lambda x0, _, s=student, t=teacher, g=times: progressive_loss(
+                s, t, SCHEDULE, x0, g, stride=4
+            ),
+            student,
+            300,
+        )
         teacher, times = student, times[::4]
     assert misses(student, ddim(), 1) < three_steps
 
@@ -336,7 +457,10 @@ def test_endpoint_student(three_steps):
     student = Denoiser(MLP(), SCHEDULE, "x0")
 
     def loss(x0, _):
-        n, i = torch.randint(0, 16, (len(x0),)) * (torch.rand(len(x0)) < 0.5), torch.randint(0, 4000, (len(x0),))
+        n, i = (
+            torch.randint(0, 16, (len(x0),)) * (torch.rand(len(x0)) < 0.5),
+            torch.randint(0, 4000, (len(x0),)),
+        )
         return endpoint_loss(student, SCHEDULE, walks[n, i], TIMES[n], walks[-1, i])
 
     assert misses(distilled(loss, student, 300), lcm(), 1) < three_steps
@@ -345,5 +469,9 @@ def test_endpoint_student(three_steps):
 @pytest.mark.parametrize("teacher", [TEACHER, None], ids=["distillation", "training"])
 def test_consistency_student(teacher, three_steps):
     student = Denoiser(MLP(), SCHEDULE, "x0")
-    made = distilled(lambda x0, average: consistency_loss(student, average, SCHEDULE, x0, TIMES, teacher), student, 600)
+    made = distilled(
+        lambda x0, average: consistency_loss(student, average, SCHEDULE, x0, TIMES, teacher),
+        student,
+        600,
+    )
     assert misses(made, lcm(), 1) < three_steps

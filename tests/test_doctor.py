@@ -1,4 +1,5 @@
 """Each trap makes exactly its finding appear, a clean folder gives none, doctor and loader agree on every folder, and no folder is too broken."""
+
 import json
 import os
 import shutil
@@ -35,7 +36,10 @@ def lines(folder):
 
 
 def rewrite(folder, rows):
-    (folder / META).write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    (folder / META).write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows),
+        encoding="utf-8",
+    )
 
 
 @pytest.fixture
@@ -71,7 +75,10 @@ def replaced(**options):
     """Picture 3, saved in another way."""
 
     def change(folder):
-        name, how = options.get("name", "3.png"), {k: v for k, v in options.items() if k not in ("name", "change")}
+        name, how = (
+            options.get("name", "3.png"),
+            {k: v for k, v in options.items() if k not in ("name", "change")},
+        )
         options.get("change", lambda picture: picture)(image(3)).save(folder / name, **how)
         if name != "3.png":
             row(3, file_name=name)(folder)
@@ -94,7 +101,9 @@ def added(*new):
 
 
 def content(name, change):
-    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes() if (folder / name).is_file() else b""))
+    return lambda folder: (folder / name).write_bytes(
+        change((folder / name).read_bytes() if (folder / name).is_file() else b"")
+    )
 
 
 def file(name, data=b"x"):
@@ -124,11 +133,15 @@ def png16(folder):
     pixels = np.asarray(image(3)).astype(">u2") * 257
 
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     body = zlib.compress(b"".join(b"\0" + line.tobytes() for line in pixels))
     header = struct.pack(">IIBBBBB", 64, 64, 16, 2, 0, 0, 0)
-    (folder / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b""))
+    (folder / "3.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    )
 
 
 def link(name, to):
@@ -195,7 +208,12 @@ OTHERS = {
     "junk": [file(".DS_Store"), file("Thumbs.db"), file("._3.png"),
              file(".ipynb_checkpoints/a.png"), file("deep/desktop.ini"), file("__MACOSX/._a.png")],
 }  # fmt: skip
-CASES = [(trap, k, change) for table in (ERRORS, OTHERS) for trap, changes in table.items() for k, change in enumerate(changes)]
+CASES = [
+    (trap, k, change)
+    for table in (ERRORS, OTHERS)
+    for trap, changes in table.items()
+    for k, change in enumerate(changes)
+]
 
 
 def test_every_row_of_the_table_has_a_case():
@@ -212,7 +230,9 @@ def test_each_trap_makes_exactly_its_finding_appear(clean, tmp_path, trap, k, ch
     agree(clean, report)
     doctor.write(report, tmp_path / "out")
     written = json.loads((tmp_path / "out/report.json").read_text())
-    assert written["trainable"] == (trap in OTHERS) and [group["trap"] for group in written["findings"]] == [trap]
+    assert written["trainable"] == (trap in OTHERS) and [
+        group["trap"] for group in written["findings"]
+    ] == [trap]
     assert trap in doctor.as_text(report)
 
 
@@ -256,7 +276,9 @@ def test_training_sizes(clean):
     assert [(finding.trap, finding.where, finding.what) for finding in report.findings] == [
         ("training size not divisible by 64", "--size 56", "the nearest that are: 64")
     ]
-    with pytest.raises(UserError, match="size 60 is not divisible by 8; the nearest valid sizes are 56 and 64"):
+    with pytest.raises(
+        UserError, match="size 60 is not divisible by 8; the nearest valid sizes are 56 and 64"
+    ):
         doctor.examine(clean, size=60)
 
 
@@ -277,11 +299,15 @@ def test_a_line_has_both_its_faults_named_and_the_first_bad_line_comes_first(cle
     assert [(finding.trap, finding.where.rpartition(" ")[2]) for finding in report.errors] == [
         ("missing picture", "3"), ("not a caption", "3"), ("not a caption", "5"),
     ]  # fmt: skip
-    assert doctor.verdict(report).startswith(f"cannot be trained on (missing picture: 1, not a caption: 2): {clean / META}, line 3: picture")
+    assert doctor.verdict(report).startswith(
+        f"cannot be trained on (missing picture: 1, not a caption: 2): {clean / META}, line 3: picture"
+    )
 
 
 def test_another_caption_column(clean):
-    rewrite(clean, [{"file_name": one["file_name"], "caption": one["text"]} for one in lines(clean)])
+    rewrite(
+        clean, [{"file_name": one["file_name"], "caption": one["text"]} for one in lines(clean)]
+    )
     assert traps(clean) == {"no caption column"} and traps(clean, caption_column="caption") == set()
 
 
@@ -295,12 +321,27 @@ def test_near_duplicates_and_what_is_none(clean):
     rewrite(clean, [{"file_name": name, "text": name} for name in names])
     assert traps(clean) == set()
     image(3, (128, 128)).save(clean / "large.png")
-    image(4).convert("L").convert("RGB").crop((1, 1, 63, 63)).resize((64, 64)).save(clean / "cut.png")
+    image(4).convert("L").convert("RGB").crop((1, 1, 63, 63)).resize((64, 64)).save(
+        clean / "cut.png"
+    )
     image(5).crop((1, 1, 63, 63)).resize((64, 64)).save(clean / "near.png")
-    rewrite(clean, [{"file_name": name, "text": name} for name in [*names, "large.png", "cut.png", "near.png"]])
+    rewrite(
+        clean,
+        [
+            {"file_name": name, "text": name}
+            for name in [*names, "large.png", "cut.png", "near.png"]
+        ],
+    )
     report = doctor.examine(clean, size=64)
-    found = {finding.where: finding.what.split()[1] for finding in report.findings if finding.trap == "near-duplicate"}
-    assert found == {"large.png": "3.png", "near.png": "5.png"}  # a grey copy shares the shape, not the look
+    found = {
+        finding.where: finding.what.split()[1]
+        for finding in report.findings
+        if finding.trap == "near-duplicate"
+    }
+    assert found == {
+        "large.png": "3.png",
+        "near.png": "5.png",
+    }  # a grey copy shares the shape, not the look
     assert list(near_duplicates(report.seen, chunk=7)) == list(near_duplicates(report.seen))
 
 
@@ -313,9 +354,13 @@ def test_a_metadata_file_that_cannot_be_read(clean, monkeypatch):
     def refuse(self):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)  # the tests may run as root, who may read anything
+    monkeypatch.setattr(
+        Path, "read_bytes", refuse
+    )  # the tests may run as root, who may read anything
     report = doctor.examine(clean, size=64)
-    assert [finding.what for finding in report.findings] == [f"{clean / META}: Permission denied; check its permissions"]
+    assert [finding.what for finding in report.findings] == [
+        f"{clean / META}: Permission denied; check its permissions"
+    ]
     agree(clean, report)
 
 
@@ -327,10 +372,21 @@ def test_class_folders(tmp_path):
         (tmp_path / "pets" / ("cat", "dog")[k % 2]).mkdir(parents=True, exist_ok=True)
         image(k).save(tmp_path / "pets" / ("cat", "dog")[k % 2] / f"{k}.png")
     report = doctor.examine(tmp_path / "pets", "classes", size=64)
-    assert report.findings == [] and report.summary["captions"] == 4 and report.summary["different captions"] == 2
-    assert traps(tmp_path / "pets") == {"no metadata.jsonl"} and traps(tmp_path / "pets", layout="pictures") == set()
+    assert (
+        report.findings == []
+        and report.summary["captions"] == 4
+        and report.summary["different captions"] == 2
+    )
+    assert (
+        traps(tmp_path / "pets") == {"no metadata.jsonl"}
+        and traps(tmp_path / "pets", layout="pictures") == set()
+    )
     (tmp_path / "pets/cat/0.png").write_bytes(b"broken")
-    assert traps(tmp_path / "pets", layout="classes") == {"unreadable picture"} == traps(tmp_path / "pets", layout="pictures")
+    assert (
+        traps(tmp_path / "pets", layout="classes")
+        == {"unreadable picture"}
+        == traps(tmp_path / "pets", layout="pictures")
+    )
     for layout, trap in (("classes", "no class folders"), ("pictures", "no pictures")):
         shutil.rmtree(tmp_path / "pets/cat", ignore_errors=True)
         shutil.rmtree(tmp_path / "pets/dog", ignore_errors=True)
@@ -341,7 +397,10 @@ def test_class_folders(tmp_path):
 
 
 def test_folders_that_are_none(tmp_path):
-    for folder, said in ((tmp_path / "nowhere", "no such folder"), (tmp_path, "the folder is empty")):
+    for folder, said in (
+        (tmp_path / "nowhere", "no such folder"),
+        (tmp_path, "the folder is empty"),
+    ):
         with pytest.raises(UserError, match=said):
             doctor.examine(folder)
     with pytest.raises(UserError, match='no layout "x"; there is captions, classes, pictures'):
@@ -356,11 +415,33 @@ def check(tmp_path, capsys):
     def run(folder, *options):
         code = 0
         try:
-            main([str(o) for o in ["data", "check", folder, "--size", 64, "--out", tmp_path / "out", *options]])
+            main(
+                [
+                    str(o)
+                    for o in [
+                        "data",
+                        "check",
+                        folder,
+                        "--size",
+                        64,
+                        "--out",
+                        tmp_path / "out",
+                        *options,
+                    ]
+                ]
+            )
         except SystemExit as end:
             code = end.code
         out, err = capsys.readouterr()
-        return code, out, "".join(line for line in err.replace("\r", "\n").splitlines() if not line.startswith("reading pictures")).strip()
+        return (
+            code,
+            out,
+            "".join(
+                line
+                for line in err.replace("\r", "\n").splitlines()
+                if not line.startswith("reading pictures")
+            ).strip(),
+        )
 
     return run
 
@@ -369,17 +450,36 @@ def test_check_says_what_it_found_and_writes_it(check, clean, tmp_path):
     both(row(3, text=""), file(".DS_Store"))(clean)
     code, out, err = check(clean)
     assert code == 0 and err == "" and f"{clean}: can be trained on" in out
-    assert out.index("warnings") < out.index("empty caption: 1 (write one") < out.index("notes") < out.index("junk: 1")
+    assert (
+        out.index("warnings")
+        < out.index("empty caption: 1 (write one")
+        < out.index("notes")
+        < out.index("junk: 1")
+    )
     assert out.endswith(f"{tmp_path / 'out/report.json'}\n{tmp_path / 'out/contact.png'}\n")
     with Image.open(tmp_path / "out/contact.png") as sheet:
         assert sheet.width > 500
 
 
-def test_check_of_a_folder_that_cannot_be_trained_on_reports_first_and_ends_with_one_line(check, clean, tmp_path):
-    rewrite(clean, [{"file_name": f"{k}.png", "text": None} for k in range(3)] + [{"file_name": f"new {k}.png", "text": "x"} for k in range(40)])
+def test_check_of_a_folder_that_cannot_be_trained_on_reports_first_and_ends_with_one_line(
+    check, clean, tmp_path
+):
+    rewrite(
+        clean,
+        [{"file_name": f"{k}.png", "text": None} for k in range(3)]
+        + [{"file_name": f"new {k}.png", "text": "x"} for k in range(40)],
+    )
     code, out, err = check(clean)
-    assert code == 2 and "not a caption: 3" in out and "missing picture: 40" in out and "and 37 more" in out and "report.json" in out
-    assert err.startswith(f"minidiff: cannot be trained on (not a caption: 3, missing picture: 40): {clean / META}, line 1: ")
+    assert (
+        code == 2
+        and "not a caption: 3" in out
+        and "missing picture: 40" in out
+        and "and 37 more" in out
+        and "report.json" in out
+    )
+    assert err.startswith(
+        f"minidiff: cannot be trained on (not a caption: 3, missing picture: 40): {clean / META}, line 1: "
+    )
     assert err.endswith(f"(all in {tmp_path / 'out/report.json'})")
     groups = json.loads((tmp_path / "out/report.json").read_text())["findings"]
     assert [len(group["places"]) for group in groups if group["level"] == "error"] == [3, 40]
@@ -387,7 +487,13 @@ def test_check_of_a_folder_that_cannot_be_trained_on_reports_first_and_ends_with
 
 def test_check_writes_nothing_where_it_must_not(check, clean):
     before = sorted(clean.rglob("*"))
-    for options in (["--out", clean], ["--out", clean / "deep"], ["--size", "60"], ["--layout", "x"], ["--seed", "-1"]):
+    for options in (
+        ["--out", clean],
+        ["--out", clean / "deep"],
+        ["--size", "60"],
+        ["--layout", "x"],
+        ["--seed", "-1"],
+    ):
         code, out, err = check(clean, *options)
         assert code == 2 and out == "" and err.startswith("minidiff: ")
     assert sorted(clean.rglob("*")) == before
@@ -407,11 +513,32 @@ def test_the_seed_chooses_the_sheet(check, clean, tmp_path):
 def test_strange_names_are_printed_as_escapes(clean):
     os.rename(clean / "0.png", clean / "0é.png")
     os.rename(clean / "3.png", os.fsencode(clean) + b"/0\xff\x1b[31m.png")
-    command = ["data", "check", str(clean), "--layout", "pictures", "--out", str(clean.parent / "out"), "--size", "128"]
-    ran = subprocess.run([sys.executable, "-m", "minidiff.cli", *command], capture_output=True, env=os.environ | {"PYTHONIOENCODING": "utf-8"})
+    command = [
+        "data",
+        "check",
+        str(clean),
+        "--layout",
+        "pictures",
+        "--out",
+        str(clean.parent / "out"),
+        "--size",
+        "128",
+    ]
+    ran = subprocess.run(
+        [sys.executable, "-m", "minidiff.cli", *command],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+    )
     assert ran.returncode == 0 and b"\xc3\xa9.png" in ran.stdout
-    assert rb"0\udcff\x1b[31m.png  64 x 64: enlarged 2 times" in ran.stdout and b"\x1b" not in ran.stdout
-    ran = subprocess.run([sys.executable, "-m", "minidiff.cli", *command], capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (
+        rb"0\udcff\x1b[31m.png  64 x 64: enlarged 2 times" in ran.stdout
+        and b"\x1b" not in ran.stdout
+    )
+    ran = subprocess.run(
+        [sys.executable, "-m", "minidiff.cli", *command],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )
     assert ran.returncode == 0 and rb"0\xe9.png" in ran.stdout
 
 
@@ -420,15 +547,39 @@ def test_strange_names_are_printed_as_escapes(clean):
 NAMES = st.sampled_from(["0.png", "1.png", "A.PNG", "a.png", "sub/b.jpg", "x.gif", "c.tif", "d.webp", ".DS_Store", "._0.png", "e.heic", "f.txt", META,
                          "metadata.csv", "sub/metadata.jsonl", "__MACOSX/0.png"])  # fmt: skip
 JSON = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.integers() | st.text(st.characters(), max_size=20),  # also halves of characters
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["file_name", "text", "a"]), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.floats()
+    | st.integers()
+    | st.text(st.characters(), max_size=20),  # also halves of characters
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["file_name", "text", "a"]), inner, max_size=3)
+    ),
     max_leaves=4,
 )
 FILE_NAMES = JSON | st.sampled_from(
-    ["0.png", "1.png", "sub/b.jpg", "../0.png", "link", "loop/0.png", ".", "", "/", "sub", "x.gif", "a\0b", "0.PNG", "pipe"]
+    [
+        "0.png",
+        "1.png",
+        "sub/b.jpg",
+        "../0.png",
+        "link",
+        "loop/0.png",
+        ".",
+        "",
+        "/",
+        "sub",
+        "x.gif",
+        "a\0b",
+        "0.PNG",
+        "pipe",
+    ]
 )
 ROWS = st.lists(
-    st.builds(lambda name, text: json.dumps({"file_name": name, "text": text}).encode(), FILE_NAMES, JSON)
+    st.builds(
+        lambda name, text: json.dumps({"file_name": name, "text": text}).encode(), FILE_NAMES, JSON
+    )
     | st.builds(lambda value: json.dumps(value).encode(), JSON)
     | st.binary(max_size=30),
     max_size=6,
@@ -456,10 +607,15 @@ def damaged(seed, form, cut, places):
     rows=ROWS,
     separator=st.sampled_from([b"\n", b"\r\n", b"\r"]),
     start=st.sampled_from([b"", b"\xef\xbb\xbf", b"\xff\xfe"]),
-    links=st.dictionaries(st.sampled_from(["link", "loop", "dead.png", "up.png"]), st.sampled_from(["..", ".", "0.png", "nowhere", "link", "../x"])),
+    links=st.dictionaries(
+        st.sampled_from(["link", "loop", "dead.png", "up.png"]),
+        st.sampled_from(["..", ".", "0.png", "nowhere", "link", "../x"]),
+    ),
     layout=st.sampled_from(doctor.LAYOUTS),
 )
-def test_the_doctor_survives_every_folder_and_agrees_with_the_loader(files, rows, separator, start, links, layout):
+def test_the_doctor_survives_every_folder_and_agrees_with_the_loader(
+    files, rows, separator, start, links, layout
+):
     with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)  # a broken header may claim gigabytes
         folder = Path(place, "data")
@@ -483,7 +639,11 @@ def test_the_doctor_survives_every_folder_and_agrees_with_the_loader(files, rows
 
 def test_every_trap_is_in_the_book():
     book = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
-    assert [trap for trap in [*ERRORS, *TRAPS, "no file_name column", "no class folders", "no pictures"] if f"| {trap} |" not in book] == []
+    assert [
+        trap
+        for trap in [*ERRORS, *TRAPS, "no file_name column", "no class folders", "no pictures"]
+        if f"| {trap} |" not in book
+    ] == []
 
 
 # The real pictures.
@@ -497,7 +657,9 @@ def test_near_duplicates_of_real_pictures(real_data, tmp_path):
         "jpeg": lambda picture: picture,  # saved at quality 30
         "half": lambda picture: picture.resize((picture.width // 2, picture.height // 2)),
         "bright": lambda picture: ImageEnhance.Brightness(picture).enhance(1.2),
-        "cropped": lambda picture: picture.crop([int(side * share) for share in (0.015, 0.985) for side in picture.size]),
+        "cropped": lambda picture: picture.crop(
+            [int(side * share) for share in (0.015, 0.985) for side in picture.size]
+        ),
     }
     (tmp_path / "all").mkdir()
     for path in sorted((real_data / "coco/images").iterdir()):
@@ -505,27 +667,57 @@ def test_near_duplicates_of_real_pictures(real_data, tmp_path):
             whole = whole.convert("RGB")
             whole.save(tmp_path / "all" / f"{path.stem} a.png", compress_level=0)
             for name, edit in edits.items():
-                edit(whole).save(tmp_path / "all" / f"{path.stem} {name}.jpg", quality=30 if name == "jpeg" else 95)
+                edit(whole).save(
+                    tmp_path / "all" / f"{path.stem} {name}.jpg",
+                    quality=30 if name == "jpeg" else 95,
+                )
     report = doctor.examine(tmp_path / "all", "pictures", size=64)
     found = [finding.where for finding in report.findings if finding.trap == "near-duplicate"]
-    assert all(finding.what.split()[1][:12] == finding.where[:12] for finding in report.findings if finding.trap == "near-duplicate")
+    assert all(
+        finding.what.split()[1][:12] == finding.where[:12]
+        for finding in report.findings
+        if finding.trap == "near-duplicate"
+    )
     shares = {name: sum(name in where for where in found) / 111 for name in edits}
     print({name: round(share, 3) for name, share in shares.items()})
-    assert shares["jpeg"] > 0.95 and shares["half"] == 1 and shares["bright"] > 0.9 and shares["cropped"] > 0.8
+    assert (
+        shares["jpeg"] > 0.95
+        and shares["half"] == 1
+        and shares["bright"] > 0.9
+        and shares["cropped"] > 0.8
+    )
 
 
 def test_real_pictures(real_data, tmp_path):
     report = doctor.examine(real_data / "coco", "pictures", size=64)
-    assert not report.errors and report.summary["pictures"] == 111 and report.summary["near-duplicate"] == 0
+    assert (
+        not report.errors
+        and report.summary["pictures"] == 111
+        and report.summary["near-duplicate"] == 0
+    )
     (grey,) = [finding.where for finding in report.findings if finding.trap == "grey"]
     with Image.open(real_data / "coco" / grey) as picture:
         assert picture.mode == "L"
     subject = doctor.examine(real_data / "dreambooth" / "cat2", "pictures")
-    assert {finding.where for finding in subject.findings if finding.trap == "black bars"} == {"00.jpg", "01.jpg", "04.jpg"}
+    assert {finding.where for finding in subject.findings if finding.trap == "black bars"} == {
+        "00.jpg",
+        "01.jpg",
+        "04.jpg",
+    }
 
 
 def test_real_emoji(real_data):
     report = doctor.examine(real_data / "emoji", size=64)
     levels = {finding.trap: finding.level for finding in report.findings}
-    assert not report.errors and levels.keys() == {"transparent", "grey", "palette", "near-duplicate", "the same picture twice"}
-    assert report.summary["pictures"] == 1911 == sum(finding.trap == "transparent" for finding in report.findings)
+    assert not report.errors and levels.keys() == {
+        "transparent",
+        "grey",
+        "palette",
+        "near-duplicate",
+        "the same picture twice",
+    }
+    assert (
+        report.summary["pictures"]
+        == 1911
+        == sum(finding.trap == "transparent" for finding in report.findings)
+    )

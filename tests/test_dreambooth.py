@@ -1,4 +1,5 @@
 """DreamBooth and textual inversion: class pictures that are never stale, prompts that are wondered at, one vector trained, bad input."""
+
 import json
 import shutil
 import warnings
@@ -41,8 +42,14 @@ def test_templates_are_filled_by_the_seed():
     templates = ["a {red|blue} dog", "a cat{| in the {snow}"]
     prompts = dreambooth.expand(["a {red|blue} dog", "a cat"], 40, 0)
     assert set(prompts[::2]) == {"a red dog", "a blue dog"} and set(prompts[1::2]) == {"a cat"}
-    assert prompts == dreambooth.expand(["a {red|blue} dog", "a cat"], 40, 0) != dreambooth.expand(["a {red|blue} dog", "a cat"], 40, 1)
-    assert dreambooth.expand(templates, 2, 0)[1] == "a cat{| in the {snow}".replace("{snow}", "snow")
+    assert (
+        prompts
+        == dreambooth.expand(["a {red|blue} dog", "a cat"], 40, 0)
+        != dreambooth.expand(["a {red|blue} dog", "a cat"], 40, 1)
+    )
+    assert dreambooth.expand(templates, 2, 0)[1] == "a cat{| in the {snow}".replace(
+        "{snow}", "snow"
+    )
 
 
 def test_class_pictures_are_drawn_once_and_never_served_stale(box, tmp_path):
@@ -61,8 +68,12 @@ def test_class_pictures_are_drawn_once_and_never_served_stale(box, tmp_path):
         assert ask()[1] == 0
         assert ask(seed=1)[1] == 2 and found.paths[0].read_bytes() != before[found.paths[0]]
         assert ask(guidance=3.0)[1] == 2 and ask(steps=2)[1] == 4
-        assert ask()[1] == 2 and {path: path.read_bytes() for path in found.paths} == before  # the same bytes from the same settings
-        found.paths[8].write_bytes(found.paths[8].read_bytes()[:100])  # damaged: its batch of one is drawn again
+        assert (
+            ask()[1] == 2 and {path: path.read_bytes() for path in found.paths} == before
+        )  # the same bytes from the same settings
+        found.paths[8].write_bytes(
+            found.paths[8].read_bytes()[:100]
+        )  # damaged: its batch of one is drawn again
         assert ask()[1] == 1 and found.paths[8].read_bytes() == before[found.paths[8]]
         shutil.copy(found.paths[8], found.paths[0])  # another picture of ours in its place
         assert ask()[1] == 1 and found.paths[0].read_bytes() == before[found.paths[0]]
@@ -103,12 +114,17 @@ def test_prompts_are_wondered_at(prompt, class_prompt, words, warned):
 def test_captions_of_the_folder_are_taken(subject):
     lines = [{"file_name": f"{k}.png", "text": f"a sks circle, {k}"} for k in range(3)]
     (subject / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert dreambooth.subject_pictures(subject, "a sks").captions == [line["text"] for line in lines]
+    assert dreambooth.subject_pictures(subject, "a sks").captions == [
+        line["text"] for line in lines
+    ]
 
 
 def test_pictures_move_by_no_more_than_they_may_and_keep_their_edge():
     picture = torch.arange(36.0).view(1, 6, 6).expand(3, -1, -1)
-    seen = {tuple(dreambooth.moved(picture, 1, torch.Generator().manual_seed(seed))[0, 2].tolist()) for seed in range(60)}
+    seen = {
+        tuple(dreambooth.moved(picture, 1, torch.Generator().manual_seed(seed))[0, 2].tolist())
+        for seed in range(60)
+    }
     rows = {6 * row + shift for row in (1, 2, 3) for shift in (-1, 0, 1)}
     assert len(seen) == 9 and {row[2] - 2 for row in seen} == rows
     assert all(row[1] - row[0] in (0, 1) and row[5] - row[4] in (0, 1) for row in seen)
@@ -117,14 +133,22 @@ def test_pictures_move_by_no_more_than_they_may_and_keep_their_edge():
 def test_one_vector_is_trained_and_nothing_else(box, subject, tmp_path):
     model = load()
     paths = sorted(subject.glob("*.png"))
-    examples = dreambooth.subject_examples(model, Pictures(paths, ["a sks circle"] * 3), 0.0, tmp_path / "cache", 0)
+    examples = dreambooth.subject_examples(
+        model, Pictures(paths, ["a sks circle"] * 3), 0.0, tmp_path / "cache", 0
+    )
     before, token = fingerprint(model.unet), inversion.token_of("sks")
     how = dict(method="inversion", word="sks", steps=3, lr=1e-2, batch=2, dropout=0.0)
     finetune(model, [Group("subject", examples)], tmp_path / "out", **how)
     file = tmp_path / "out" / "embedding.safetensors"
     tensors = load_file(file)
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {"<sks>": (1, 64)}
-    changed = (model.text.token_embedding.weight != box.text.token_embedding.weight).any(1).nonzero().flatten().tolist()
+    changed = (
+        (model.text.token_embedding.weight != box.text.token_embedding.weight)
+        .any(1)
+        .nonzero()
+        .flatten()
+        .tolist()
+    )
     assert changed == [token] and fingerprint(model.unet) == before
     assert torch.equal(model.text.token_embedding.weight[token], tensors["<sks>"][0])
 
@@ -132,7 +156,9 @@ def test_one_vector_is_trained_and_nothing_else(box, subject, tmp_path):
     assert inversion.load(fresh.text, file) == "sks"
     assert torch.equal(fresh.text.encode(["a sks circle"]), model.text.encode(["a sks circle"]))
     assert inversion.load(fresh.text, file, "ohwx") == "ohwx"
-    assert torch.equal(fresh.text.token_embedding.weight[inversion.token_of("ohwx")], tensors["<sks>"][0])
+    assert torch.equal(
+        fresh.text.token_embedding.weight[inversion.token_of("ohwx")], tensors["<sks>"][0]
+    )
 
 
 def test_the_trained_vector_is_what_the_tower_reads():
@@ -141,7 +167,9 @@ def test_the_trained_vector_is_what_the_tower_reads():
     hook = word.hang(text)
     text.requires_grad_(False)
     assert torch.equal(word.vector, text.token_embedding.weight[inversion.token_of("dog")])
-    text.encode(["a sks dog"]).square().sum().backward()  # the LayerNorm's output: not constant in the vector, since its gain is one per channel
+    text.encode(
+        ["a sks dog"]
+    ).square().sum().backward()  # the LayerNorm's output: not constant in the vector, since its gain is one per channel
     assert word.change.grad.abs().sum() > 0
     said, meant = text.encode(["a dog"]), text.encode(["a sks dog"])
     with torch.no_grad():
@@ -155,18 +183,49 @@ def test_the_trained_vector_is_what_the_tower_reads():
     assert torch.equal(text.encode(["a sks dog"]), changed)
 
 
-@pytest.mark.parametrize("method, written", [("full", ["model"]), ("lora", ["lora.safetensors", "embedding.safetensors"])])
-def test_a_word_is_learnt_beside_the_network_and_its_files_draw_the_same(method, written, box, subject, tmp_path):
+@pytest.mark.parametrize(
+    "method, written",
+    [("full", ["model"]), ("lora", ["lora.safetensors", "embedding.safetensors"])],
+)
+def test_a_word_is_learnt_beside_the_network_and_its_files_draw_the_same(
+    method, written, box, subject, tmp_path
+):
     """What is written, loaded into the model as it was, is the model that was trained; and of the tower only the word has changed."""
     model, paths, token = load(), sorted(subject.glob("*.png")), inversion.token_of("sks")
-    examples = dreambooth.subject_examples(model, Pictures(paths, ["a sks circle"] * 3), 0.0, tmp_path / "cache", 0)
+    examples = dreambooth.subject_examples(
+        model, Pictures(paths, ["a sks circle"] * 3), 0.0, tmp_path / "cache", 0
+    )
     out = tmp_path / "out"
-    finetune(model, [Group("subject", examples)], out, method=method, word="sks", word_lr=1e-2, steps=3, lr=1e-4, batch=2, rank=1, ema=0.9)
-    assert all((out / name).exists() for name in written) and len(list(out.glob("*.safetensors"))) == len(written) - (method == "full")
-    rows = (model.text.token_embedding.weight != box.text.token_embedding.weight).any(1).nonzero().flatten().tolist()
+    finetune(
+        model,
+        [Group("subject", examples)],
+        out,
+        method=method,
+        word="sks",
+        word_lr=1e-2,
+        steps=3,
+        lr=1e-4,
+        batch=2,
+        rank=1,
+        ema=0.9,
+    )
+    assert all((out / name).exists() for name in written) and len(
+        list(out.glob("*.safetensors"))
+    ) == len(written) - (method == "full")
+    rows = (
+        (model.text.token_embedding.weight != box.text.token_embedding.weight)
+        .any(1)
+        .nonzero()
+        .flatten()
+        .tolist()
+    )
     assert rows == [token]
     before = box.text.state_dict()
-    assert all(torch.equal(value, before[name]) for name, value in model.text.state_dict().items() if "token_embedding" not in name)
+    assert all(
+        torch.equal(value, before[name])
+        for name, value in model.text.state_dict().items()
+        if "token_embedding" not in name
+    )
     if method == "full":
         fresh = load(out / "model")
     else:
@@ -175,19 +234,39 @@ def test_a_word_is_learnt_beside_the_network_and_its_files_draw_the_same(method,
         inversion.load(fresh.text, out / "embedding.safetensors")
     x, t = torch.randn(1, 4, 16, 16), torch.tensor([500])
     said = [each.denoiser(x, t, each.text.encode(["a sks circle"])).x0 for each in (fresh, model)]
-    assert torch.allclose(*said, atol=1e-6) and not torch.allclose(said[0], box.denoiser(x, t, box.text.encode(["a sks circle"])).x0, atol=1e-4)
+    assert torch.allclose(*said, atol=1e-6) and not torch.allclose(
+        said[0], box.denoiser(x, t, box.text.encode(["a sks circle"])).x0, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("method", ["lora", "inversion"])
 def test_a_word_is_resumed_bit_for_bit(method, subject, tmp_path):
     def run(out, steps_before_death=None):
         model = load()
-        examples = dreambooth.subject_examples(model, Pictures(sorted(subject.glob("*.png")), ["a sks circle"] * 3), 0.0, tmp_path / "cache", 0)
-        how = dict(method=method, word="sks", steps=6, lr=1e-3, word_lr=1e-2, batch=2, rank=1, every=2, resume=(out / "training").exists())
+        examples = dreambooth.subject_examples(
+            model,
+            Pictures(sorted(subject.glob("*.png")), ["a sks circle"] * 3),
+            0.0,
+            tmp_path / "cache",
+            0,
+        )
+        how = dict(
+            method=method,
+            word="sks",
+            steps=6,
+            lr=1e-3,
+            word_lr=1e-2,
+            batch=2,
+            rank=1,
+            every=2,
+            resume=(out / "training").exists(),
+        )
         if steps_before_death is None:
             return finetune(model, [Group("subject", examples)], out, **how)
         with pytest.raises(KeyError, match="died"):
-            finetune(model, [Group("subject", examples)], out, **how, recorder=Dying(steps_before_death))
+            finetune(
+                model, [Group("subject", examples)], out, **how, recorder=Dying(steps_before_death)
+            )
 
     class Dying(Recorder):
         def __init__(self, at):  # it records nothing
@@ -218,25 +297,64 @@ def test_files_that_are_no_word_are_refused(tmp_path):
             inversion.load(text, tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize("method, written", [("full", "model"), ("lora", "embedding.safetensors"), ("inversion", "embedding.safetensors")])
+@pytest.mark.parametrize(
+    "method, written",
+    [("full", "model"), ("lora", "embedding.safetensors"), ("inversion", "embedding.safetensors")],
+)
 def test_the_verb(method, written, subject, tmp_path, ran):
     out = tmp_path / "out"
     few = ("--class-pictures", 2, "--steps", 2, "--batch", 2, "--rank", 1)
-    said = ran("dreambooth", "--subject", subject, *WORDS, *few, "--method", method, "--out", out).out
+    said = ran(
+        "dreambooth", "--subject", subject, *WORDS, *few, "--method", method, "--out", out
+    ).out
     assert (out / written).exists() and (out / "report.html").exists() and "draw with it" in said
     log = [json.loads(line) for line in (out / "record.jsonl").read_text().splitlines()]
-    assert set(log[-1]["losses"]) == ({"subject"} if method == "inversion" else {"subject", "class"})  # both losses are shown
+    assert set(log[-1]["losses"]) == (
+        {"subject"} if method == "inversion" else {"subject", "class"}
+    )  # both losses are shown
     if method == "inversion":
-        drawn = ran("generate", "a sks circle", "--embedding", out / written, "--steps", 1, "--out", tmp_path / "drawn").out
+        drawn = ran(
+            "generate",
+            "a sks circle",
+            "--embedding",
+            out / written,
+            "--steps",
+            1,
+            "--out",
+            tmp_path / "drawn",
+        ).out
         assert 'the word is "sks"' in drawn
 
 
 def test_pictures_of_a_real_subject_are_read(real_data, tmp_path, ran):
     for name, n in (("cat2", 5), ("berry_bowl", 6)):
         data = dreambooth.subject_pictures(real_data / "dreambooth" / name, "a photo of sks thing")
-        assert len(data) == n and dreambooth.subject_examples(load(), data, 0.1, tmp_path, 0)[0].latents.shape == (4, 16, 16)
-    few = ("--class-pictures", 2, "--steps", 2, "--batch", 1, "--prompt", "a photo of sks dog", "--class-prompt", "a photo of a dog")
-    assert "report.html" in ran("dreambooth", "--subject", real_data / "dreambooth" / "dog6", *few, "--out", tmp_path / "dog6").out
+        assert len(data) == n and dreambooth.subject_examples(load(), data, 0.1, tmp_path, 0)[
+            0
+        ].latents.shape == (4, 16, 16)
+    few = (
+        "--class-pictures",
+        2,
+        "--steps",
+        2,
+        "--batch",
+        1,
+        "--prompt",
+        "a photo of sks dog",
+        "--class-prompt",
+        "a photo of a dog",
+    )
+    assert (
+        "report.html"
+        in ran(
+            "dreambooth",
+            "--subject",
+            real_data / "dreambooth" / "dog6",
+            *few,
+            "--out",
+            tmp_path / "dog6",
+        ).out
+    )
 
 
 def test_bad_input_is_one_line(subject, tmp_path, refused):
@@ -256,7 +374,9 @@ def test_bad_input_is_one_line(subject, tmp_path, refused):
     assert "--shift is 2" in refuse("--shift", 2)
     assert "--text is auto" in refuse("--text", "maybe")
     assert "--prompt is empty" in refuse(words=("--prompt", " ", "--class-prompt", "a dog"))
-    assert "is 2 tokens" in refuse("--method", "inversion", words=("--prompt", "zwx", "--class-prompt", "a dog"))
+    assert "is 2 tokens" in refuse(
+        "--method", "inversion", words=("--prompt", "zwx", "--class-prompt", "a dog")
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -1,4 +1,5 @@
 """Pictures from a picture, in tiles, in other precisions, and where NaN began."""
+
 import numpy as np
 import pytest
 import torch
@@ -38,7 +39,9 @@ def test_outside_the_mask_nothing_changes(model):
     image, mask = torch.rand(1, 3, 16, 16) * 2 - 1, torch.zeros(1, 1, 16, 16)
     mask[..., :8] = 1
     noise, z0 = torch.randn(2, 4, 8, 8), model.vae.encode(image).detach().expand(2, -1, -1, -1)
-    frames = list(model.sample(PROMPTS, 5, step=ddim(final=False), x_T=noise, image=image, mask=mask))
+    frames = list(
+        model.sample(PROMPTS, 5, step=ddim(final=False), x_T=noise, image=image, mask=mask)
+    )
     for frame in frames[1:]:
         kept = editing.noised(model.schedule, z0, noise, torch.tensor(round(frame.t)))
         assert torch.equal(frame.x[..., 4:], kept[..., 4:])
@@ -60,11 +63,16 @@ def test_strength(model):
 def test_what_inpainting_needs(model, sd):
     with pytest.raises(UserError, match="a mask needs an image"):
         next(model.sample(PROMPTS, mask=torch.ones(1, 1, 16, 16)))
-    with pytest.raises(UserError, match="this U-Net takes 5 channels; known are 4, and 9 for inpainting"):
+    with pytest.raises(
+        UserError, match="this U-Net takes 5 channels; known are 4, and 9 for inpainting"
+    ):
         next(sd(channels=5).sample(PROMPTS))
 
 
-@pytest.mark.parametrize("height, width, tile, overlap", [(50, 33, 16, 4), (16, 16, 16, 4), (10, 40, 16, 6), (17, 16, 16, 0)])
+@pytest.mark.parametrize(
+    "height, width, tile, overlap",
+    [(50, 33, 16, 4), (16, 16, 16, 4), (10, 40, 16, 6), (17, 16, 16, 0)],
+)
 def test_tiles_of_a_local_function_are_the_whole(height, width, tile, overlap):
     """What looks at one pixel only is the same in tiles; where tiles disagree, they fade into each other."""
     x = torch.rand(2, 3, height, width, dtype=torch.float64)
@@ -73,17 +81,26 @@ def test_tiles_of_a_local_function_are_the_whole(height, width, tile, overlap):
         return torch.nn.functional.interpolate(part, scale_factor=2).square()
 
     torch.testing.assert_close(tiled(double, x, tile, overlap, 2), double(x), rtol=1e-12, atol=0)
-    torch.testing.assert_close(tiled(lambda part: part[..., ::2, ::2], x[..., :16, :16], 16, 4, 0.5), x[..., :16:2, :16:2], rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        tiled(lambda part: part[..., ::2, ::2], x[..., :16, :16], 16, 4, 0.5),
+        x[..., :16:2, :16:2],
+        rtol=1e-12,
+        atol=0,
+    )
     seen = []
     faded = tiled(lambda part: seen.append(1) or torch.full_like(part, len(seen)), x, tile, overlap)
     if overlap and width > tile:
-        assert faded[0, 0, 0].diff().abs().max() < 0.5 * len(seen)  # no jump from one tile's number to the next's
+        assert faded[0, 0, 0].diff().abs().max() < 0.5 * len(
+            seen
+        )  # no jump from one tile's number to the next's
 
 
 def test_decoding_in_tiles_is_near_decoding_at_once(model):
     """The VAE's normalization and attention see a tile instead of the picture, so it is not the same; in one tile it is."""
     z = torch.randn(2, 4, 8, 8)
-    assert torch.equal(model.decode(z, tile=False), model.decode(z)) and torch.equal(model.decode(z, tile=False), model.vae.decode(z).detach())
+    assert torch.equal(model.decode(z, tile=False), model.decode(z)) and torch.equal(
+        model.decode(z, tile=False), model.vae.decode(z).detach()
+    )
     torch.testing.assert_close(model.decode(z, tile=True), model.decode(z), rtol=1e-5, atol=1e-5)
 
 
@@ -99,13 +116,19 @@ def test_precisions(model, tmp_path, dtype):
     expected, found = (m.generate(PROMPTS, steps=3, x_T=noise, guidance=2.0) for m in (model, half))
     assert found.dtype == torch.float32
     assert (found - expected).abs().max() < (1e-6 if dtype == "fp32" else 0.2)
-    assert minidiff.load(half.save(tmp_path / "h"), dtype=None).unet.conv_in.weight.dtype == DTYPES[dtype]
+    assert (
+        minidiff.load(half.save(tmp_path / "h"), dtype=None).unet.conv_in.weight.dtype
+        == DTYPES[dtype]
+    )
 
 
 def test_where_nan_began(model, tmp_path):
     broken = minidiff.load(model.save(tmp_path / "m"))
     broken.unet.decoder[0].residual[1].conv1.weight.data[0] = torch.inf
-    with pytest.raises(UserError, match=r"began in denoiser.network.decoder.0.residual.1.conv1, computed in float32; compute in bf16 or fp32"):
+    with pytest.raises(
+        UserError,
+        match=r"began in denoiser.network.decoder.0.residual.1.conv1, computed in float32; compute in bf16 or fp32",
+    ):
         broken.generate(PROMPTS, steps=2, generator=torch.Generator().manual_seed(0))
     broken = minidiff.load(model.save(tmp_path / "m"))
     broken.vae.decoder.conv_in.bias.data[:] = torch.nan
@@ -134,19 +157,71 @@ def test_generate_from_a_picture(ran, model, tmp_path):
     mask = Image.new("L", (16, 32))
     mask.paste(255, (0, 0, 16, 16))
     mask.save(tmp_path / "mask.png")
-    options = ["--model", folder, "--steps", 4, "--image", image, "--negative", "blur", "--rescale", 0.5, "--spacing", "leading"]
-    said = ran("generate", "an apple", *options, "--mask", tmp_path / "mask.png", "--out", tmp_path / "o")
+    options = [
+        "--model",
+        folder,
+        "--steps",
+        4,
+        "--image",
+        image,
+        "--negative",
+        "blur",
+        "--rescale",
+        0.5,
+        "--spacing",
+        "leading",
+    ]
+    said = ran(
+        "generate", "an apple", *options, "--mask", tmp_path / "mask.png", "--out", tmp_path / "o"
+    )
     assert "16x32 pixels, but the model was trained at 16x16" in said.err
     with Image.open(tmp_path / "o" / "000-an-apple.png") as drawn:
         pixels, settings = np.asarray(drawn), drawn.text
     assert pixels.shape == (32, 16, 3)
     assert (pixels[16:] == (255, 0, 0)).all() and not (pixels[:16] == (255, 0, 0)).all()
-    expected = {"negative": "blur", "rescale": "0.5", "strength": "1.0", "image": "red.png", "mask": "mask.png", "size": "16x32"}
+    expected = {
+        "negative": "blur",
+        "rescale": "0.5",
+        "strength": "1.0",
+        "image": "red.png",
+        "mask": "mask.png",
+        "size": "16x32",
+    }
     assert settings.items() >= expected.items()
-    ran("generate", "an apple", *options, "--out", tmp_path / "p", "--strength", 0.5, "--dtype", "bf16", "--tile", "--batch", 1, "--n", 2)
+    ran(
+        "generate",
+        "an apple",
+        *options,
+        "--out",
+        tmp_path / "p",
+        "--strength",
+        0.5,
+        "--dtype",
+        "bf16",
+        "--tile",
+        "--batch",
+        1,
+        "--n",
+        2,
+    )
     with Image.open(tmp_path / "p" / "001-an-apple.png") as drawn:
-        assert drawn.text["strength"] == "0.5" and drawn.text["dtype"] == "bf16" and drawn.size == (16, 32)
-    ran("generate", "an apple", "--model", folder, "--size", "32x16", "--steps", 1, "--out", tmp_path / "q")
+        assert (
+            drawn.text["strength"] == "0.5"
+            and drawn.text["dtype"] == "bf16"
+            and drawn.size == (16, 32)
+        )
+    ran(
+        "generate",
+        "an apple",
+        "--model",
+        folder,
+        "--size",
+        "32x16",
+        "--steps",
+        1,
+        "--out",
+        tmp_path / "q",
+    )
     with Image.open(tmp_path / "q" / "000-an-apple.png") as drawn:
         assert drawn.size == (32, 16)
 
@@ -158,13 +233,34 @@ def test_generate_from_parts_of_several_files(ran, refused, model, tmp_path):
     from minidiff.weights import write
 
     whole = write.save_compvis(model, tmp_path / "whole.safetensors")
-    unet = {name: value for name, value in load_file(whole).items() if name.startswith("model.diffusion_model.")}
+    unet = {
+        name: value
+        for name, value in load_file(whole).items()
+        if name.startswith("model.diffusion_model.")
+    }
     save_file(unet, tmp_path / "unet.safetensors")
     how = ["--steps", 2, "--size", 16]
-    assert "has no VAE and no text tower" in refused("generate", "an apple", "--model", tmp_path / "unet.safetensors", "--out", tmp_path / "x", *how)
+    assert "has no VAE and no text tower" in refused(
+        "generate",
+        "an apple",
+        "--model",
+        tmp_path / "unet.safetensors",
+        "--out",
+        tmp_path / "x",
+        *how,
+    )
     ran("generate", "an apple", "--model", whole, "--out", tmp_path / "a", *how)
     parts = ["--vae", whole, "--text", whole]
-    ran("generate", "an apple", "--model", tmp_path / "unet.safetensors", "--out", tmp_path / "b", *parts, *how)
+    ran(
+        "generate",
+        "an apple",
+        "--model",
+        tmp_path / "unet.safetensors",
+        "--out",
+        tmp_path / "b",
+        *parts,
+        *how,
+    )
     a, b = (np.asarray(Image.open(tmp_path / folder / "000-an-apple.png")) for folder in "ab")
     assert (a == b).all()
 
@@ -190,5 +286,7 @@ def test_what_generate_refuses(refused, model, tmp_path, monkeypatch, options, s
     picture(tmp_path / "red.png")
     picture(tmp_path / "black.png", colour="black")
     monkeypatch.chdir(tmp_path)
-    assert said in refused("generate", "an apple", "--model", folder, "--steps", 1, "--out", "out", *options)
+    assert said in refused(
+        "generate", "an apple", "--model", folder, "--steps", 1, "--out", "out", *options
+    )
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,5 @@
 """Exact worlds against autograd, quadrature, Monte Carlo and brute force."""
+
 import math
 
 import pytest
@@ -18,7 +19,10 @@ def name(schedule):
 def world(dims=(3,), K=4):
     """Every component with a width of its own along every axis."""
     generator = torch.Generator().manual_seed(1)
-    means, std = torch.randn(K, *dims, generator=generator), 0.2 + torch.rand(K, *dims, generator=generator)
+    means, std = (
+        torch.randn(K, *dims, generator=generator),
+        0.2 + torch.rand(K, *dims, generator=generator),
+    )
     return Mixture(means.double(), std.double(), torch.tensor([1.0, 2.0, 3.0, 4.0])[:K])
 
 
@@ -31,10 +35,14 @@ def test_score_is_the_gradient_of_the_log_likelihood(schedule):
     mixture, t = world((2, 2)), middle(schedule)
     x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
     gradient = torch.autograd.grad(mixture.log_likelihood(x, schedule, t).sum(), x)[0]
-    torch.testing.assert_close(mixture.score(schedule, x.detach(), t), gradient, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        mixture.score(schedule, x.detach(), t), gradient, rtol=1e-9, atol=1e-9
+    )
     found = mixture.denoiser(schedule)(x.detach(), t)
     alpha, sigma = (scale.view(-1, 1, 1) for scale in schedule.alpha_sigma(t))
-    torch.testing.assert_close(alpha * found.x0 + sigma * found.eps, x.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        alpha * found.x0 + sigma * found.eps, x.detach(), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_log_likelihood_is_a_density():
@@ -46,7 +54,9 @@ def test_log_likelihood_is_a_density():
     mean, std = torch.randn(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64) + 0.1
     points = torch.randn(7, 5, dtype=torch.float64)
     expected = torch.distributions.Normal(mean, std).log_prob(points).sum(1)
-    torch.testing.assert_close(Mixture(mean[None], std).log_likelihood(points), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        Mixture(mean[None], std).log_likelihood(points), expected, rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=name)
@@ -56,11 +66,18 @@ def test_posterior_by_quadrature(schedule):
     t = middle(schedule)
     alpha, sigma = (scale.view(-1, 1) for scale in schedule.alpha_sigma(t))
     grid = torch.linspace(-12, 12, 40_001, dtype=torch.float64)
-    log_joint = mixture.log_likelihood(grid[:, None])[None] - (x - alpha * grid) ** 2 / (2 * sigma**2)
+    log_joint = mixture.log_likelihood(grid[:, None])[None] - (x - alpha * grid) ** 2 / (
+        2 * sigma**2
+    )
     p = log_joint.softmax(1)
     mean = (p * grid).sum(1, keepdim=True)
     torch.testing.assert_close(mixture.denoiser(schedule)(x, t).x0, mean, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(mixture.posterior_variance(schedule, x, t), (p * (grid - mean) ** 2).sum(1), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        mixture.posterior_variance(schedule, x, t),
+        (p * (grid - mean) ** 2).sum(1),
+        rtol=1e-9,
+        atol=1e-9,
+    )
 
 
 def test_a_data_set_is_a_mixture_of_no_width():
@@ -71,8 +88,12 @@ def test_a_data_set_is_a_mixture_of_no_width():
     found = data.denoiser(schedule)(x, t).x0
     for k in range(5):
         alpha, sigma = (scale.item() for scale in schedule.alpha_sigma(t[k]))
-        share = (-(x[k] - alpha * items).pow(2).flatten(1).sum(1).double() / (2 * sigma**2)).softmax(0)
-        torch.testing.assert_close(found[k], (share.view(-1, 1, 1, 1) * items).sum(0).float(), rtol=1e-4, atol=1e-5)  # fp32 answers
+        share = (
+            -(x[k] - alpha * items).pow(2).flatten(1).sum(1).double() / (2 * sigma**2)
+        ).softmax(0)
+        torch.testing.assert_close(
+            found[k], (share.view(-1, 1, 1, 1) * items).sum(0).float(), rtol=1e-4, atol=1e-5
+        )  # fp32 answers
     assert found.dtype == torch.float32
     nearest = torch.cdist(x[:1].flatten(1), items.flatten(1)).argmin()
     torch.testing.assert_close(found[0], items[nearest])
@@ -85,7 +106,9 @@ def test_optimal_loss():
     alpha, sigma = schedule.alpha_sigma(t)
     std = torch.tensor([0.5, 2.0], dtype=torch.float64)
     expected = (std**2 * sigma**2 / (alpha**2 * std**2 + sigma**2)).mean()
-    torch.testing.assert_close(Mixture(torch.zeros(1, 2), std).optimal_loss(schedule, t, n=3), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        Mixture(torch.zeros(1, 2), std).optimal_loss(schedule, t, n=3), expected, rtol=1e-12, atol=0
+    )
 
     mixture, n, generator = world(), 100_000, torch.Generator().manual_seed(0)
     x0 = mixture.draw(n, generator)
@@ -97,9 +120,13 @@ def test_optimal_loss():
 
     losses = Denoiser(Exact(), schedule, "x0").loss(x0, t=t.expand(n), eps=eps)
     least = mixture.optimal_loss(schedule, t, n, generator)
-    assert abs(losses.mean() - least) < 5 * math.sqrt(2) * losses.std() / math.sqrt(n)  # five standard errors of a difference
+    assert abs(losses.mean() - least) < 5 * math.sqrt(2) * losses.std() / math.sqrt(
+        n
+    )  # five standard errors of a difference
     network = Exact()
-    network.forward = lambda x, c_noise, context=None: 0.97 * mixture.denoiser(schedule)(x, c_noise + 1).x0
+    network.forward = lambda x, c_noise, context=None: (
+        0.97 * mixture.denoiser(schedule)(x, c_noise + 1).x0
+    )
     assert Denoiser(network, schedule, "x0").loss(x0, t=t.expand(n), eps=eps).mean() > losses.mean()
 
 
@@ -107,9 +134,15 @@ def test_draws_follow_weights_means_and_widths():
     mixture, n = world((1,)), 200_000
     draws = mixture.draw(n, torch.Generator().manual_seed(0))[:, 0]
     mean = (mixture.weights * mixture.means[:, 0]).sum()
-    variance = (mixture.weights * (mixture.std[:, 0] ** 2 + mixture.means[:, 0] ** 2)).sum() - mean**2
+    variance = (
+        mixture.weights * (mixture.std[:, 0] ** 2 + mixture.means[:, 0] ** 2)
+    ).sum() - mean**2
     assert abs(draws.mean() - mean) < 5 * (variance / n).sqrt()
-    assert abs(draws.var() / variance - 1) < 5 * (3 / n) ** 0.5  # no heavier tails than a Gaussian's, with room
+    assert (
+        abs(draws.var() / variance - 1) < 5 * (3 / n) ** 0.5
+    )  # no heavier tails than a Gaussian's, with room
     x = torch.tensor([-0.5, 0.5, 1.5], dtype=torch.float64)
-    cdf = (mixture.weights[:, None] * torch.distributions.Normal(mixture.means, mixture.std).cdf(x)).sum(0)
+    cdf = (
+        mixture.weights[:, None] * torch.distributions.Normal(mixture.means, mixture.std).cdf(x)
+    ).sum(0)
     assert ((draws[:, None] < x).double().mean(0) - cdf).abs().max() < 5 * 0.5 / n**0.5

@@ -1,4 +1,5 @@
 """Every experiment at its smallest size: it writes what it says, resumes bit for bit, and complains in one line."""
+
 import json
 import random
 import signal
@@ -21,7 +22,10 @@ from minidiff.errors import UserError
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
-with install_import_hook([path.stem for path in EXPERIMENTS.glob("*.py")], "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
+with install_import_hook(
+    [path.stem for path in EXPERIMENTS.glob("*.py")],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+):
     import cifar_ddpm
     import cifar_features
     import distill
@@ -57,7 +61,10 @@ def stop_at(step):
 
 def same(a, b, model="model"):
     for part in ("unet", "text", "vae"):
-        ours, theirs = load_file(a / model / f"{part}.safetensors"), load_file(b / model / f"{part}.safetensors")
+        ours, theirs = (
+            load_file(a / model / f"{part}.safetensors"),
+            load_file(b / model / f"{part}.safetensors"),
+        )
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
     for name in ("log.jsonl",):
         for path in (a / "training").rglob(name):
@@ -66,7 +73,9 @@ def same(a, b, model="model"):
 
 def picture(path, seed, size=32):
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = torch.randint(0, 256, (size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    pixels = torch.randint(
+        0, 256, (size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
     Image.fromarray(pixels.numpy()).save(path)
 
 
@@ -76,7 +85,9 @@ def picture(path, seed, size=32):
 def test_toy_density_has_unit_variance_and_no_strays():
     mixture = toy_2d.Curve("moons")
     draws = mixture.draw(20_000, torch.Generator().manual_seed(0))
-    assert draws.mean(0).abs().max() < 0.03 and abs(draws.pow(2).mean() - 1) < 0.03  # four standard errors
+    assert (
+        draws.mean(0).abs().max() < 0.03 and abs(draws.pow(2).mean() - 1) < 0.03
+    )  # four standard errors
     assert mixture.strays(draws) < 0.001 and mixture.strays(torch.full((4, 2), 9.0)) == 1
 
 
@@ -90,7 +101,15 @@ def test_toy_energy_distance():
 def test_toy_2d(tmp_path):
     toy_2d.main(out=tmp_path, steps=4, batch=16, width=16, n=50, sampling_steps=3)
     results = written(tmp_path, "toy_2d.png", "loss.png")
-    assert {"distance_floor", "distance_exact", "distance_learnt", "score_error_t250", "strays_learnt", "loss", "seed"} <= results.keys()
+    assert {
+        "distance_floor",
+        "distance_exact",
+        "distance_learnt",
+        "score_error_t250",
+        "strays_learnt",
+        "loss",
+        "seed",
+    } <= results.keys()
 
 
 # The order of samplers.
@@ -100,8 +119,17 @@ def test_toy_2d(tmp_path):
 def test_sampler_order(schedule, tmp_path):
     sampler_order.main(schedule, steps=(64, 128), points=8, out=tmp_path)
     results = written(tmp_path, "sampler_order.png")
-    for name, order in {"euler": 1, "heun": 2, "dpmpp_2m": 2, "unipc": 3, "ddpm": 1, "dpmpp_2m_sde": 2}.items():
-        assert results[name]["order"] == pytest.approx(order, rel=0.15)  # two step numbers, and not yet very many
+    for name, order in {
+        "euler": 1,
+        "heun": 2,
+        "dpmpp_2m": 2,
+        "unipc": 3,
+        "ddpm": 1,
+        "dpmpp_2m_sde": 2,
+    }.items():
+        assert results[name]["order"] == pytest.approx(
+            order, rel=0.15
+        )  # two step numbers, and not yet very many
         assert results[name]["evaluations"] == ([128, 256] if name == "heun" else [64, 128])
     with pytest.raises(UserError, match="at least two numbers"):
         sampler_order.main(schedule, steps=(16,), out=tmp_path)
@@ -112,9 +140,14 @@ def test_sampler_order(schedule, tmp_path):
 
 def test_forward_chain(tmp_path, capsys):
     picture(tmp_path / "own.png", seed=0, size=40)
-    forward_chain.main(image=tmp_path / "own.png", schedules=("linear", "flow"), size=32, columns=3, out=tmp_path)
+    forward_chain.main(
+        image=tmp_path / "own.png", schedules=("linear", "flow"), size=32, columns=3, out=tmp_path
+    )
     results = written(tmp_path, "forward_chain.png", "schedules.png")
-    assert results["schedules"]["flow"]["alpha_is_sigma_at"] == 0.5 and results["schedules"]["flow"]["snr"]["0.5"] == 1
+    assert (
+        results["schedules"]["flow"]["alpha_is_sigma_at"] == 0.5
+        and results["schedules"]["flow"]["snr"]["0.5"] == 1
+    )
     assert results["schedules"]["linear"]["snr"]["0.9"] < 1e-3
     assert "alpha = sigma at t = 0.5" in capsys.readouterr().out
 
@@ -133,7 +166,15 @@ def test_cifar_ddpm(classes, tmp_path, monkeypatch, capsys):
     settings = dict(data=classes / "train", preset="tiny", each=2)
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     cifar_ddpm.main(**settings, out=whole)
-    results = written(whole, "samples.png", "forward.png", "reverse.png", "reverse.gif", "loss.png", "model/model.json")
+    results = written(
+        whole,
+        "samples.png",
+        "forward.png",
+        "reverse.png",
+        "reverse.gif",
+        "loss.png",
+        "model/model.json",
+    )
     assert {"images_per_second", "steps", "loss", "seconds", "seed"} <= results.keys()
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -151,7 +192,15 @@ def test_cifar_ddpm(classes, tmp_path, monkeypatch, capsys):
 
 
 def test_cifar_ddpm_unconditional(classes, tmp_path):
-    cifar_ddpm.main(data=classes / "train", preset="tiny", out=tmp_path / "out", conditional=False, steps=1, each=1, pictures=4)
+    cifar_ddpm.main(
+        data=classes / "train",
+        preset="tiny",
+        out=tmp_path / "out",
+        conditional=False,
+        steps=1,
+        each=1,
+        pictures=4,
+    )
     assert written(tmp_path / "out", "samples.png")["conditional"] is False
 
 
@@ -160,7 +209,11 @@ def test_cifar_batches_see_every_picture_once_an_epoch():
     labels = [str(k) for k in range(6)]
     stream = cifar_ddpm.batches(pictures, labels, 2, seed=0, start=0)
     three = [next(stream) for _ in range(6)]
-    assert sorted(label for _, names in three[:3] for label in names) == labels == sorted(label for _, names in three[3:] for label in names)
+    assert (
+        sorted(label for _, names in three[:3] for label in names)
+        == labels
+        == sorted(label for _, names in three[3:] for label in names)
+    )
     again, names = next(cifar_ddpm.batches(pictures, labels, 2, seed=0, start=4))
     assert names == three[4][1] and torch.equal(again, three[4][0])
     with pytest.raises(UserError, match="only 6 pictures"):
@@ -174,14 +227,21 @@ def test_cifar_features(classes, tmp_path, monkeypatch):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     cifar_features.main(**settings, out=whole)
     results = written(whole, "distances.png", "loss.png")
-    assert {"test_accuracy", "training_accuracy", "images_per_second"} <= results.keys() and len(results["frechet"]) == 14
+    assert {"test_accuracy", "training_accuracy", "images_per_second"} <= results.keys() and len(
+        results["frechet"]
+    ) == 14
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(cifar_features, "follow", stop_at(1))
         cifar_features.main(**settings, out=halves)
     cifar_features.main(**settings, out=halves, resume=True)
     ours, theirs = (load_file(out / "cifar10_resnet.safetensors") for out in (whole, halves))
-    assert all(weight.dtype == torch.float16 and torch.equal(weight, theirs[name]) for name, weight in ours.items())
-    with pytest.raises(UserError, match="--n is 5, but there are 8 training pictures; pass --n 4 or less"):
+    assert all(
+        weight.dtype == torch.float16 and torch.equal(weight, theirs[name])
+        for name, weight in ours.items()
+    )
+    with pytest.raises(
+        UserError, match="--n is 5, but there are 8 training pictures; pass --n 4 or less"
+    ):
         cifar_features.main(**settings | {"n": 5}, out=whole)
 
 
@@ -190,7 +250,12 @@ def test_the_feature_network_that_ships_sees_distortions(real_data):
     tiles = {}
     for part in ("train", "test"):
         mosaic = load_picture(real_data / "cifar10" / f"{part}_0.webp")[:, :320]
-        tiles[part] = mosaic.unflatten(1, (10, 32)).unflatten(3, (100, 32)).permute(1, 3, 0, 2, 4).flatten(0, 1)
+        tiles[part] = (
+            mosaic.unflatten(1, (10, 32))
+            .unflatten(3, (100, 32))
+            .permute(1, 3, 0, 2, 4)
+            .flatten(0, 1)
+        )
     found = cifar_features.distances(features._cifar10(), tiles["train"], tiles["test"], 500)
     for name, (_, levels) in cifar_features.DISTORTIONS.items():
         along = [found["floor"], *(found[f"{name} {level}"] for level in levels)]
@@ -201,8 +266,17 @@ def test_the_feature_network_that_ships_sees_distortions(real_data):
 def test_cifar_paper_preset_is_the_paper():
     paper = cifar_ddpm.PRESETS["paper"]
     unet = paper.unet(None)
-    assert sum(p.numel() for p in unet.parameters()) == pytest.approx(35.7e6, rel=0.03)  # [1] appendix B; ours has projections around its attention
-    assert (paper.target, paper.steps, paper.batch, paper.lr, paper.ema, unet.numbers["dropout"]) == ("eps", 800_000, 128, 2e-4, 0.9999, 0.1)
+    assert sum(p.numel() for p in unet.parameters()) == pytest.approx(
+        35.7e6, rel=0.03
+    )  # [1] appendix B; ours has projections around its attention
+    assert (
+        paper.target,
+        paper.steps,
+        paper.batch,
+        paper.lr,
+        paper.ema,
+        unet.numbers["dropout"],
+    ) == ("eps", 800_000, 128, 2e-4, 0.9999, 0.1)
     assert paper.schedule == schedules.linear()
 
 
@@ -210,7 +284,9 @@ def test_cifar_paper_preset_is_the_paper():
 
 
 def test_trilemma(tmp_path, monkeypatch):
-    settings = dict(samplers=("ddim",), steps=(1, 2), guidance=(1.0, 2.0), n=10, more=False, out=tmp_path)
+    settings = dict(
+        samplers=("ddim",), steps=(1, 2), guidance=(1.0, 2.0), n=10, more=False, out=tmp_path
+    )
     trilemma.main(**settings)
     results = written(tmp_path, "trilemma.csv", "trilemma.png")
     assert results["settings"] == 4 and results["enough"].endswith((" at 1", " at 2", " at 4"))
@@ -226,18 +302,43 @@ def captioned(tmp_path):
     captions = ["a cat", "a dog", "a bowl of apples", "two birds"]
     for k in range(4):
         picture(tmp_path / "data" / f"{k}.png", seed=k)
-    lines = [json.dumps({"file_name": f"{k}.png", "caption": caption}) for k, caption in enumerate(captions)]
+    lines = [
+        json.dumps({"file_name": f"{k}.png", "caption": caption})
+        for k, caption in enumerate(captions)
+    ]
     (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(lines))
     return tmp_path / "data"
 
 
 def test_text_to_image(captioned, tmp_path, monkeypatch):
-    settings = dict(data=captioned, prompts=("two birds", "a red car"), size=32, caption_column="caption", width=32, vae_width=8)
+    settings = dict(
+        data=captioned,
+        prompts=("two birds", "a red car"),
+        size=32,
+        caption_column="caption",
+        width=32,
+        vae_width=8,
+    )
     settings |= dict(vae_steps=3, vae_batch=2, steps=4, batch=2, sampling_steps=2, judged=3)
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     text_to_image.main(**settings, out=whole)
-    results = written(whole, "generated.png", "real_vs_generated.png", "reverse.png", "reverse.gif", "loss.png", "vae_loss.png", "model/model.json")
-    assert {"vae_psnr_db", "nearest_training_picture_rms", "nearest_is_the_captioned_one", "images_per_second", "seed"} <= results.keys()
+    results = written(
+        whole,
+        "generated.png",
+        "real_vs_generated.png",
+        "reverse.png",
+        "reverse.gif",
+        "loss.png",
+        "vae_loss.png",
+        "model/model.json",
+    )
+    assert {
+        "vae_psnr_db",
+        "nearest_training_picture_rms",
+        "nearest_is_the_captioned_one",
+        "images_per_second",
+        "seed",
+    } <= results.keys()
 
     for step in (1, 2):  # Ctrl-C in the first act, then in the second
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -255,13 +356,37 @@ def test_text_to_image_refuses_a_size_before_it_trains(captioned, tmp_path):
 
 @pytest.mark.slow
 def test_finetune_coco100(captioned, tmp_path, monkeypatch):
-    settings = dict(data=captioned, size=32, caption_column="caption", vae_steps=2, vae_batch=2, steps=2, batch=2, validation=0.5, every=1)
+    settings = dict(
+        data=captioned,
+        size=32,
+        caption_column="caption",
+        vae_steps=2,
+        vae_batch=2,
+        steps=2,
+        batch=2,
+        validation=0.5,
+        every=1,
+    )
     settings |= dict(sampling_steps=2)
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     finetune_coco100.main(**settings, out=whole)
-    pictures = ("before_after.png", "losses.png", "memorised.png", "finetune/report.html", "finetune/model/model.json")
+    pictures = (
+        "before_after.png",
+        "losses.png",
+        "memorised.png",
+        "finetune/report.html",
+        "finetune/model/model.json",
+    )
     results = written(whole, *pictures)
-    assert {"psnr_before", "psnr_validation", "validation_first", "validation_last", "copies_training", "advice", "seed"} <= results.keys()
+    assert {
+        "psnr_before",
+        "psnr_validation",
+        "validation_first",
+        "validation_last",
+        "copies_training",
+        "advice",
+        "seed",
+    } <= results.keys()
     assert results["pictures"] == results["held_out"] == 2
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -283,7 +408,13 @@ def test_pretrain_box(tmp_path, monkeypatch):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     pretrain_box.main(**settings, out=whole)
     results = written(whole, "samples.png", "loss.png", "text_loss.png", "box/model.json")
-    assert {"accuracy_one_object", "accuracy_two_objects_vae_alone", "megabytes", "images_per_second", "seed"} <= results.keys()
+    assert {
+        "accuracy_one_object",
+        "accuracy_two_objects_vae_alone",
+        "megabytes",
+        "images_per_second",
+        "seed",
+    } <= results.keys()
     assert results["megabytes"] <= 12
 
     for step in (1, 2, 3):  # Ctrl-C in every act
@@ -295,11 +426,22 @@ def test_pretrain_box(tmp_path, monkeypatch):
 
 
 def test_dreambooth(tmp_path):
-    dreambooth.main(tmp_path, contexts=6, others=4, steps=1, class_pictures=2, drawings=2, threads=1)
-    files = ("without-prior/model/unet.safetensors", "LoRA/lora.safetensors", "second-round/lora.safetensors", "inversion/embedding.safetensors")
+    dreambooth.main(
+        tmp_path, contexts=6, others=4, steps=1, class_pictures=2, drawings=2, threads=1
+    )
+    files = (
+        "without-prior/model/unet.safetensors",
+        "LoRA/lora.safetensors",
+        "second-round/lora.safetensors",
+        "inversion/embedding.safetensors",
+    )
     ways = written(tmp_path, "dreambooth.png", *files)["ways"]
     assert list(ways) == ["before", *dreambooth.WAYS]
-    assert all(0 <= figures[name] <= 1 for figures in ways.values() for name in ("subject", "all right", "others"))
+    assert all(
+        0 <= figures[name] <= 1
+        for figures in ways.values()
+        for name in ("subject", "all right", "others")
+    )
     assert ways["before"]["subject"] == 0  # the box has never drawn a ring
 
 
@@ -307,38 +449,80 @@ def test_new_contexts_are_new_and_the_critic_can_read_the_captions():
     scenes = dreambooth.new_contexts(100, 0)
     assert not set(scenes) & set(dreambooth.FIVE) and dreambooth.new_contexts(100, 0) == scenes
     pictures = World(32).draw(scenes, random.Random(0))
-    assert sum(map(critic.holds, pictures, [dreambooth.said(scene, "ring") for scene in scenes])) >= 98
+    assert (
+        sum(map(critic.holds, pictures, [dreambooth.said(scene, "ring") for scene in scenes])) >= 98
+    )
     assert all(dreambooth.WORD in dreambooth.said(scene) for scene in scenes)
 
 
 def test_the_second_round_learns_from_what_is_right_of_the_first(tmp_path, monkeypatch):
     """Of drawings half of which show the ring asked for, that half is kept, with its captions, in none of the contexts judged later."""
-    contexts, model, rng, shown = dreambooth.new_contexts(100, 0), minidiff.load(), random.Random("second 0"), []
+    contexts, model, rng, shown = (
+        dreambooth.new_contexts(100, 0),
+        minidiff.load(),
+        random.Random("second 0"),
+        [],
+    )
     while len(shown) < 12:
         scene = dreambooth.beside(rng)
         shown += [scene] if scene not in [*dreambooth.FIVE, *contexts] else []
-    wrong = [replace(scene, things=scene.things[::-1]) if k % 2 else scene for k, scene in enumerate(shown)]
-    monkeypatch.setattr(model, "generate", lambda captions, **_: World(32).draw(wrong, random.Random(0)))
+    wrong = [
+        replace(scene, things=scene.things[::-1]) if k % 2 else scene
+        for k, scene in enumerate(shown)
+    ]
+    monkeypatch.setattr(
+        model, "generate", lambda captions, **_: World(32).draw(wrong, random.Random(0))
+    )
     folder = dreambooth.second_folder(model, tmp_path, 12, contexts, 0)
     told = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    assert [line["text"] for line in told if int(line["file_name"].split(".")[0]) >= 5] == [dreambooth.said(scene) for scene in shown[::2]]
-    assert not set(shown) & {*contexts, *dreambooth.FIVE} and len(list(folder.glob("*.png"))) == 5 + 6
+    assert [line["text"] for line in told if int(line["file_name"].split(".")[0]) >= 5] == [
+        dreambooth.said(scene) for scene in shown[::2]
+    ]
+    assert (
+        not set(shown) & {*contexts, *dreambooth.FIVE} and len(list(folder.glob("*.png"))) == 5 + 6
+    )
 
 
 # Few steps.
 
 
 def test_distill(tmp_path, monkeypatch):
-    settings = dict(walks=3, steps=3, sharp_steps=3, last_steps=3, batch=2, lora_steps=3, rank=2, guided_steps=3, own_steps=3, captions=2)
+    settings = dict(
+        walks=3,
+        steps=3,
+        sharp_steps=3,
+        last_steps=3,
+        batch=2,
+        lora_steps=3,
+        rank=2,
+        guided_steps=3,
+        own_steps=3,
+        captions=2,
+    )
     monkeypatch.setattr(distill, "BEST", ("ddpm", 6, 2.0))
     monkeypatch.setattr(distill, "STUDENT", (("lcm", 2, 1.0), ("lcm", 1, 1.0)))
     monkeypatch.setattr(distill, "TEACHER", (distill.BEST,))
     monkeypatch.setattr(distill, "GUIDELESS", (("ddpm", 3, 1.0),))
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     distill.main(**settings, out=whole)
-    results = written(whole, "distill.png", "loss.png", "lora_loss.png", "student/model.json", "guided/model.json", "lcm_lora.safetensors")
+    results = written(
+        whole,
+        "distill.png",
+        "loss.png",
+        "lora_loss.png",
+        "student/model.json",
+        "guided/model.json",
+        "lcm_lora.safetensors",
+    )
     assert [row["evaluations"] for row in results["rows"]] == [12, 2, 1, 3, 2, 1, 2, 1]
-    assert {"student_1_of_teacher", "student_2_of_teacher", "guided_student_3_of_teacher", "settled_loss", "lora_moved", "seed"} <= results.keys()
+    assert {
+        "student_1_of_teacher",
+        "student_2_of_teacher",
+        "guided_student_3_of_teacher",
+        "settled_loss",
+        "lora_moved",
+        "seed",
+    } <= results.keys()
     student = minidiff.load(whole / "student")
     assert (student.sampler, student.spacing, student.guidance) == ("lcm", "trailing", 1)
     guided = minidiff.load(whole / "guided")
@@ -395,14 +579,18 @@ def test_stable_diffusion_line_by_line(sd, tmp_path, capsys):
     made = sd()
     torch.nn.init.normal_(made.unet.conv_out.weight, std=0.1)
     folder = made.save(tmp_path / "model")
-    sd_generate.main(str(folder), "an apple", "a bowl", steps=7, sampler="ddim", seed=3, out=tmp_path / "out")
+    sd_generate.main(
+        str(folder), "an apple", "a bowl", steps=7, sampler="ddim", seed=3, out=tmp_path / "out"
+    )
     written(tmp_path / "out", "trace.txt", "picture.png", "chain.png", "results.json")
     generator = torch.Generator().manual_seed(3)
     how = {"steps": 7, "guidance": 7.5, "negative": "a bowl", "generator": generator}
     expected = minidiff.load(folder).generate(["an apple"], **how)[0]
     assert torch.equal(load_picture(tmp_path / "out" / "picture.png"), to_uint8(expected))
     sd_generate.main(out=tmp_path / "trace")
-    assert "859.52 M" in capsys.readouterr().out and not (tmp_path / "trace" / "picture.png").exists()
+    assert (
+        "859.52 M" in capsys.readouterr().out and not (tmp_path / "trace" / "picture.png").exists()
+    )
 
 
 @pytest.mark.slow
@@ -411,8 +599,12 @@ def test_speed_beside_diffusers(tmp_path):
     sd_speed.main(steps=2, size=64, small=True, peak_tflops=1.0, out=tmp_path)
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["largest_difference"] < 1e-5 and found["ratio"] > 0
-    assert found["opening"]["minidiff"]["weights_gb"] == pytest.approx(found["opening"]["diffusers"]["weights_gb"], rel=1e-3)
-    assert len(found["turns"]["diffusers"]) == 2 and [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert found["opening"]["minidiff"]["weights_gb"] == pytest.approx(
+        found["opening"]["diffusers"]["weights_gb"], rel=1e-3
+    )
+    assert len(found["turns"]["diffusers"]) == 2 and [path.name for path in tmp_path.iterdir()] == [
+        "results.json"
+    ]
 
 
 @pytest.mark.slow
@@ -420,5 +612,10 @@ def test_memory(tmp_path, capsys):
     """What is estimated for a tiny network is within a factor of what its training takes; the rest is what libraries take."""
     memory.main(small=True, out=tmp_path)
     found = written(tmp_path)
-    assert {"full", "--checkpointing", "--method lora", "--optimizer adamw8bit"} <= set(found["by_switch"])
-    assert all(0.05 < case["ratio"] < 1.2 for case in found["measured"].values()) and "full" in capsys.readouterr().out
+    assert {"full", "--checkpointing", "--method lora", "--optimizer adamw8bit"} <= set(
+        found["by_switch"]
+    )
+    assert (
+        all(0.05 < case["ratio"] < 1.2 for case in found["measured"].values())
+        and "full" in capsys.readouterr().out
+    )

@@ -1,4 +1,5 @@
 """Feature networks: always the same, of any size, and one clear line where weights cannot be had."""
+
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,18 @@ PICTURES = World(32).batch(6, "features", objects=2)[0]
 
 @pytest.mark.parametrize("name", [*features.DEFAULTS, features.CIFAR10])
 def test_batches_do_not_matter(name):
-    torch.testing.assert_close(features.features(name, PICTURES, batch=4), features.features(name, PICTURES))
+    torch.testing.assert_close(
+        features.features(name, PICTURES, batch=4), features.features(name, PICTURES)
+    )
 
 
 @pytest.mark.parametrize("name", ["pixels-8x8", "random-conv-0", features.CIFAR10])
 def test_size_hardly_matters(name):
     """A picture and the same one with every pixel doubled: block means are exact, these networks begin with them."""
     doubled = PICTURES.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    torch.testing.assert_close(features.features(name, doubled), features.features(name, PICTURES), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        features.features(name, doubled), features.features(name, PICTURES), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_pixels_are_means_of_patches():
@@ -42,7 +47,9 @@ GOLDEN = [0.31859, 0.04163, 0.00103]
 
 def test_the_network_of_cifar10_ships_and_is_small():
     file = Path(features.__file__).parent / "networks" / "cifar10_resnet.safetensors"
-    assert file.stat().st_size < 1e6 and all(weight.dtype == torch.float16 for weight in load_file(file).values())
+    assert file.stat().st_size < 1e6 and all(
+        weight.dtype == torch.float16 for weight in load_file(file).values()
+    )
     assert features.features(features.CIFAR10, PICTURES).shape == (6, 128)
     assert features.CIFAR10 not in features.DEFAULTS  # what nobody asked for is not measured in it
 
@@ -53,7 +60,10 @@ def test_attributes_say_what_the_critic_sees():
     shapes, colours = len(set(critic.WORDS.values())), len(critic.COLOURS)
     first = 1 + len(critic.BACKGROUNDS)
     assert found[:first] == [1, 0, 1, 0, 0]
-    assert found[first : first + shapes].index(1) == 1 and found[first + shapes : first + shapes + colours].index(1) == 5
+    assert (
+        found[first : first + shapes].index(1) == 1
+        and found[first + shapes : first + shapes + colours].index(1) == 5
+    )
     assert found[first + shapes + colours :][:3] == pytest.approx([0.25, 0.75, 0.8])
     assert not any(found[first + shapes + colours + 3 :])
     nothing = features.attributes(critic.Reading(None, ()))
@@ -67,7 +77,9 @@ def test_inception_that_cannot_be_had_is_one_line(monkeypatch):
         raise OSError("urlopen error:\nno route")
 
     monkeypatch.setattr(utils, "create_feature_extractor", offline)
-    with pytest.raises(UserError, match=r"Inception's weights cannot be had \(urlopen error: no route\)"):
+    with pytest.raises(
+        UserError, match=r"Inception's weights cannot be had \(urlopen error: no route\)"
+    ):
         features.by_name("inception-v3-compat")
 
 
@@ -79,7 +91,9 @@ def test_clip_that_cannot_be_had_is_one_line(monkeypatch):
 
     features._clip.cache_clear()
     monkeypatch.setattr(open_clip, "create_model_and_transforms", offline)
-    with pytest.raises(UserError, match=r"CLIP's weights ViT-B-32/openai cannot be had \(offline\)"):
+    with pytest.raises(
+        UserError, match=r"CLIP's weights ViT-B-32/openai cannot be had \(offline\)"
+    ):
         features.clip_similarity(PICTURES, ["a circle"] * 6)
 
 
@@ -89,7 +103,9 @@ def test_clip_similarity_is_a_cosine_whatever_the_batch(monkeypatch):
 
     torch.manual_seed(0)
     tower = open_clip.create_model("ViT-B-32", pretrained=None)
-    monkeypatch.setattr(open_clip, "create_model_and_transforms", lambda *_, **__: (tower.eval(), None, None))
+    monkeypatch.setattr(
+        open_clip, "create_model_and_transforms", lambda *_, **__: (tower.eval(), None, None)
+    )
     features._clip.cache_clear()
     with torch.no_grad():
         found = features.clip_similarity(PICTURES[:2], ["a circle", "a square"])

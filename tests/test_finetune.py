@@ -1,4 +1,5 @@
 """Fine-tuning: the loss over groups, what is trained, runs that are killed, disks that are full, and what is said of bad input."""
+
 import json
 import math
 import os
@@ -37,7 +38,9 @@ def tiny(target="eps", weighting=None, text=None, **how):
     for p in unet.parameters():
         nn.init.normal_(p, std=0.1)
     vae, text = VAE(3, 4, (8, 8), 1, groups=0), text or ClassLabels(NAMES, 8)
-    return LatentDiffusion(vae, text, Denoiser(unet, schedules.linear(), target, weighting), 16).eval()
+    return LatentDiffusion(
+        vae, text, Denoiser(unet, schedules.linear(), target, weighting), 16
+    ).eval()
 
 
 def examples(n, seed=0, shape=(4, 8, 8)):
@@ -50,7 +53,12 @@ def two_groups():
 
 
 def run(out, model=None, groups=None, **how):
-    return finetune(model or tiny(), groups or [Group("data", examples(6))], out, **(dict(steps=6, lr=1e-3, every=2, warmup=2, batch=2) | how))
+    return finetune(
+        model or tiny(),
+        groups or [Group("data", examples(6))],
+        out,
+        **(dict(steps=6, lr=1e-3, every=2, warmup=2, batch=2) | how),
+    )
 
 
 class Recording(Recorder):
@@ -73,7 +81,11 @@ def weights(model):
 
 
 def moved(before, model):
-    return {name for name, value in model.state_dict().items() if name not in before or not torch.equal(before[name], value)}
+    return {
+        name
+        for name, value in model.state_dict().items()
+        if name not in before or not torch.equal(before[name], value)
+    }
 
 
 # Batches.
@@ -87,23 +99,43 @@ def test_a_batch_follows_from_its_number_alone():
     for a, b in zip(whole[7:], later, strict=True):
         assert a.number == b.number
         for p, q in zip(a.parts, b.parts, strict=True):
-            assert p.captions == q.captions and all(torch.equal(getattr(p, name), getattr(q, name)) for name in ("latents", "t", "eps"))
+            assert p.captions == q.captions and all(
+                torch.equal(getattr(p, name), getattr(q, name)) for name in ("latents", "t", "eps")
+            )
     other = next(batches(groups, schedule, 2, 0.3, 1, 0))
     assert not torch.equal(other.parts[0].eps, whole[0].parts[0].eps)
-    assert [(part.group, part.weight, len(part.captions)) for part in whole[0].parts] == [("subject", 1.0, 2), ("class", 0.7, 2)]
+    assert [(part.group, part.weight, len(part.captions)) for part in whole[0].parts] == [
+        ("subject", 1.0, 2),
+        ("class", 0.7, 2),
+    ]
 
 
 def test_captions_are_hidden_as_often_as_asked():
-    for dropout, least, most in ((0.0, 0, 0), (0.25, 160, 240)):  # of 800; three standard deviations
-        found = islice(batches([Group("data", examples(8))], schedules.linear(), 8, dropout, 0, 0), 100)
-        assert least <= sum(caption == "" for batch in found for caption in batch.parts[0].captions) <= most
+    for dropout, least, most in (
+        (0.0, 0, 0),
+        (0.25, 160, 240),
+    ):  # of 800; three standard deviations
+        found = islice(
+            batches([Group("data", examples(8))], schedules.linear(), 8, dropout, 0, 0), 100
+        )
+        assert (
+            least
+            <= sum(caption == "" for batch in found for caption in batch.parts[0].captions)
+            <= most
+        )
 
 
 def test_every_batch_is_of_one_shape_and_every_picture_is_met():
     group = Group("data", examples(5) + examples(3, 9, (4, 4, 16)))
-    found = [part for batch in islice(batches([group], schedules.linear(), 2, 0.0, 0, 0), 5) for part in batch.parts]
+    found = [
+        part
+        for batch in islice(batches([group], schedules.linear(), 2, 0.0, 0, 0), 5)
+        for part in batch.parts
+    ]
     rows = [z for part in found for z in part.latents]
-    assert all(any(torch.equal(e.latents, z) for z in rows) for e in group.examples)  # ceil(5 / 2) + ceil(3 / 2) batches are an epoch
+    assert all(
+        any(torch.equal(e.latents, z) for z in rows) for e in group.examples
+    )  # ceil(5 / 2) + ceil(3 / 2) batches are an epoch
     assert {tuple(part.latents.shape) for part in found} == {(2, 4, 8, 8), (2, 4, 4, 16)}
 
 
@@ -120,22 +152,34 @@ def test_split_is_seeded_and_rounds_down():
 def test_loss_of_groups_is_the_sum_it_claims_to_be():
     """To the bit: weight times mean, summed; and each mean is that of the denoiser's own loss on the group alone."""
     model, seen = tiny().double(), {}
-    groups = [Group(g.name, [Example(e.latents.double(), e.caption) for e in g.examples], g.weight) for g in two_groups()]
+    groups = [
+        Group(g.name, [Example(e.latents.double(), e.caption) for e in g.examples], g.weight)
+        for g in two_groups()
+    ]
     for batch in islice(batches(groups, model.schedule, 2, 0.2, 0, 0), 5):
         batch = Batch(batch.number, [part._replace(eps=part.eps.double()) for part in batch.parts])
         each, where = loss(model, None, None, seen)(batch)
         subject, of_class = seen[batch.number].values()
         assert where is None and torch.equal(each, (1.0 * subject + 0.7 * of_class)[None])
         for part, mean in zip(batch.parts, (subject, of_class), strict=True):
-            alone = model.denoiser.loss(part.latents, model.text.encode(part.captions), part.t, part.eps).mean()
-            assert abs(alone - mean) < 1e-13 * alone  # a batch of four is not summed in the order of two of two
+            alone = model.denoiser.loss(
+                part.latents, model.text.encode(part.captions), part.t, part.eps
+            ).mean()
+            assert (
+                abs(alone - mean) < 1e-13 * alone
+            )  # a batch of four is not summed in the order of two of two
 
 
 def test_groups_of_different_shapes_take_a_pass_each():
-    model, groups = tiny(), [Group("subject", examples(2)), Group("class", examples(2, 5, (4, 4, 16)), 0.5)]
+    model, groups = (
+        tiny(),
+        [Group("subject", examples(2)), Group("class", examples(2, 5, (4, 4, 16)), 0.5)],
+    )
     batch = next(batches(groups, model.schedule, 2, 0.0, 0, 0))
     each, _ = loss(model)(batch)
-    first, second = (loss(model)(Batch(0, [part._replace(weight=1.0)]))[0].mean() for part in batch.parts)
+    first, second = (
+        loss(model)(Batch(0, [part._replace(weight=1.0)]))[0].mean() for part in batch.parts
+    )
     assert torch.equal(each[0], first + 0.5 * second)
 
 
@@ -145,19 +189,27 @@ def test_loss_of_one_group_is_each_example_s_and_says_where():
     (part,) = batch.parts
     contexts = {name: model.text.encode([name])[0] for name in ("", *NAMES)}
     each, where = loss(model, contexts)(batch)
-    assert torch.equal(each, model.denoiser.loss(part.latents, model.text.encode(part.captions), part.t, part.eps)) and each.shape == (4,)
+    assert torch.equal(
+        each, model.denoiser.loss(part.latents, model.text.encode(part.captions), part.t, part.eps)
+    ) and each.shape == (4,)
     assert torch.equal(where, part.t.double() / 1000)
 
 
-@pytest.mark.parametrize("target, published", [
-    ("eps", lambda snr: snr.clamp(max=5) / snr),
-    ("v", lambda snr: snr.clamp(max=5) / (snr + 1)),
-    ("x0", lambda snr: snr.clamp(max=5)),
-])
+@pytest.mark.parametrize(
+    "target, published",
+    [
+        ("eps", lambda snr: snr.clamp(max=5) / snr),
+        ("v", lambda snr: snr.clamp(max=5) / (snr + 1)),
+        ("x0", lambda snr: snr.clamp(max=5)),
+    ],
+)
 def test_min_snr_weighs_the_output_s_error_as_published(target, published, tmp_path):
     """Hang et al. section 3.4, for each target: the weight of || target - F ||^2. The squared error is 1 where F misses every number by 1."""
     schedule, t = schedules.linear(), torch.tensor([1, 50, 200, 250, 600, 1000])
-    x0, eps = torch.randn(6, 1, 2, 2, dtype=torch.float64), torch.randn(6, 1, 2, 2, dtype=torch.float64)
+    x0, eps = (
+        torch.randn(6, 1, 2, 2, dtype=torch.float64),
+        torch.randn(6, 1, 2, 2, dtype=torch.float64),
+    )
     alpha, sigma = (scale.view(-1, 1, 1, 1) for scale in schedule.alpha_sigma(t))
     right = {"eps": eps, "v": alpha * eps - sigma * x0, "x0": x0}[target]
 
@@ -166,7 +218,9 @@ def test_min_snr_weighs_the_output_s_error_as_published(target, published, tmp_p
             return right + 1
 
     found = Denoiser(Misses(), schedule, target, "min-snr").loss(x0, None, t, eps)
-    torch.testing.assert_close(found, published((alpha / sigma).pow(2).flatten()), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        found, published((alpha / sigma).pow(2).flatten()), rtol=1e-9, atol=0
+    )
 
 
 def test_min_snr_is_what_the_switch_turns_on(tmp_path):
@@ -174,12 +228,18 @@ def test_min_snr_is_what_the_switch_turns_on(tmp_path):
     for on in (False, True):
         run(tmp_path / str(on), min_snr=on, steps=1, batch=8)
         logs.append(json.loads((tmp_path / str(on) / "training" / "log.jsonl").read_text())["loss"])
-    batch = list(islice(batches([Group("data", examples(6))], schedules.linear(), 4, 0.1, 0, 0), 2))  # the pieces of the first step
+    batch = list(
+        islice(batches([Group("data", examples(6))], schedules.linear(), 4, 0.1, 0, 0), 2)
+    )  # the pieces of the first step
     model = tiny()
     weighted = Denoiser(model.unet, model.schedule, "eps", "min-snr")
     for logged, denoiser in zip(logs, (model.denoiser, weighted), strict=True):
-        assert logged == pytest.approx(sum(loss(model, None, denoiser)(b)[0].mean().item() for b in batch) / 2, rel=1e-5)
-    assert logs[0] != logs[1] and load(tmp_path / "True" / "model").denoiser.weighting == "eps"  # the model stays what it was
+        assert logged == pytest.approx(
+            sum(loss(model, None, denoiser)(b)[0].mean().item() for b in batch) / 2, rel=1e-5
+        )
+    assert (
+        logs[0] != logs[1] and load(tmp_path / "True" / "model").denoiser.weighting == "eps"
+    )  # the model stays what it was
 
 
 def test_learned_weighting_begins_at_its_optimum():
@@ -192,7 +252,9 @@ def test_learned_weighting_begins_at_its_optimum():
         each, where = zip(*(loss(model)(batch) for batch in data), strict=True)
     level = (torch.cat(where) * LEVELS).long().clamp(max=LEVELS - 1)
     for k in range(LEVELS):
-        assert (torch.cat(each)[level == k].mean() - (1 + u[k])).abs() < 1e-5  # of 20 numbers or more in fp32
+        assert (
+            torch.cat(each)[level == k].mean() - (1 + u[k])
+        ).abs() < 1e-5  # of 20 numbers or more in fp32
     assert u.abs().max() > 0.01
 
 
@@ -206,14 +268,18 @@ def test_full_trains_the_unet_and_nothing_else(tmp_path):
     found = moved(before, model)
     assert found and all(name.startswith("denoiser.network.") for name in found)
     again = load(tmp_path / "model")
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items()
+    )
 
 
 def test_with_text_the_text_tower_learns_too(tmp_path):
     model = tiny()
     before = weights(model)
     run(tmp_path, model, text=True)
-    assert "text.embedding.weight" in moved(before, model) and not any(name.startswith("vae") for name in moved(before, model))
+    assert "text.embedding.weight" in moved(before, model) and not any(
+        name.startswith("vae") for name in moved(before, model)
+    )
 
 
 def test_lora_trains_a_and_b_alone_and_writes_what_load_reads(tmp_path):
@@ -223,10 +289,16 @@ def test_lora_trains_a_and_b_alone_and_writes_what_load_reads(tmp_path):
     assert moved(before, model) and all(".lora." in name for name in moved(before, model))
     assert lora.load(fresh, tmp_path / "lora.safetensors").moved > 0
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([100, 900])
-    for a, b in zip(model.denoiser(x, t, model.text.encode(NAMES)), fresh.denoiser(x, t, fresh.text.encode(NAMES)), strict=True):
+    for a, b in zip(
+        model.denoiser(x, t, model.text.encode(NAMES)),
+        fresh.denoiser(x, t, fresh.text.encode(NAMES)),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # the file has alpha / rank in B
     state = torch.load(tmp_path / "training" / "checkpoint.pt", weights_only=True)
-    assert sum(v.numel() for v in state["module"].values()) == sum(p.numel() for p in lora.state(model).values())  # no frozen weight in it
+    assert sum(v.numel() for v in state["module"].values()) == sum(
+        p.numel() for p in lora.state(model).values()
+    )  # no frozen weight in it
 
 
 def test_lora_on_text_and_on_named_layers(tmp_path):
@@ -235,8 +307,12 @@ def test_lora_on_text_and_on_named_layers(tmp_path):
     trained = to_train(model, model.denoiser, "lora", 2, None, ("conv1",), True)
     names = set(lora.adapted(model))
     assert {name.rsplit(".", 1)[-1] for name in names if name.startswith("denoiser")} == {"conv1"}
-    assert {name.rsplit(".", 1)[-1] for name in names if name.startswith("text")} == set(lora.ATTENTION)
-    assert sum(p.numel() for p in trained.parameters()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert {name.rsplit(".", 1)[-1] for name in names if name.startswith("text")} == set(
+        lora.ATTENTION
+    )
+    assert sum(p.numel() for p in trained.parameters()) == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
 
 
 def test_lora_goes_where_a_unet_hears_words():
@@ -261,13 +337,16 @@ def test_the_noise_levels_trained_on_can_be_chosen(tmp_path, monkeypatch):
         run(tmp_path / "a", levels=(2.0, 0.1), batch=8, resume=True)
     model = tiny()
     model.denoiser.schedule = schedules.Karras()
-    with pytest.raises(UserError, match="levels cannot be chosen for a schedule of the kind Karras"):
+    with pytest.raises(
+        UserError, match="levels cannot be chosen for a schedule of the kind Karras"
+    ):
         run(tmp_path / "b", model, levels=(2.0, 0.1))
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_weights_that_advice_goes_back_to_are_kept(method, tmp_path):
     """Of steps 2, 4, 6 the recorder likes 2, then 4, then none: what lies there at the end is what the recorder saw at step 4, and only that."""
+
     def trained(model):
         layers = {name.replace(".", "-"): layer.lora for name, layer in lora.adapted(model).items()}
         return weights(nn.ModuleDict(layers) if layers else model.unet)
@@ -294,15 +373,29 @@ def test_the_weights_that_advice_goes_back_to_are_kept(method, tmp_path):
 def test_average_is_what_is_written_and_what_the_recorder_sees(tmp_path):
     seen, model = [], tiny()
 
-    run(tmp_path, model, ema=0.9, recorder=Recording(lambda step, losses: seen.append((step, losses, weights(model)))))
+    run(
+        tmp_path,
+        model,
+        ema=0.9,
+        recorder=Recording(lambda step, losses: seen.append((step, losses, weights(model)))),
+    )
     state = torch.load(tmp_path / "training" / "checkpoint.pt", weights_only=True)
     name = "0.network.conv_in.weight"
-    assert [step for step, _, _ in seen] == [0, 2, 4, 6] and seen[0][1] == {} and list(seen[1][1]) == ["data"]
+    assert (
+        [step for step, _, _ in seen] == [0, 2, 4, 6]
+        and seen[0][1] == {}
+        and list(seen[1][1]) == ["data"]
+    )
     assert not torch.equal(state["ema"][name], state["module"][name])
     for found in (model.unet.conv_in.weight, seen[-1][2]["denoiser.network.conv_in.weight"]):
         assert torch.equal(found, state["ema"][name])
-    log = [json.loads(line)["loss"] for line in (tmp_path / "training" / "log.jsonl").read_text().splitlines()]
-    assert seen[-1][1]["data"] == pytest.approx((log[4] + log[5]) / 2, rel=1e-5)  # the mean since the last record
+    log = [
+        json.loads(line)["loss"]
+        for line in (tmp_path / "training" / "log.jsonl").read_text().splitlines()
+    ]
+    assert seen[-1][1]["data"] == pytest.approx(
+        (log[4] + log[5]) / 2, rel=1e-5
+    )  # the mean since the last record
 
 
 def test_averages_are_taken_out_again():
@@ -322,7 +415,11 @@ def test_bf16_checkpointing_and_accumulation(tmp_path):
     seen, model = set(), tiny()
     model.unet.conv_in.register_forward_hook(lambda m, x, y: seen.add(y.dtype))
     run(tmp_path / "bf16", model, steps=2, dtype="bf16")
-    assert seen == {torch.bfloat16} and {p.dtype for p in model.parameters()} == {torch.float32} and moved(weights(plain), model)
+    assert (
+        seen == {torch.bfloat16}
+        and {p.dtype for p in model.parameters()} == {torch.float32}
+        and moved(weights(plain), model)
+    )
     losses = []
     for name, how in (("two", dict(batch=2, accumulate=2)), ("one", dict(batch=2, accumulate=1))):
         run(tmp_path / name, steps=1, **how)
@@ -341,7 +438,9 @@ def test_a_half_precision_model_trains_in_float32(tmp_path):
 def test_cores_share_a_batch_by_pictures_where_that_is_safe():
     model = tiny()
     assert [shares(model, model.unet, batch) for batch in (1, 2, 3, 4)] == [1, 2, 1, 2]
-    assert shares(tiny(dropout=0.1), model.unet, 4) == 1  # two threads would draw masks in any order
+    assert (
+        shares(tiny(dropout=0.1), model.unet, 4) == 1
+    )  # two threads would draw masks in any order
     assert shares(model, nn.Linear(50_000, 1001, device="meta"), 4) == 1
 
 
@@ -375,10 +474,17 @@ for moment in [*sorted(dice.sample(range(22), kills)), None]:
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_and_resumed_is_uninterrupted_bit_for_bit(tmp_path, kills):
     """kill -9 leaves no time to save; a killed run may be killed again before it has made up for what was lost."""
-    subprocess.run([sys.executable, "-c", KILLED, tmp_path, str(kills)], check=True, timeout=200, cwd=Path(__file__).parent)
+    subprocess.run(
+        [sys.executable, "-c", KILLED, tmp_path, str(kills)],
+        check=True,
+        timeout=200,
+        cwd=Path(__file__).parent,
+    )
     files = [(tmp_path / kind / "lora.safetensors").read_bytes() for kind in ("whole", "killed")]
     assert files[0] == files[1]
-    logs = [(tmp_path / kind / "training" / "log.jsonl").read_text() for kind in ("whole", "killed")]
+    logs = [
+        (tmp_path / kind / "training" / "log.jsonl").read_text() for kind in ("whole", "killed")
+    ]
     assert logs[0] == logs[1] and len(logs[0].splitlines()) == 24
 
 
@@ -388,7 +494,9 @@ def test_resuming_a_full_run_is_uninterrupted_bit_for_bit(tmp_path):
         run(tmp_path / "parts", text=True, min_snr=True, recorder=Recording(stop_at_4))
     parts = run(tmp_path / "parts", text=True, min_snr=True, resume=True)
     assert not moved(weights(whole), parts)
-    assert not moved(weights(whole), run(tmp_path / "parts", text=True, min_snr=True, resume=True))  # it was done already: written again
+    assert not moved(
+        weights(whole), run(tmp_path / "parts", text=True, min_snr=True, resume=True)
+    )  # it was done already: written again
 
 
 @pytest.fixture(scope="module")
@@ -398,20 +506,32 @@ def done(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("change, complaint", [
-    (dict(steps=7), "with steps 6, not 7"),
-    (dict(lr=2e-3), "with lr 0.001, not 0.002"),
-    (dict(batch=4), "with batch 2, not 4"),
-    (dict(seed=1), "with seed 0, not 1"),
-    (dict(ema=0.9), "with ema None, not 0.9"),
-    (dict(method="lora"), "with method full, not lora"),
-    (dict(model=tiny("v")), "from a model with another denoiser"),
-    (dict(model=tiny(text=ClassLabels(NAMES, 8).requires_grad_(False))), "from a model with another text tower"),
-    (dict(groups=[Group("data", examples(6)[:5])]), r'of "data" there were 6 pictures, now 5; what differs first is "a dog"'),
-    (dict(groups=[Group("data", [*examples(5), examples(1, 8)[0]])]), r'of "data" there were 6 pictures, now 6; what differs first is "a dog"'),
-    (dict(groups=[Group("data", examples(6), 0.5)]), "what differs first is weight 1"),
-    (dict(groups=[Group("data", examples(6)[::-1])]), "stand in another order"),
-])
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        (dict(steps=7), "with steps 6, not 7"),
+        (dict(lr=2e-3), "with lr 0.001, not 0.002"),
+        (dict(batch=4), "with batch 2, not 4"),
+        (dict(seed=1), "with seed 0, not 1"),
+        (dict(ema=0.9), "with ema None, not 0.9"),
+        (dict(method="lora"), "with method full, not lora"),
+        (dict(model=tiny("v")), "from a model with another denoiser"),
+        (
+            dict(model=tiny(text=ClassLabels(NAMES, 8).requires_grad_(False))),
+            "from a model with another text tower",
+        ),
+        (
+            dict(groups=[Group("data", examples(6)[:5])]),
+            r'of "data" there were 6 pictures, now 5; what differs first is "a dog"',
+        ),
+        (
+            dict(groups=[Group("data", [*examples(5), examples(1, 8)[0]])]),
+            r'of "data" there were 6 pictures, now 6; what differs first is "a dog"',
+        ),
+        (dict(groups=[Group("data", examples(6), 0.5)]), "what differs first is weight 1"),
+        (dict(groups=[Group("data", examples(6)[::-1])]), "stand in another order"),
+    ],
+)
 def test_another_run_is_not_resumed(done, change, complaint):
     before = {file: file.read_bytes() for file in done.rglob("*") if file.is_file()}
     with pytest.raises(UserError, match=complaint) as refused:
@@ -421,7 +541,10 @@ def test_another_run_is_not_resumed(done, change, complaint):
 
 
 def test_a_run_is_not_written_over(done):
-    with pytest.raises(UserError, match="holds a training already; pass --resume to go on with it, or another --out"):
+    with pytest.raises(
+        UserError,
+        match="holds a training already; pass --resume to go on with it, or another --out",
+    ):
         run(done)
 
 
@@ -448,9 +571,16 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
         run(tmp_path / "parts", steps=8, recorder=Recording(stop_at_4))
     before = (tmp_path / "parts" / "training" / "checkpoint.pt").read_bytes()
     script = [sys.executable, "-c", FULL, tmp_path / "parts", str(need // 2)]
-    ended = subprocess.run(script, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        script, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
     said = ended.stderr.splitlines()[-1]
-    assert ended.returncode == 2 and said.startswith("minidiff: ") and "checkpoint.pt: step 6 could not be saved" in said and "--resume" in said
+    assert (
+        ended.returncode == 2
+        and said.startswith("minidiff: ")
+        and "checkpoint.pt: step 6 could not be saved" in said
+        and "--resume" in said
+    )
     assert "Traceback" not in ended.stderr and not list(tmp_path.rglob("*.new"))
     assert (tmp_path / "parts" / "training" / "checkpoint.pt").read_bytes() == before
     assert not moved(weights(whole), run(tmp_path / "parts", steps=8, resume=True))
@@ -460,8 +590,15 @@ def test_a_result_that_cannot_be_written_can_be_later(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"model could not be written .*No space left.*--resume"):
-        patch.setattr(os, "replace", lambda a, b, real=os.replace: full() if Path(b).name == "model" else real(a, b))
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match=r"model could not be written .*No space left.*--resume"),
+    ):
+        patch.setattr(
+            os,
+            "replace",
+            lambda a, b, real=os.replace: full() if Path(b).name == "model" else real(a, b),
+        )
         run(tmp_path)
     assert not moved(weights(run(tmp_path / "whole")), run(tmp_path, resume=True))
 
@@ -476,8 +613,12 @@ def folder(tmp_path_factory):
 
     place = tmp_path_factory.mktemp("data")
     for k in range(10):
-        Image.effect_noise((32, 16) if k % 2 else (16, 16), 50 + k).convert("RGB").save(place / f"{k}.png")
-    lines = [json.dumps({"file_name": f"{k}.png", "text": f"a picture of {k}"}) + "\n" for k in range(10)]
+        Image.effect_noise((32, 16) if k % 2 else (16, 16), 50 + k).convert("RGB").save(
+            place / f"{k}.png"
+        )
+    lines = [
+        json.dumps({"file_name": f"{k}.png", "text": f"a picture of {k}"}) + "\n" for k in range(10)
+    ]
     (place / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
     tiny(text=CLIPText(8, 1, 1, context_length=8)).save(place / "model")
     return place
@@ -490,73 +631,159 @@ BRIEF = ("--steps", 2, "--every", 2, "--batch", 2)
 def forecasts(monkeypatch):
     """What was asked of estimate.forecast, which takes seconds and has tests of its own."""
     asked = []
-    monkeypatch.setattr(estimate, "forecast", lambda model, how, steps: asked.append((how, steps)) or "memory: some")
+    monkeypatch.setattr(
+        estimate, "forecast", lambda model, how, steps: asked.append((how, steps)) or "memory: some"
+    )
     return asked
 
 
 def test_finetune_from_the_command_line(folder, tmp_path, ran, forecasts):
-    said = ran("finetune", "--model", folder / "model", "--data", folder, "--out", tmp_path, *BRIEF).out
-    assert "9 pictures to train on, 1 held out, 16x16 pixels\nmemory: some\n" in said and forecasts == [(Settings(2, (16, 16)), 2)]
+    said = ran(
+        "finetune", "--model", folder / "model", "--data", folder, "--out", tmp_path, *BRIEF
+    ).out
+    assert (
+        "9 pictures to train on, 1 held out, 16x16 pixels\nmemory: some\n" in said
+        and forecasts == [(Settings(2, (16, 16)), 2)]
+    )
     assert f"minidiff generate 'a picture of 0' --model {tmp_path / 'model'}" in said
     assert "--to diffusers" not in said  # other tools have no word for a VAE without GroupNorm
-    assert {file.name for file in tmp_path.iterdir()} >= {"model", "report.html", "run.json", "training", "cache", "record.jsonl"}
+    assert {file.name for file in tmp_path.iterdir()} >= {
+        "model",
+        "report.html",
+        "run.json",
+        "training",
+        "cache",
+        "record.jsonl",
+    }
     assert moved(weights(load(folder / "model")), load(tmp_path / "model"))
     assert len((tmp_path / "record.jsonl").read_text().splitlines()) == 2
-    command = next(line.split("minidiff ", 1)[1] for line in said.splitlines() if "generate" in line)
-    ran(*command.replace("'a picture of 0'", "x").split(), "--steps", 1, "--out", tmp_path / "drawn")
+    command = next(
+        line.split("minidiff ", 1)[1] for line in said.splitlines() if "generate" in line
+    )
+    ran(
+        *command.replace("'a picture of 0'", "x").split(), "--steps", 1, "--out", tmp_path / "drawn"
+    )
     with pytest.raises(SystemExit):
         ran("finetune", "--model", folder / "model", "--data", folder, "--out", tmp_path, *BRIEF)
-    again = ran("finetune", "--model", folder / "model", "--data", folder, "--out", tmp_path, *BRIEF, "--resume").out
+    again = ran(
+        "finetune",
+        "--model",
+        folder / "model",
+        "--data",
+        folder,
+        "--out",
+        tmp_path,
+        *BRIEF,
+        "--resume",
+    ).out
     assert str(tmp_path / "model") in again
 
 
 def test_a_lora_of_wide_and_mirrored_pictures_and_its_commands(folder, tmp_path, ran, forecasts):
-    said = ran("finetune", "--model", folder / "model", "--data", folder, "--out", tmp_path, *BRIEF, "--method", "lora", "--rank", 2,
-               "--buckets", "--flip", "--validation", 0, "--text", "--dtype", "bf16", "--ema", 0.9, "--checkpointing", "--accumulate", 2).out
+    said = ran(
+        "finetune",
+        "--model",
+        folder / "model",
+        "--data",
+        folder,
+        "--out",
+        tmp_path,
+        *BRIEF,
+        "--method",
+        "lora",
+        "--rank",
+        2,
+        "--buckets",
+        "--flip",
+        "--validation",
+        0,
+        "--text",
+        "--dtype",
+        "bf16",
+        "--ema",
+        0.9,
+        "--checkpointing",
+        "--accumulate",
+        2,
+    ).out
     assert "10 pictures to train on, 0 held out" in said
-    assert forecasts == [(Settings(2, (16, 16), rank=2, text=True, bf16=True, ema=True, checkpointing=True, accumulate=2), 2)]
+    assert forecasts == [
+        (
+            Settings(
+                2,
+                (16, 16),
+                rank=2,
+                text=True,
+                bf16=True,
+                ema=True,
+                checkpointing=True,
+                accumulate=2,
+            ),
+            2,
+        )
+    ]
     lines = dict(line.split(": ", 1) for line in said.splitlines() if "minidiff " in line)
-    assert lines["draw with it"].endswith(f"--model {folder / 'model'} --lora {tmp_path / 'lora.safetensors'}")
+    assert lines["draw with it"].endswith(
+        f"--model {folder / 'model'} --lora {tmp_path / 'lora.safetensors'}"
+    )
     convert = lines["one model of both"].split()
     ran(*convert[1:])
     assert load(tmp_path / "merged").size == 16
     data = json.loads((tmp_path / "run.json").read_text())["data"]["data"]
-    assert len(data) == 1 + 20 and len(set(data)) == 21  # a weight; every picture and its mirror image
+    assert (
+        len(data) == 1 + 20 and len(set(data)) == 21
+    )  # a weight; every picture and its mirror image
 
 
-@pytest.mark.parametrize("options, complaint", [
-    (["--method", "half"], 'no method "half"; there is full, lora'),
-    (["--rank", 0], "rank is 0; it must be at least 1"),
-    (["--method", "lora", "--layers", "nose"], "no layer is named nose; names of this network end in"),
-    (["--lr", 0], "lr is 0; it must be above 0"),
-    (["--lr", "nan"], "lr is nan; it must be above 0"),
-    (["--steps", 0], "steps is 0; it must be at least 1"),
-    (["--batch", 0], "batch is 0"),
-    (["--every", 0], "every is 0"),
-    (["--accumulate", 0], "accumulate is 0"),
-    (["--warmup", -1], "warmup is -1; it must be at least 0"),
-    (["--ema", 1], "ema is 1; it must be between 0 and 1"),
-    (["--dropout", 1], "dropout is 1; it must be from 0 to below 1"),
-    (["--validation", 1], "--validation is 1; it must be a share"),
-    (["--dtype", "fp16"], 'no dtype "fp16" to train in; there is fp32, bf16'),
-    (["--optimizer", "sgd"], 'no optimizer "sgd"; there is adamw, adamw8bit'),
-    (["--device", "abacus"], 'no device "abacus"'),
-    (["--size", 15], "size 15 is not divisible by 4"),
-    (["--seed", -1], "--seed is -1"),
-    (["--model", "nowhere"], "nowhere"),
-    (["--data", "nowhere"], "nowhere: no such folder"),
-    (["--caption-column", "txt"], 'no column "txt"'),
-    (["--out", __file__], "is a file; name a folder"),
-])
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        (["--method", "half"], 'no method "half"; there is full, lora'),
+        (["--rank", 0], "rank is 0; it must be at least 1"),
+        (
+            ["--method", "lora", "--layers", "nose"],
+            "no layer is named nose; names of this network end in",
+        ),
+        (["--lr", 0], "lr is 0; it must be above 0"),
+        (["--lr", "nan"], "lr is nan; it must be above 0"),
+        (["--steps", 0], "steps is 0; it must be at least 1"),
+        (["--batch", 0], "batch is 0"),
+        (["--every", 0], "every is 0"),
+        (["--accumulate", 0], "accumulate is 0"),
+        (["--warmup", -1], "warmup is -1; it must be at least 0"),
+        (["--ema", 1], "ema is 1; it must be between 0 and 1"),
+        (["--dropout", 1], "dropout is 1; it must be from 0 to below 1"),
+        (["--validation", 1], "--validation is 1; it must be a share"),
+        (["--dtype", "fp16"], 'no dtype "fp16" to train in; there is fp32, bf16'),
+        (["--optimizer", "sgd"], 'no optimizer "sgd"; there is adamw, adamw8bit'),
+        (["--device", "abacus"], 'no device "abacus"'),
+        (["--size", 15], "size 15 is not divisible by 4"),
+        (["--seed", -1], "--seed is -1"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--data", "nowhere"], "nowhere: no such folder"),
+        (["--caption-column", "txt"], 'no column "txt"'),
+        (["--out", __file__], "is a file; name a folder"),
+    ],
+)
 def test_bad_input_is_one_line_and_leaves_nothing(folder, tmp_path, refused, options, complaint):
     base = {"--model": folder / "model", "--data": folder, "--out": tmp_path / "out", "--steps": 1}
-    assert complaint in refused("finetune", *(part for pair in base.items() if pair[0] not in options for part in pair), *options)
+    assert complaint in refused(
+        "finetune",
+        *(part for pair in base.items() if pair[0] not in options for part in pair),
+        *options,
+    )
     assert not (tmp_path / "out" / "training").exists()
 
 
 def test_a_folder_without_captions_and_a_folder_that_is_no_model(folder, tmp_path, refused):
     (tmp_path / "empty").mkdir()
-    assert "the folder is empty" in refused("finetune", "--data", tmp_path / "empty", "--out", tmp_path / "out")
+    assert "the folder is empty" in refused(
+        "finetune", "--data", tmp_path / "empty", "--out", tmp_path / "out"
+    )
     (tmp_path / "empty" / "a.png").write_bytes((folder / "0.png").read_bytes())
-    assert "metadata.jsonl: not found" in refused("finetune", "--data", tmp_path / "empty", "--out", tmp_path / "out")
-    assert "is no model folder" in refused("finetune", "--model", tmp_path / "empty", "--data", folder, "--out", tmp_path / "out")
+    assert "metadata.jsonl: not found" in refused(
+        "finetune", "--data", tmp_path / "empty", "--out", tmp_path / "out"
+    )
+    assert "is no model folder" in refused(
+        "finetune", "--model", tmp_path / "empty", "--data", folder, "--out", tmp_path / "out"
+    )

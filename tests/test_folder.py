@@ -11,7 +11,16 @@ import torch
 from PIL import Image
 
 from minidiff.data import cifar10 as cifar10_module
-from minidiff.data.folder import CaptionedFolder, ClassFolder, check_size, load_all, load_picture, pictures_in, to_model, to_uint8
+from minidiff.data.folder import (
+    CaptionedFolder,
+    ClassFolder,
+    check_size,
+    load_all,
+    load_picture,
+    pictures_in,
+    to_model,
+    to_uint8,
+)
 from minidiff.errors import UserError
 
 
@@ -48,15 +57,20 @@ def test_every_byte_survives_the_round_trip():
 def test_to_uint8_rounds_to_the_nearest_and_clamps():
     values = torch.tensor([-5.0, -1, 1, 5, 100.6 / 127.5 - 1, 100.4 / 127.5 - 1])
     assert to_uint8(values).tolist() == [0, 0, 255, 255, 101, 100]
-    assert to_uint8(torch.tensor([0.3]).bfloat16()).item() == round((torch.tensor(0.3).bfloat16().item() + 1) * 127.5)
+    assert to_uint8(torch.tensor([0.3]).bfloat16()).item() == round(
+        (torch.tensor(0.3).bfloat16().item() + 1) * 127.5
+    )
 
 
-@pytest.mark.parametrize("size, multiple, answer", [
-    (65, 8, "size 65 is not divisible by 8; the nearest valid sizes are 64 and 72"),
-    (3, 8, "size 3 is not divisible by 8; the nearest valid size is 8"),
-    (0, 8, "size 0 is not divisible by 8; the nearest valid size is 8"),
-    (-9, 8, "size -9 is not divisible by 8; the nearest valid size is 8"),
-])
+@pytest.mark.parametrize(
+    "size, multiple, answer",
+    [
+        (65, 8, "size 65 is not divisible by 8; the nearest valid sizes are 64 and 72"),
+        (3, 8, "size 3 is not divisible by 8; the nearest valid size is 8"),
+        (0, 8, "size 0 is not divisible by 8; the nearest valid size is 8"),
+        (-9, 8, "size -9 is not divisible by 8; the nearest valid size is 8"),
+    ],
+)
 def test_check_size(size, multiple, answer):
     assert complaint(check_size, size, multiple) == answer
     check_size(64, multiple)
@@ -65,19 +79,22 @@ def test_check_size(size, multiple, answer):
 # One picture.
 
 
-@pytest.mark.parametrize("mode, colour, expected", [
-    ("RGB", (10, 20, 30), (10, 20, 30)),
-    ("L", 77, (77, 77, 77)),
-    ("1", 1, (255, 255, 255)),
-    ("RGBA", (255, 0, 0, 255), (255, 0, 0)),
-    ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
-    ("RGBA", (0, 0, 0, 51), (204, 204, 204)),
-    ("LA", (0, 0), (255, 255, 255)),
-    ("LA", (100, 255), (100, 100, 100)),
-    ("I;16", 0, (0, 0, 0)),
-    ("I;16", 65535, (255, 255, 255)),
-    ("I;16", 100 * 257 + 100, (100, 100, 100)),  # 100.4: to the nearest
-])
+@pytest.mark.parametrize(
+    "mode, colour, expected",
+    [
+        ("RGB", (10, 20, 30), (10, 20, 30)),
+        ("L", 77, (77, 77, 77)),
+        ("1", 1, (255, 255, 255)),
+        ("RGBA", (255, 0, 0, 255), (255, 0, 0)),
+        ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
+        ("RGBA", (0, 0, 0, 51), (204, 204, 204)),
+        ("LA", (0, 0), (255, 255, 255)),
+        ("LA", (100, 255), (100, 100, 100)),
+        ("I;16", 0, (0, 0, 0)),
+        ("I;16", 65535, (255, 255, 255)),
+        ("I;16", 100 * 257 + 100, (100, 100, 100)),  # 100.4: to the nearest
+    ],
+)
 def test_modes(tmp_path, mode, colour, expected):
     loaded = load_picture(picture(tmp_path / "a.png", colour, mode=mode))
     assert loaded.shape == (3, 6, 8) and loaded.dtype == torch.uint8
@@ -100,15 +117,21 @@ def test_palette_with_transparency(tmp_path):
 
 
 def test_rgb_with_one_transparent_colour(tmp_path):
-    assert (load_picture(picture(tmp_path / "a.png", (9, 9, 9), transparency=(9, 9, 9))) == 255).all()
+    assert (
+        load_picture(picture(tmp_path / "a.png", (9, 9, 9), transparency=(9, 9, 9))) == 255
+    ).all()
 
 
 def test_cmyk(tmp_path):
     loaded = load_picture(picture(tmp_path / "a.jpg", (0, 255, 255, 0), mode="CMYK")).float()
-    assert (loaded.mean((1, 2)) - torch.tensor([255.0, 0, 0])).abs().max() < 5  # JPEG loses a little
+    assert (
+        loaded.mean((1, 2)) - torch.tensor([255.0, 0, 0])
+    ).abs().max() < 5  # JPEG loses a little
 
 
-@pytest.mark.parametrize("orientation, corner", [(1, (0, 0)), (3, (-1, -1)), (6, (0, -1)), (8, (-1, 0))])
+@pytest.mark.parametrize(
+    "orientation, corner", [(1, (0, 0)), (3, (-1, -1)), (6, (0, -1)), (8, (-1, 0))]
+)
 def test_exif_rotation(tmp_path, orientation, corner):
     image = Image.new("RGB", (8, 4), "black")
     image.putpixel((0, 0), (255, 255, 255))
@@ -127,7 +150,9 @@ def test_resize_scales_the_shorter_side_and_cuts_the_centre(tmp_path):
     image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "tall.png")
     for name in ("wide.png", "tall.png"):
         loaded = load_picture(tmp_path / name, 10)
-        assert loaded.shape == (3, 10, 10) and loaded[:, 2:-2, 2:-2].min() >= 254  # Lanczos reaches a little way out of the square
+        assert (
+            loaded.shape == (3, 10, 10) and loaded[:, 2:-2, 2:-2].min() >= 254
+        )  # Lanczos reaches a little way out of the square
     assert load_picture(tmp_path / "wide.png", 64).shape == (3, 64, 64)  # smaller ones are enlarged
 
 
@@ -136,7 +161,9 @@ def test_shrinking_is_antialiased(tmp_path):
     stripes[:, ::2] = 255
     Image.fromarray(stripes).save(tmp_path / "a.png")
     inside = load_picture(tmp_path / "a.png", 16)[:, :, 2:-2].float()
-    assert (inside - 127.5).abs().max() < 8  # without it every pixel would be 0 or 255; Lanczos leaves a ripple
+    assert (
+        inside - 127.5
+    ).abs().max() < 8  # without it every pixel would be 0 or 255; Lanczos leaves a ripple
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about the TIFFs
@@ -152,7 +179,9 @@ def test_every_truncation_is_a_user_error_that_names_the_file(tmp_path, suffix):
             load_picture(path)
         except UserError as error:
             failed += 1
-            assert str(error).startswith(f"{path}: not a readable picture") and "\n" not in str(error)
+            assert str(error).startswith(f"{path}: not a readable picture") and "\n" not in str(
+                error
+            )
     assert failed > 40 or suffix in ("gif", "tif")  # those two keep their pixels before the end
 
 
@@ -183,9 +212,19 @@ def test_pictures_that_are_none(tmp_path):
 
 
 def test_captions(tmp_path):
-    rows = [{"file_name": "a.png", "text": "an apple"}, "", {"file_name": "sub/b.jpg", "text": ["a bowl", "another caption"], "id": 3}, "  ", ""]
+    rows = [
+        {"file_name": "a.png", "text": "an apple"},
+        "",
+        {"file_name": "sub/b.jpg", "text": ["a bowl", "another caption"], "id": 3},
+        "  ",
+        "",
+    ]
     data = CaptionedFolder(captioned(tmp_path, rows, ["a.png", "sub/b.jpg"]))
-    assert len(data) == 2 and data.captions == ["an apple", "a bowl"] and data.paths == [tmp_path / "a.png", tmp_path / "sub/b.jpg"]
+    assert (
+        len(data) == 2
+        and data.captions == ["an apple", "a bowl"]
+        and data.paths == [tmp_path / "a.png", tmp_path / "sub/b.jpg"]
+    )
     image, caption = data[1]
     assert image.shape == (3, 6, 8) and caption == "a bowl"
     assert CaptionedFolder(tmp_path, size=4)[0][0].shape == (3, 4, 4)
@@ -193,34 +232,78 @@ def test_captions(tmp_path):
 
 def test_another_caption_column_and_a_byte_order_mark(tmp_path):
     captioned(tmp_path, [])
-    (tmp_path / "metadata.jsonl").write_text('\ufeff{"file_name": "a.png", "caption": "жук\u2028 🪲"}\r\n', encoding="utf-8")
+    (tmp_path / "metadata.jsonl").write_text(
+        '\ufeff{"file_name": "a.png", "caption": "жук\u2028 🪲"}\r\n', encoding="utf-8"
+    )
     assert CaptionedFolder(tmp_path, caption_column="caption").captions == ["жук\u2028 🪲"]
 
 
 GOOD = {"file_name": "a.png", "text": "x"}
 
 
-@pytest.mark.parametrize("line, answer", [
-    ({"file_name": "a.png", "caption": "x"}, 'no column "text"; found "file_name", "caption". Rename it, or pass --caption-column caption.'),
-    ({"url": "u", "caption": "x", "file_name": "a.png"}, 'found "url", "caption", "file_name". Rename it, or pass --caption-column caption.'),
-    ({"file_name": "a.png", "Text": "x"}, 'no column "text"; found "file_name", "Text". Rename it, or pass --caption-column Text.'),
-    ({"file_name": "a.png", "id": 3}, 'no column "text"; found "file_name", "id". Add it.'),
-    ({}, 'no column "file_name"; found nothing. Add it, with the picture\'s path inside the folder.'),
-    ({"filename": "a.png", "text": "x"}, 'no column "file_name"; found "filename", "text". Rename "filename".'),
-    ({"file_name": "a.png", "text": None}, 'column "text" holds null, not a caption; write a string, or a list of strings'),
-    ({"file_name": "a.png", "text": []}, 'column "text" holds [], not a caption; write a string, or a list of strings'),
-    ({"file_name": 7, "text": "x"}, '"file_name" holds 7; write the path of a picture inside the folder'),
-    ("{'file_name': 'a.png'}", "not JSON (Expecting property name enclosed in double quotes at column 2); write one object a line, "),
-    ('["a.png", "x"]', "not a JSON object; write one object a line, "),
-    ({"file_name": "A.png", "text": "x"}, 'picture "A.png" is missing; did you mean "a.png"?'),
-    ({"file_name": "zebra.webp", "text": "x"}, 'picture "zebra.webp" is missing; add the picture, or take the line out'),
-    ({"file_name": "a\0.png", "text": "x"}, "is missing"),
-    ({"file_name": "long " * 100, "text": "x"}, "is missing"),
-    ({"file_name": "../a.png", "text": "x"}, '"file_name" "../a.png" points outside the folder; copy the picture into '),
-    ({"file_name": "/etc/passwd", "text": "x"}, '"file_name" "/etc/passwd" points outside the folder'),
-    ({"file_name": "link.png", "text": "x"}, '"file_name" "link.png" points outside the folder'),
-    ({"file_name": "circle.png", "text": "x"}, 'picture "circle.png" is missing'),
-])
+@pytest.mark.parametrize(
+    "line, answer",
+    [
+        (
+            {"file_name": "a.png", "caption": "x"},
+            'no column "text"; found "file_name", "caption". Rename it, or pass --caption-column caption.',
+        ),
+        (
+            {"url": "u", "caption": "x", "file_name": "a.png"},
+            'found "url", "caption", "file_name". Rename it, or pass --caption-column caption.',
+        ),
+        (
+            {"file_name": "a.png", "Text": "x"},
+            'no column "text"; found "file_name", "Text". Rename it, or pass --caption-column Text.',
+        ),
+        ({"file_name": "a.png", "id": 3}, 'no column "text"; found "file_name", "id". Add it.'),
+        (
+            {},
+            'no column "file_name"; found nothing. Add it, with the picture\'s path inside the folder.',
+        ),
+        (
+            {"filename": "a.png", "text": "x"},
+            'no column "file_name"; found "filename", "text". Rename "filename".',
+        ),
+        (
+            {"file_name": "a.png", "text": None},
+            'column "text" holds null, not a caption; write a string, or a list of strings',
+        ),
+        (
+            {"file_name": "a.png", "text": []},
+            'column "text" holds [], not a caption; write a string, or a list of strings',
+        ),
+        (
+            {"file_name": 7, "text": "x"},
+            '"file_name" holds 7; write the path of a picture inside the folder',
+        ),
+        (
+            "{'file_name': 'a.png'}",
+            "not JSON (Expecting property name enclosed in double quotes at column 2); write one object a line, ",
+        ),
+        ('["a.png", "x"]', "not a JSON object; write one object a line, "),
+        ({"file_name": "A.png", "text": "x"}, 'picture "A.png" is missing; did you mean "a.png"?'),
+        (
+            {"file_name": "zebra.webp", "text": "x"},
+            'picture "zebra.webp" is missing; add the picture, or take the line out',
+        ),
+        ({"file_name": "a\0.png", "text": "x"}, "is missing"),
+        ({"file_name": "long " * 100, "text": "x"}, "is missing"),
+        (
+            {"file_name": "../a.png", "text": "x"},
+            '"file_name" "../a.png" points outside the folder; copy the picture into ',
+        ),
+        (
+            {"file_name": "/etc/passwd", "text": "x"},
+            '"file_name" "/etc/passwd" points outside the folder',
+        ),
+        (
+            {"file_name": "link.png", "text": "x"},
+            '"file_name" "link.png" points outside the folder',
+        ),
+        ({"file_name": "circle.png", "text": "x"}, 'picture "circle.png" is missing'),
+    ],
+)
 def test_a_bad_line_is_named(tmp_path, line, answer):
     outside = picture(tmp_path / "a.png")
     folder = captioned(tmp_path / "coco100", [GOOD, "", line])
@@ -239,8 +322,12 @@ def test_links_inside_the_folder_are_fine(tmp_path):
 
 def test_not_utf8(tmp_path):
     captioned(tmp_path, [])
-    (tmp_path / "metadata.jsonl").write_bytes(json.dumps(GOOD).encode() + b'\n{"file_name": "a.png", "text": "caf\xe9"}')
-    assert complaint(CaptionedFolder, tmp_path).endswith("line 2: not UTF-8 (byte 0xe9 at column 36); save the file as UTF-8")
+    (tmp_path / "metadata.jsonl").write_bytes(
+        json.dumps(GOOD).encode() + b'\n{"file_name": "a.png", "text": "caf\xe9"}'
+    )
+    assert complaint(CaptionedFolder, tmp_path).endswith(
+        "line 2: not UTF-8 (byte 0xe9 at column 36); save the file as UTF-8"
+    )
 
 
 def test_folders_that_are_none(tmp_path):
@@ -249,7 +336,10 @@ def test_folders_that_are_none(tmp_path):
     assert "the folder is empty" in complaint(ClassFolder, tmp_path)
     file = picture(tmp_path / "a.png")
     assert complaint(CaptionedFolder, file) == f"{file}: this is a file; pass the folder it lies in"
-    assert re.search(r"metadata.jsonl: not found; write one line a picture there", complaint(CaptionedFolder, tmp_path))
+    assert re.search(
+        r"metadata.jsonl: not found; write one line a picture there",
+        complaint(CaptionedFolder, tmp_path),
+    )
     (tmp_path / "metadata.csv").touch()
     assert "metadata.csv is not read" in complaint(CaptionedFolder, tmp_path)
     (tmp_path / "metadata.jsonl").write_text("\n \n")
@@ -259,30 +349,49 @@ def test_folders_that_are_none(tmp_path):
 def test_class_folders_are_suggested_where_they_are(tmp_path):
     for name in ("ship", "cat", "dog", "frog"):
         picture(tmp_path / name / "0.png")
-    assert "there are folders of pictures (cat, dog, frog, ...): load it as class folders" in complaint(CaptionedFolder, tmp_path)
+    assert (
+        "there are folders of pictures (cat, dog, frog, ...): load it as class folders"
+        in complaint(CaptionedFolder, tmp_path)
+    )
 
 
 # Class folders.
 
 
 def test_class_folder_skips_junk(tmp_path):
-    for name in ("ship/1.png", "ship/0.PNG", "cat/x.jpeg", "cat/deep/y.png", ".hidden/a.png", "__MACOSX/ship/1.png", ".ipynb_checkpoints/a.png"):
+    for name in (
+        "ship/1.png",
+        "ship/0.PNG",
+        "cat/x.jpeg",
+        "cat/deep/y.png",
+        ".hidden/a.png",
+        "__MACOSX/ship/1.png",
+        ".ipynb_checkpoints/a.png",
+    ):
         picture(tmp_path / name, **({"format": "PNG"} if name.endswith("PNG") else {}))
     for name in ("ship/._1.png", "ship/.DS_Store", "ship/Thumbs.db", "ship/notes.txt", "a.txt"):
         (tmp_path / name).write_text("junk")
     (tmp_path / "empty").mkdir()
     picture(tmp_path / "cat/.ipynb_checkpoints/x.png")
     data = ClassFolder(tmp_path, size=4)
-    assert data.classes == ["cat", "ship"] and data.labels == [0, 0, 1, 1] and data.captions == ["cat", "cat", "ship", "ship"]
+    assert (
+        data.classes == ["cat", "ship"]
+        and data.labels == [0, 0, 1, 1]
+        and data.captions == ["cat", "cat", "ship", "ship"]
+    )
     assert data[3][1] == "ship" and data[3][0].shape == (3, 4, 4)
     assert len(pictures_in(tmp_path)) == 4
 
 
 def test_class_folder_without_classes(tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "no class folders (DIR/<class>/<name>.png); there are no pictures below it" in complaint(ClassFolder, tmp_path)
+    assert "no class folders (DIR/<class>/<name>.png); there are no pictures below it" in complaint(
+        ClassFolder, tmp_path
+    )
     picture(tmp_path / "a.png")
-    assert "put the pictures of each class into a folder of its own" in complaint(ClassFolder, tmp_path)
+    assert "put the pictures of each class into a folder of its own" in complaint(
+        ClassFolder, tmp_path
+    )
 
 
 def test_load_all_keeps_order_and_spreads_a_limit(tmp_path):
@@ -290,9 +399,18 @@ def test_load_all_keeps_order_and_spreads_a_limit(tmp_path):
         picture(tmp_path / f"class{k // 10}" / f"{k:02d}.png", (k, 0, 0))
     data = ClassFolder(tmp_path)
     pictures, captions = load_all(data, 4)
-    assert pictures.shape == (20, 3, 4, 4) and pictures[:, 0, 0, 0].tolist() == list(range(20)) and captions == data.captions
+    assert (
+        pictures.shape == (20, 3, 4, 4)
+        and pictures[:, 0, 0, 0].tolist() == list(range(20))
+        and captions == data.captions
+    )
     pictures, captions = load_all(data, 4, limit=4)
-    assert pictures[:, 0, 0, 0].tolist() == [0, 5, 10, 15] and captions == ["class0", "class0", "class1", "class1"]
+    assert pictures[:, 0, 0, 0].tolist() == [0, 5, 10, 15] and captions == [
+        "class0",
+        "class0",
+        "class1",
+        "class1",
+    ]
     assert len(load_all(data, 4, limit=99)[1]) == 20
     (tmp_path / "class0/05.png").write_text("broken")
     assert "05.png: not a readable picture" in complaint(load_all, data, 4)
@@ -311,7 +429,10 @@ def test_cifar10_without_network_says_what_to_do(tmp_path, monkeypatch):
 
     monkeypatch.setattr(published, "download_and_extract_archive", refuse)
     message = complaint(cifar10_module.cifar10, tmp_path)
-    assert "no route to host" in message and "place the archive cifar-10-python.tar.gz there" in message
+    assert (
+        "no route to host" in message
+        and "place the archive cifar-10-python.tar.gz there" in message
+    )
     assert "no intact CIFAR-10" in complaint(cifar10_module.cifar10, tmp_path, download=False)
 
 
@@ -323,7 +444,10 @@ def test_cifar10_reads_the_published_layout(tmp_path, monkeypatch):
 
     pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8)
     names = ["airplane", "automobile", "bird", "cat"]
-    files = {"test_batch": {"data": pixels.reshape(4, -1), "labels": [3, 0, 1, 1]}, "batches.meta": {"label_names": names}}
+    files = {
+        "test_batch": {"data": pixels.reshape(4, -1), "labels": [3, 0, 1, 1]},
+        "batches.meta": {"label_names": names},
+    }
     (tmp_path / "cifar-10-batches-py").mkdir()
     md5 = {}
     for name, content in files.items():
@@ -333,22 +457,43 @@ def test_cifar10_reads_the_published_layout(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "train_list", [])
     monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": md5["batches.meta"]})
     pictures, captions = cifar10_module.cifar10(tmp_path, download=False, train=False)
-    assert torch.equal(pictures, torch.from_numpy(pixels)) and captions == ["cat", "airplane", "automobile", "automobile"]
+    assert torch.equal(pictures, torch.from_numpy(pixels)) and captions == [
+        "cat",
+        "airplane",
+        "automobile",
+        "automobile",
+    ]
 
 
 def test_real_emoji(real_data):
     data = CaptionedFolder(real_data / "emoji")
     assert len(data) == 1911 and all(data.captions) and data.captions[0] == "hash key"
     pictures, _ = load_all(data, 64, limit=200)
-    assert (pictures[:, :, 0, 0] == 255).all(1).float().mean() > 0.9  # what was transparent is white
+    assert (pictures[:, :, 0, 0] == 255).all(
+        1
+    ).float().mean() > 0.9  # what was transparent is white
 
 
 def test_real_cifar10(real_data, tmp_path):
-    subprocess.run([sys.executable, real_data / "cifar10" / "unpack.py", tmp_path, "--train", "200", "--test", "1"], check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            real_data / "cifar10" / "unpack.py",
+            tmp_path,
+            "--train",
+            "200",
+            "--test",
+            "1",
+        ],
+        check=True,
+        capture_output=True,
+    )
     data = ClassFolder(tmp_path / "train")
     pictures, _ = load_all(data, 32)
     assert pictures.shape == (200, 3, 32, 32) and len(data.classes) == 10
-    published = torch.tensor([0.4914, 0.4822, 0.4465])  # the mean of all 50,000; 200 of them lie within a few hundredths
+    published = torch.tensor(
+        [0.4914, 0.4822, 0.4465]
+    )  # the mean of all 50,000; 200 of them lie within a few hundredths
     assert (pictures.float().mean((0, 2, 3)) / 255 - published).abs().max() < 0.05
 
 

@@ -1,4 +1,5 @@
 """Strangers' files: whatever is wrong with them is said in one line, nothing in them runs, and none costs much time or memory."""
+
 import json
 import multiprocessing
 import os
@@ -30,7 +31,12 @@ def tiny(width=64):
     """A Stable Diffusion 1.x that fits in a megabyte: its text tower knows 64 tokens."""
     text = CLIPText(width, 1, 1, context_length=8, vocabulary=64, pad=49407)
     unet = UNet(4, 4, (32, 64), 1, (1, 0), (8, 8), width)
-    return LatentDiffusion(VAE(3, 4, (32, 32), 1, latent_scale=0.18215), text, Denoiser(unet, schedules.Discrete(**layouts.STABLE_DIFFUSION)), 16)
+    return LatentDiffusion(
+        VAE(3, 4, (32, 32), 1, latent_scale=0.18215),
+        text,
+        Denoiser(unet, schedules.Discrete(**layouts.STABLE_DIFFUSION)),
+        16,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +57,12 @@ def edited(written, tmp_path):
 
     def edit(**changed):
         state = load_file(written[0])
-        state.update({next(name for name in state if name.endswith(ending.replace("__", "."))): value for ending, value in changed.items()})
+        state.update(
+            {
+                next(name for name in state if name.endswith(ending.replace("__", "."))): value
+                for ending, value in changed.items()
+            }
+        )
         save_file(state, tmp_path / "edited.safetensors")
         return tmp_path / "edited.safetensors"
 
@@ -87,7 +98,10 @@ def test_pickles_with_code(tmp_path):
 
 
 def test_archives_that_unpack_to_more_than_they_hold(written, tmp_path):
-    with zipfile.ZipFile(written[1]) as whole, zipfile.ZipFile(tmp_path / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED) as bomb:
+    with (
+        zipfile.ZipFile(written[1]) as whole,
+        zipfile.ZipFile(tmp_path / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
         for entry in whole.infolist():
             bomb.writestr(entry.filename, whole.read(entry))
         bomb.writestr("archive/data/999", bytes(10**8))
@@ -132,17 +146,30 @@ def test_tensors_that_share_bytes(tmp_path):
 
 def test_truncated(written, tmp_path):
     for share in (0.001, 0.1, 0.9):
-        (tmp_path / "m.safetensors").write_bytes(written[0].read_bytes()[: int(share * written[0].stat().st_size)])
+        (tmp_path / "m.safetensors").write_bytes(
+            written[0].read_bytes()[: int(share * written[0].stat().st_size)]
+        )
         refused(tmp_path / "m.safetensors", r"m.safetensors is damaged")
-        (tmp_path / "m.ckpt").write_bytes(written[1].read_bytes()[: int(share * written[1].stat().st_size)])
+        (tmp_path / "m.ckpt").write_bytes(
+            written[1].read_bytes()[: int(share * written[1].stat().st_size)]
+        )
         refused(tmp_path / "m.ckpt", r"m.ckpt is no archive of tensors: damaged")
 
 
 def test_weights_that_are_no_numbers(edited):
-    refused(edited(input_blocks__0__0__bias=torch.full((32,), torch.nan)), r'"conv_in.bias" holds numbers that are not finite')
+    refused(
+        edited(input_blocks__0__0__bias=torch.full((32,), torch.nan)),
+        r'"conv_in.bias" holds numbers that are not finite',
+    )
     refused(edited(input_blocks__0__0__bias=torch.full((32,), -torch.inf)), r"not finite")
-    refused(edited(input_blocks__0__0__bias=torch.ones(32, dtype=torch.int32)), r'"conv_in.bias" is made of int32; weights are floating-point')
-    refused(edited(input_blocks__0__0__bias=torch.ones(33)), r'"conv_in.bias" is \(33,\), where \(32,\) would fit')
+    refused(
+        edited(input_blocks__0__0__bias=torch.ones(32, dtype=torch.int32)),
+        r'"conv_in.bias" is made of int32; weights are floating-point',
+    )
+    refused(
+        edited(input_blocks__0__0__bias=torch.ones(33)),
+        r'"conv_in.bias" is \(33,\), where \(32,\) would fit',
+    )
 
 
 def test_parts_of_two_versions(written, tmp_path):
@@ -150,7 +177,9 @@ def test_parts_of_two_versions(written, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(write, "check", lambda model: None)
         other = write.save_compvis(tiny(128), tmp_path / "other.safetensors")
-    refused(written[0], r"the text encoder gives vectors of width 128, the U-Net expects 64", text=other)
+    refused(
+        written[0], r"the text encoder gives vectors of width 128, the U-Net expects 64", text=other
+    )
 
 
 def test_settings_of_a_gigabyte(written, tmp_path):
@@ -169,7 +198,12 @@ def test_settings_of_a_gigabyte(written, tmp_path):
 def test_links_out_of_the_folder(written, tmp_path):
     secret = tmp_path / "secret.json"
     secret.write_text("{}")
-    for name in ("unet/config.json", "unet/diffusion_pytorch_model.safetensors", "unet", "scheduler/scheduler_config.json"):
+    for name in (
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet",
+        "scheduler/scheduler_config.json",
+    ):
         folder = tmp_path / name.replace("/", "-")
         os.system(f"cp -r {written[2]} {folder}")
         os.rename(folder / name, tmp_path / "moved")
@@ -183,7 +217,11 @@ def mutated(content: bytes, draw: random.Random) -> bytes:
     content = bytearray(content)
     for _ in range(draw.choice((1, 1, 2, 5, 20))):
         end = draw.choice((min(len(content), 40), min(len(content), 30_000), len(content)))
-        at = draw.randrange(max(end, 1)) if draw.random() < 0.7 else len(content) - 1 - draw.randrange(max(min(len(content), 2000), 1))
+        at = (
+            draw.randrange(max(end, 1))
+            if draw.random() < 0.7
+            else len(content) - 1 - draw.randrange(max(min(len(content), 2000), 1))
+        )
         kind = draw.randrange(6)
         if kind == 0 and content:
             content[at] = draw.randrange(256)
@@ -194,7 +232,19 @@ def mutated(content: bytes, draw: random.Random) -> bytes:
         elif kind == 3:
             content[at:at] = content[at : at + 200]
         elif kind == 4:
-            content[at : at + 1] = draw.choice((b"9999999999", b"-1", b"null", b"{", b"]", b'"', b"1e999", b"true", b"\xff\xff\xff\xff"))
+            content[at : at + 1] = draw.choice(
+                (
+                    b"9999999999",
+                    b"-1",
+                    b"null",
+                    b"{",
+                    b"]",
+                    b'"',
+                    b"1e999",
+                    b"true",
+                    b"\xff\xff\xff\xff",
+                )
+            )
         elif content:
             content = content[: max(at, 1)] if draw.random() < 0.2 else content
     return bytes(content)
@@ -203,7 +253,11 @@ def mutated(content: bytes, draw: random.Random) -> bytes:
 def throw(count: int, written: tuple[Path, Path, Path], place: Path) -> None:
     """The loader at mutated files, in a process of its own: one that crashed or hung would be seen by its exit code."""
     draw, slowest = random.Random(0), 0.0
-    settings = [file for file in written[2].rglob("*.json") if file.name in ("config.json", "scheduler_config.json", "model_index.json")]
+    settings = [
+        file
+        for file in written[2].rglob("*.json")
+        if file.name in ("config.json", "scheduler_config.json", "model_index.json")
+    ]
     loaded = 0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(count):
@@ -229,7 +283,9 @@ def throw(count: int, written: tuple[Path, Path, Path], place: Path) -> None:
 
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_mutated_files(written, tmp_path, count):
-    child = multiprocessing.get_context("spawn").Process(target=throw, args=(count, written, tmp_path))
+    child = multiprocessing.get_context("spawn").Process(
+        target=throw, args=(count, written, tmp_path)
+    )
     child.start()
     child.join(timeout=240)
     assert child.exitcode == 0

@@ -1,4 +1,5 @@
 """Names on the Hugging Face Hub: what is asked of it, and what is said without it. The Hub itself is played by a folder."""
+
 import shutil
 from types import SimpleNamespace
 
@@ -10,16 +11,35 @@ import minidiff
 from minidiff.errors import UserError
 from minidiff.weights import hub, write
 
-SETTINGS = ["model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json", "README.md"]
-BOTH = [f"{folder}/{stem}{variant}.{suffix}" for folder, stem in hub.PARTS.items() for variant in ("", ".fp16") for suffix in ("safetensors", "bin")]
+SETTINGS = [
+    "model_index.json",
+    "unet/config.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+    "README.md",
+]
+BOTH = [
+    f"{folder}/{stem}{variant}.{suffix}"
+    for folder, stem in hub.PARTS.items()
+    for variant in ("", ".fp16")
+    for suffix in ("safetensors", "bin")
+]
 
 
 def test_one_spelling_of_each_part():
-    whole = ["unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"]
+    whole = [
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+    ]
     assert hub.needed([*SETTINGS, *BOTH, "v1-5-pruned.ckpt"]) == whole
     half = [name for name in BOTH if ".fp16" in name]
     assert hub.needed(half) == [name.replace(".safetensors", ".fp16.safetensors") for name in whole]
-    old = ["unet/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin"]
+    old = [
+        "unet/diffusion_pytorch_model.bin",
+        "vae/diffusion_pytorch_model.bin",
+        "text_encoder/pytorch_model.bin",
+    ]
     assert hub.needed(old) == old
     pieces = [f"unet/diffusion_pytorch_model-0000{k}-of-00002.safetensors" for k in (1, 2)]
     index = "unet/diffusion_pytorch_model.safetensors.index.json"
@@ -34,7 +54,9 @@ def served(sd, tmp_path, monkeypatch):
     class Api:
         def model_info(self, name):
             if name != "owner/sd":
-                raise RepositoryNotFoundError("404", response=SimpleNamespace(headers={}, request=None))
+                raise RepositoryNotFoundError(
+                    "404", response=SimpleNamespace(headers={}, request=None)
+                )
             files = [str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()]
             return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in files])
 
@@ -84,12 +106,19 @@ def offline(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
-    monkeypatch.setattr(huggingface_hub, "scan_cache_dir", lambda: SimpleNamespace(repos=[SimpleNamespace(repo_id="other/one", repo_type="model")]))
+    monkeypatch.setattr(
+        huggingface_hub,
+        "scan_cache_dir",
+        lambda: SimpleNamespace(repos=[SimpleNamespace(repo_id="other/one", repo_type="model")]),
+    )
     return cache
 
 
 def test_without_a_network(sd, offline):
-    with pytest.raises(UserError, match=r"the Hub cannot be reached \(Network is unreachable\); the cache has other/one"):
+    with pytest.raises(
+        UserError,
+        match=r"the Hub cannot be reached \(Network is unreachable\); the cache has other/one",
+    ):
         minidiff.load("owner/sd")
     folder = write.save_diffusers(sd(), offline / "owner--sd")
     assert minidiff.load("owner/sd").size == 16

@@ -1,4 +1,5 @@
 """The composition: what it refuses, what its seeds and scales mean, and model folders, whole and damaged."""
+
 import inspect
 import json
 import math
@@ -25,41 +26,87 @@ def model(vae=None, text=None, schedule=None, target="eps", weighting=None, **ho
     torch.manual_seed(1)
     vae = vae or VAE(3, 4, channels=(4, 8), blocks=1, groups=2)
     text = text or CLIPText(width=8, layers=1, heads=2, context_length=10, pad=0, activation="gelu")
-    unet = UNet(vae.latent_channels, vae.latent_channels, (8, 8), blocks=1, depth=(0, 1), heads=(1, 2), context_dim=text.dim, groups=2)
+    unet = UNet(
+        vae.latent_channels,
+        vae.latent_channels,
+        (8, 8),
+        blocks=1,
+        depth=(0, 1),
+        heads=(1, 2),
+        context_dim=text.dim,
+        groups=2,
+    )
     for p in (*vae.parameters(), *text.parameters(), *unet.parameters()):
         torch.nn.init.normal_(p, std=1 / math.sqrt(max(p[0].numel(), 4)))
-    return LatentDiffusion(vae, text, Denoiser(unet, schedule or schedules.scaled_linear(), target, weighting), size=16, **how).eval()
+    return LatentDiffusion(
+        vae,
+        text,
+        Denoiser(unet, schedule or schedules.scaled_linear(), target, weighting),
+        size=16,
+        **how,
+    ).eval()
 
 
 def pictures(diffusion, seed=0, prompts=PROMPTS, **how):
-    return diffusion.generate(prompts, steps=3, generator=torch.Generator().manual_seed(seed), **how)
+    return diffusion.generate(
+        prompts, steps=3, generator=torch.Generator().manual_seed(seed), **how
+    )
 
 
 def test_text_and_unet_must_have_one_width():
-    text, unet = CLIPText(width=16, layers=1, heads=2), UNet(4, 4, (8,), 1, (1,), (1,), context_dim=24, groups=2)
+    text, unet = (
+        CLIPText(width=16, layers=1, heads=2),
+        UNet(4, 4, (8,), 1, (1,), (1,), context_dim=24, groups=2),
+    )
     with pytest.raises(UserError, match="vectors of width 16, the U-Net expects 24"):
         LatentDiffusion(Pixels(4), text, Denoiser(unet, schedules.linear()), size=8)
     with pytest.raises(UserError, match="vectors of width None, the U-Net expects 24"):
         LatentDiffusion(Pixels(4), Unconditional(), Denoiser(unet, schedules.linear()), size=8)
 
 
-@pytest.mark.parametrize("schedule, target, weighting", [
-    (schedules.scaled_linear(), "eps", "min-snr"),
-    (schedules.Discrete("linear", T=50, zero_terminal_snr=True), "v", None),
-    (schedules.Flow(mean=0.5, shift=3.0), "flow", None),
-    (schedules.Karras(sigma_max=40.0), "edm", "p2"),
-], ids=["eps", "v", "flow", "edm"])
+@pytest.mark.parametrize(
+    "schedule, target, weighting",
+    [
+        (schedules.scaled_linear(), "eps", "min-snr"),
+        (schedules.Discrete("linear", T=50, zero_terminal_snr=True), "v", None),
+        (schedules.Flow(mean=0.5, shift=3.0), "flow", None),
+        (schedules.Karras(sigma_max=40.0), "edm", "p2"),
+    ],
+    ids=["eps", "v", "flow", "edm"],
+)
 def test_save_and_load_bit_for_bit(tmp_path, schedule, target, weighting):
-    saved = model(schedule=schedule, target=target, weighting=weighting, dropout=0.2, guidance=3.5, sampler="ddpm")
+    saved = model(
+        schedule=schedule,
+        target=target,
+        weighting=weighting,
+        dropout=0.2,
+        guidance=3.5,
+        sampler="ddpm",
+    )
     saved.vae.measure_scale(torch.rand(2, 3, 16, 16))
     assert saved.save(tmp_path / "m") == tmp_path / "m"
     loaded = minidiff.load(tmp_path / "m")
-    assert {p.name for p in (tmp_path / "m").iterdir()} == {"model.json", "vae.safetensors", "text.safetensors", "unet.safetensors"}
+    assert {p.name for p in (tmp_path / "m").iterdir()} == {
+        "model.json",
+        "vae.safetensors",
+        "text.safetensors",
+        "unet.safetensors",
+    }
     before, after = saved.state_dict(), loaded.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     assert loaded.vae.latent_scale == saved.vae.latent_scale != 1
-    assert (loaded.schedule, loaded.denoiser.target, loaded.denoiser.weighting) == (schedule, target, weighting or target)
-    assert (loaded.size, loaded.dropout, loaded.guidance, loaded.sampler, loaded.training) == (16, 0.2, 3.5, "ddpm", False)
+    assert (loaded.schedule, loaded.denoiser.target, loaded.denoiser.weighting) == (
+        schedule,
+        target,
+        weighting or target,
+    )
+    assert (loaded.size, loaded.dropout, loaded.guidance, loaded.sampler, loaded.training) == (
+        16,
+        0.2,
+        3.5,
+        "ddpm",
+        False,
+    )
     assert (loaded.text.numbers, loaded.text.pad) == (saved.text.numbers, 0)
     assert torch.equal(pictures(loaded), pictures(saved))
 
@@ -88,7 +135,9 @@ def test_an_interrupted_save_leaves_the_old_folder_loadable(tmp_path, monkeypatc
         model(guidance=7.0).save(tmp_path / "m")
     assert torch.equal(pictures(minidiff.load(tmp_path / "m")), pictures(old))
     model(guidance=7.0).save(tmp_path / "m")
-    assert minidiff.load(tmp_path / "m").guidance == 7.0 and [p.name for p in tmp_path.iterdir()] == ["m"]
+    assert minidiff.load(tmp_path / "m").guidance == 7.0 and [
+        p.name for p in tmp_path.iterdir()
+    ] == ["m"]
 
 
 def edit(change):
@@ -107,32 +156,89 @@ def truncate(folder):
     (folder / "unet.safetensors").write_bytes(data[: len(data) // 2])
 
 
-@pytest.mark.parametrize("spoil, file, complaint", [
-    (lambda folder: (folder / "model.json").unlink(), "", "is no model folder: it has no model.json"),
-    (lambda folder: (folder / "model.json").write_text('{"size": 16,'), "model.json", "is damaged"),
-    (lambda folder: (folder / "model.json").write_bytes(b"\xff\xfe"), "model.json", "is damaged"),
-    (lambda folder: (folder / "model.json").write_text("[]"), "model.json", "is damaged"),
-    (edit(lambda whole: whole.pop("vae")), "model.json", "is damaged"),
-    (edit(lambda whole: whole["text"].update(kind="T5")), "model.json", "T5"),
-    (edit(lambda whole: whole["unet"].update(wings=2)), "model.json", "wings"),
-    (edit(lambda whole: whole["denoiser"].update(target="noise")), "model.json", "is damaged .*no target"),
-    (edit(lambda whole: whole["unet"].update(heads=[3, 3])), "model.json", "is damaged .*3 heads do not divide"),
-    (edit(lambda whole: whole["unet"].update(channels=[-8, 8])), "model.json", "is damaged"),
-    (edit(lambda whole: whole.update(size="big")), "model.json", "is damaged .*big"),
-    (edit(lambda whole: whole.update(sampler="xxx")), "model.json", "is damaged .*no sampler"),
-    (lambda folder: (folder / "text.safetensors").unlink(), "text.safetensors", "is missing"),
-    (truncate, "unet.safetensors", "is damaged"),
-    (lambda folder: (folder / "vae.safetensors").write_bytes(b""), "vae.safetensors", "is damaged"),
-    (edit(lambda whole: whole["unet"].update(channels=[8, 16])), "unet.safetensors", "does not fit model.json"),
-    (edit(lambda whole: whole["text"].update(layers=2)), "text.safetensors", "does not fit model.json"),
-], ids=["no model.json", "half a model.json", "no text", "a list", "no vae", "unknown kind", "unknown number", "unknown target", "heads",
-        "negative", "size", "unknown sampler", "no weights", "truncated", "empty", "another width", "another depth"])
+@pytest.mark.parametrize(
+    "spoil, file, complaint",
+    [
+        (
+            lambda folder: (folder / "model.json").unlink(),
+            "",
+            "is no model folder: it has no model.json",
+        ),
+        (
+            lambda folder: (folder / "model.json").write_text('{"size": 16,'),
+            "model.json",
+            "is damaged",
+        ),
+        (
+            lambda folder: (folder / "model.json").write_bytes(b"\xff\xfe"),
+            "model.json",
+            "is damaged",
+        ),
+        (lambda folder: (folder / "model.json").write_text("[]"), "model.json", "is damaged"),
+        (edit(lambda whole: whole.pop("vae")), "model.json", "is damaged"),
+        (edit(lambda whole: whole["text"].update(kind="T5")), "model.json", "T5"),
+        (edit(lambda whole: whole["unet"].update(wings=2)), "model.json", "wings"),
+        (
+            edit(lambda whole: whole["denoiser"].update(target="noise")),
+            "model.json",
+            "is damaged .*no target",
+        ),
+        (
+            edit(lambda whole: whole["unet"].update(heads=[3, 3])),
+            "model.json",
+            "is damaged .*3 heads do not divide",
+        ),
+        (edit(lambda whole: whole["unet"].update(channels=[-8, 8])), "model.json", "is damaged"),
+        (edit(lambda whole: whole.update(size="big")), "model.json", "is damaged .*big"),
+        (edit(lambda whole: whole.update(sampler="xxx")), "model.json", "is damaged .*no sampler"),
+        (lambda folder: (folder / "text.safetensors").unlink(), "text.safetensors", "is missing"),
+        (truncate, "unet.safetensors", "is damaged"),
+        (
+            lambda folder: (folder / "vae.safetensors").write_bytes(b""),
+            "vae.safetensors",
+            "is damaged",
+        ),
+        (
+            edit(lambda whole: whole["unet"].update(channels=[8, 16])),
+            "unet.safetensors",
+            "does not fit model.json",
+        ),
+        (
+            edit(lambda whole: whole["text"].update(layers=2)),
+            "text.safetensors",
+            "does not fit model.json",
+        ),
+    ],
+    ids=[
+        "no model.json",
+        "half a model.json",
+        "no text",
+        "a list",
+        "no vae",
+        "unknown kind",
+        "unknown number",
+        "unknown target",
+        "heads",
+        "negative",
+        "size",
+        "unknown sampler",
+        "no weights",
+        "truncated",
+        "empty",
+        "another width",
+        "another depth",
+    ],
+)
 def test_every_load_error_is_one_line_that_names_the_file(tmp_path, spoil, file, complaint):
     folder = model().save(tmp_path / "m")
     spoil(folder)
     with pytest.raises(UserError, match=complaint) as refused:
         minidiff.load(folder)
-    assert "\n" not in str(refused.value) and str(folder) in str(refused.value) and file in str(refused.value)
+    assert (
+        "\n" not in str(refused.value)
+        and str(folder) in str(refused.value)
+        and file in str(refused.value)
+    )
 
 
 def test_a_missing_folder_is_named(tmp_path):
@@ -152,8 +258,12 @@ def test_a_seed_is_a_picture():
 def test_a_model_samples_with_its_own_sampler_unless_told():
     how = dict(prompts=["a circle"], guidance=1)
     ancestral, plain = model(sampler="ddpm"), model()
-    generator = torch.Generator().manual_seed(0)  # one for x_T and for the noise on the way, as the model does it
-    told = plain.generate(how["prompts"], steps=3, guidance=1, step=ddpm(generator), generator=generator)
+    generator = torch.Generator().manual_seed(
+        0
+    )  # one for x_T and for the noise on the way, as the model does it
+    told = plain.generate(
+        how["prompts"], steps=3, guidance=1, step=ddpm(generator), generator=generator
+    )
     assert not torch.equal(pictures(ancestral, **how), pictures(plain, **how))
     assert torch.equal(pictures(ancestral, **how), pictures(ancestral, **how))
     assert torch.equal(pictures(ancestral, **how), told)
@@ -165,12 +275,24 @@ def test_many_prompts_go_in_batches():
     diffusion = model()
     sizes = []
     diffusion.unet.register_forward_hook(lambda m, x, y: sizes.append(len(x[0])))
-    assert pictures(diffusion, prompts=["a circle"] * 5, batch=2, guidance=1).shape == (5, 3, 16, 16)
+    assert pictures(diffusion, prompts=["a circle"] * 5, batch=2, guidance=1).shape == (
+        5,
+        3,
+        16,
+        16,
+    )
     assert sizes == [2, 2, 2, 2, 2, 2, 1, 1, 1]
 
 
-@pytest.mark.parametrize("schedule, target, spread", [(schedules.scaled_linear(), "eps", 1), (schedules.Flow(), "flow", 1),
-                                                      (schedules.Karras(), "edm", math.sqrt(6401))], ids=["discrete", "flow", "karras"])
+@pytest.mark.parametrize(
+    "schedule, target, spread",
+    [
+        (schedules.scaled_linear(), "eps", 1),
+        (schedules.Flow(), "flow", 1),
+        (schedules.Karras(), "edm", math.sqrt(6401)),
+    ],
+    ids=["discrete", "flow", "karras"],
+)
 def test_sampling_is_lazy_and_starts_at_the_schedules_noise(schedule, target, spread):
     diffusion, calls = model(schedule=schedule, target=target), []
     diffusion.unet.register_forward_hook(lambda *_: calls.append(1))
@@ -178,13 +300,25 @@ def test_sampling_is_lazy_and_starts_at_the_schedules_noise(schedule, target, sp
     assert inspect.isgenerator(frames) and not calls
     first = next(frames)
     assert len(calls) == 1 and torch.is_grad_enabled() and first.t == schedule.timesteps(1)[0]
-    torch.testing.assert_close(first.x, spread * torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), rtol=1e-6, atol=0)  # fp32
+    torch.testing.assert_close(
+        first.x,
+        spread * torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+        rtol=1e-6,
+        atol=0,
+    )  # fp32
     rest = list(frames)
-    assert len(rest) == 4 and len(calls) == 4 and rest[-1].t == 0 and torch.equal(rest[-1].x, rest[-1].x0)
+    assert (
+        len(rest) == 4
+        and len(calls) == 4
+        and rest[-1].t == 0
+        and torch.equal(rest[-1].x, rest[-1].x0)
+    )
 
 
 def first_guess(diffusion, prompts=PROMPTS, **how):
-    return next(diffusion.sample(prompts, steps=3, generator=torch.Generator().manual_seed(0), **how)).x0
+    return next(
+        diffusion.sample(prompts, steps=3, generator=torch.Generator().manual_seed(0), **how)
+    ).x0
 
 
 def test_guidance():
@@ -193,9 +327,13 @@ def test_guidance():
     none, plain, strong = (first_guess(diffusion, guidance=scale) for scale in (0, 1, 4))
     assert torch.equal(none, first_guess(diffusion, prompts=["a green ring", ""], guidance=0))
     # encoded one by one or as a batch, the empty prompt is the same up to the order of fp32 additions
-    torch.testing.assert_close(none, first_guess(diffusion, prompts=["", ""], guidance=1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        none, first_guess(diffusion, prompts=["", ""], guidance=1), rtol=1e-4, atol=1e-4
+    )
     assert (plain - first_guess(diffusion, prompts=PROMPTS[::-1], guidance=1)).abs().max() > 1e-3
-    torch.testing.assert_close(strong, none + 4 * (plain - none), rtol=0, atol=1e-5 * strong.abs().max().item())  # fp32
+    torch.testing.assert_close(
+        strong, none + 4 * (plain - none), rtol=0, atol=1e-5 * strong.abs().max().item()
+    )  # fp32
     assert (strong - plain).abs().max() > 1e-3
     assert torch.equal(first_guess(diffusion), strong)  # left out, it is the model's own
 
@@ -208,7 +346,9 @@ def loss(diffusion, prompts):
 def test_condition_dropout():
     some, others = [*PROMPTS, *PROMPTS], ["a green ring"] * 4
     always, never, half = (model(dropout=share) for share in (1.0, 0.0, 0.5))
-    assert torch.equal(loss(always, some), loss(always, others)) and torch.equal(loss(always, some), loss(always, [""] * 4))
+    assert torch.equal(loss(always, some), loss(always, others)) and torch.equal(
+        loss(always, some), loss(always, [""] * 4)
+    )
     assert (loss(never, some) != loss(never, others)).all()
     torch.manual_seed(0)
     hidden = torch.rand(4) < 0.5  # the first thing drawn
@@ -227,19 +367,26 @@ def test_loss_is_the_denoisers_loss_on_latents():
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     found.sum().backward()
     assert all(p.grad is None for p in diffusion.vae.parameters())  # the VAE is not trained by it
-    assert all(p.grad is not None for part in (diffusion.text, diffusion.unet) for p in part.parameters())
+    assert all(
+        p.grad is not None for part in (diffusion.text, diffusion.unet) for p in part.parameters()
+    )
 
 
 @pytest.mark.parametrize("size, nearest", [(18, "sizes are 16 and 20"), (3, "size is 4")])
 def test_other_sizes(size, nearest):
     diffusion = model()
     assert pictures(diffusion, size=24).shape == (2, 3, 24, 24)
-    with pytest.raises(UserError, match=f"size {size} is not divisible by 4; the nearest valid {nearest}"):
+    with pytest.raises(
+        UserError, match=f"size {size} is not divisible by 4; the nearest valid {nearest}"
+    ):
         pictures(diffusion, size=size)
 
 
-@pytest.mark.parametrize("text, conditions", [(Unconditional(), ["", ""]), (ClassLabels(["cat", "dog"], dim=8), ["dog", "cat"])],
-                         ids=["unconditional", "classes"])
+@pytest.mark.parametrize(
+    "text, conditions",
+    [(Unconditional(), ["", ""]), (ClassLabels(["cat", "dog"], dim=8), ["dog", "cat"])],
+    ids=["unconditional", "classes"],
+)
 def test_pixels_without_text(tmp_path, text, conditions):
     """Pixel diffusion, unconditional or by class, is the same composition with smaller parts."""
     diffusion = model(vae=Pixels(3), text=text)

@@ -1,4 +1,5 @@
 """The likelihood by the probability-flow ODE against mixtures whose density is known."""
+
 import math
 
 import pytest
@@ -17,7 +18,9 @@ def world():
     generator = torch.Generator().manual_seed(1)
     means = 0.8 * torch.randn(3, 2, 2, generator=generator, dtype=torch.float64)
     std = 0.2 + 0.4 * torch.rand(3, 2, 2, generator=generator, dtype=torch.float64)
-    return Mixture(torch.cat([means, -means]), torch.cat([std, std]), torch.tensor([1.0, 2.0, 3.0] * 2))
+    return Mixture(
+        torch.cat([means, -means]), torch.cat([std, std]), torch.tensor([1.0, 2.0, 3.0] * 2)
+    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: getattr(s, "betas", type(s).__name__))
@@ -35,7 +38,11 @@ def test_a_mean_is_drowned_only_so_far():
     """Data about m are taken for data about 0 at the upper level s: |z m / s| nats, which a higher level takes away."""
     schedule, mixture = schedules.Flow(), Mixture(torch.tensor([[1.5]], dtype=torch.float64), 0.5)
     x0 = mixture.draw(64, torch.Generator().manual_seed(0))
-    gaps = [log_likelihood(mixture.denoiser(schedule), schedule, x0, 200, between=(0.002, s)) - mixture.log_likelihood(x0) for s in (80, 8000)]
+    gaps = [
+        log_likelihood(mixture.denoiser(schedule), schedule, x0, 200, between=(0.002, s))
+        - mixture.log_likelihood(x0)
+        for s in (80, 8000)
+    ]
     assert 1e-2 < gaps[0].abs().max() < 4 * 1.5 / 80  # z within 4 deviations
     assert gaps[1].abs().max() < 1e-3
 
@@ -48,11 +55,16 @@ def test_the_probes_are_unbiased():
     many = x0.expand(400, 2, 2)
     denoise = mixture.denoiser(schedule)
     exact = log_likelihood(denoise, schedule, x0, steps=30)
-    found = log_likelihood(denoise, schedule, many, steps=30, probes=1, generator=torch.Generator().manual_seed(3))
+    found = log_likelihood(
+        denoise, schedule, many, steps=30, probes=1, generator=torch.Generator().manual_seed(3)
+    )
     assert found.std() > 0.01
     assert abs(found.mean() - exact.item()) < 3 * found.std() / math.sqrt(400)
     round_one = Mixture(torch.zeros(1, 2, 2), 0.7)
-    exact, one = (log_likelihood(round_one.denoiser(schedule), schedule, x0, 30, probes) for probes in (None, 1))
+    exact, one = (
+        log_likelihood(round_one.denoiser(schedule), schedule, x0, 30, probes)
+        for probes in (None, 1)
+    )
     torch.testing.assert_close(one, exact, rtol=1e-12, atol=0)
 
 
@@ -60,7 +72,9 @@ def test_the_order_of_the_method():
     """Runge-Kutta's fourth: half the stride, a sixteenth of the error."""
     mixture, schedule = world(), schedules.Karras()
     x0 = mixture.draw(8, torch.Generator().manual_seed(0))
-    coarse, fine, best = (log_likelihood(mixture.denoiser(schedule), schedule, x0, steps) for steps in (60, 120, 480))
+    coarse, fine, best = (
+        log_likelihood(mixture.denoiser(schedule), schedule, x0, steps) for steps in (60, 120, 480)
+    )
     slope = ((coarse - best).abs().mean() / (fine - best).abs().mean()).log2()
     assert slope == pytest.approx(4, abs=0.6)
 
@@ -70,11 +84,15 @@ def test_it_takes_a_denoiser_with_weights_and_leaves_no_gradients():
     network.scale = torch.nn.Parameter(torch.tensor(0.5))
     network.forward = lambda x, c_noise, context=None: network.scale * x
     schedule = schedules.cosine()
-    found = log_likelihood(Denoiser(network, schedule), schedule, torch.randn(2, 3), steps=4, probes=2)
+    found = log_likelihood(
+        Denoiser(network, schedule), schedule, torch.randn(2, 3), steps=4, probes=2
+    )
     assert found.shape == (2,) and not found.requires_grad and network.scale.grad is None
 
 
 def test_bits_of_bytes():
     """Bytes that are all equally likely have 8 bits, whatever the range they are brought to."""
     dims, density = 5, 1 / (256 * 2 / 255)  # of 256 cells that are 2 / 255 wide
-    assert bits_per_dim(torch.tensor([dims * math.log(density)]), dims, 2 / 255).item() == pytest.approx(8, rel=1e-6)
+    assert bits_per_dim(
+        torch.tensor([dims * math.log(density)]), dims, 2 / 255
+    ).item() == pytest.approx(8, rel=1e-6)

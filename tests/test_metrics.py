@@ -1,4 +1,5 @@
 """Metrics against closed forms, brute force and other people's code on the same features."""
+
 import math
 
 import pytest
@@ -77,9 +78,13 @@ def test_frechet_is_torch_fidelitys_and_torchmetrics(pair):
     other = pytest.importorskip("torchmetrics.image.fid")
     a, b = (Moments().add(x) for x in pair)
     found = metrics.frechet(a, b)
-    theirs = fid.fid_statistics_to_metric(*(fid.fid_features_to_statistics(x) for x in pair), verbose=False)
+    theirs = fid.fid_statistics_to_metric(
+        *(fid.fid_features_to_statistics(x) for x in pair), verbose=False
+    )
     assert found == pytest.approx(theirs["frechet_inception_distance"], rel=1e-10)
-    assert found == pytest.approx(other._compute_fid(a.mean, a.covariance, b.mean, b.covariance).item(), rel=1e-10)
+    assert found == pytest.approx(
+        other._compute_fid(a.mean, a.covariance, b.mean, b.covariance).item(), rel=1e-10
+    )
 
 
 # KID.
@@ -108,7 +113,9 @@ def test_kid_is_unbiased_and_its_interval_is_honest():
     values = torch.tensor([draw.value for draw in draws])
     assert abs(values.mean() - mmd) < 3 * values.std() / math.sqrt(200)
     hit = sum(draw.low <= mmd <= draw.high for draw in draws) / 200
-    assert 0.90 <= hit <= 0.99  # 0.95 and its own three deviations, cut where 0.95 would no longer be a fair thing to say
+    assert (
+        0.90 <= hit <= 0.99
+    )  # 0.95 and its own three deviations, cut where 0.95 would no longer be a fair thing to say
 
 
 # Neighbours.
@@ -127,7 +134,9 @@ def test_density_and_coverage_by_their_definitions(small_blocks, pair):
     """[4] eq. 3 and 4, one picture at a time."""
     real, fake = (x[:80] for x in pair)
     radius = [sorted((a - b).norm().item() for b in real)[5] for a in real]
-    inside = torch.tensor([[(f - r).norm().item() <= rim for r, rim in zip(real, radius, strict=True)] for f in fake])
+    inside = torch.tensor(
+        [[(f - r).norm().item() <= rim for r, rim in zip(real, radius, strict=True)] for f in fake]
+    )
     torch.testing.assert_close(metrics.density(real, fake), inside.double().sum(1) / 5)
     torch.testing.assert_close(metrics.coverage(real, fake), inside.any(0).double())
 
@@ -146,8 +155,15 @@ def test_modes_that_are_missing_and_junk_that_is_extra():
     """Half of the modes missing: precise, and half recalled. As much junk as pictures: half as precise, all recalled."""
     near, far = 0.1 * torch.randn(400, 3), 0.1 * torch.randn(400, 3) + 50
     both, junk = torch.cat([near, far]), 0.1 * torch.randn(400, 3) - 50
-    missing, extra = 0.1 * torch.randn(400, 3), torch.cat([0.1 * torch.randn(400, 3), 0.1 * torch.randn(400, 3) + 50, junk, junk + 0.01])
-    shares = {name: [f(both, fake).mean().item() for fake in (missing, extra)] for name, f in vars(metrics).items() if name in WANTED}
+    missing, extra = (
+        0.1 * torch.randn(400, 3),
+        torch.cat([0.1 * torch.randn(400, 3), 0.1 * torch.randn(400, 3) + 50, junk, junk + 0.01]),
+    )
+    shares = {
+        name: [f(both, fake).mean().item() for fake in (missing, extra)]
+        for name, f in vars(metrics).items()
+        if name in WANTED
+    }
     assert shares == {name: pytest.approx(values, abs=0.08) for name, values in WANTED.items()}
 
 
@@ -165,10 +181,17 @@ def test_copies_are_memorised_and_fresh_pictures_are_not():
     training = torch.randn(200, 20)
     copies = training[:50] + 0.01 * torch.randn(50, 20)
     assert metrics.memorised(copies, training).mean() == 1
-    assert metrics.memorised(torch.cat([training, training])[:3], torch.cat([training, training])).mean() == 1  # exact, and there twice
+    assert (
+        metrics.memorised(
+            torch.cat([training, training])[:3], torch.cat([training, training])
+        ).mean()
+        == 1
+    )  # exact, and there twice
     assert metrics.memorised(torch.randn(200, 20), training).mean() == 0
     assert metrics.memorised_floor(training).mean() == 0
-    assert metrics.memorised_floor(torch.cat([training, training[:20]])).sum() == 40  # both of each pair
+    assert (
+        metrics.memorised_floor(torch.cat([training, training[:20]])).sum() == 40
+    )  # both of each pair
     distance, place = metrics.nearest(training[7:8], training, 2)
     assert place[0, 0] == 7 and distance[0, 0] == 0 < distance[0, 1]
 

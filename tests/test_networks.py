@@ -1,4 +1,5 @@
 """The networks by themselves: sizes, shapes, starts, gradients, and the layers against their formulas. Against other people's code: parity/."""
+
 import math
 
 import pytest
@@ -6,7 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from minidiff.clip import clip_vit_l14, openclip_vit_h14
-from minidiff.layers import GEGLU, Attention, ResBlock, SpatialTransformer, TransformerBlock, timestep_embedding
+from minidiff.layers import (
+    GEGLU,
+    Attention,
+    ResBlock,
+    SpatialTransformer,
+    TransformerBlock,
+    timestep_embedding,
+)
 from minidiff.unet import UNet, unet_cifar10, unet_sd1, unet_sd2
 from minidiff.vae import VAE, Pixels, vae_sd
 
@@ -15,12 +23,26 @@ DOUBLE = dict(rtol=0, atol=1e-12)  # a few hundred roundings in float64
 
 def tiny_unet(**numbers):
     """Three levels, attention at two of them; groups of two channels, so that a group norm does not cancel the bias before it."""
-    shape = dict(in_channels=4, out_channels=3, channels=(8, 16, 24), blocks=2, depth=(0, 2, 1), heads=(1, 2, 3), context_dim=6, groups=4)
+    shape = dict(
+        in_channels=4,
+        out_channels=3,
+        channels=(8, 16, 24),
+        blocks=2,
+        depth=(0, 2, 1),
+        heads=(1, 2, 3),
+        context_dim=6,
+        groups=4,
+    )
     return UNet(**(shape | numbers))
 
 
 def tiny_vae(**numbers):
-    return VAE(**(dict(in_channels=3, latent_channels=4, channels=(8, 16, 16), blocks=1, groups=4) | numbers))
+    return VAE(
+        **(
+            dict(in_channels=3, latent_channels=4, channels=(8, 16, 16), blocks=1, groups=4)
+            | numbers
+        )
+    )
 
 
 def randomize(module):
@@ -35,15 +57,22 @@ def count(build):
         return sum(p.numel() for p in build().parameters())
 
 
-@pytest.mark.parametrize("build, parameters", [
-    (unet_sd1, 859_520_964),
-    (lambda: unet_sd1(in_channels=9), 859_520_964 + 5 * 9 * 320),  # inpainting: five more input channels of the first 3x3 convolution
-    (unet_sd2, 865_910_724),
-    (vae_sd, 83_653_863),
-    (clip_vit_l14, 123_060_480),
-    (openclip_vit_h14, 340_387_840),
-    (unet_cifar10, 36_534_275),
-], ids=["sd1", "sd1-inpainting", "sd2", "vae", "vit-l-14", "vit-h-14", "cifar10"])
+@pytest.mark.parametrize(
+    "build, parameters",
+    [
+        (unet_sd1, 859_520_964),
+        (
+            lambda: unet_sd1(in_channels=9),
+            859_520_964 + 5 * 9 * 320,
+        ),  # inpainting: five more input channels of the first 3x3 convolution
+        (unet_sd2, 865_910_724),
+        (vae_sd, 83_653_863),
+        (clip_vit_l14, 123_060_480),
+        (openclip_vit_h14, 340_387_840),
+        (unet_cifar10, 36_534_275),
+    ],
+    ids=["sd1", "sd1-inpainting", "sd2", "vae", "vit-l-14", "vit-h-14", "cifar10"],
+)
 def test_parameter_counts(build, parameters):
     """The published checkpoints' counts. The latent scale is a buffer: it is not trained, and not counted."""
     assert count(build) == parameters
@@ -66,11 +95,22 @@ def test_shapes_through_stable_diffusions_unet():
     with torch.device("meta"):
         net = unet_sd1()
         for name, module in net.named_modules():
-            module.register_forward_hook(lambda m, x, y, name=name: shapes.update({name: (x[0].shape[1:], y.shape[1:])}))
+            module.register_forward_hook(
+                lambda m, x, y, name=name: shapes.update({name: (x[0].shape[1:], y.shape[1:])})
+            )
         out = net(torch.empty(2, 4, 64, 64), torch.empty(2), torch.empty(2, 77, 768))
     assert out.shape == (2, 4, 64, 64)
-    assert [shapes[f"encoder.{i}.residual.1"][1] for i in range(4)] == [(320, 64, 64), (640, 32, 32), (1280, 16, 16), (1280, 8, 8)]
-    assert [shapes[f"encoder.{i}.resample"][1] for i in range(3)] == [(320, 32, 32), (640, 16, 16), (1280, 8, 8)]
+    assert [shapes[f"encoder.{i}.residual.1"][1] for i in range(4)] == [
+        (320, 64, 64),
+        (640, 32, 32),
+        (1280, 16, 16),
+        (1280, 8, 8),
+    ]
+    assert [shapes[f"encoder.{i}.resample"][1] for i in range(3)] == [
+        (320, 32, 32),
+        (640, 16, 16),
+        (1280, 8, 8),
+    ]
     assert shapes["middle.residual.1"][1] == (1280, 8, 8)
     taken = [[shapes[f"decoder.{i}.residual.{k}"][0] for k in range(3)] for i in range(4)]
     assert taken == [
@@ -79,14 +119,22 @@ def test_shapes_through_stable_diffusions_unet():
         [(1920, 32, 32), (1280, 32, 32), (960, 32, 32)],
         [(960, 64, 64), (640, 64, 64), (640, 64, 64)],
     ]
-    assert [shapes[f"decoder.{i}.resample"][1] for i in range(3)] == [(1280, 16, 16), (1280, 32, 32), (640, 64, 64)]
+    assert [shapes[f"decoder.{i}.resample"][1] for i in range(3)] == [
+        (1280, 16, 16),
+        (1280, 32, 32),
+        (640, 64, 64),
+    ]
 
 
 @pytest.mark.parametrize("size", [(8, 8), (4, 12), (32, 16)])
 def test_unet_keeps_the_size(size):
     net = randomize(tiny_unet())
     assert net.multiple == 4
-    assert net(torch.randn(2, 4, *size), torch.tensor([1, 900]), torch.randn(2, 5, 6)).shape == (2, 3, *size)
+    assert net(torch.randn(2, 4, *size), torch.tensor([1, 900]), torch.randn(2, 5, 6)).shape == (
+        2,
+        3,
+        *size,
+    )
 
 
 def test_levels_must_agree():
@@ -95,7 +143,9 @@ def test_levels_must_agree():
 
 
 def test_fresh_unet_answers_exactly_zero():
-    assert (tiny_unet()(torch.randn(2, 4, 8, 8), torch.tensor([1, 900]), torch.randn(2, 5, 6)) == 0).all()
+    assert (
+        tiny_unet()(torch.randn(2, 4, 8, 8), torch.tensor([1, 900]), torch.randn(2, 5, 6)) == 0
+    ).all()
 
 
 def test_fresh_residual_branches_are_zero():
@@ -103,7 +153,11 @@ def test_fresh_residual_branches_are_zero():
     net = tiny_unet()
     for level in (*net.encoder, net.middle, *net.decoder):
         for module in (*level.residual, *level.attention):
-            channels = module.conv1.in_channels if isinstance(module, ResBlock) else module.norm.num_channels
+            channels = (
+                module.conv1.in_channels
+                if isinstance(module, ResBlock)
+                else module.norm.num_channels
+            )
             x = torch.randn(1, channels, 4, 4)
             if isinstance(module, ResBlock):
                 assert torch.equal(module(x, torch.randn(1, 32)), module.skip(x))
@@ -111,28 +165,56 @@ def test_fresh_residual_branches_are_zero():
                 assert torch.equal(module(x, torch.randn(1, 5, 6)), x)
 
 
-@pytest.mark.parametrize("numbers", [{}, dict(linear_projection=True), dict(context_dim=None, ff_mult=0), dict(pooled=True), dict(groups=0)],
-                         ids=["sd1", "sd2", "ddpm", "pooled", "no norms"])
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {},
+        dict(linear_projection=True),
+        dict(context_dim=None, ff_mult=0),
+        dict(pooled=True),
+        dict(groups=0),
+    ],
+    ids=["sd1", "sd2", "ddpm", "pooled", "no norms"],
+)
 def test_gradients_reach_every_unet_parameter(numbers):
     net = randomize(tiny_unet(**numbers)).double()
     context = torch.randn(2, 5, 6, dtype=torch.float64) if net.context_dim else None
-    net(torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.tensor([1.0, 900.0], dtype=torch.float64), context).pow(2).sum().backward()
-    unreached = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-9]
+    net(
+        torch.randn(2, 4, 8, 8, dtype=torch.float64),
+        torch.tensor([1.0, 900.0], dtype=torch.float64),
+        context,
+    ).pow(2).sum().backward()
+    unreached = [
+        name
+        for name, p in net.named_parameters()
+        if p.grad is None or not p.grad.abs().max() > 1e-9
+    ]
     assert not unreached
 
 
 def test_gradients_reach_every_vae_parameter():
     vae = randomize(tiny_vae()).double()
     vae.loss(torch.randn(2, 3, 8, 8, dtype=torch.float64)).sum().backward()
-    unreached = [name for name, p in vae.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-9]
+    unreached = [
+        name
+        for name, p in vae.named_parameters()
+        if p.grad is None or not p.grad.abs().max() > 1e-9
+    ]
     # one number added to every key adds the same to all of a query's scores, and softmax does not see it
     assert unreached == ["encoder.middle.attention.k.bias", "decoder.middle.attention.k.bias"]
 
 
 def test_context_and_time_matter_to_the_unet():
-    net, x, t, context = randomize(tiny_unet()), torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 5, 6)
+    net, x, t, context = (
+        randomize(tiny_unet()),
+        torch.randn(1, 4, 8, 8),
+        torch.tensor([500]),
+        torch.randn(1, 5, 6),
+    )
     out = net(x, t, context)
-    assert (net(x, t, context.flip(1)) - out).abs().max() < 1e-4 * out.abs().max()  # without positions, the order of the vectors says nothing
+    assert (
+        (net(x, t, context.flip(1)) - out).abs().max() < 1e-4 * out.abs().max()
+    )  # without positions, the order of the vectors says nothing
     assert (net(x, t, torch.randn(1, 5, 6)) - out).abs().max() > 1e-2 * out.abs().max()
     assert (net(x, t + 1, context) - out).abs().max() > 1e-4 * out.abs().max()
 
@@ -156,7 +238,10 @@ def test_pooled_context_joins_the_time_embedding(scale_shift):
 
 
 def test_dropout_works_in_training_only():
-    net, args = randomize(tiny_unet(dropout=0.5)), (torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 5, 6))
+    net, args = (
+        randomize(tiny_unet(dropout=0.5)),
+        (torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 5, 6)),
+    )
     assert not torch.equal(net(*args), net(*args))
     net.eval()
     assert torch.equal(net(*args), net(*args))
@@ -165,23 +250,39 @@ def test_dropout_works_in_training_only():
 @torch.no_grad()
 def test_channels_last_gives_the_same():
     net, vae = randomize(tiny_unet()).double(), randomize(tiny_vae()).double()
-    x, t, context = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.tensor([1, 900]), torch.randn(2, 5, 6, dtype=torch.float64)
+    x, t, context = (
+        torch.randn(2, 4, 8, 8, dtype=torch.float64),
+        torch.tensor([1, 900]),
+        torch.randn(2, 5, 6, dtype=torch.float64),
+    )
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     expected, latents, pictures = net(x, t, context), vae.encode(images), vae.decode(x)
     net, vae = net.to(memory_format=torch.channels_last), vae.to(memory_format=torch.channels_last)
-    x, images = x.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
-    for found, before in ((net(x, t, context), expected), (vae.encode(images), latents), (vae.decode(x), pictures)):
+    x, images = (
+        x.to(memory_format=torch.channels_last),
+        images.to(memory_format=torch.channels_last),
+    )
+    for found, before in (
+        (net(x, t, context), expected),
+        (vae.encode(images), latents),
+        (vae.decode(x), pictures),
+    ):
         torch.testing.assert_close(found, before, rtol=0, atol=1e-11 * before.abs().max().item())
 
 
 @torch.no_grad()
 def test_vae_shapes_and_latent_scale():
     vae = randomize(tiny_vae(latent_scale=0.25)).double()
-    images, noise = torch.randn(2, 3, 16, 24, dtype=torch.float64), torch.randn(2, 4, 4, 6, dtype=torch.float64)
+    images, noise = (
+        torch.randn(2, 3, 16, 24, dtype=torch.float64),
+        torch.randn(2, 4, 4, 6, dtype=torch.float64),
+    )
     mean, log_variance = vae.posterior(images)
     assert vae.factor == 4 and mean.shape == log_variance.shape == (2, 4, 4, 6)
     torch.testing.assert_close(vae.encode(images), 0.25 * mean, **DOUBLE)
-    torch.testing.assert_close(vae.encode(images, noise), 0.25 * (mean + (log_variance / 2).exp() * noise), **DOUBLE)
+    torch.testing.assert_close(
+        vae.encode(images, noise), 0.25 * (mean + (log_variance / 2).exp() * noise), **DOUBLE
+    )
     pictures = vae.decode(mean * 0.25)
     assert pictures.shape == images.shape
     vae.latent_scale.fill_(2.0)  # whatever the scale, what encode multiplies decode divides
@@ -199,15 +300,26 @@ def test_measured_scale_gives_latents_of_unit_variance():
 
 def test_vae_loss_equals_its_formula():
     """Mean absolute error of a posterior sample, plus kl_weight times torch's own KL(q(z|x) || N(0, I)), summed over the latent."""
-    vae, images = randomize(tiny_vae(kl_weight=0.01)).double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    vae, images = (
+        randomize(tiny_vae(kl_weight=0.01)).double(),
+        torch.randn(2, 3, 8, 8, dtype=torch.float64),
+    )
     mean, log_variance = vae.posterior(images)
-    q, p = torch.distributions.Normal(mean, (log_variance / 2).exp()), torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
+    q, p = (
+        torch.distributions.Normal(mean, (log_variance / 2).exp()),
+        torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean)),
+    )
     torch.manual_seed(5)
     found = vae.loss(images)
     torch.manual_seed(5)
     z = q.mean + q.stddev * torch.randn_like(mean)
     error = (vae.decode(z * vae.latent_scale) - images).abs().mean(dim=(1, 2, 3))
-    torch.testing.assert_close(found, error + 0.01 * torch.distributions.kl_divergence(q, p).sum(dim=(1, 2, 3)), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        found,
+        error + 0.01 * torch.distributions.kl_divergence(q, p).sum(dim=(1, 2, 3)),
+        rtol=1e-12,
+        atol=0,
+    )
 
 
 @torch.no_grad()
@@ -233,28 +345,45 @@ def test_timestep_embedding_formula():
     """[cos(t f_i), sin(t f_i)] with f_i = 10000^(-i / half), i = 0 .. half - 1."""
     t = torch.tensor([0.0, 3.0, 999.0], dtype=torch.float64)
     angles = [[time * 10_000 ** (-i / 5) for i in range(5)] for time in t.tolist()]
-    expected = torch.tensor([[f(a) for f in (math.cos, math.sin) for a in row] for row in angles], dtype=torch.float64)
+    expected = torch.tensor(
+        [[f(a) for f in (math.cos, math.sin) for a in row] for row in angles], dtype=torch.float64
+    )
     torch.testing.assert_close(timestep_embedding(t, 10), expected, **DOUBLE)
     # fp32 and whole numbers: t = 999 has an error of 3e-5 of its own
-    torch.testing.assert_close(timestep_embedding(t.long(), 10).double(), expected, rtol=0, atol=2e-4)
-    assert timestep_embedding(t.bfloat16(), 10).dtype == torch.float32  # sines of large numbers are never computed in bfloat16
+    torch.testing.assert_close(
+        timestep_embedding(t.long(), 10).double(), expected, rtol=0, atol=2e-4
+    )
+    assert (
+        timestep_embedding(t.bfloat16(), 10).dtype == torch.float32
+    )  # sines of large numbers are never computed in bfloat16
 
 
-@pytest.mark.parametrize("heads, causal, cross", [(1, False, False), (3, False, False), (3, True, False), (3, False, True)])
+@pytest.mark.parametrize(
+    "heads, causal, cross",
+    [(1, False, False), (3, False, False), (3, True, False), (3, False, True)],
+)
 def test_attention_equals_its_formula(heads, causal, cross):
     """softmax(Q K^T / sqrt(d)) V for every head, Vaswani et al. eq. 1."""
     dim, d = 12, 12 // heads
     layer = randomize(Attention(dim, heads, context_dim=7 if cross else None, bias=True)).double()
-    x, context = torch.randn(2, 5, dim, dtype=torch.float64), torch.randn(2, 4, 7, dtype=torch.float64) if cross else None
+    x, context = (
+        torch.randn(2, 5, dim, dtype=torch.float64),
+        torch.randn(2, 4, 7, dtype=torch.float64) if cross else None,
+    )
     source, out = x if context is None else context, []
     for h in range(heads):
         rows = slice(h * d, (h + 1) * d)
-        q, k, v = (F.linear(s, p.weight[rows], p.bias[rows]) for s, p in ((x, layer.q), (source, layer.k), (source, layer.v)))
+        q, k, v = (
+            F.linear(s, p.weight[rows], p.bias[rows])
+            for s, p in ((x, layer.q), (source, layer.k), (source, layer.v))
+        )
         scores = q @ k.mT / math.sqrt(d)
         if causal:
             scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf)
         out.append(scores.softmax(-1) @ v)
-    torch.testing.assert_close(layer(x, context, causal=causal), layer.out(torch.cat(out, dim=-1)), **DOUBLE)
+    torch.testing.assert_close(
+        layer(x, context, causal=causal), layer.out(torch.cat(out, dim=-1)), **DOUBLE
+    )
 
 
 def test_heads_must_divide_the_width():
@@ -271,16 +400,29 @@ def test_geglu_formula():
 
 
 def test_transformer_block_without_its_optional_parts():
-    names = {name.split(".")[0] for name, _ in TransformerBlock(8, 2, context_dim=None, ff_mult=0).named_parameters()}
+    names = {
+        name.split(".")[0]
+        for name, _ in TransformerBlock(8, 2, context_dim=None, ff_mult=0).named_parameters()
+    }
     assert names == {"norm1", "self_attention"}
 
 
 @pytest.mark.parametrize("build", [tiny_unet, tiny_vae])
 def test_group_norms_can_be_left_out(build):
     """groups = 0, in every part of a network; nothing but the norms is gone."""
-    without, with_norms = ({name for name, m in build(groups=groups).named_modules() if isinstance(m, torch.nn.GroupNorm)} for groups in (0, 4))
+    without, with_norms = (
+        {
+            name
+            for name, m in build(groups=groups).named_modules()
+            if isinstance(m, torch.nn.GroupNorm)
+        }
+        for groups in (0, 4)
+    )
     assert not without and with_norms
-    assert {name.rsplit(".", 1)[0] for name in build().state_dict().keys() - build(groups=0).state_dict().keys()} == with_norms
+    assert {
+        name.rsplit(".", 1)[0]
+        for name in build().state_dict().keys() - build(groups=0).state_dict().keys()
+    } == with_norms
 
 
 def test_unet_refuses_what_it_cannot_do():
@@ -298,7 +440,17 @@ def test_unet_refuses_what_it_cannot_do():
 
 
 def test_pooled_context_reaches_blocks_without_attention():
-    unet = UNet(3, 3, channels=(8, 8), blocks=1, depth=(0, 0), heads=(1, 1), context_dim=8, groups=4, pooled=True)
+    unet = UNet(
+        3,
+        3,
+        channels=(8, 8),
+        blocks=1,
+        depth=(0, 0),
+        heads=(1, 1),
+        context_dim=8,
+        groups=4,
+        pooled=True,
+    )
     for p in unet.parameters():  # the branches that start at zero would hide it
         torch.nn.init.normal_(p, std=0.2)
     for p in unet.middle.attention.parameters():

@@ -1,4 +1,5 @@
 """The flight recorder: nothing of the run it watches moves, its numbers are what they are called, a resumed run keeps its past; and its one page."""
+
 import importlib
 import json
 import math
@@ -27,7 +28,9 @@ from minidiff.unet import UNet
 from minidiff.vae import Pixels
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-with install_import_hook("flight_recorder", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
+with install_import_hook(
+    "flight_recorder", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+):
     flight_recorder = importlib.import_module("flight_recorder")
 
 PROMPTS = {"caption": "cat", "class animal": "", "unrelated": "dog"}
@@ -38,10 +41,18 @@ def tiny(schedule=None, target="eps", weighting=None):
     """Pixel diffusion of a few thousand random weights; dropout, so that train mode would show."""
     torch.manual_seed(1)
     text = ClassLabels(["cat", "dog"], dim=8)
-    unet = UNet(3, 3, (8, 8), blocks=1, depth=(0, 1), heads=(1, 2), context_dim=8, groups=2, dropout=0.3)
+    unet = UNet(
+        3, 3, (8, 8), blocks=1, depth=(0, 1), heads=(1, 2), context_dim=8, groups=2, dropout=0.3
+    )
     for p in unet.parameters():
         torch.nn.init.normal_(p, std=1 / math.sqrt(max(p[0].numel(), 4)))
-    model = LatentDiffusion(Pixels(3), text, Denoiser(unet, schedule or schedules.linear(), target, weighting), SIDE, sampler="ddpm")
+    model = LatentDiffusion(
+        Pixels(3),
+        text,
+        Denoiser(unet, schedule or schedules.linear(), target, weighting),
+        SIDE,
+        sampler="ddpm",
+    )
     return model.requires_grad_(False)
 
 
@@ -64,7 +75,13 @@ def run(folder=None, steps=4, **how):
     pictures, _ = data()
     if watching:
         watching.measure(0, {})
-    for step in train(lambda x: (model.latent_loss(x, ["cat"] * len(x)), None), model.unet, lambda k: repeat(pictures), steps, 1e-2):
+    for step in train(
+        lambda x: (model.latent_loss(x, ["cat"] * len(x)), None),
+        model.unet,
+        lambda k: repeat(pictures),
+        steps,
+        1e-2,
+    ):
         torch.rand(1)
         if watching and watching.due(step.step):
             watching.measure(step.step, {"subject": step.loss, "class": 0.5}, step.lr)
@@ -94,29 +111,49 @@ def test_the_same_model_measures_the_same_to_the_bit(tmp_path):
     """A curve can move only because the model did."""
     watching = recorder(tmp_path)
     first, second = watching.measure(0, {}), watching.measure(2, {})
-    assert (second.validation, second.train, second.nearest) == (first.validation, first.train, first.nearest)
-    assert set(second.moved.values()) == {0.0} and relative(watching.records, "validation") == [1.0, 1.0]
+    assert (second.validation, second.train, second.nearest) == (
+        first.validation,
+        first.train,
+        first.nearest,
+    )
+    assert set(second.moved.values()) == {0.0} and relative(watching.records, "validation") == [
+        1.0,
+        1.0,
+    ]
     again = recorder(tmp_path / "again").measure(0, {})
     assert again.validation == first.validation and again.nearest == first.nearest
 
 
-@pytest.mark.parametrize("schedule, target", [(schedules.linear(), "eps"), (schedules.Flow(), "flow"), (schedules.Karras(), "edm")])
+@pytest.mark.parametrize(
+    "schedule, target",
+    [(schedules.linear(), "eps"), (schedules.Flow(), "flow"), (schedules.Karras(), "edm")],
+)
 def test_losses_are_the_denoisers_at_times_spread_over_the_tenths(tmp_path, schedule, target):
     """Counted again, one example and one time after the other."""
     model = tiny(schedule, target, weighting="min-snr").eval()
     watching = recorder(tmp_path, model, noises=2)
-    assert sorted(set(watching.bin.tolist())) == list(range(10)) or target == "edm"  # EDM hardly ever trains at the ends
+    assert (
+        sorted(set(watching.bin.tolist())) == list(range(10)) or target == "edm"
+    )  # EDM hardly ever trains at the ends
     assert watching.bin.bincount().max() == 2
     assert torch.equal((schedule.progress(watching.t) * 10).long().clamp(max=9), watching.bin)
     record = watching.measure(0, {})
     plain, each = Denoiser(model.unet, schedule, target), [[] for _ in range(10)]
     for k, (latents, label) in enumerate(data()[1][3:5]):
-        eps = torch.randn(len(watching.t), *latents.shape, generator=torch.Generator().manual_seed(seed_of(0, k + 1)))
+        eps = torch.randn(
+            len(watching.t),
+            *latents.shape,
+            generator=torch.Generator().manual_seed(seed_of(0, k + 1)),
+        )
         for t, b, e in zip(watching.t, watching.bin.tolist(), eps, strict=True):
             with torch.no_grad():
-                each[b].append(plain.loss(latents[None], model.text.encode([label]), t[None], e[None]).item())
+                each[b].append(
+                    plain.loss(latents[None], model.text.encode([label]), t[None], e[None]).item()
+                )
     for found, values in zip(record.validation, each, strict=True):
-        assert found is None if not values else abs(found - sum(values) / len(values)) < 1e-5 * found  # fp32, other batches
+        assert (
+            found is None if not values else abs(found - sum(values) / len(values)) < 1e-5 * found
+        )  # fp32, other batches
 
 
 def test_a_learned_weighting_does_not_move_the_curve(tmp_path):
@@ -137,7 +174,10 @@ def test_pictures_moved_in_units_of_another_seed(tmp_path):
     after = watching.pictures(2)["unrelated"].float() / 127.5 - 1
     a, b = random_conv(before).double(), random_conv(after).double()
     between = sum((a[i] - a[j]).norm() for i in range(3) for j in range(3) if i != j) / 6
-    assert abs(record.moved["unrelated"] - ((a - b).norm(dim=1).mean() / between).item()) < 1e-6 and record.moved["unrelated"] > 0.01
+    assert (
+        abs(record.moved["unrelated"] - ((a - b).norm(dim=1).mean() / between).item()) < 1e-6
+        and record.moved["unrelated"] > 0.01
+    )
     assert record.moved["caption"] == record.moved["class animal"] == 0.0
 
 
@@ -151,7 +191,12 @@ def test_copies_are_found_and_named(tmp_path):
     watching = Recorder(model, tmp_path, PROMPTS, training, n=2, steps=2)
     record = watching.measure(0, {})
     assert record.nearest == {"caption": [(0.0, 6), (0.0, 7)]} and record.copies == 1.0
-    apart = torch.cdist(pixels(training).double(), pixels(training).double()).fill_diagonal_(math.inf).min(1).values
+    apart = (
+        torch.cdist(pixels(training).double(), pixels(training).double())
+        .fill_diagonal_(math.inf)
+        .min(1)
+        .values
+    )
     assert abs(watching.floor - apart.median().item()) < 1e-6
     watching.measure(2, {})
     assert watching.advice().startswith("Stop") and "100% of them copies" in watching.advice()
@@ -171,7 +216,9 @@ def test_numbers_that_are_not_finite_are_recorded_not_fatal(tmp_path):
     record = watching.measure(2, {"loss": math.nan})
     assert math.isnan(record.moved["caption"]) and math.isnan(record.validation[0])
     assert watching.advice().startswith("Lower the learning rate")
-    assert len(Recorder(model, tmp_path, PROMPTS, data()[0], n=2, steps=2).records) == 2  # NaN can be read back
+    assert (
+        len(Recorder(model, tmp_path, PROMPTS, data()[0], n=2, steps=2).records) == 2
+    )  # NaN can be read back
 
 
 # What is kept.
@@ -181,7 +228,9 @@ def keeps(folder):
     """The records without the clock, and the pictures."""
     lines = [json.loads(line) for line in (folder / "record.jsonl").read_text().splitlines()]
     grids = {path.name: path.read_bytes() for path in sorted((folder / "grids").iterdir())}
-    return [{k: v for k, v in line.items() if not k.startswith(("seconds", "memory"))} for line in lines], grids
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("seconds", "memory"))} for line in lines
+    ], grids
 
 
 def test_a_resumed_run_keeps_the_measures_before_it_and_drops_those_after(tmp_path):
@@ -200,8 +249,15 @@ def test_a_resumed_run_keeps_the_measures_before_it_and_drops_those_after(tmp_pa
 
     go(recorder(whole, model), (0, 2, 4, 6))
     go(recorder(parts, model), (0, 2, 4))
-    go(recorder(parts, model), (4, 6))  # killed after step 4 was measured, resumed from a checkpoint of step 3
-    assert keeps(parts) == keeps(whole) and [line["step"] for line in keeps(whole)[0]] == [0, 2, 4, 6]
+    go(
+        recorder(parts, model), (4, 6)
+    )  # killed after step 4 was measured, resumed from a checkpoint of step 3
+    assert keeps(parts) == keeps(whole) and [line["step"] for line in keeps(whole)[0]] == [
+        0,
+        2,
+        4,
+        6,
+    ]
     assert not list(parts.glob("*.new"))
     go(recorder(parts, model), (0,))  # a fresh run in an old folder
     lines, grids = keeps(parts)
@@ -210,7 +266,9 @@ def test_a_resumed_run_keeps_the_measures_before_it_and_drops_those_after(tmp_pa
 
 def test_a_resumed_run_must_draw_as_before(tmp_path):
     recorder(tmp_path).measure(0, {})
-    with pytest.raises(UserError, match=r"step_000000\.png was drawn with other prompts or settings"):
+    with pytest.raises(
+        UserError, match=r"step_000000\.png was drawn with other prompts or settings"
+    ):
         recorder(tmp_path, seed=1).measure(2, {})
     with Image.open(tmp_path / "grids" / "step_000000.png") as image:
         assert image.size == (2 * SIDE, 3 * SIDE) and image.text["prompt caption"] == "cat"
@@ -222,7 +280,14 @@ def test_a_resumed_run_must_draw_as_before(tmp_path):
         recorder(tmp_path)
 
 
-@pytest.mark.parametrize("how, words", [({"n": 1}, "at least 2"), ({"every": 0}, "at least 1"), ({"network": "eyes"}, 'no features "eyes"')])
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ({"n": 1}, "at least 2"),
+        ({"every": 0}, "at least 1"),
+        ({"network": "eyes"}, 'no features "eyes"'),
+    ],
+)
 def test_what_cannot_be_measured_is_refused(tmp_path, how, words):
     with pytest.raises(UserError, match=words):
         recorder(tmp_path, **how)
@@ -299,13 +364,18 @@ def test_the_step_to_use(records, step):
 def test_copies_count_only_above_what_the_training_pictures_are_to_each_other():
     records = flight(train=[1.0, 0.8, 0.7], copies=[0, 0.25, 0.75])
     assert advise(records).startswith("Stop")
-    assert advise([record._replace(copies_floor=0.8) for record in records]).startswith("Keep going")
+    assert advise([record._replace(copies_floor=0.8) for record in records]).startswith(
+        "Keep going"
+    )
 
 
 def test_advice_warns_of_what_moved_beside():
     records = [flight(validation=[1.0, 0.7], unrelated=[0, far]) for far in (0.9, 1.5)]
     assert advise(records[0]).endswith("at first.")
-    assert advise(records[1]).startswith(advise(records[0])[:-1] + '; but "unrelated" moved 1.5 times as far as another seed would take it')
+    assert advise(records[1]).startswith(
+        advise(records[0])[:-1]
+        + '; but "unrelated" moved 1.5 times as far as another seed would take it'
+    )
 
 
 # The page.
@@ -348,9 +418,22 @@ def test_the_page_is_one_file_that_a_phone_can_read(tmp_path):
     pictures = [attrs for tag, attrs in seen.tags if tag == "img"]
     assert len(pictures) == 3 * 3 + 2 and all(attrs["alt"] for attrs in pictures)
     figures = [attrs for tag, attrs in seen.tags if tag == "svg"]
-    assert len(figures) == 6 and all(attrs["aria-label"] and attrs["role"] == "img" for attrs in figures)
-    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in seen.tags
-    for words in (watching.advice(), "<full>", "subject", "unrelated: dog", "Command", "Learning rate", "s/step"):
+    assert len(figures) == 6 and all(
+        attrs["aria-label"] and attrs["role"] == "img" for attrs in figures
+    )
+    assert (
+        "meta",
+        {"name": "viewport", "content": "width=device-width, initial-scale=1"},
+    ) in seen.tags
+    for words in (
+        watching.advice(),
+        "<full>",
+        "subject",
+        "unrelated: dog",
+        "Command",
+        "Learning rate",
+        "s/step",
+    ):
         assert words in seen.words
 
 
@@ -363,7 +446,9 @@ def test_a_long_run_shows_the_first_the_best_and_the_last():
     validation = [1 + abs(k - 13) for k in range(40)]
     steps = shown(flight(validation=validation))
     assert len(steps) <= SHOWN + 1 and {0, 1300, 3900} <= set(steps) and steps == sorted(steps)
-    assert shown(flight(train=[1.0] * 3)) == [0, 100, 200] and shown(flight(validation=[1.0])) == [0]
+    assert shown(flight(train=[1.0] * 3)) == [0, 100, 200] and shown(flight(validation=[1.0])) == [
+        0
+    ]
 
 
 # The study.
@@ -373,7 +458,9 @@ def test_three_flights_at_their_smallest(tmp_path):
     flight_recorder.main(steps=1, every=1, sampling_steps=1, flights=("by heart",), out=tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["by heart"]["advice"] and results["seed"] == 0
-    assert (tmp_path / "flights.png").stat().st_size and (tmp_path / "by_heart" / "report.html").stat().st_size
+    assert (tmp_path / "flights.png").stat().st_size and (
+        tmp_path / "by_heart" / "report.html"
+    ).stat().st_size
     assert [line["step"] for line in keeps(tmp_path / "by_heart")[0]] == [0, 1]
     with pytest.raises(UserError, match='no flight "low"; there is sensible, too fast, by heart'):
         flight_recorder.main(flights=("low",))

@@ -1,4 +1,5 @@
 """Samplers against exact denoisers of known distributions, and against published algorithms written out; parity/ compares trajectories."""
+
 import math
 from itertools import pairwise
 
@@ -10,7 +11,20 @@ from minidiff import schedules
 from minidiff.denoiser import Prediction
 from minidiff.errors import UserError
 from minidiff.exact import Mixture
-from minidiff.samplers import SAMPLERS, by_name, ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, euler_ancestral, heun, invert, lcm, sample, unipc
+from minidiff.samplers import (
+    SAMPLERS,
+    by_name,
+    ddim,
+    ddpm,
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    euler_ancestral,
+    heun,
+    invert,
+    lcm,
+    sample,
+    unipc,
+)
 from minidiff.verbs import options
 
 SCHEDULES = [schedules.cosine(), schedules.Flow(), schedules.Karras()]
@@ -46,7 +60,12 @@ def test_ddim_carries_noise_to_the_data_distribution(schedule):
     assert (orders(errors) - 1).abs().max() < 0.1
 
 
-ORDERS = {"euler": 1, "heun": 2, "dpmpp_2m": 2, "unipc": 3}  # UniPC-p is of order p + 1: its corrector adds one (Zhao et al. 2023)
+ORDERS = {
+    "euler": 1,
+    "heun": 2,
+    "dpmpp_2m": 2,
+    "unipc": 3,
+}  # UniPC-p is of order p + 1: its corrector adds one (Zhao et al. 2023)
 
 
 def even(schedule, steps, noisiest=80.0, cleanest=1e-5):
@@ -61,19 +80,28 @@ def even(schedule, steps, noisiest=80.0, cleanest=1e-5):
 def test_order_of_accuracy(schedule, sampler, order):
     """In one dimension a flow cannot cross itself, so it keeps quantiles: CDF_0(x_0) = CDF_T(x_T), here for two Gaussians. That is the exact
     answer, and the error falls as steps^-order."""
-    mixture = Mixture(torch.tensor([[-1.0], [0.6]], dtype=torch.float64), 0.3, torch.tensor([0.3, 0.7]))
+    mixture = Mixture(
+        torch.tensor([[-1.0], [0.6]], dtype=torch.float64), 0.3, torch.tensor([0.3, 0.7])
+    )
 
     def cdf(x, t):
         alpha, sigma = schedule.alpha_sigma(t)
         spread = ((alpha * mixture.std) ** 2 + sigma**2).sqrt()
-        return (mixture.weights * torch.distributions.Normal(alpha * mixture.means, spread).cdf(x[..., None])[..., 0]).sum(1)
+        return (
+            mixture.weights
+            * torch.distributions.Normal(alpha * mixture.means, spread).cdf(x[..., None])[..., 0]
+        ).sum(1)
 
     counts, errors = torch.tensor([50, 100, 200, 400]), []
     for steps in counts.tolist():
         times = even(schedule, steps)
         alpha, sigma = schedule.alpha_sigma(times[0])
-        x_T = alpha * 0.12 + sigma * torch.linspace(-1.5, 1.5, 9, dtype=torch.float64)[:, None]  # 0.12: the mixture's mean
-        *_, last = sample(mixture.denoiser(schedule), schedule, x_T, steps, by_name(sampler), times=times)
+        x_T = (
+            alpha * 0.12 + sigma * torch.linspace(-1.5, 1.5, 9, dtype=torch.float64)[:, None]
+        )  # 0.12: the mixture's mean
+        *_, last = sample(
+            mixture.denoiser(schedule), schedule, x_T, steps, by_name(sampler), times=times
+        )
         errors.append((cdf(last.x0, times[-1]) - cdf(x_T, times[0])).abs().max())
     logs, errors = counts.double().log(), torch.stack(errors).log()
     fitted = -((logs - logs.mean()) * errors).sum() / (logs - logs.mean()).pow(2).sum()
@@ -103,18 +131,24 @@ def moments(step, schedule, times, monkeypatch, denoise):
     return last.x[0].item(), (last.x[1:] - last.x[0]).pow(2).sum().item()
 
 
-@pytest.mark.parametrize("make, order", [
-    (lambda steps: ddpm(), 1),
-    (lambda steps: euler_ancestral(), 1),
-    (lambda steps: dpmpp_2m_sde(), 2),
-    (lambda steps: heun(churn=20 / steps), 2),
-], ids=["ddpm", "euler_ancestral", "dpmpp_2m_sde", "heun, S_churn 20"])
+@pytest.mark.parametrize(
+    "make, order",
+    [
+        (lambda steps: ddpm(), 1),
+        (lambda steps: euler_ancestral(), 1),
+        (lambda steps: dpmpp_2m_sde(), 2),
+        (lambda steps: heun(churn=20 / steps), 2),
+    ],
+    ids=["ddpm", "euler_ancestral", "dpmpp_2m_sde", "heun, S_churn 20"],
+)
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=name)
 def test_stochastic_samplers_have_the_right_mean_and_variance(schedule, make, order, monkeypatch):
     """The mean is exact, and the variance is off by a share that falls as steps^-order."""
     off = []
     for steps in (100, 200):
-        mean, variance = moments(make(steps), schedule, even(schedule, steps), monkeypatch, exact_gaussian(schedule))
+        mean, variance = moments(
+            make(steps), schedule, even(schedule, steps), monkeypatch, exact_gaussian(schedule)
+        )
         assert abs(mean - MEAN) < 1e-10
         off.append(variance / STD**2 - 1)
     assert (orders(off) / order - 1).abs().max() < 0.1, off
@@ -124,13 +158,16 @@ def test_stochastic_samplers_have_the_right_mean_and_variance(schedule, make, or
 @pytest.mark.parametrize("schedule", SCHEDULES[:2], ids=name)
 def test_lcm_is_exact_for_an_exact_consistency_function(schedule, steps, monkeypatch):
     """One that jumps from anywhere on the probability-flow ODE of Gaussian data to its end, where x is MEAN + STD z."""
+
     def jump(x, t):
         alpha, sigma = (scale.view(-1, 1) for scale in schedule.alpha_sigma(t))
         x0 = MEAN + STD * (x - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2).sqrt()
         return Prediction(x0, (x - alpha * x0) / sigma)
 
     mean, variance = moments(lcm(), schedule, schedule.timesteps(steps), monkeypatch, jump)
-    assert abs(mean - MEAN) < 1e-6 and abs(variance / STD**2 - 1) < 1e-6  # c_skip is at most 4e-8 from t = 0.25 on
+    assert (
+        abs(mean - MEAN) < 1e-6 and abs(variance / STD**2 - 1) < 1e-6
+    )  # c_skip is at most 4e-8 from t = 0.25 on
 
 
 @pytest.mark.parametrize("schedule", [schedules.Flow(), schedules.Karras()], ids=name)
@@ -142,7 +179,9 @@ def test_ddim_is_eulers_method(schedule):
         slope = eps - x0 if isinstance(schedule, schedules.Flow) else (x - x0) / t
         x_s, guess = ddim()(denoise, schedule, x, t, s)
         assert torch.equal(guess, x0)
-        torch.testing.assert_close(x_s, x + (s - t) * slope, rtol=1e-12, atol=1e-12)  # a few roundings in float64
+        torch.testing.assert_close(
+            x_s, x + (s - t) * slope, rtol=1e-12, atol=1e-12
+        )  # a few roundings in float64
 
 
 def test_heun_is_heuns_method_in_time_for_a_flow():
@@ -157,7 +196,9 @@ def test_heun_is_heuns_method_in_time_for_a_flow():
     for t, s in pairwise(schedule.timesteps(10)[:-1]):
         euler_end = x + (s - t) * v(x, t)
         x_s, _ = heun()(denoise, schedule, x, t, s)
-        torch.testing.assert_close(x_s, x + (s - t) * (v(x, t) + v(euler_end, s)) / 2, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(
+            x_s, x + (s - t) * (v(x, t) + v(euler_end, s)) / 2, rtol=1e-11, atol=1e-11
+        )
 
 
 @pytest.mark.parametrize("S_churn", [0.0, 5.0, 40.0])
@@ -165,12 +206,18 @@ def test_heun_equals_edm_algorithm_2(S_churn):
     """Karras et al. 2022, written out with their names; gamma reaches its bound sqrt(2) - 1 in the caller's hands."""
     schedule, steps, S_tmin, S_tmax, S_noise = schedules.Karras(), 18, 0.05, 50.0, 1.003
     gamma = min(S_churn / steps, 2**0.5 - 1)
-    denoise, z, t = exact_gaussian(schedule), torch.Generator().manual_seed(4), schedule.timesteps(steps)
+    denoise, z, t = (
+        exact_gaussian(schedule),
+        torch.Generator().manual_seed(4),
+        schedule.timesteps(steps),
+    )
     x = x_T = 80 * torch.randn(5, 1, dtype=torch.float64)
     for i in range(steps):
         t_hat = t[i] * (1 + gamma) if S_tmin <= t[i] <= S_tmax else t[i]
         if t_hat > t[i]:
-            x = x + (t_hat**2 - t[i] ** 2).sqrt() * S_noise * torch.randn(5, 1, dtype=torch.float64, generator=z)
+            x = x + (t_hat**2 - t[i] ** 2).sqrt() * S_noise * torch.randn(
+                5, 1, dtype=torch.float64, generator=z
+            )
         d = (x - denoise(x, t_hat.expand(5)).x0) / t_hat
         x_next = x + (t[i + 1] - t_hat) * d
         if t[i + 1] != 0:
@@ -183,65 +230,107 @@ def test_heun_equals_edm_algorithm_2(S_churn):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("schedule", [schedules.Flow(), schedules.Discrete("linear", zero_terminal_snr=True), schedules.cosine(), schedules.Karras()],
-                         ids=["flow", "zero terminal SNR", "cosine", "karras"])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        schedules.Flow(),
+        schedules.Discrete("linear", zero_terminal_snr=True),
+        schedules.cosine(),
+        schedules.Karras(),
+    ],
+    ids=["flow", "zero terminal SNR", "cosine", "karras"],
+)
 @pytest.mark.parametrize("steps", [1, 2, 3, 8])
 def test_every_sampler_lives_with_pure_noise_and_clean_data(schedule, sampler, steps):
     """alpha = 0 at the first time, sigma = 0 at the last, and no time between where anything is infinite, or larger than it should be."""
     mixture = Mixture(torch.tensor([[-1.0, 0.5], [0.6, -0.5]], dtype=torch.float64), 0.3)
     alpha, sigma = schedule.alpha_sigma(schedule.timesteps(1)[0])
     x_T = (alpha**2 + sigma**2).sqrt() * torch.randn(20, 2, dtype=torch.float64)
-    frames = list(sample(mixture.denoiser(schedule), schedule, x_T, steps, by_name(sampler, torch.Generator().manual_seed(0))))
+    frames = list(
+        sample(
+            mixture.denoiser(schedule),
+            schedule,
+            x_T,
+            steps,
+            by_name(sampler, torch.Generator().manual_seed(0)),
+        )
+    )
     assert all(frame.x.isfinite().all() for frame in frames)
-    if not (sampler == "heun" and isinstance(schedule, schedules.Karras) and steps < 8):  # EDM's takes the mean slope of sigma = 80 and 0.002 there
+    if not (
+        sampler == "heun" and isinstance(schedule, schedules.Karras) and steps < 8
+    ):  # EDM's takes the mean slope of sigma = 80 and 0.002 there
         assert all(frame.x0.abs().max() < 4 for frame in frames)
 
 
-@pytest.mark.parametrize("make", [lambda: heun(churn=0.2), lambda: unipc("bh1"), lambda: dpmpp_2m(eta=0.5)], ids=["churn", "bh1", "eta 0.5"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: heun(churn=0.2), lambda: unipc("bh1"), lambda: dpmpp_2m(eta=0.5)],
+    ids=["churn", "bh1", "eta 0.5"],
+)
 def test_variants_live_with_pure_noise_too(make):
     schedule = schedules.Flow()
-    *_, last = sample(exact_gaussian(schedule), schedule, torch.randn(20, 1, dtype=torch.float64), 8, make())
+    *_, last = sample(
+        exact_gaussian(schedule), schedule, torch.randn(20, 1, dtype=torch.float64), 8, make()
+    )
     assert (last.x - MEAN).abs().max() < 6 * STD
 
 
-@pytest.mark.parametrize("schedule", [*SCHEDULES, schedules.Discrete("scaled_linear", 1000, 0.00085, 0.012, final=1)],
-                         ids=["cosine", "flow", "karras", "final = 1"])
+@pytest.mark.parametrize(
+    "schedule",
+    [*SCHEDULES, schedules.Discrete("scaled_linear", 1000, 0.00085, 0.012, final=1)],
+    ids=["cosine", "flow", "karras", "final = 1"],
+)
 def test_inversion_is_what_ddim_undoes(schedule):
     mixture = Mixture(torch.tensor([[-1.0, 0.5], [0.6, -0.5]], dtype=torch.float64), 0.3)
     denoise, x0 = mixture.denoiser(schedule), mixture.draw(20, torch.Generator().manual_seed(0))
 
     def there_and_back(steps, rounds):
         frames = list(invert(denoise, schedule, x0, steps, rounds=rounds))
-        assert [frame.t for frame in frames] == schedule.timesteps(steps).flip(0).tolist() and torch.equal(frames[0].x, x0)
+        assert [frame.t for frame in frames] == schedule.timesteps(steps).flip(
+            0
+        ).tolist() and torch.equal(frames[0].x, x0)
         *_, last = sample(denoise, schedule, frames[-1].x, steps, ddim())
         return (last.x - x0).abs().max().item()
 
     assert there_and_back(50, rounds=100) < 1e-12
     assert there_and_back(50, rounds=5) < 1e-2
-    if schedule != schedules.Karras():  # there, sigma grows by half in one of 50 strides: too far for a single round
-        assert abs(orders([there_and_back(steps, rounds=1) for steps in (100, 200)]).item() - 1) < 0.15
+    if (
+        schedule != schedules.Karras()
+    ):  # there, sigma grows by half in one of 50 strides: too far for a single round
+        assert (
+            abs(orders([there_and_back(steps, rounds=1) for steps in (100, 200)]).item() - 1) < 0.15
+        )
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_ddim_step_equals_the_paper(eta):
     """DDIM eq. 12 and 16, with the paper's alpha (= alpha_bar here)."""
-    schedule, z = schedules.linear(), torch.randn(2, 3, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    schedule, z = (
+        schedules.linear(),
+        torch.randn(2, 3, generator=torch.Generator().manual_seed(7), dtype=torch.float64),
+    )
     x, x0, eps = (torch.randn(2, 3, dtype=torch.float64) for _ in range(3))
     for t, s in pairwise(schedule.timesteps(10)):
         a_t, a_s = schedule.alpha_bar[t], schedule.alpha_bar[s]
         sigma = eta * ((1 - a_s) / (1 - a_t)).sqrt() * (1 - a_t / a_s).sqrt()
         expected = a_s.sqrt() * x0 + (1 - a_s - sigma**2).sqrt() * eps + sigma * z
         step = ddim(eta, torch.Generator().manual_seed(7))
-        torch.testing.assert_close(step(lambda *_: Prediction(x0, eps), schedule, x, t, s)[0], expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            step(lambda *_: Prediction(x0, eps), schedule, x, t, s)[0], expected, rtol=0, atol=1e-12
+        )
 
 
 def test_the_loop_is_a_generator_that_leaves_the_caller_alone():
     schedule = schedules.cosine()
-    frames = sample(exact_gaussian(schedule), schedule, torch.randn(2, 1, dtype=torch.float64), 5, ddim())
+    frames = sample(
+        exact_gaussian(schedule), schedule, torch.randn(2, 1, dtype=torch.float64), 5, ddim()
+    )
     first = next(frames)
     assert torch.is_grad_enabled() and first.t == 1000
     rest = list(frames)
-    assert [frame.t for frame in rest] == [800, 600, 400, 200, 0] and torch.equal(rest[-1].x, rest[-1].x0)
+    assert [frame.t for frame in rest] == [800, 600, 400, 200, 0] and torch.equal(
+        rest[-1].x, rest[-1].x0
+    )
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -257,31 +346,62 @@ def test_noise_is_drawn_on_the_cpu_whatever_the_device(sampler):
     assert torch.equal(*after)
 
 
-@pytest.mark.parametrize("times, complaint", [
-    ([1000, 500, 0], "3 times for 5 steps"),
-    ([1000, 800, 600, 600, 200, 0], "600 follows 600"),
-    ([1000, 800, 600, float("nan"), 200, 0], "nan follows 600"),
-    ([1001, 800, 600, 400, 200, 0], "run from 1001 to 0; they must begin at 1000 or below"),
-    ([1000, 800, 600, 400, 200, 1], "end at 0"),
-])
+@pytest.mark.parametrize(
+    "times, complaint",
+    [
+        ([1000, 500, 0], "3 times for 5 steps"),
+        ([1000, 800, 600, 600, 200, 0], "600 follows 600"),
+        ([1000, 800, 600, float("nan"), 200, 0], "nan follows 600"),
+        ([1001, 800, 600, 400, 200, 0], "run from 1001 to 0; they must begin at 1000 or below"),
+        ([1000, 800, 600, 400, 200, 1], "end at 0"),
+    ],
+)
 def test_bad_times(times, complaint):
     with pytest.raises(UserError, match=complaint):
-        next(sample(exact_gaussian(schedules.cosine()), schedules.cosine(), torch.zeros(1, 1), 5, ddim(), times=torch.tensor(times)))
+        next(
+            sample(
+                exact_gaussian(schedules.cosine()),
+                schedules.cosine(),
+                torch.zeros(1, 1),
+                5,
+                ddim(),
+                times=torch.tensor(times),
+            )
+        )
 
 
 def test_bad_numbers():
     with pytest.raises(UserError, match="rounds is 0"):
-        next(invert(exact_gaussian(schedules.cosine()), schedules.cosine(), torch.zeros(1, 1), 5, rounds=0))
+        next(
+            invert(
+                exact_gaussian(schedules.cosine()),
+                schedules.cosine(),
+                torch.zeros(1, 1),
+                5,
+                rounds=0,
+            )
+        )
     with pytest.raises(UserError, match='no variant "bh3" of UniPC; there is bh1 and bh2'):
         unipc("bh3")
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace", "karras", "log-snr", "ays", "shifted"])
+@pytest.mark.parametrize(
+    "spacing", ["trailing", "leading", "linspace", "karras", "log-snr", "ays", "shifted"]
+)
 def test_final_with_every_grid(sampler, spacing):
     """Those that visit level 1 do so to a rounding, above or below, and stay there."""
     schedule = schedules.Discrete("scaled_linear", 1000, 0.00085, 0.012, final=1)
-    frames = list(sample(exact_gaussian(schedule), schedule, torch.randn(4, 1, dtype=torch.float64), 7, by_name(sampler), spacing))
+    frames = list(
+        sample(
+            exact_gaussian(schedule),
+            schedule,
+            torch.randn(4, 1, dtype=torch.float64),
+            7,
+            by_name(sampler),
+            spacing,
+        )
+    )
     assert all(frame.x.isfinite().all() for frame in frames)
     if frames[-2].t == pytest.approx(1):
         torch.testing.assert_close(frames[-1].x, frames[-2].x, rtol=1e-9, atol=1e-9)
@@ -290,7 +410,9 @@ def test_final_with_every_grid(sampler, spacing):
 def test_times_replace_the_spacing():
     schedule, x = schedules.cosine(), torch.randn(2, 1, dtype=torch.float64)
     times = torch.tensor([900.0, 333.3, 20.5, 0.0], dtype=torch.float64)
-    assert [frame.t for frame in sample(exact_gaussian(schedule), schedule, x, 3, ddim(), times=times)] == times.tolist()
+    assert [
+        frame.t for frame in sample(exact_gaussian(schedule), schedule, x, 3, ddim(), times=times)
+    ] == times.tolist()
 
 
 @pytest.mark.parametrize("multistep", [dpmpp_2m, dpmpp_2m_sde, unipc])
@@ -300,21 +422,41 @@ def test_memory_starts_afresh(multistep):
 
     def chain(step, x, stop=None):
         torch.manual_seed(3)
-        return [frame.x for _, frame in zip(range(stop or 9), sample(denoise, schedule, x, 8, step), strict=False)]
+        return [
+            frame.x
+            for _, frame in zip(
+                range(stop or 9), sample(denoise, schedule, x, 8, step), strict=False
+            )
+        ]
 
     x, used = torch.randn(4, 1, dtype=torch.float64), multistep()
     for start, stop in ((x, None), (x, None), (x, 3), (x, None), (x[:2], 5), (x, None)):
-        assert all(torch.equal(a, b) for a, b in zip(chain(used, start, stop), chain(multistep(), start, stop), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(chain(used, start, stop), chain(multistep(), start, stop), strict=True)
+        )
 
 
 def test_names():
-    schedule, x, (t, s) = schedules.cosine(), torch.randn(2, 1, dtype=torch.float64), torch.tensor([500, 400])
+    schedule, x, (t, s) = (
+        schedules.cosine(),
+        torch.randn(2, 1, dtype=torch.float64),
+        torch.tensor([500, 400]),
+    )
     for name, step in (("ddim", ddim(0.0)), ("ddpm", ddim(1.0, torch.Generator().manual_seed(3)))):
         named = by_name(name, torch.Generator().manual_seed(3))
-        assert torch.equal(named(exact_gaussian(schedule), schedule, x, t, s)[0], step(exact_gaussian(schedule), schedule, x, t, s)[0])
-    with pytest.raises(UserError, match="ddim, ddpm, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, unipc, lcm"):
+        assert torch.equal(
+            named(exact_gaussian(schedule), schedule, x, t, s)[0],
+            step(exact_gaussian(schedule), schedule, x, t, s)[0],
+        )
+    with pytest.raises(
+        UserError,
+        match="ddim, ddpm, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, unipc, lcm",
+    ):
         by_name("dimm")
 
 
 def test_the_command_line_lists_every_sampler():
-    assert options.Sampler.__metadata__[0].metavar == "|".join(SAMPLERS)  # written out there, since --help imports no torch
+    assert options.Sampler.__metadata__[0].metavar == "|".join(
+        SAMPLERS
+    )  # written out there, since --help imports no torch

@@ -1,4 +1,5 @@
 """Schedules against their published formulas and against diffusers."""
+
 import math
 from itertools import pairwise
 
@@ -8,28 +9,47 @@ import torch
 from minidiff import schedules
 from minidiff.errors import UserError
 
-ALL = [schedules.linear(), schedules.scaled_linear(), schedules.cosine(), schedules.sigmoid(), schedules.Flow(shift=3.0), schedules.Karras()]
+ALL = [
+    schedules.linear(),
+    schedules.scaled_linear(),
+    schedules.cosine(),
+    schedules.sigmoid(),
+    schedules.Flow(shift=3.0),
+    schedules.Karras(),
+]
 
 
 def name(schedule):
     return getattr(schedule, "betas", type(schedule).__name__)
 
 
-@pytest.mark.parametrize("ours, theirs", [
-    (schedules.linear(), {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}),
-    (schedules.scaled_linear(), {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}),
-    (schedules.cosine(), {"beta_schedule": "squaredcos_cap_v2"}),
-], ids=lambda v: name(v) if isinstance(v, schedules.Discrete) else "")
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [
+        (schedules.linear(), {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}),
+        (
+            schedules.scaled_linear(),
+            {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        ),
+        (schedules.cosine(), {"beta_schedule": "squaredcos_cap_v2"}),
+    ],
+    ids=lambda v: name(v) if isinstance(v, schedules.Discrete) else "",
+)
 def test_betas_equal_diffusers(ours, theirs):
     diffusers = pytest.importorskip("diffusers")
     beta = 1 - ours.alpha_bar[1:] / ours.alpha_bar[:-1]
-    torch.testing.assert_close(beta, diffusers.DDPMScheduler(**theirs).betas.double(), rtol=2e-6, atol=0)  # their betas are fp32
+    torch.testing.assert_close(
+        beta, diffusers.DDPMScheduler(**theirs).betas.double(), rtol=2e-6, atol=0
+    )  # their betas are fp32
 
 
 def test_zero_terminal_snr_equals_diffusers():
     """Lin et al. algorithm 1, in float64 on both sides; the signal vanishes at T and nothing changes at t = 1."""
     ddim = pytest.importorskip("diffusers.schedulers.scheduling_ddim")
-    ours, plain = schedules.Discrete("scaled_linear", 1000, 0.00085, 0.012, zero_terminal_snr=True), schedules.scaled_linear()
+    ours, plain = (
+        schedules.Discrete("scaled_linear", 1000, 0.00085, 0.012, zero_terminal_snr=True),
+        schedules.scaled_linear(),
+    )
     beta = 1 - plain.alpha_bar[1:] / plain.alpha_bar[:-1]
     theirs = torch.cumprod(1 - ddim.rescale_zero_terminal_snr(beta), 0)
     torch.testing.assert_close(ours.alpha_bar[1:], theirs, rtol=0, atol=1e-12)
@@ -42,7 +62,10 @@ def test_zero_terminal_snr_equals_diffusers():
 def test_timesteps_equal_diffusers(steps, spacing):
     """Exactly. diffusers counts noise levels from 0, we count clean data as 0."""
     diffusers = pytest.importorskip("diffusers")
-    theirs = diffusers.DDIMScheduler(timestep_spacing=spacing, steps_offset=1 if 1000 // steps > 1 and spacing == "leading" else 0)
+    theirs = diffusers.DDIMScheduler(
+        timestep_spacing=spacing,
+        steps_offset=1 if 1000 // steps > 1 and spacing == "leading" else 0,
+    )
     theirs.set_timesteps(steps)
     expected = [t + 1 for t in theirs.timesteps.tolist()]
     if (steps, spacing) == (1, "linspace"):
@@ -58,17 +81,24 @@ def test_timesteps_are_the_nearest_integers_for_every_number_of_steps():
         assert len(trailing) == steps + 1
         assert all(2 * abs(t * steps - T * (steps - i)) <= steps for i, t in enumerate(trailing))
         linspace = schedules.linear().timesteps(steps, "linspace").tolist()
-        assert all(2 * abs((t - 1) * (steps - 1) - (T - 1) * (steps - 1 - i)) <= steps - 1 for i, t in enumerate(linspace[:-1]))
+        assert all(
+            2 * abs((t - 1) * (steps - 1) - (T - 1) * (steps - 1 - i)) <= steps - 1
+            for i, t in enumerate(linspace[:-1])
+        )
         for times in (trailing, linspace, schedules.linear().timesteps(steps, "leading").tolist()):
             assert times[-1] == 0 and times[0] <= T and all(a > b for a, b in pairwise(times))
 
 
 GRIDS = [(s, spacing) for s in ALL for spacing in ("karras", "log-snr")]
-GRIDS += [(s, spacing) for s in ALL if isinstance(s, schedules.Discrete) for spacing in ("ays", "shifted")]
+GRIDS += [
+    (s, spacing) for s in ALL if isinstance(s, schedules.Discrete) for spacing in ("ays", "shifted")
+]
 ZERO_SNR = schedules.Discrete("scaled_linear", 1000, 0.00085, 0.012, zero_terminal_snr=True)
 
 
-@pytest.mark.parametrize("schedule, spacing", [*GRIDS, (ZERO_SNR, "karras"), (ZERO_SNR, "log-snr")], ids=str)
+@pytest.mark.parametrize(
+    "schedule, spacing", [*GRIDS, (ZERO_SNR, "karras"), (ZERO_SNR, "log-snr")], ids=str
+)
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 50])
 def test_grids_keep_the_promise(schedule, spacing, steps):
     times = schedule.timesteps(steps, spacing)
@@ -79,20 +109,31 @@ def test_grids_keep_the_promise(schedule, spacing, steps):
 @pytest.mark.parametrize("schedule", [s for s, spacing in GRIDS if spacing == "karras"], ids=name)
 def test_equal_strides(schedule):
     """In (sigma / alpha)^(1/7), a flow's in t^(1/7); and in log SNR. Ends: EDM's sigma_max or the noisiest level, and the cleanest."""
-    for spacing, axis in (("karras", lambda t, noise: (t if isinstance(schedule, schedules.Flow) else noise) ** (1 / 7)),
-                          ("log-snr", lambda t, noise: noise.log())):
+    for spacing, axis in (
+        (
+            "karras",
+            lambda t, noise: (t if isinstance(schedule, schedules.Flow) else noise) ** (1 / 7),
+        ),
+        ("log-snr", lambda t, noise: noise.log()),
+    ):
         times = schedule.timesteps(20, spacing)[:-1]
         alpha, sigma = schedule.alpha_sigma(times)
         strides = axis(times, sigma / alpha).diff()
-        assert ((strides / strides.mean() - 1).abs() < 1e-9).all()  # roundings: what is left of log SNR where alpha is nearly 1
+        assert (
+            (strides / strides.mean() - 1).abs() < 1e-9
+        ).all()  # roundings: what is left of log SNR where alpha is nearly 1
     if isinstance(schedule, schedules.Discrete):
         noise = schedule.snr(times).rsqrt()
-        assert abs(times[-1] - 1) < 1e-9 and noise[0] == pytest.approx(min(80, schedule.snr(torch.tensor(schedule.T)).rsqrt().item()), rel=1e-9)
+        assert abs(times[-1] - 1) < 1e-9 and noise[0] == pytest.approx(
+            min(80, schedule.snr(torch.tensor(schedule.T)).rsqrt().item()), rel=1e-9
+        )
 
 
 def test_shifted():
     """Half way in even strides is at 2 t / (1 + t) = 2/3 of the way."""
-    assert schedules.cosine().timesteps(4, "shifted").tolist() == pytest.approx([1000, 6000 / 7, 2000 / 3, 400, 0])
+    assert schedules.cosine().timesteps(4, "shifted").tolist() == pytest.approx(
+        [1000, 6000 / 7, 2000 / 3, 400, 0]
+    )
 
 
 @pytest.mark.parametrize("schedule", [*ALL, ZERO_SNR], ids=name)
@@ -102,8 +143,12 @@ def test_times_between_levels(schedule):
     times = torch.linspace(most, 0, 12_345, dtype=torch.float64)
     alpha, sigma = schedule.alpha_sigma(times)
     assert (alpha.diff() >= 0).all() and (sigma.diff() < 0).all()
-    inner = times[(alpha > 1e-3) & (sigma > 1e-3)]  # elsewhere snr(t) itself has too few digits left
-    torch.testing.assert_close(schedule.at_log_snr(schedule.snr(inner).log()), inner, rtol=1e-7, atol=1e-9)
+    inner = times[
+        (alpha > 1e-3) & (sigma > 1e-3)
+    ]  # elsewhere snr(t) itself has too few digits left
+    torch.testing.assert_close(
+        schedule.at_log_snr(schedule.snr(inner).log()), inner, rtol=1e-7, atol=1e-9
+    )
 
 
 def test_whole_times_are_the_table_itself():
@@ -113,15 +158,21 @@ def test_whole_times_are_the_table_itself():
     assert torch.equal(schedule.alpha_sigma(t)[0], schedule.alpha_bar.sqrt())
 
 
-@pytest.mark.parametrize("steps", [2, 10, 25])  # of 1, diffusers' only step starts at the cleanest level
+@pytest.mark.parametrize(
+    "steps", [2, 10, 25]
+)  # of 1, diffusers' only step starts at the cleanest level
 def test_karras_grid_equals_diffusers(steps):
     """Its Euler's times are real numbers, too: log sigma read between levels. Their tables are fp32, their times fp32 numbers up to 1000."""
     diffusers = pytest.importorskip("diffusers")
-    theirs = diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, use_karras_sigmas=True)
+    theirs = diffusers.EulerDiscreteScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, use_karras_sigmas=True
+    )
     theirs.set_timesteps(steps)
     schedule = schedules.scaled_linear()
     times = schedule.timesteps(steps, "karras")
-    torch.testing.assert_close(schedule.snr(times[:-1]).rsqrt(), theirs.sigmas[:-1].double(), rtol=2e-5, atol=0)  # fp32: 1 - alpha_bar_1 = 0.00085
+    torch.testing.assert_close(
+        schedule.snr(times[:-1]).rsqrt(), theirs.sigmas[:-1].double(), rtol=2e-5, atol=0
+    )  # fp32: 1 - alpha_bar_1 = 0.00085
     torch.testing.assert_close(times[:-1], theirs.timesteps.double() + 1, rtol=0, atol=2e-2)
 
 
@@ -133,8 +184,15 @@ def test_align_your_steps_is_the_published_table():
     assert schedule.timesteps(10, "ays").tolist() == [*(t + 1 for t in published), 0]
     assert schedule.timesteps(20, "ays")[::2].tolist() == [*(t + 1 for t in published), 0]
     noise = schedule.snr(schedule.timesteps(20, "ays")[:-1]).rsqrt()
-    torch.testing.assert_close(noise[1:-1:2], (noise[:-2:2] * noise[2::2]).sqrt(), rtol=1e-9, atol=0)  # geometric means
-    torch.testing.assert_close(schedules.cosine().snr(schedules.cosine().timesteps(20, "ays")[:-1]).rsqrt(), noise, rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        noise[1:-1:2], (noise[:-2:2] * noise[2::2]).sqrt(), rtol=1e-9, atol=0
+    )  # geometric means
+    torch.testing.assert_close(
+        schedules.cosine().snr(schedules.cosine().timesteps(20, "ays")[:-1]).rsqrt(),
+        noise,
+        rtol=1e-9,
+        atol=0,
+    )
 
 
 @pytest.mark.parametrize("schedule", ALL, ids=name)
@@ -153,10 +211,14 @@ def test_what_every_schedule_promises(schedule):
     assert schedules.from_json(schedules.to_json(schedule)) == schedule
 
 
-@pytest.mark.parametrize("schedule", [s for s in ALL if isinstance(s, schedules.Discrete)], ids=name)
+@pytest.mark.parametrize(
+    "schedule", [s for s in ALL if isinstance(s, schedules.Discrete)], ids=name
+)
 def test_discrete_is_variance_preserving_and_clean_at_zero(schedule):
     alpha, sigma = schedule.alpha_sigma(torch.arange(1001))
-    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(1001, dtype=torch.float64), rtol=0, atol=1e-15)
+    torch.testing.assert_close(
+        alpha**2 + sigma**2, torch.ones(1001, dtype=torch.float64), rtol=0, atol=1e-15
+    )
     assert schedule.alpha_bar[0] == 1
 
 
@@ -166,7 +228,12 @@ def curve(formula):
 
 def test_cosine_formula():
     """Nichol & Dhariwal 2021, eq. 17: f(u)/f(0) with f(u) = cos^2((u + s)/(1 + s) pi/2). The very last beta is capped at 0.999."""
-    expected = curve(lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2)
+    expected = curve(
+        lambda u: (
+            math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+            / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+        )
+    )
     found = schedules.cosine().alpha_bar
     torch.testing.assert_close(found[:-1], expected[:-1], rtol=0, atol=1e-12)
     torch.testing.assert_close(found[-1], found[-2] * 0.001, rtol=1e-12, atol=0)
@@ -174,11 +241,14 @@ def test_cosine_formula():
 
 def test_sigmoid_formula():
     """Jabri et al. 2022, appendix B: (sigmoid(3) - sigmoid(6u - 3)) / (sigmoid(3) - sigmoid(-3))."""
+
     def s(x):
         return 1 / (1 + math.exp(-x))
 
     expected = curve(lambda u: (s(3) - s(6 * u - 3)) / (s(3) - s(-3)))
-    torch.testing.assert_close(schedules.sigmoid().alpha_bar[:-1], expected[:-1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        schedules.sigmoid().alpha_bar[:-1], expected[:-1], rtol=0, atol=1e-12
+    )
 
 
 def test_karras_times_equal_the_published_formula():
@@ -196,24 +266,39 @@ def test_flow_shift_equals_the_published_formula():
     torch.testing.assert_close(plain.snr(shifted[1:-1]), plain.snr(t[1:-1]) / 9, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("schedule, normal, mean, std", [
-    (schedules.Flow(mean=0.3, std=0.8), torch.logit, 0.3, 0.8),
-    (schedules.Karras(P_mean=-0.4, P_std=1.0), torch.log, -0.4, 1.0),
-], ids=["logit-normal", "log-normal"])
+@pytest.mark.parametrize(
+    "schedule, normal, mean, std",
+    [
+        (schedules.Flow(mean=0.3, std=0.8), torch.logit, 0.3, 0.8),
+        (schedules.Karras(P_mean=-0.4, P_std=1.0), torch.log, -0.4, 1.0),
+    ],
+    ids=["logit-normal", "log-normal"],
+)
 def test_training_times_are_normal_on_the_right_scale(schedule, normal, mean, std):
     n = 100_000
     z = (normal(schedule.sample_t(n, torch.Generator().manual_seed(0))) - mean) / std
-    standard_errors = {1: 1 / n, 2: 2 / n, 3: 15 / n, 4: 96 / n}  # variances of the first four sample moments of N(0, 1)
+    standard_errors = {
+        1: 1 / n,
+        2: 2 / n,
+        3: 15 / n,
+        4: 96 / n,
+    }  # variances of the first four sample moments of N(0, 1)
     for moment, variance in standard_errors.items():
         assert abs((z**moment).mean() - (0, 1, 0, 3)[moment - 1]) < 5 * variance**0.5
 
 
 def test_discrete_training_times_are_uniform():
     n, T = 100_000, 20
-    counts = schedules.Discrete("linear", T=T).sample_t(n, torch.Generator().manual_seed(0)).bincount(minlength=T + 1)
+    counts = (
+        schedules.Discrete("linear", T=T)
+        .sample_t(n, torch.Generator().manual_seed(0))
+        .bincount(minlength=T + 1)
+    )
     assert counts[0] == 0 and len(counts) == T + 1
     chi2 = ((counts[1:] - n / T) ** 2 / (n / T)).sum()
-    assert chi2 < (T - 1) + 5 * (2 * (T - 1)) ** 0.5  # mean and five standard deviations of chi-squared
+    assert (
+        chi2 < (T - 1) + 5 * (2 * (T - 1)) ** 0.5
+    )  # mean and five standard deviations of chi-squared
 
 
 def test_discrete_training_times_can_be_logit_normal():
@@ -222,23 +307,35 @@ def test_discrete_training_times_can_be_logit_normal():
     t = schedule.sample_t(100_000, torch.Generator().manual_seed(0))
     assert t.dtype == torch.int64 and 1 <= t.min() and t.max() <= 1000
     for level in (100, 500, 786, 950):
-        share = torch.special.ndtr(torch.tensor((math.log(level / (1000 - level)) - 1.3) / 1.4)).item()
-        assert abs((t <= level).double().mean().item() - share) < 5 * (share * (1 - share) / 100_000) ** 0.5
+        share = torch.special.ndtr(
+            torch.tensor((math.log(level / (1000 - level)) - 1.3) / 1.4)
+        ).item()
+        assert (
+            abs((t <= level).double().mean().item() - share)
+            < 5 * (share * (1 - share) / 100_000) ** 0.5
+        )
     assert schedules.from_json(schedules.to_json(schedule)) == schedule
 
 
-@pytest.mark.parametrize("schedule, t, shown", [
-    (schedules.linear(), 1000, 999),
-    (schedules.Flow(), 0.25, 250),
-    (schedules.Karras(), 2.0, math.log(2) / 4),
-], ids=["discrete", "flow", "karras"])
+@pytest.mark.parametrize(
+    "schedule, t, shown",
+    [
+        (schedules.linear(), 1000, 999),
+        (schedules.Flow(), 0.25, 250),
+        (schedules.Karras(), 2.0, math.log(2) / 4),
+    ],
+    ids=["discrete", "flow", "karras"],
+)
 def test_c_noise(schedule, t, shown):
     assert abs(schedule.c_noise(torch.tensor(t, dtype=torch.float64)).item() - shown) < 1e-15
 
 
 @pytest.mark.parametrize("steps, spacing", [(0, "trailing"), (1001, "trailing"), (10, "sideways")])
 def test_bad_steps(steps, spacing):
-    with pytest.raises(UserError, match=r"steps is 0|at most 1000|trailing, leading, linspace, karras, log-snr, ays, shifted"):
+    with pytest.raises(
+        UserError,
+        match=r"steps is 0|at most 1000|trailing, leading, linspace, karras, log-snr, ays, shifted",
+    ):
         schedules.linear().timesteps(steps, spacing)
 
 

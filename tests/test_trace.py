@@ -1,4 +1,5 @@
 """Shapes, parameters and multiply-adds of a network's parts, against what is counted by hand."""
+
 import torch
 
 from minidiff.trace import table, trace_half, trace_unet
@@ -27,7 +28,9 @@ def test_stable_diffusion_from_pixels_to_the_bottom_and_back():
     with torch.device("meta"):
         unet, vae = unet_sd1(), vae_sd()
     rows = trace_unet(unet, 64)
-    assert [row.shape[1] for row in rows if row.part.startswith(("encoder", "middle", "decoder"))] == [32, 16, 8, 8, 8, 16, 32, 64, 64]
+    assert [
+        row.shape[1] for row in rows if row.part.startswith(("encoder", "middle", "decoder"))
+    ] == [32, 16, 8, 8, 8, 16, 32, 64, 64]
     assert sum(row.parameters for row in rows) == 859_520_964
     assert [row.shape for row in trace_half(vae.encoder, 3, 512)][-1] == (8, 64, 64)
     assert [row.shape for row in trace_half(vae.decoder, 4, 64)][-1] == (3, 512, 512)

@@ -1,4 +1,5 @@
 """The training loop: resuming bit for bit, Ctrl-C, accumulation, averages, what is said when numbers go bad, and checkpoints nobody should trust."""
+
 import json
 import math
 import os
@@ -46,8 +47,18 @@ class Run:
     def __init__(self, folder, stop=STEPS, resume=False, loss=noisy_loss, **how):
         self.module = net()
         self.ema, self.folder, self.done = EMA(self.module, 0.5), folder, []
-        how = dict(steps=STEPS, lr=1e-2, warmup=3, weight_decay=0.1, accumulate=2, save_every=5) | how
-        steps = train(loss(self.module), self.module, batches, **how, ema=self.ema, folder=folder, resume=resume)
+        how = (
+            dict(steps=STEPS, lr=1e-2, warmup=3, weight_decay=0.1, accumulate=2, save_every=5) | how
+        )
+        steps = train(
+            loss(self.module),
+            self.module,
+            batches,
+            **how,
+            ema=self.ema,
+            folder=folder,
+            resume=resume,
+        )
         for step in steps:
             self.done.append(step)
             torch.rand(step.step)  # what the caller does in between is not the run's business
@@ -59,8 +70,18 @@ class Run:
         """Weights, averages, optimizer and log: all that should not depend on whether the run was interrupted."""
         state = torch.load(self.folder / "checkpoint.pt", weights_only=True)
         moments = [v for s in state["optimizer"]["state"].values() for v in s.values()]
-        tensors = [*self.module.parameters(), *self.ema.average.parameters(), *state["module"].values(), *state["ema"].values(), *moments]
-        return [state["step"], (self.folder / "log.jsonl").read_text(), *(t.detach().numpy().tobytes() for t in tensors)]
+        tensors = [
+            *self.module.parameters(),
+            *self.ema.average.parameters(),
+            *state["module"].values(),
+            *state["ema"].values(),
+            *moments,
+        ]
+        return [
+            state["step"],
+            (self.folder / "log.jsonl").read_text(),
+            *(t.detach().numpy().tobytes() for t in tensors),
+        ]
 
 
 @pytest.mark.parametrize("stop", [5, 8], ids=["at a checkpoint", "between checkpoints"])
@@ -77,7 +98,10 @@ def test_resuming_a_finished_run_does_nothing_and_a_fresh_one_starts_over(tmp_pa
     whole = Run(tmp_path)
     again = Run(tmp_path, resume=True)
     assert again.done == [] and again.everything() == whole.everything()
-    assert len(Run(tmp_path, stop=2).done) == 2 and len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+    assert (
+        len(Run(tmp_path, stop=2).done) == 2
+        and len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+    )
 
 
 def test_resuming_without_a_checkpoint_starts_at_the_beginning(tmp_path):
@@ -94,7 +118,9 @@ def test_log_says_what_the_caller_saw(tmp_path):
     run = Run(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines == [step._asdict() for step in run.done]
-    assert list(lines[0]) == ["step", "loss", "bins", "lr", "grad_norm"] and [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert list(lines[0]) == ["step", "loss", "bins", "lr", "grad_norm"] and [
+        line["step"] for line in lines
+    ] == list(range(1, STEPS + 1))
 
 
 @pytest.fixture
@@ -126,7 +152,9 @@ def test_ctrl_c_saves_and_the_run_resumes(tmp_path, foreground):
     with pytest.raises(KeyboardInterrupt):
         Run(tmp_path / "parts", loss=interrupting(1))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["step"] == 7  # the step was finished first
+    assert (
+        torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["step"] == 7
+    )  # the step was finished first
     assert Run(tmp_path / "parts", resume=True).everything() == Run(tmp_path / "whole").everything()
 
 
@@ -166,8 +194,14 @@ def test_two_half_batches_are_one_whole_batch():
             return (module(x) - x.flip(1)).pow(2).mean(1), None
 
         parts = [part for batch in data for part in batch.chunk(pieces)]
-        done = list(train(loss_fn, module, lambda start: parts[start:], 10, 1e-2, warmup=3, accumulate=pieces))
-        return torch.cat([p.detach().flatten() for p in module.parameters()]), torch.tensor([(s.loss, s.lr, s.grad_norm) for s in done])
+        done = list(
+            train(
+                loss_fn, module, lambda start: parts[start:], 10, 1e-2, warmup=3, accumulate=pieces
+            )
+        )
+        return torch.cat([p.detach().flatten() for p in module.parameters()]), torch.tensor(
+            [(s.loss, s.lr, s.grad_norm) for s in done]
+        )
 
     (weights1, numbers1), (weights2, numbers2) = run(1), run(2)
     torch.testing.assert_close(weights2, weights1, rtol=1e-10, atol=1e-12)
@@ -184,8 +218,12 @@ def test_threads_give_the_numbers_of_one_after_the_other():
         def loss_fn(x):
             return (module(x) - x.flip(1)).pow(2).mean(1), None
 
-        done = list(train(loss_fn, module, batches, 10, 1e-2, warmup=3, accumulate=4, threads=threads))
-        return torch.cat([p.detach().flatten() for p in module.parameters()]), [(s.loss, s.grad_norm) for s in done]
+        done = list(
+            train(loss_fn, module, batches, 10, 1e-2, warmup=3, accumulate=4, threads=threads)
+        )
+        return torch.cat([p.detach().flatten() for p in module.parameters()]), [
+            (s.loss, s.grad_norm) for s in done
+        ]
 
     cores = torch.get_num_threads()
     (weights1, numbers1), (weights2, numbers2), (weights3, numbers3) = run(1), run(2), run(3)
@@ -221,30 +259,59 @@ def test_learning_rate_curve(tmp_path):
     assert [learning_rate(k, 100, 1.0, 10) for k in (0, 4, 9, 10)] == [0.1, 0.5, 1.0, 1.0]
     for k, share in ((10, 0.0), (40, 1 / 3), (55, 0.5), (100, 1.0)):
         assert abs(learning_rate(k, 100, 2.0, 10) - (1 + math.cos(math.pi * share))) < 1e-15
-    assert learning_rate(0, 5, 1.0, 0) == 1.0 and learning_rate(4, 5, 1.0, 100) == 0.05  # no warm-up; nothing but warm-up
+    assert (
+        learning_rate(0, 5, 1.0, 0) == 1.0 and learning_rate(4, 5, 1.0, 100) == 0.05
+    )  # no warm-up; nothing but warm-up
     for accumulate in (1, 2):  # counted in optimizer steps, not in batches
-        assert [s.lr for s in Run(tmp_path, accumulate=accumulate).done] == [learning_rate(k, STEPS, 1e-2, 3) for k in range(STEPS)]
+        assert [s.lr for s in Run(tmp_path, accumulate=accumulate).done] == [
+            learning_rate(k, STEPS, 1e-2, 3) for k in range(STEPS)
+        ]
 
 
 def test_only_matrices_decay():
     module = net(torch.float64)
     before = [p.detach().clone() for p in module.parameters()]
-    list(train(lambda x: (0 * module(x.double()).mean(1), None), module, batches, 1, 0.1, warmup=0, weight_decay=0.5))
+    list(
+        train(
+            lambda x: (0 * module(x.double()).mean(1), None),
+            module,
+            batches,
+            1,
+            0.1,
+            warmup=0,
+            weight_decay=0.5,
+        )
+    )
     for p, old in zip(module.parameters(), before, strict=True):
-        torch.testing.assert_close(p.detach(), old * (1 - 0.1 * 0.5) if p.ndim > 1 else old, rtol=1e-15, atol=0)
+        torch.testing.assert_close(
+            p.detach(), old * (1 - 0.1 * 0.5) if p.ndim > 1 else old, rtol=1e-15, atol=0
+        )
 
 
 def test_gradients_are_clipped_and_the_norm_before_is_reported(tmp_path):
     """Adam's first moment after one step is (1 - 0.9) times the gradient it was given."""
     module = net()
-    (step,) = train(lambda x: (1000 * module(x).pow(2).mean(1), None), module, batches, 1, 1e-3, clip=0.5, folder=tmp_path)
-    moments = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["optimizer"]["state"].values()
+    (step,) = train(
+        lambda x: (1000 * module(x).pow(2).mean(1), None),
+        module,
+        batches,
+        1,
+        1e-3,
+        clip=0.5,
+        folder=tmp_path,
+    )
+    moments = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["optimizer"][
+        "state"
+    ].values()
     given = sum((m["exp_avg"] / 0.1).pow(2).sum().item() for m in moments) ** 0.5
     assert step.grad_norm > 100 and abs(given - 0.5) < 1e-5  # fp32
 
 
 def test_by_bin():
-    loss, places = torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0]), [torch.tensor([0.0, 0.05, 0.1]), torch.tensor([0.999, 1.0])]
+    loss, places = (
+        torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0]),
+        [torch.tensor([0.0, 0.05, 0.1]), torch.tensor([0.999, 1.0])],
+    )
     assert by_bin(loss, places) == [2.0, 5.0, *[None] * 7, 8.0]
     assert by_bin(loss, [torch.tensor([0.5]), None]) == [None] * 10
 
@@ -273,16 +340,24 @@ def test_nan_stops_and_names_the_first_bad_module(tmp_path):
     steps = train(loss_fn, module, count, 10, 1e-2, folder=tmp_path)
     assert [next(steps).step for _ in range(3)] == [1, 2, 3]
     before = [p.detach().clone() for p in module.parameters()]
-    with pytest.raises(NonFiniteError, match=r'step 4: the output of "1\.1" is the first that is not finite'):
+    with pytest.raises(
+        NonFiniteError, match=r'step 4: the output of "1\.1" is the first that is not finite'
+    ):
         next(steps)
-    assert all(torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True))  # the bad step was not taken
-    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3 and not any(m._forward_hooks for m in module.modules())
+    assert all(
+        torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True)
+    )  # the bad step was not taken
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3 and not any(
+        m._forward_hooks for m in module.modules()
+    )
 
 
 def test_bad_gradient_and_bad_weight_are_named():
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1, bias=False))
     with pytest.raises(NonFiniteError, match=r'step 1: the gradient of "0\.weight" is not finite'):
-        next(train(lambda x: ((0 * module(x)).sqrt().mean(1), None), module, batches, 1, 1e-2))  # sqrt is steep at 0
+        next(
+            train(lambda x: ((0 * module(x)).sqrt().mean(1), None), module, batches, 1, 1e-2)
+        )  # sqrt is steep at 0
     module[1].weight.data[0, 0] = math.nan
     with pytest.raises(NonFiniteError, match=r'the weight "1\.weight" is not finite'):
         next(train(lambda x: (module(x).mean(1), None), module, batches, 1, 1e-2))
@@ -304,7 +379,16 @@ def test_overflow_in_low_precision_is_found_in_low_precision():
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     nn.init.constant_(module[0].weight, 7e4)
     with pytest.raises(NonFiniteError, match='the output of "0" is the first'):
-        next(train(lambda x: (module(x.abs() + 1).mean(1), None), module, batches, 1, 1e-2, autocast=torch.float16))
+        next(
+            train(
+                lambda x: (module(x.abs() + 1).mean(1), None),
+                module,
+                batches,
+                1,
+                1e-2,
+                autocast=torch.float16,
+            )
+        )
 
 
 def test_autocast_computes_in_bfloat16_and_keeps_float32_weights(tmp_path):
@@ -316,9 +400,15 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_weights(tmp_path):
 
     run = Run(tmp_path, loss=loss, autocast=torch.bfloat16)
     assert seen == {torch.bfloat16}
-    assert {p.dtype for p in run.module.parameters()} == {torch.float32} == {p.dtype for p in run.ema.average.parameters()}
+    assert (
+        {p.dtype for p in run.module.parameters()}
+        == {torch.float32}
+        == {p.dtype for p in run.ema.average.parameters()}
+    )
     plain = Run(tmp_path)
-    assert all(0 < abs(a.loss - b.loss) < 0.05 * b.loss for a, b in zip(run.done, plain.done, strict=True))  # bfloat16: 3 digits
+    assert all(
+        0 < abs(a.loss - b.loss) < 0.05 * b.loss for a, b in zip(run.done, plain.done, strict=True)
+    )  # bfloat16: 3 digits
 
 
 class Code:
@@ -342,20 +432,65 @@ def cut(folder):
     (folder / "checkpoint.pt").write_bytes(data[: len(data) // 2])
 
 
-@pytest.mark.parametrize("spoil, how, complaint", [
-    (lambda folder: None, dict(seed=1), "is of a run with seed 0, not 1; pass --seed 0"),
-    (lambda folder: None, dict(steps=13), "is of a run with steps 12, not 13; pass --steps 12"),
-    (lambda folder: None, dict(lr=2e-2), "is of a run with lr 0.01, not 0.02; pass --lr 0.01"),
-    (lambda folder: None, dict(warmup=4), "is of a run with warmup 3, not 4; pass --warmup 3"),
-    (lambda folder: None, dict(accumulate=1), "is of a run with accumulate 2, not 1; pass --accumulate 2"),
-    (bigger, {}, r"does not fit this run \(size mismatch for 0.weight"),
-    (cut, {}, "is damaged, or no checkpoint"),
-    (lambda folder: (folder / "checkpoint.pt").write_bytes(b""), {}, "is damaged, or no checkpoint"),
-    (lambda folder: (folder / "checkpoint.pt").write_text("hello"), {}, "is damaged, or no checkpoint"),
-    (lambda folder: torch.save([1, 2], folder / "checkpoint.pt"), {}, "is not a checkpoint of a minidiff run"),
-    (lambda folder: torch.save({"step": 1, "module": Code(folder / "ran")}, folder / "checkpoint.pt"), {}, "is damaged, or no checkpoint"),
-    (lambda folder: (folder / "checkpoint.pt").write_bytes(pickle.dumps(Code(folder / "ran"), protocol=2)), {}, "is damaged, or no checkpoint"),
-], ids=["seed", "steps", "lr", "warmup", "accumulate", "shape", "cut", "empty", "text", "list", "code", "plain pickle"])
+@pytest.mark.parametrize(
+    "spoil, how, complaint",
+    [
+        (lambda folder: None, dict(seed=1), "is of a run with seed 0, not 1; pass --seed 0"),
+        (lambda folder: None, dict(steps=13), "is of a run with steps 12, not 13; pass --steps 12"),
+        (lambda folder: None, dict(lr=2e-2), "is of a run with lr 0.01, not 0.02; pass --lr 0.01"),
+        (lambda folder: None, dict(warmup=4), "is of a run with warmup 3, not 4; pass --warmup 3"),
+        (
+            lambda folder: None,
+            dict(accumulate=1),
+            "is of a run with accumulate 2, not 1; pass --accumulate 2",
+        ),
+        (bigger, {}, r"does not fit this run \(size mismatch for 0.weight"),
+        (cut, {}, "is damaged, or no checkpoint"),
+        (
+            lambda folder: (folder / "checkpoint.pt").write_bytes(b""),
+            {},
+            "is damaged, or no checkpoint",
+        ),
+        (
+            lambda folder: (folder / "checkpoint.pt").write_text("hello"),
+            {},
+            "is damaged, or no checkpoint",
+        ),
+        (
+            lambda folder: torch.save([1, 2], folder / "checkpoint.pt"),
+            {},
+            "is not a checkpoint of a minidiff run",
+        ),
+        (
+            lambda folder: torch.save(
+                {"step": 1, "module": Code(folder / "ran")}, folder / "checkpoint.pt"
+            ),
+            {},
+            "is damaged, or no checkpoint",
+        ),
+        (
+            lambda folder: (folder / "checkpoint.pt").write_bytes(
+                pickle.dumps(Code(folder / "ran"), protocol=2)
+            ),
+            {},
+            "is damaged, or no checkpoint",
+        ),
+    ],
+    ids=[
+        "seed",
+        "steps",
+        "lr",
+        "warmup",
+        "accumulate",
+        "shape",
+        "cut",
+        "empty",
+        "text",
+        "list",
+        "code",
+        "plain pickle",
+    ],
+)
 def test_bad_checkpoints_are_refused_in_one_line(tmp_path, spoil, how, complaint):
     Run(tmp_path, stop=5)
     spoil(tmp_path)
@@ -367,7 +502,18 @@ def test_bad_checkpoints_are_refused_in_one_line(tmp_path, spoil, how, complaint
 
 def test_a_checkpoint_without_averages_does_not_fit_a_run_with_them(tmp_path):
     module = net()
-    list(train(noisy_loss(module), module, batches, STEPS, 1e-2, warmup=3, accumulate=2, folder=tmp_path))
+    list(
+        train(
+            noisy_loss(module),
+            module,
+            batches,
+            STEPS,
+            1e-2,
+            warmup=3,
+            accumulate=2,
+            folder=tmp_path,
+        )
+    )
     with pytest.raises(UserError, match="does not fit this run"):
         Run(tmp_path, resume=True)
 
@@ -384,7 +530,9 @@ def test_a_failed_save_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(UserError, match=complaint):
         patch.setattr(torch, "save", full_disk)
         Run(tmp_path / "parts", resume=True)
-    assert (tmp_path / "parts" / "checkpoint.pt").read_bytes() == before and not (tmp_path / "parts" / "checkpoint.pt.new").exists()
+    assert (tmp_path / "parts" / "checkpoint.pt").read_bytes() == before and not (
+        tmp_path / "parts" / "checkpoint.pt.new"
+    ).exists()
     assert Run(tmp_path / "parts", resume=True).everything() == Run(tmp_path / "whole").everything()
 
 
@@ -397,5 +545,7 @@ def test_gradients_are_gone_before_the_next_step():
         return module(x).pow(2).mean(1), None
 
     for p in module.parameters():
-        p.register_post_accumulate_grad_hook(lambda p: last.append(weakref.ref(p.grad.untyped_storage())))
+        p.register_post_accumulate_grad_hook(
+            lambda p: last.append(weakref.ref(p.grad.untyped_storage()))
+        )
     assert len(list(train(loss_fn, module, batches, 3, 1e-3))) == 3 and len(last) == 12

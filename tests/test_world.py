@@ -7,7 +7,18 @@ import pytest
 import torch
 
 from minidiff.data.critic import parse
-from minidiff.data.world import BACKGROUNDS, COLOURS, INVERSE, RELATIONS, SHAPES, SIZES, Scene, Thing, World, split_of
+from minidiff.data.world import (
+    BACKGROUNDS,
+    COLOURS,
+    INVERSE,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    World,
+    split_of,
+)
 from minidiff.errors import UserError
 
 
@@ -34,10 +45,16 @@ def test_seed_zero_is_pinned():
 
 def test_splits_are_disjoint_and_a_fifth_is_held_out():
     world, rng = World(32), random.Random(0)
-    seen = {split: {world.scene(rng, split=split) for _ in range(3000)} for split in ("train", "held-out")}
+    seen = {
+        split: {world.scene(rng, split=split) for _ in range(3000)}
+        for split in ("train", "held-out")
+    }
     assert not seen["train"] & seen["held-out"]
     for objects in (1, 2):
-        held_out = sum(split_of(world.scene(rng, objects, split=None)) == "held-out" for _ in range(5000)) / 5000
+        held_out = (
+            sum(split_of(world.scene(rng, objects, split=None)) == "held-out" for _ in range(5000))
+            / 5000
+        )
         assert 0.17 < held_out < 0.24  # 0.2 by design; only 512 different pictures have one thing
 
 
@@ -45,7 +62,9 @@ def test_a_scene_told_the_other_way_round_is_in_the_same_split():
     rng = random.Random(0)
     for _ in range(500):
         scene = World(32).scene(rng, objects=2, split=None)
-        assert split_of(scene) == split_of(Scene(scene.things[::-1], scene.background, INVERSE[scene.relation]))
+        assert split_of(scene) == split_of(
+            Scene(scene.things[::-1], scene.background, INVERSE[scene.relation])
+        )
 
 
 def test_every_attribute_occurs_about_equally_often():
@@ -54,7 +73,9 @@ def test_every_attribute_occurs_about_equally_often():
     things = [thing for scene in scenes for thing in scene.things]
     for key, names in (("shape", SHAPES), ("colour", COLOURS), ("size", SIZES)):
         for name in names:
-            assert sum(getattr(thing, key) == name for thing in things) / len(things) == pytest.approx(1 / len(names), rel=0.25)
+            assert sum(getattr(thing, key) == name for thing in things) / len(
+                things
+            ) == pytest.approx(1 / len(names), rel=0.25)
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -67,21 +88,30 @@ def test_captions_say_what_the_scene_is(full):
         claim, things, relation = parse(caption), scene.things, scene.relation
         if claim.relation != relation:  # told from the other thing's side
             things, relation = things[::-1], INVERSE[relation]
-        assert claim.relation == relation and [thing.shape for thing in claim.things] == [thing.shape for thing in things]
+        assert claim.relation == relation and [thing.shape for thing in claim.things] == [
+            thing.shape for thing in things
+        ]
         assert [thing.colour for thing in claim.things] == [thing.colour for thing in things]
         assert all(a.size in (None, b.size) for a, b in zip(claim.things, things, strict=True))
         assert claim.background in (None, scene.background)
         said["size"] += sum(thing.size is not None for thing in claim.things)
         said["sizes"] += len(things)
         said["background"] += claim.background is not None
-    assert said["size"] / said["sizes"] == pytest.approx(1.0 if full else 0.8, abs=0 if full else 0.05)
+    assert said["size"] / said["sizes"] == pytest.approx(
+        1.0 if full else 0.8, abs=0 if full else 0.05
+    )
     assert said["background"] / 1000 == pytest.approx(1.0 if full else 0.5, abs=0 if full else 0.06)
 
 
 def test_the_plain_prompt_is_in_the_language():
-    scene = Scene((Thing("circle", "blue", "small"), Thing("square", "red", "large")), "white", "above")
+    scene = Scene(
+        (Thing("circle", "blue", "small"), Thing("square", "red", "large")), "white", "above"
+    )
     captions = {World(32).caption(scene, random.Random(k)) for k in range(200)}
-    assert {"a small blue circle above a large red square", "a large red square below a small blue circle"} <= captions
+    assert {
+        "a small blue circle above a large red square",
+        "a large red square below a small blue circle",
+    } <= captions
 
 
 @pytest.mark.parametrize("size", [32, 64, 100, 128])
@@ -94,8 +124,12 @@ def test_pictures_are_in_range_flat_and_anti_aliased(size):
         assert len(colours) > 3 + 2 * len(scene.things)  # flat colours and, between them, edges
         border = torch.cat([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], 1)
         background = border.median(1).values
-        assert (border == background[:, None]).all(0).float().mean() > 0.7  # at most the softness of an outline reaches the edge
-        assert ((background + 1) / 2 - torch.tensor(BACKGROUNDS[scene.background])).abs().max() < 0.04
+        assert (border == background[:, None]).all(
+            0
+        ).float().mean() > 0.7  # at most the softness of an outline reaches the edge
+        assert (
+            (background + 1) / 2 - torch.tensor(BACKGROUNDS[scene.background])
+        ).abs().max() < 0.04
 
 
 def test_an_outline_covers_pixels_in_proportion():
@@ -103,7 +137,9 @@ def test_an_outline_covers_pixels_in_proportion():
     scene = Scene((Thing("circle", "red", "large"),), "white")
     world, areas = World(32), []
     for k in range(20):
-        image = world.draw([scene], random.Random(k))[0, 1]  # green: 1 in the background, 0 in the thing, nearly
+        image = world.draw([scene], random.Random(k))[
+            0, 1
+        ]  # green: 1 in the background, 0 in the thing, nearly
         areas.append(((image[0, 0] - image) / (image[0, 0] - image.min())).sum().item())
     low, high = 3.1416 * (0.205 * 32) ** 2, 3.1416 * (0.22 * 32) ** 2
     assert low - 1 < min(areas) and max(areas) < high + 1
@@ -115,7 +151,9 @@ def test_relations_are_drawn_unambiguously(relation):
     rng = random.Random(relation)
     for _ in range(20):
         sizes = rng.choices(SIZES, k=2)
-        scene = Scene((Thing("circle", "red", sizes[0]), Thing("circle", "blue", sizes[1])), "black", relation)
+        scene = Scene(
+            (Thing("circle", "red", sizes[0]), Thing("circle", "blue", sizes[1])), "black", relation
+        )
         image = (World(64).draw([scene], rng)[0] + 1) / 2
         first, second = ((image[a] > 0.5).nonzero().float() for a in (0, 2))
         dy, dx = (second.mean(0) - first.mean(0)).tolist()
@@ -125,7 +163,9 @@ def test_relations_are_drawn_unambiguously(relation):
 
 
 def test_a_world_can_know_only_part():
-    _, _, scenes = World(32, shapes=("circle", "star"), colours=("red", "blue"), backgrounds=("white",)).batch(50, 0)
+    _, _, scenes = World(
+        32, shapes=("circle", "star"), colours=("red", "blue"), backgrounds=("white",)
+    ).batch(50, 0)
     assert {thing.shape for scene in scenes for thing in scene.things} == {"circle", "star"}
     assert {scene.background for scene in scenes} == {"white"}
 
@@ -148,4 +188,6 @@ def test_bad_requests_are_explained(wrong):
 def test_drawing_is_fast_enough_to_train_on():
     world, started = World(64), time.perf_counter()
     world.batch(256, 0)
-    assert time.perf_counter() - started < 2  # thousands a second on an idle core; this only catches a loop over pixels
+    assert (
+        time.perf_counter() - started < 2
+    )  # thousands a second on an idle core; this only catches a loop over pixels

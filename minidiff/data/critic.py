@@ -22,11 +22,32 @@ COLOURS = {
     "red": (0.87, 0.08, 0.12), "orange": (1.00, 0.55, 0.00), "yellow": (0.98, 0.90, 0.10), "green": (0.10, 0.62, 0.20),
     "cyan": (0.10, 0.80, 0.90), "blue": (0.10, 0.20, 0.88), "purple": (0.58, 0.12, 0.72), "brown": (0.48, 0.26, 0.08),
 }  # fmt: skip
-BACKGROUNDS = {"white": (0.96, 0.96, 0.96), "gray": (0.58, 0.58, 0.58), "black": (0.05, 0.05, 0.05), "pink": (0.98, 0.70, 0.80)}
-WORDS = {word: word for word in ("circle", "square", "triangle", "diamond", "cross", "ring", "star", "heart")}
-WORDS |= {"disc": "circle", "disk": "circle", "plus": "cross"}  # what a caption may say, and what it means
-SIZE_WORDS = {"small": "small", "tiny": "small", "little": "small", "large": "large", "big": "large", "huge": "large"}
-RELATION = re.compile(r"\b(?:(?:to|on) the )?(left of|right of|above|below|over|under|beneath)\b|\band (?=an? )")
+BACKGROUNDS = {
+    "white": (0.96, 0.96, 0.96),
+    "gray": (0.58, 0.58, 0.58),
+    "black": (0.05, 0.05, 0.05),
+    "pink": (0.98, 0.70, 0.80),
+}
+WORDS = {
+    word: word
+    for word in ("circle", "square", "triangle", "diamond", "cross", "ring", "star", "heart")
+}
+WORDS |= {
+    "disc": "circle",
+    "disk": "circle",
+    "plus": "cross",
+}  # what a caption may say, and what it means
+SIZE_WORDS = {
+    "small": "small",
+    "tiny": "small",
+    "little": "small",
+    "large": "large",
+    "big": "large",
+    "huge": "large",
+}
+RELATION = re.compile(
+    r"\b(?:(?:to|on) the )?(left of|right of|above|below|over|under|beneath)\b|\band (?=an? )"
+)
 GROUND = re.compile(rf"\bon (?:an? |the )?({'|'.join(BACKGROUNDS)})\b(?: background)?")
 RELATION_WORDS = {"over": "above", "under": "below", "beneath": "below"}
 
@@ -36,8 +57,16 @@ LARGE = 0.165  # a thing whose box is wider or higher than twice this share of t
 COLOUR_REACH = 0.35  # a colour farther than this from every named colour has no name
 MISFIT = 0.075  # the share of a thing's energy that its best shape may leave unexplained
 
-GRID, REACH = 28, 2.2  # a thing is compared with the shapes on GRID x GRID points, out to REACH times its spread
-BLURS = (0.05, 0.12, 0.2, 0.3)  # softness of the outline, in units of the spread: small pictures and blurred ones are soft
+GRID, REACH = (
+    28,
+    2.2,
+)  # a thing is compared with the shapes on GRID x GRID points, out to REACH times its spread
+BLURS = (
+    0.05,
+    0.12,
+    0.2,
+    0.3,
+)  # softness of the outline, in units of the spread: small pictures and blurred ones are soft
 
 
 @dataclass(frozen=True)
@@ -85,9 +114,13 @@ def polygons() -> dict[str, list[list[tuple[float, float]]]]:
     def turn(radius, angle):  # degrees clockwise from "up"
         return radius * math.sin(math.radians(angle)), -radius * math.cos(math.radians(angle))
 
-    def valentine(angle):  # the parametric curve of the textbooks, unlike the discs and tangents of the world
+    def valentine(
+        angle,
+    ):  # the parametric curve of the textbooks, unlike the discs and tangents of the world
         t = math.radians(angle)
-        return 16 * math.sin(t) ** 3, -13 * math.cos(t) + 5 * math.cos(2 * t) + 2 * math.cos(3 * t) + math.cos(4 * t)
+        return 16 * math.sin(t) ** 3, -13 * math.cos(t) + 5 * math.cos(2 * t) + 2 * math.cos(
+            3 * t
+        ) + math.cos(4 * t)
 
     outer, hole = ([turn(radius, angle) for angle in range(0, 360, 5)] for radius in (1, 0.5))
     quarter = [(1 / 3, -1), (1 / 3, -1 / 3), (1, -1 / 3)]
@@ -118,13 +151,17 @@ def templates() -> tuple[list[str], Float[Tensor, "n"], Float[Tensor, "n points"
     """Every shape at every softness, brought to mean 0 and spread 1: names, half the box, and the coverage of the grid's points."""
     names, radii, pictures = [], [], []
     fine = 4 * GRID
-    y, x = torch.meshgrid(*[(torch.arange(fine) + 0.5) / fine * 2 * REACH - REACH] * 2, indexing="ij")
+    y, x = torch.meshgrid(
+        *[(torch.arange(fine) + 0.5) / fine * 2 * REACH - REACH] * 2, indexing="ij"
+    )
     for name, outlines in polygons().items():
         points = torch.tensor(outlines[0])
         box = (points.amax(0) - points.amin(0)).max() / 2
         for blur in BLURS:
             grow, middle = 1.0, torch.zeros(2)
-            for _ in range(6):  # blurring widens the shape, so the scale that ends with a spread of 1 is found by repetition
+            for _ in range(
+                6
+            ):  # blurring widens the shape, so the scale that ends with a spread of 1 is found by repetition
                 sharp = torch.zeros_like(x, dtype=torch.bool)
                 for outline in outlines:
                     sharp ^= crosses(((torch.tensor(outline) - middle) * grow).tolist(), x, y)
@@ -145,22 +182,36 @@ def gaussian_blur(picture: Float[Tensor, "c h w"], sigma: float) -> Float[Tensor
     return F.conv2d(F.conv2d(picture, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))[:, 0]
 
 
-def moments(weight: Float[Tensor, "h w"], x: Float[Tensor, "h w"], y: Float[Tensor, "h w"]) -> tuple[Tensor, Tensor, Tensor]:
+def moments(
+    weight: Float[Tensor, "h w"], x: Float[Tensor, "h w"], y: Float[Tensor, "h w"]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mean x, mean y and spread (root mean square distance from the mean); contrast does not matter to them."""
     total = weight.sum()
     mean_x, mean_y = (weight * x).sum() / total, (weight * y).sum() / total
-    return mean_x, mean_y, ((weight * ((x - mean_x) ** 2 + (y - mean_y) ** 2)).sum() / total).clamp(min=1e-12).sqrt()
+    return (
+        mean_x,
+        mean_y,
+        ((weight * ((x - mean_x) ** 2 + (y - mean_y) ** 2)).sum() / total).clamp(min=1e-12).sqrt(),
+    )
 
 
 # Reading a picture
 
 
-def nearest(colour: Float[Tensor, "*n rgb"], names: dict[str, tuple[float, float, float]]) -> tuple[Float[Tensor, "*n"], Int[Tensor, "*n"]]:
+def nearest(
+    colour: Float[Tensor, "*n rgb"], names: dict[str, tuple[float, float, float]]
+) -> tuple[Float[Tensor, "*n"], Int[Tensor, "*n"]]:
     """Distance to, and place of, the closest named colour."""
-    return torch.cdist(colour.reshape(-1, 3), torch.tensor(list(names.values()))).view(*colour.shape[:-1], -1).min(-1)
+    return (
+        torch.cdist(colour.reshape(-1, 3), torch.tensor(list(names.values())))
+        .view(*colour.shape[:-1], -1)
+        .min(-1)
+    )
 
 
-def name_of(colour: Float[Tensor, "rgb"], names: dict[str, tuple[float, float, float]]) -> str | None:
+def name_of(
+    colour: Float[Tensor, "rgb"], names: dict[str, tuple[float, float, float]]
+) -> str | None:
     distance, place = nearest(colour, names)
     return list(names)[place] if distance < COLOUR_REACH else None
 
@@ -177,7 +228,9 @@ def regions(foreground: Bool[Tensor, "h w"]) -> Float[Tensor, "h w"]:
     return labels
 
 
-def split_by_colour(inside: Bool[Tensor, "h w"], strong: Bool[Tensor, "h w"], smooth: Float[Tensor, "h w rgb"]) -> list[Bool[Tensor, "h w"]]:
+def split_by_colour(
+    inside: Bool[Tensor, "h w"], strong: Bool[Tensor, "h w"], smooth: Float[Tensor, "h w rgb"]
+) -> list[Bool[Tensor, "h w"]]:
     """Things of two colours that touch are two things: their colours sit apart, while the rim and the core of one thing share a centre."""
     core = inside & strong
     _, names = nearest(smooth, COLOURS)
@@ -186,9 +239,13 @@ def split_by_colour(inside: Bool[Tensor, "h w"], strong: Bool[Tensor, "h w"], sm
     if votes[1] <= 0.2 * votes.sum():
         return [inside]
     a, b = (core & (names == name) for name in both)
-    if (a.nonzero().float().mean(0) - b.nonzero().float().mean(0)).norm() < 0.4 * inside.sum().sqrt():
+    if (
+        a.nonzero().float().mean(0) - b.nonzero().float().mean(0)
+    ).norm() < 0.4 * inside.sum().sqrt():
         return [inside]
-    closer = (smooth - smooth[a].median(0).values).norm(dim=-1) < (smooth - smooth[b].median(0).values).norm(dim=-1)
+    closer = (smooth - smooth[a].median(0).values).norm(dim=-1) < (
+        smooth - smooth[b].median(0).values
+    ).norm(dim=-1)
     return [inside & closer, inside & ~closer]
 
 
@@ -200,31 +257,54 @@ def read(image: Float[Tensor, "3 H W"]) -> Reading:
     border = torch.cat([image[0], image[-1], image[:, 0], image[:, -1]])
     background = border.median(0).values
 
-    smooth = gaussian_blur(image.permute(2, 0, 1), 0.6).permute(1, 2, 0)  # against noise; only regions and first colours are read from it
+    smooth = gaussian_blur(image.permute(2, 0, 1), 0.6).permute(
+        1, 2, 0
+    )  # against noise; only regions and first colours are read from it
     distance = (smooth - background).norm(dim=-1)
-    peak = dilate(distance, 2 * unit)  # half-way to the strongest pixel nearby is where an outline runs, however soft it is
-    labels, counts = regions((distance > FOREGROUND) & (distance > 0.5 * peak)).unique(return_inverse=True, return_counts=True)[1:]
+    peak = dilate(
+        distance, 2 * unit
+    )  # half-way to the strongest pixel nearby is where an outline runs, however soft it is
+    labels, counts = regions((distance > FOREGROUND) & (distance > 0.5 * peak)).unique(
+        return_inverse=True, return_counts=True
+    )[1:]
     whole = [labels == k for k in range(1, len(counts)) if counts[k] >= SPECK * labels.numel()]
-    inside = [part for region in whole for part in split_by_colour(region, distance > 0.8 * peak, smooth)]
+    inside = [
+        part for region in whole for part in split_by_colour(region, distance > 0.8 * peak, smooth)
+    ]
 
-    territory = sum((k * part.float() for k, part in enumerate(inside, 1)), start=torch.zeros(height, width))
+    territory = sum(
+        (k * part.float() for k, part in enumerate(inside, 1)), start=torch.zeros(height, width)
+    )
     for _ in range(2 * unit):  # each thing keeps the soft edge around it
         territory = torch.where(territory > 0, territory, dilate(territory))
-    things = [read_thing(image, background, smooth, distance, part, territory == k) for k, part in enumerate(inside, 1)]
-    return Reading(name_of(background, BACKGROUNDS), tuple(sorted(things, key=lambda thing: -thing.radius)))
+    things = [
+        read_thing(image, background, smooth, distance, part, territory == k)
+        for k, part in enumerate(inside, 1)
+    ]
+    return Reading(
+        name_of(background, BACKGROUNDS), tuple(sorted(things, key=lambda thing: -thing.radius))
+    )
 
 
-def read_thing(image, background, smooth, distance, inside: Bool[Tensor, "h w"], around: Bool[Tensor, "h w"]) -> Seen:
+def read_thing(
+    image, background, smooth, distance, inside: Bool[Tensor, "h w"], around: Bool[Tensor, "h w"]
+) -> Seen:
     """Fit every shape to one region and its soft edge."""
     height, width, _ = image.shape
     strongest = inside & (distance >= distance[inside].quantile(0.7))
     contrast = smooth[strongest].median(0).values - background
-    coverage = (image - background) @ contrast / contrast.square().sum() * around  # up to a factor, which the fit below finds
+    coverage = (
+        (image - background) @ contrast / contrast.square().sum() * around
+    )  # up to a factor, which the fit below finds
 
-    y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
+    y, x = torch.meshgrid(
+        (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij"
+    )
     mean_x, mean_y, spread = moments(coverage, x, y)
     at = ((torch.arange(GRID) + 0.5) / GRID * 2 - 1) * REACH * spread
-    points = torch.stack(torch.broadcast_tensors(mean_x + at[None, :], mean_y + at[:, None]), -1) * 2 - 1
+    points = (
+        torch.stack(torch.broadcast_tensors(mean_x + at[None, :], mean_y + at[:, None]), -1) * 2 - 1
+    )
     found = F.grid_sample(coverage[None, None], points[None], align_corners=False).flatten()
 
     names, radii, pictures = templates()
@@ -234,7 +314,9 @@ def read_thing(image, background, smooth, distance, inside: Bool[Tensor, "h w"],
     radius = float(radii[best] * spread)
     shape = names[best] if misfit[best] < MISFIT else None
     colour = name_of(background + factor[best] * contrast, COLOURS)
-    return Seen(shape, colour, "large" if radius > LARGE else "small", float(mean_x), float(mean_y), radius)
+    return Seen(
+        shape, colour, "large" if radius > LARGE else "small", float(mean_x), float(mean_y), radius
+    )
 
 
 # Reading a caption, and comparing
@@ -251,8 +333,13 @@ def parse(caption: str) -> Claim:
         words = re.findall(r"[a-z]+", part)
         shapes = [WORDS[word] for word in words if word in WORDS]
         if len(shapes) != 1:
-            raise UserError(f'caption "{caption}": "{part.strip()}" names {len(shapes)} shapes, not one; known are {", ".join(WORDS)}.')
-        colours, sizes = [word for word in words if word in COLOURS], [SIZE_WORDS[word] for word in words if word in SIZE_WORDS]
+            raise UserError(
+                f'caption "{caption}": "{part.strip()}" names {len(shapes)} shapes, not one; known are {", ".join(WORDS)}.'
+            )
+        colours, sizes = (
+            [word for word in words if word in COLOURS],
+            [SIZE_WORDS[word] for word in words if word in SIZE_WORDS],
+        )
         things.append(Said(shapes[0], colours[0] if colours else None, sizes[0] if sizes else None))
     relation = RELATION_WORDS.get(relations[0], relations[0]) if len(things) == 2 else None
     return Claim(tuple(things), ground[1] if ground else None, relation)
@@ -261,7 +348,12 @@ def parse(caption: str) -> Claim:
 def related(a: Seen, b: Seen, relation: str) -> bool:
     """Is a above, below, left of or right of b, along the axis on which they are farther apart?"""
     dx, dy = b.x - a.x, b.y - a.y
-    return {"above": dy > abs(dx), "below": -dy > abs(dx), "left of": dx > abs(dy), "right of": -dx > abs(dy)}[relation]
+    return {
+        "above": dy > abs(dx),
+        "below": -dy > abs(dx),
+        "left of": dx > abs(dy),
+        "right of": -dx > abs(dy),
+    }[relation]
 
 
 def compare(reading: Reading, claim: Claim) -> dict[str, bool]:
@@ -270,12 +362,19 @@ def compare(reading: Reading, claim: Claim) -> dict[str, bool]:
     if claim.background:
         verdict["background"] = reading.background == claim.background
     best: dict[str, bool] = {}
-    candidates = [*reading.things[:4], *[None] * len(claim.things)]  # None: a thing that is missing fails in every attribute
+    candidates = [
+        *reading.things[:4],
+        *[None] * len(claim.things),
+    ]  # None: a thing that is missing fails in every attribute
     for seen in itertools.permutations(candidates, len(claim.things)):
         match = {}
         for k, (thing, said) in enumerate(zip(seen, claim.things, strict=True), 1):
             stated = {"shape": said.shape, "colour": said.colour, "size": said.size}
-            match |= {f"{key} {k}": getattr(thing, key, None) == value for key, value in stated.items() if value}
+            match |= {
+                f"{key} {k}": getattr(thing, key, None) == value
+                for key, value in stated.items()
+                if value
+            }
         if claim.relation:
             match["relation"] = None not in seen and related(*seen, claim.relation)
         if not best or sum(match.values()) > sum(best.values()):
@@ -295,4 +394,6 @@ def holds(image: Float[Tensor, "3 H W"], caption: str) -> bool:
 
 def accuracy(images: Float[Tensor, "B 3 H W"], captions: list[str]) -> float:
     """The share of the pictures that are as their captions say."""
-    return sum(holds(image, caption) for image, caption in zip(images, captions, strict=True)) / len(captions)
+    return sum(
+        holds(image, caption) for image, caption in zip(images, captions, strict=True)
+    ) / len(captions)

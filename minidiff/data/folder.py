@@ -31,7 +31,13 @@ from tqdm import tqdm
 from minidiff.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-CAPTION_NAMES = ("text", "caption", "prompt", "description", "captions")  # what people call the column, for a better suggestion
+CAPTION_NAMES = (
+    "text",
+    "caption",
+    "prompt",
+    "description",
+    "captions",
+)  # what people call the column, for a better suggestion
 _EXAMPLE = '{"file_name": "a.png", "text": "a caption"}'
 
 
@@ -62,7 +68,9 @@ def check_size(size: int, multiple: int) -> None:
     raise UserError(f"size {size} is not divisible by {multiple}; the nearest valid {nearest}")
 
 
-def load_picture(path: str | Path, size: int | tuple[int, int] | None = None) -> UInt8[Tensor, "3 H W"]:
+def load_picture(
+    path: str | Path, size: int | tuple[int, int] | None = None
+) -> UInt8[Tensor, "3 H W"]:
     """Any picture as upright RGB on white; with a size (a side, or height and width), it is scaled to cover that and the centre is cut out."""
     if not os.path.isfile(path):
         raise Fault("missing picture", f"{path}: no such picture")
@@ -74,7 +82,9 @@ def load_picture(path: str | Path, size: int | tuple[int, int] | None = None) ->
             image = _rgb(ImageOps.exif_transpose(file))
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise Fault("unreadable picture", f"{path}: not a readable picture ({reason}); {advice}") from None
+        raise Fault(
+            "unreadable picture", f"{path}: not a readable picture ({reason}); {advice}"
+        ) from None
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
@@ -82,8 +92,12 @@ def load_picture(path: str | Path, size: int | tuple[int, int] | None = None) ->
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion does not scale every such mode
-        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.mode.startswith(
+        "I"
+    ):  # 16-bit grey: Pillow's own conversion does not scale every such mode
+        image = Image.fromarray(
+            (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8)
+        )
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range: save it with 8 or 16 bits")
     if image.has_transparency_data:  # alpha, or one colour of a palette declared transparent
@@ -97,7 +111,11 @@ def pictures_in(folder: str | Path) -> list[Path]:
     found = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
-        found += [Path(place, name) for name in names if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES]
+        found += [
+            Path(place, name)
+            for name in names
+            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
+        ]
     return sorted(found)
 
 
@@ -135,15 +153,23 @@ class ClassFolder(Pictures):
         folder = existing(folder)
         by_class = class_folders(folder)
         if not by_class:
-            hint = "put the pictures of each class into a folder of its own" if pictures_in(folder) else "there are no pictures below it"
-            raise Fault("no class folders", f"{folder}: no class folders (DIR/<class>/<name>.png); {hint}")
+            hint = (
+                "put the pictures of each class into a folder of its own"
+                if pictures_in(folder)
+                else "there are no pictures below it"
+            )
+            raise Fault(
+                "no class folders", f"{folder}: no class folders (DIR/<class>/<name>.png); {hint}"
+            )
         self.classes = list(by_class)
         self.labels = [label for label, paths in enumerate(by_class.values()) for _ in paths]
         paths = [path for paths in by_class.values() for path in paths]
         super().__init__(paths, [self.classes[label] for label in self.labels], size)
 
 
-def load_all(dataset: Pictures, size: int, limit: int | None = None) -> tuple[UInt8[Tensor, "N 3 S S"], list[str]]:
+def load_all(
+    dataset: Pictures, size: int, limit: int | None = None
+) -> tuple[UInt8[Tensor, "N 3 S S"], list[str]]:
     """Everything in memory, for small sets; a limit takes that many, spread evenly, so that every class of a sorted folder has its share."""
     count = len(dataset) if limit is None else min(limit, len(dataset))
     chosen = [i * len(dataset) // count for i in range(count)]
@@ -166,7 +192,9 @@ def metadata_lines(folder: Path) -> Iterator[tuple[str, bytes]]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise Fault("no metadata.jsonl", f"{path}: {error.strerror}; check its permissions") from None
+        raise Fault(
+            "no metadata.jsonl", f"{path}: {error.strerror}; check its permissions"
+        ) from None
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise Fault("not UTF-8", f"{path}: this is UTF-16; save the file as UTF-8")
     empty = True
@@ -185,9 +213,18 @@ def row_of(where: str, line: bytes) -> dict:
     except UnicodeDecodeError as error:
         message = f"{where}: not UTF-8 (byte {line[error.start]:#x} at column {error.start + 1}); save the file as UTF-8"
         raise Fault("not UTF-8", message) from None
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and brackets within brackets within ...
-        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error).split(";")[0]
-        raise Fault("not JSON", f"{where}: not JSON ({reason}); write one object a line, {_EXAMPLE}") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # also numbers of thousands of digits, and brackets within brackets within ...
+        reason = (
+            f"{error.msg} at column {error.colno}"
+            if isinstance(error, json.JSONDecodeError)
+            else str(error).split(";")[0]
+        )
+        raise Fault(
+            "not JSON", f"{where}: not JSON ({reason}); write one object a line, {_EXAMPLE}"
+        ) from None
     if not isinstance(row, dict):
         raise Fault("not JSON", f"{where}: not a JSON object; write one object a line, {_EXAMPLE}")
     return row
@@ -199,19 +236,33 @@ def _quoted(name: str) -> str:
 
 def _shown(value: object) -> str:
     """A wrong value, short; what may be nested beyond what can be printed is only named."""
-    return f"a {type(value).__name__}" if value and isinstance(value, dict | list) else json.dumps(value)[:60]
+    return (
+        f"a {type(value).__name__}"
+        if value and isinstance(value, dict | list)
+        else json.dumps(value)[:60]
+    )
 
 
 def _column(where: str, row: dict, column: str) -> object:
     if column in row:
         return row[column]
-    others = [name for name, value in row.items() if name != "file_name" and isinstance(value, str | list)]
+    others = [
+        name for name, value in row.items() if name != "file_name" and isinstance(value, str | list)
+    ]
     close = difflib.get_close_matches(column, row if column == "file_name" else others, 1)
-    best = close[0] if close else next((name for name in (*CAPTION_NAMES, *others) if name in others), None)
+    best = (
+        close[0]
+        if close
+        else next((name for name in (*CAPTION_NAMES, *others) if name in others), None)
+    )
     found = ", ".join(_quoted(name) for name in row) or "nothing"
     advice = "Add it"
     if column == "file_name":
-        advice = f"Rename {_quoted(close[0])}" if close else "Add it, with the picture's path inside the folder"
+        advice = (
+            f"Rename {_quoted(close[0])}"
+            if close
+            else "Add it, with the picture's path inside the folder"
+        )
     elif best:
         advice = f"Rename it, or pass --caption-column {best}"
     trap = "no file_name column" if column == "file_name" else "no caption column"
@@ -226,7 +277,10 @@ def caption_of(where: str, row: dict, column: str) -> str:
         message = f"{where}: column {_quoted(column)} holds {_shown(value)}, not a caption; write a string, or a list of strings"
         raise Fault("not a caption", message)
     if re.search("[\ud800-\udfff]", first):  # JSON can write them, and no tokenizer can read them
-        raise Fault("not a caption", f"{where}: column {_quoted(column)} holds half a character, {first[:60]!a}; write the caption anew")
+        raise Fault(
+            "not a caption",
+            f"{where}: column {_quoted(column)} holds half a character, {first[:60]!a}; write the caption anew",
+        )
     return first
 
 
@@ -234,13 +288,23 @@ def picture_of(folder: Path, where: str, row: dict, known: Callable[[], list[Pat
     """The picture that a row names. `known` lists those there are, and is asked for a better name only if this one is wrong."""
     name = _column(where, row, "file_name")
     if not isinstance(name, str) or not name:
-        raise Fault("no file_name column", f'{where}: "file_name" holds {_shown(name)}; write the path of a picture inside the folder')
+        raise Fault(
+            "no file_name column",
+            f'{where}: "file_name" holds {_shown(name)}; write the path of a picture inside the folder',
+        )
     path = folder / name
     if not inside(folder, path):
-        raise Fault("outside the folder", f'{where}: "file_name" {_quoted(name)} points outside the folder; copy the picture into {folder}')
+        raise Fault(
+            "outside the folder",
+            f'{where}: "file_name" {_quoted(name)} points outside the folder; copy the picture into {folder}',
+        )
     if not os.path.isfile(path):
-        near = difflib.get_close_matches(name, [p.relative_to(folder).as_posix() for p in known()], 1)
-        hint = f"did you mean {_quoted(near[0])}?" if near else "add the picture, or take the line out"
+        near = difflib.get_close_matches(
+            name, [p.relative_to(folder).as_posix() for p in known()], 1
+        )
+        hint = (
+            f"did you mean {_quoted(near[0])}?" if near else "add the picture, or take the line out"
+        )
         raise Fault("missing picture", f"{where}: picture {_quoted(name[:200])} is missing; {hint}")
     return path
 
@@ -249,21 +313,33 @@ def inside(folder: Path, path: Path) -> bool:
     """Whether the path, its links followed, stays in the folder; so does one that cannot be followed."""
     try:
         return path.resolve().is_relative_to(folder.resolve())
-    except (OSError, ValueError, RuntimeError):  # too long to be a name, a NUL in it, links in a circle
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ):  # too long to be a name, a NUL in it, links in a circle
         return True
 
 
 def existing(folder: str | Path) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: {'this is a file; pass the folder it lies in' if folder.exists() else 'no such folder'}")
+        raise UserError(
+            f"{folder}: {'this is a file; pass the folder it lies in' if folder.exists() else 'no such folder'}"
+        )
     if not any(folder.iterdir()):
-        raise UserError(f"{folder}: the folder is empty; put pictures and a metadata.jsonl there, or one folder of pictures per class")
+        raise UserError(
+            f"{folder}: the folder is empty; put pictures and a metadata.jsonl there, or one folder of pictures per class"
+        )
     return folder
 
 
 def class_folders(folder: Path) -> dict[str, list[Path]]:
-    below = sorted(place for place in folder.iterdir() if place.is_dir() and not place.name.startswith(".") and place.name != "__MACOSX")
+    below = sorted(
+        place
+        for place in folder.iterdir()
+        if place.is_dir() and not place.name.startswith(".") and place.name != "__MACOSX"
+    )
     return {place.name: paths for place in below if (paths := pictures_in(place))}
 
 

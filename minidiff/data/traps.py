@@ -2,6 +2,7 @@
 
 What does stop the training is decided by the loader, folder.py. Traps are looked for by the data doctor, doctor.py, after one pass over the folder.
 """
+
 import codecs
 import hashlib
 import os
@@ -21,8 +22,24 @@ from minidiff.data.folder import inside, load_picture
 
 ROOM = 75  # tokens of a caption that CLIP reads: 77 with start and end
 JUNK = {".DS_Store", "Thumbs.db", "ehthumbs.db", "desktop.ini", ".ipynb_checkpoints", "__MACOSX"}
-OTHER_FORMATS = {".heic", ".heif", ".avif", ".jfif", ".jp2", ".jxl", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef"}
-LOOK_BITS, LOOK_COLOUR = 16, 40.0  # near-duplicates: at most so many of 192 bits, and so many grey levels of the mean colour, apart
+OTHER_FORMATS = {
+    ".heic",
+    ".heif",
+    ".avif",
+    ".jfif",
+    ".jp2",
+    ".jxl",
+    ".svg",
+    ".psd",
+    ".raw",
+    ".dng",
+    ".cr2",
+    ".nef",
+}
+LOOK_BITS, LOOK_COLOUR = (
+    16,
+    40.0,
+)  # near-duplicates: at most so many of 192 bits, and so many grey levels of the mean colour, apart
 
 
 class Picture(NamedTuple):
@@ -76,7 +93,9 @@ def look(path: Path) -> Picture:
     """Read a picture as training will, or raise the loader's Fault."""
     pixels = load_picture(path).permute(1, 2, 0).numpy()
     with Image.open(path) as file:
-        deep = file.mode.startswith("I") or re.search(r";16[BLN]", str(file.tile)) is not None  # Pillow opens 16-bit RGB as RGB
+        deep = (
+            file.mode.startswith("I") or re.search(r";16[BLN]", str(file.tile)) is not None
+        )  # Pillow opens 16-bit RGB as RGB
         orientation, transparent = file.getexif().get(0x0112, 1), file.has_transparency_data
         try:
             animated = getattr(file, "is_animated", False)
@@ -84,12 +103,32 @@ def look(path: Path) -> Picture:
             animated = True
         mode = file.mode
     small = np.asarray(Image.fromarray(pixels).resize((9, 8), Image.Resampling.BOX), float)
-    bits = (small[:, 1:] > small[:, :-1]).ravel()  # a difference hash: is it brighter than its left neighbour, in each of three colours?
-    digest = hashlib.blake2b(pixels.tobytes() + repr(pixels.shape).encode(), digest_size=16).digest()
+    bits = (
+        small[:, 1:] > small[:, :-1]
+    ).ravel()  # a difference hash: is it brighter than its left neighbour, in each of three colours?
+    digest = hashlib.blake2b(
+        pixels.tobytes() + repr(pixels.shape).encode(), digest_size=16
+    ).digest()
     height, width = pixels.shape[:2]
-    lit = [np.flatnonzero(pixels.max(axes) > 16) for axes in ((1, 2), (0, 2))]  # rows and columns with any light in them; JPEG's black is not 0
-    bars = 1 - np.prod([line[-1] + 1 - line[0] if len(line) else 0 for line in lit]) / (height * width)
-    return Picture(width, height, mode, orientation, transparent, deep, animated, float(bars), digest, bits, small.mean((0, 1)))
+    lit = [
+        np.flatnonzero(pixels.max(axes) > 16) for axes in ((1, 2), (0, 2))
+    ]  # rows and columns with any light in them; JPEG's black is not 0
+    bars = 1 - np.prod([line[-1] + 1 - line[0] if len(line) else 0 for line in lit]) / (
+        height * width
+    )
+    return Picture(
+        width,
+        height,
+        mode,
+        orientation,
+        transparent,
+        deep,
+        animated,
+        float(bars),
+        digest,
+        bits,
+        small.mean((0, 1)),
+    )
 
 
 # What a trap looks at.
@@ -97,30 +136,52 @@ def look(path: Path) -> Picture:
 
 def each_picture(sees: Callable[[Picture, int], str | bool]) -> Callable[[Seen], Places]:
     """A trap that looks at a picture (and the size to be trained at) by itself."""
-    return lambda seen: ((name, str(said)) for name, picture in seen.pictures.items() if (said := sees(picture, seen.size)))
+    return lambda seen: (
+        (name, str(said))
+        for name, picture in seen.pictures.items()
+        if (said := sees(picture, seen.size))
+    )
 
 
 def each_caption(sees: Callable[[str], str]) -> Callable[[Seen], Places]:
-    return lambda seen: ((row.where, said) for row in seen.rows if row.caption is not None and (said := sees(row.caption)))
+    return lambda seen: (
+        (row.where, said)
+        for row in seen.rows
+        if row.caption is not None and (said := sees(row.caption))
+    )
 
 
 def junk(seen: Seen) -> Places:
-    return ((name, "") for name in seen.entries if os.path.basename(name) in JUNK or os.path.basename(name).startswith("._"))
+    return (
+        (name, "")
+        for name in seen.entries
+        if os.path.basename(name) in JUNK or os.path.basename(name).startswith("._")
+    )
 
 
 def other_formats(seen: Seen) -> Places:
     named = {row.name for row in seen.rows}
-    return ((name, "") for name in seen.entries if Path(name).suffix.lower() in OTHER_FORMATS and name not in named)
+    return (
+        (name, "")
+        for name in seen.entries
+        if Path(name).suffix.lower() in OTHER_FORMATS and name not in named
+    )
 
 
 def unlisted(seen: Seen) -> Places:
-    return ((name, "") for name in seen.unlisted if seen.rows)  # without a single line there is one fault, and it is another
+    return (
+        (name, "") for name in seen.unlisted if seen.rows
+    )  # without a single line there is one fault, and it is another
 
 
 def links_out(seen: Seen) -> Places:
     refused = {row.name for row in seen.rows if row.path is None}
     paths = ((name, seen.folder / name) for name in seen.entries if name not in refused)
-    return ((name, f"to {os.readlink(path)}") for name, path in paths if path.is_symlink() and not inside(seen.folder, path))
+    return (
+        (name, f"to {os.readlink(path)}")
+        for name, path in paths
+        if path.is_symlink() and not inside(seen.folder, path)
+    )
 
 
 def alike_names(seen: Seen) -> Places:
@@ -146,12 +207,19 @@ def again(seen: Seen, key: Callable[[Row], object]) -> Iterator[tuple[Row, Row]]
 
 
 def same_lines(seen: Seen) -> Places:
-    return ((row.where, f"as {earlier.where.rpartition(', ')[2]}") for row, earlier in again(seen, lambda row: row.line.strip()))
+    return (
+        (row.where, f"as {earlier.where.rpartition(', ')[2]}")
+        for row, earlier in again(seen, lambda row: row.line.strip())
+    )
 
 
 def same_names(seen: Seen) -> Places:
     pairs = again(seen, lambda row: row.name)
-    return ((row.where, f'"{row.name}", as {first.where.rpartition(", ")[2]}') for row, first in pairs if row.line.strip() != first.line.strip())
+    return (
+        (row.where, f'"{row.name}", as {first.where.rpartition(", ")[2]}')
+        for row, first in pairs
+        if row.line.strip() != first.line.strip()
+    )
 
 
 def same_pixels(seen: Seen) -> Places:
@@ -170,18 +238,27 @@ def near_duplicates(seen: Seen, chunk: int = 1024) -> Places:
     bits = np.stack([seen.pictures[name].bits for name in names]).astype(np.float32) * 2 - 1
     colours = np.stack([seen.pictures[name].colour for name in names])
     for start in range(0, len(names), chunk):
-        apart = (bits.shape[1] - bits[start : start + chunk] @ bits.T) / 2  # a product of signs counts the bits that agree less those that do not
+        apart = (
+            bits.shape[1] - bits[start : start + chunk] @ bits.T
+        ) / 2  # a product of signs counts the bits that agree less those that do not
         for k, distances in enumerate(apart, start):
             close = np.flatnonzero(distances[:k] <= LOOK_BITS)
             close = close[np.abs(colours[close] - colours[k]).max(1, initial=0) <= LOOK_COLOUR]
             if len(close):
                 j = close[distances[close].argmin()]
-                yield names[k], f"like {names[j]} ({distances[j]:.0f} of {bits.shape[1]} bits differ)"
+                yield (
+                    names[k],
+                    f"like {names[j]} ({distances[j]:.0f} of {bits.shape[1]} bits differ)",
+                )
 
 
 def too_long(caption: str) -> str:
     ids = token_ids(caption)
-    return f'{len(ids)} tokens; cut off: "{tokenizer().decode(list(ids[ROOM:])).strip()}"' if len(ids) > ROOM else ""
+    return (
+        f'{len(ids)} tokens; cut off: "{tokenizer().decode(list(ids[ROOM:])).strip()}"'
+        if len(ids) > ROOM
+        else ""
+    )
 
 
 def training_size(seen: Seen) -> Places:
@@ -196,9 +273,14 @@ def nearest(side: int, multiple: int) -> str:
 
 def indivisible(p: Picture, size: int) -> str:
     """Sides that an uncropped training cannot take: a VAE halves them three times (8), with Stable Diffusion's U-Net six times (64)."""
-    if p.width % 64 == 0 == p.height % 64 or min(p.width, p.height) < size:  # smaller ones are another trap
+    if (
+        p.width % 64 == 0 == p.height % 64 or min(p.width, p.height) < size
+    ):  # smaller ones are another trap
         return ""
-    by = [f"by {m} {' x '.join(str(max(m, round(side / m) * m)) for side in (p.width, p.height))}" for m in (8, 64)]
+    by = [
+        f"by {m} {' x '.join(str(max(m, round(side / m) * m)) for side in (p.width, p.height))}"
+        for m in (8, 64)
+    ]
     return f"{p.width} x {p.height}; nearest {', '.join(by)}"
 
 
@@ -215,27 +297,93 @@ def enlarged(p: Picture, size: int) -> str:
 NEVER_READ = "never read: give it a line in metadata.jsonl, or take it out"
 TRAPS = {
     "picture without a caption": Trap("warning", unlisted, NEVER_READ),
-    "picture in another format": Trap("warning", other_formats, "never read: save it as PNG or JPEG, and give it a line"),
-    "empty caption": Trap("warning", each_caption(lambda caption: "" if caption.strip() else "nothing in it"), "write one, or take the line out"),
-    "caption too long": Trap("warning", each_caption(too_long), f"CLIP reads {ROOM} tokens (77 with start and end): shorten it, what matters first"),
-    "the same line twice": Trap("warning", same_lines, "it is trained on twice as often: take one out"),
-    "the same picture twice": Trap("warning", same_pixels, "equal in every pixel, and trained on twice as often: take one out, or join the captions"),
-    "near-duplicate": Trap("warning", near_duplicates, "look at both: what is seen often is learnt by heart; take one out if they show the same"),
-    "smaller than the training size": Trap("warning", each_picture(enlarged), "it is blurred: take a larger picture, or a smaller --size"),
-    "long and narrow": Trap("warning", each_picture(elongated), "only its centre square is seen: crop it yourself"),
-    "black bars": Trap("warning", each_picture(lambda p, _: p.bars > 0.05 and f"{p.bars:.0%} of it"), "they are learnt and drawn: cut them off"),
-    "training size not divisible by 64": Trap("warning", training_size, "Stable Diffusion needs it"),
-    "link out of the folder": Trap("warning", links_out, "a copy of the folder will lack it: copy the file here"),
-    "names that differ in case alone": Trap("warning", alike_names, "one overwrites the other on Windows and macOS: rename one"),
-    "one picture in several lines": Trap("note", same_names, "right for several captions; it is trained on once for each"),
-    "byte-order mark": Trap("note", byte_order_mark, "read all the same; other programs stumble: save the file as UTF-8 without it"),
-    "turned by EXIF": Trap("note", each_picture(lambda p, _: p.orientation in range(2, 9) and f"orientation {p.orientation}"), "turned upright"),
-    "grey": Trap("note", each_picture(lambda p, _: p.mode in ("1", "L", "LA") and p.mode), "made RGB, and learnt as grey"),
-    "transparent": Trap("note", each_picture(lambda p, _: p.transparent and p.mode), "laid on white"),
-    "palette": Trap("note", each_picture(lambda p, _: p.mode in ("P", "PA") and p.mode), "made RGB"),
-    "CMYK": Trap("note", each_picture(lambda p, _: p.mode == "CMYK" and p.mode), "made RGB without its profile: look at the colours"),
+    "picture in another format": Trap(
+        "warning", other_formats, "never read: save it as PNG or JPEG, and give it a line"
+    ),
+    "empty caption": Trap(
+        "warning",
+        each_caption(lambda caption: "" if caption.strip() else "nothing in it"),
+        "write one, or take the line out",
+    ),
+    "caption too long": Trap(
+        "warning",
+        each_caption(too_long),
+        f"CLIP reads {ROOM} tokens (77 with start and end): shorten it, what matters first",
+    ),
+    "the same line twice": Trap(
+        "warning", same_lines, "it is trained on twice as often: take one out"
+    ),
+    "the same picture twice": Trap(
+        "warning",
+        same_pixels,
+        "equal in every pixel, and trained on twice as often: take one out, or join the captions",
+    ),
+    "near-duplicate": Trap(
+        "warning",
+        near_duplicates,
+        "look at both: what is seen often is learnt by heart; take one out if they show the same",
+    ),
+    "smaller than the training size": Trap(
+        "warning",
+        each_picture(enlarged),
+        "it is blurred: take a larger picture, or a smaller --size",
+    ),
+    "long and narrow": Trap(
+        "warning", each_picture(elongated), "only its centre square is seen: crop it yourself"
+    ),
+    "black bars": Trap(
+        "warning",
+        each_picture(lambda p, _: p.bars > 0.05 and f"{p.bars:.0%} of it"),
+        "they are learnt and drawn: cut them off",
+    ),
+    "training size not divisible by 64": Trap(
+        "warning", training_size, "Stable Diffusion needs it"
+    ),
+    "link out of the folder": Trap(
+        "warning", links_out, "a copy of the folder will lack it: copy the file here"
+    ),
+    "names that differ in case alone": Trap(
+        "warning", alike_names, "one overwrites the other on Windows and macOS: rename one"
+    ),
+    "one picture in several lines": Trap(
+        "note", same_names, "right for several captions; it is trained on once for each"
+    ),
+    "byte-order mark": Trap(
+        "note",
+        byte_order_mark,
+        "read all the same; other programs stumble: save the file as UTF-8 without it",
+    ),
+    "turned by EXIF": Trap(
+        "note",
+        each_picture(lambda p, _: p.orientation in range(2, 9) and f"orientation {p.orientation}"),
+        "turned upright",
+    ),
+    "grey": Trap(
+        "note",
+        each_picture(lambda p, _: p.mode in ("1", "L", "LA") and p.mode),
+        "made RGB, and learnt as grey",
+    ),
+    "transparent": Trap(
+        "note", each_picture(lambda p, _: p.transparent and p.mode), "laid on white"
+    ),
+    "palette": Trap(
+        "note", each_picture(lambda p, _: p.mode in ("P", "PA") and p.mode), "made RGB"
+    ),
+    "CMYK": Trap(
+        "note",
+        each_picture(lambda p, _: p.mode == "CMYK" and p.mode),
+        "made RGB without its profile: look at the colours",
+    ),
     "16-bit": Trap("note", each_picture(lambda p, _: p.deep and p.mode), "scaled to 8 bits"),
-    "animated": Trap("note", each_picture(lambda p, _: p.animated and "several frames"), "its first frame is taken"),
-    "sides not divisible by 64": Trap("note", each_picture(indivisible), "of no matter: what is trained on is scaled and cut to --size"),
+    "animated": Trap(
+        "note",
+        each_picture(lambda p, _: p.animated and "several frames"),
+        "its first frame is taken",
+    ),
+    "sides not divisible by 64": Trap(
+        "note",
+        each_picture(indivisible),
+        "of no matter: what is trained on is scaled and cut to --size",
+    ),
     "junk": Trap("note", junk, "skipped; delete it"),
 }

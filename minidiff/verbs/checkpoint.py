@@ -1,4 +1,5 @@
 """Verbs about checkpoints: inspect and convert."""
+
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -36,7 +37,10 @@ def inspect(path: Source, seed: int = 0, device: Device = "auto", out: File = No
     if out is not None:
         options.check_out(out)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "inspect.json").write_text(json.dumps([{"what": what, "how": how} for what, how in rows], indent=2) + "\n", encoding="utf-8")
+        (out / "inspect.json").write_text(
+            json.dumps([{"what": what, "how": how} for what, how in rows], indent=2) + "\n",
+            encoding="utf-8",
+        )
         print(out / "inspect.json")
 
 
@@ -77,7 +81,9 @@ def convert(
     options.check_out(out)
     destination = out / destination
     if destination.exists():
-        raise UserError(f'"{destination}" exists; nothing is written over it: name another place, or remove it.')
+        raise UserError(
+            f'"{destination}" exists; nothing is written over it: name another place, or remove it.'
+        )
     options.check_out(destination.parent)
     if to == "compvis" and destination.suffix != ".safetensors":
         raise UserError(f"{destination} should end in .safetensors; pickles are not written.")
@@ -88,5 +94,8 @@ def convert(
     model = load(source, dtype=dtype, target=target, vae=vae, text=text, unet=unet)
     options.put_in(model, loras)
     options.put_words_in(model, embedding)
-    writers = {"minidiff": model.save, "diffusers": lambda place: write.save_diffusers(model, place)}
+    writers = {
+        "minidiff": model.save,
+        "diffusers": lambda place: write.save_diffusers(model, place),
+    }
     print(writers.get(to, lambda place: write.save_compvis(model, place))(destination))

@@ -1,4 +1,5 @@
 """Verbs that make and check folders of captioned pictures."""
+
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -54,7 +55,9 @@ def coco(
     from minidiff.data import coco
 
     if not annotations:
-        raise UserError("no --annotations; name a COCO caption file, such as captions_val2017.json.")
+        raise UserError(
+            "no --annotations; name a COCO caption file, such as captions_val2017.json."
+        )
     shape = coco.Shape(crop, pixels)
     coco.check_new(out)
     source = coco.read(annotations, options.words(contains), instances, options.words(category))
@@ -88,12 +91,16 @@ def check(
     options.check_seed(seed)
     options.pick_device(device)
     if out.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"--out {out} lies in the folder that is checked, and would become part of the data; name another folder.")
+        raise UserError(
+            f"--out {out} lies in the folder that is checked, and would become part of the data; name another folder."
+        )
     from minidiff.data import doctor
 
     report = doctor.examine(folder, layout, caption_column, size)
     written = doctor.write(report, out, seed)
     said = "\n".join([doctor.as_text(report), *map(str, written)])
-    print(said.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding))  # strangers' captions on any terminal
+    print(
+        said.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding)
+    )  # strangers' captions on any terminal
     if report.errors:
         raise UserError(f"{doctor.verdict(report)} (all in {out / 'report.json'})")

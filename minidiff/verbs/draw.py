@@ -1,4 +1,5 @@
 """Verbs that draw: quickstart and generate."""
+
 import re
 import warnings
 from pathlib import Path
@@ -24,7 +25,9 @@ from minidiff.verbs.options import (
 )
 
 
-def quickstart(out: Path = Path("out/quickstart"), seed: int = 0, device: Device = "auto", resume: bool = False) -> None:
+def quickstart(
+    out: Path = Path("out/quickstart"), seed: int = 0, device: Device = "auto", resume: bool = False
+) -> None:
     """Train a small text-to-image model here and now, from nothing, and show how it happened.
 
     Args:
@@ -108,14 +111,21 @@ def generate(
     if strength is not None and image is None:
         raise UserError("--strength needs an --image to begin from.")
     if strength is not None and not 0 < strength <= 1:
-        raise UserError(f"--strength is {strength:g}; it must be above 0 (the picture stays) and at most 1.")
+        raise UserError(
+            f"--strength is {strength:g}; it must be above 0 (the picture stays) and at most 1."
+        )
     if mask is not None and image is None:
         raise UserError("--mask needs the --image that it belongs to.")
     if not 0 <= rescale <= 1:
         raise UserError(f"--rescale is {rescale:g}; it must be from 0 to 1.")
     between = options.parsed_interval(interval)
-    how, loras = {"dtype": dtype, "target": target, "vae": vae, "text": text, "unet": unet}, options.parsed_loras(lora)
-    diffusion, how = options.sampling(model, steps, guidance, sampler, seed, device, out, spacing, **how)
+    how, loras = (
+        {"dtype": dtype, "target": target, "vae": vae, "text": text, "unet": unet},
+        options.parsed_loras(lora),
+    )
+    diffusion, how = options.sampling(
+        model, steps, guidance, sampler, seed, device, out, spacing, **how
+    )
     options.put_in(diffusion, loras)
     options.put_words_in(diffusion, embedding)
     import torch
@@ -127,7 +137,10 @@ def generate(
     if image is not None:
         given = pictured(image, shape, diffusion)
         height, width = given.shape[2:]
-        how |= {"image": given, "strength": (0.8 if mask is None else 1.0) if strength is None else strength}
+        how |= {
+            "image": given,
+            "strength": (0.8 if mask is None else 1.0) if strength is None else strength,
+        }
     multiple = diffusion.vae.factor * diffusion.unet.multiple
     for side in (height, width):
         check_size(side, multiple)
@@ -135,29 +148,56 @@ def generate(
         how["mask"] = hole = white(mask, height, width)
     if (height, width) != (diffusion.size, diffusion.size):
         trained = f"the model was trained at {diffusion.size}x{diffusion.size}"
-        warnings.warn(f"{width}x{height} pixels, but {trained}: things may repeat when larger, and fall apart when smaller", stacklevel=2)
+        warnings.warn(
+            f"{width}x{height} pixels, but {trained}: things may repeat when larger, and fall apart when smaller",
+            stacklevel=2,
+        )
     how |= {"negative": negative} if negative else {}
     how |= {"rescale": rescale} if rescale else {}
     how |= {"interval": between} if between != (0, 1) else {}
     wanted = [prompt for prompt in prompts for _ in range(n)]
     batch = batch or max(1, min(64, 2**20 // (height * width)))
-    settings = {"seed": seed, "steps": steps, "guidance": how["guidance"], "sampler": sampler or diffusion.sampler, "size": f"{width}x{height}"}
-    settings |= {"spacing": spacing or diffusion.spacing, "dtype": dtype, "model": model.resolve().name}
+    settings = {
+        "seed": seed,
+        "steps": steps,
+        "guidance": how["guidance"],
+        "sampler": sampler or diffusion.sampler,
+        "size": f"{width}x{height}",
+    }
+    settings |= {
+        "spacing": spacing or diffusion.spacing,
+        "dtype": dtype,
+        "model": model.resolve().name,
+    }
     settings |= {name: how[name] for name in ("negative", "rescale", "strength") if name in how}
     settings |= {"interval": interval} if "interval" in how else {}
-    settings |= {name: file.name for name, file in (("image", image), ("mask", mask)) if file is not None}
-    settings |= {"lora": ", ".join(f"{file.name}:{scale:g}" for file, scale in loras)} if loras else {}
+    settings |= {
+        name: file.name for name, file in (("image", image), ("mask", mask)) if file is not None
+    }
+    settings |= (
+        {"lora": ", ".join(f"{file.name}:{scale:g}" for file, scale in loras)} if loras else {}
+    )
     settings |= {"embedding": ", ".join(embedding)} if embedding else {}
     settings = {name: str(value) for name, value in settings.items()}
     written, pictures = [], []
-    for drawn in diffusion.draw(wanted, batch, size=(height, width), tile=tile or None, progress=True, **how):
-        drawn = drawn.cpu() if mask is None else hole * drawn.cpu() + (1 - hole) * given  # outside the mask, to the byte
-        for picture in drawn:  # written as soon as they are there: an interruption loses a batch at most
+    for drawn in diffusion.draw(
+        wanted, batch, size=(height, width), tile=tile or None, progress=True, **how
+    ):
+        drawn = (
+            drawn.cpu() if mask is None else hole * drawn.cpu() + (1 - hole) * given
+        )  # outside the mask, to the byte
+        for (
+            picture
+        ) in drawn:  # written as soon as they are there: an interruption loses a batch at most
             k, prompt = len(pictures), wanted[len(pictures)]
             pictures.append(picture)
             carried = {"prompt": prompt, "picture": f"{k + 1} of {len(wanted)}", **settings}
             written.append(plots.save_png(picture, out / f"{k:03d}-{slug(prompt)}.png", carried))
-    written.append(plots.grid(torch.stack(pictures), wanted, out / "grid.png", columns=min(n, 8) if n > 1 else None))
+    written.append(
+        plots.grid(
+            torch.stack(pictures), wanted, out / "grid.png", columns=min(n, 8) if n > 1 else None
+        )
+    )
     print(*written, sep="\n")
 
 
@@ -167,7 +207,9 @@ def parsed_size(size: str | None) -> tuple[int, int] | None:
         return None
     found = re.fullmatch(r"(-?\d+)(?:[xX](-?\d+))?", size)
     if not found:
-        raise UserError(f'--size takes a side in pixels, or a width and a height as in 768x512; not "{size}".')
+        raise UserError(
+            f'--size takes a side in pixels, or a width and a height as in 768x512; not "{size}".'
+        )
     width = int(found[1])
     return (int(found[2]) if found[2] else width), width
 
@@ -178,9 +220,14 @@ def pictured(file: Path, shape: tuple[int, int] | None, diffusion):
 
     picture = load_picture(file)
     if shape is None:
-        multiple, (height, width) = diffusion.vae.factor * diffusion.unet.multiple, picture.shape[1:]
+        multiple, (height, width) = (
+            diffusion.vae.factor * diffusion.unet.multiple,
+            picture.shape[1:],
+        )
         scale = diffusion.size / min(height, width)
-        shape = tuple(max(multiple, round(side * scale / multiple) * multiple) for side in (height, width))
+        shape = tuple(
+            max(multiple, round(side * scale / multiple) * multiple) for side in (height, width)
+        )
     return to_model(load_picture(file, shape))[None]
 
 

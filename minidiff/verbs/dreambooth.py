@@ -1,4 +1,5 @@
 """The verb that teaches a model one subject, from a handful of pictures."""
+
 from pathlib import Path
 from typing import Annotated
 
@@ -89,11 +90,26 @@ def dreambooth(
     diffusion = load(model, device)
     usual = booth.recipe(diffusion, method)
     chosen = {"steps": steps, "lr": lr, "batch": batch, "rank": rank, "ema": ema, "shift": shift}
-    numbers = {name: getattr(usual, name) if value is None else value for name, value in chosen.items()}
-    share, count = numbers.pop("shift"), usual.class_pictures if class_pictures is None else class_pictures
+    numbers = {
+        name: getattr(usual, name) if value is None else value for name, value in chosen.items()
+    }
+    share, count = (
+        numbers.pop("shift"),
+        usual.class_pictures if class_pictures is None else class_pictures,
+    )
     learns = usual.text if text == "auto" or method == "inversion" else text
     word = inversion.word_of(words, prompt) if learns == "word" else None
-    tuning.check(method, optimizer, dtype, word, accumulate=1, every=every, warmup=10, dropout=None, **numbers)
+    tuning.check(
+        method,
+        optimizer,
+        dtype,
+        word,
+        accumulate=1,
+        every=every,
+        warmup=10,
+        dropout=None,
+        **numbers,
+    )
 
     examples = booth.subject_examples(diffusion, data, share, out / "cache", seed)
     groups = [tuning.Group("subject", examples)]
@@ -101,11 +117,31 @@ def dreambooth(
     if weight and method != "inversion":
         prompts = booth.expand(list(class_prompt), count, seed)
         drawn = booth.class_pictures(diffusion, prompts, out / "class", seed=seed)
-        groups.append(tuning.Group("class", tuning.encoded(diffusion, drawn, diffusion.size, out / "cache" / "class"), weight))
-    print(", ".join(f"{len(group.examples)} of the {group.name}" for group in groups), f"to learn from; {numbers['steps']} steps")
+        groups.append(
+            tuning.Group(
+                "class",
+                tuning.encoded(diffusion, drawn, diffusion.size, out / "cache" / "class"),
+                weight,
+            )
+        )
+    print(
+        ", ".join(f"{len(group.examples)} of the {group.name}" for group in groups),
+        f"to learn from; {numbers['steps']} steps",
+    )
     recorder = recorded(diffusion, out, data, examples, list(class_prompt), unrelated, every, seed)
-    how = dict(method=method, text=learns == "yes", word=word, like=like, dtype=dtype, checkpointing=checkpointing, optimizer=optimizer)
-    how |= dict(word_lr=numbers["lr"] if method == "inversion" else usual.word_lr, dropout=0.0 if method == "inversion" else None)
+    how = dict(
+        method=method,
+        text=learns == "yes",
+        word=word,
+        like=like,
+        dtype=dtype,
+        checkpointing=checkpointing,
+        optimizer=optimizer,
+    )
+    how |= dict(
+        word_lr=numbers["lr"] if method == "inversion" else usual.word_lr,
+        dropout=0.0 if method == "inversion" else None,
+    )
     how |= dict(levels=usual.levels, every=every, seed=seed, resume=resume)
     tuning.finetune(diffusion, groups, out, recorder=recorder, **numbers, **how)
     print(recorder.advice(), recorder.report(), sep="\n")
@@ -113,7 +149,13 @@ def dreambooth(
 
 
 def checked(
-    method: str, prior: float | None, class_pictures: int | None, class_prompt: tuple[str, ...], prompt: str, text: str, shift: float | None
+    method: str,
+    prior: float | None,
+    class_pictures: int | None,
+    class_prompt: tuple[str, ...],
+    prompt: str,
+    text: str,
+    shift: float | None,
 ) -> None:
     """What can be told before anything is read."""
     if method not in ("full", "lora", "inversion"):
@@ -121,9 +163,13 @@ def checked(
     if text not in ("auto", "yes", "no", "word"):
         raise UserError(f'--text is auto, yes, no or word, not "{text}".')
     if not prompt.strip():
-        raise UserError('--prompt is empty; say what the pictures show, with a rare token for the subject, as in "a photo of sks dog".')
+        raise UserError(
+            '--prompt is empty; say what the pictures show, with a rare token for the subject, as in "a photo of sks dog".'
+        )
     if prior is not None and not 0 <= prior < float("inf"):
-        raise UserError(f"--prior is {prior:g}; it must be 0 or above; 1 weighs the class as the subject.")
+        raise UserError(
+            f"--prior is {prior:g}; it must be 0 or above; 1 weighs the class as the subject."
+        )
     if shift is not None and not 0 <= shift <= 0.5:
         raise UserError(f"--shift is {shift:g}; it must be a share from 0 to 0.5 of the side.")
     if method == "inversion" or prior == 0:
@@ -132,10 +178,21 @@ def checked(
         advice = 'pass --class-prompt, the prompt without its rare token, as in "a photo of a dog"; or --prior 0, and the model forgets'
         raise UserError(f"prior preservation needs to know what class to preserve: {advice}.")
     if class_pictures is not None and class_pictures < 1:
-        raise UserError(f"--class-pictures is {class_pictures}: prior preservation with none preserves nothing; draw some (200), or pass --prior 0.")
+        raise UserError(
+            f"--class-pictures is {class_pictures}: prior preservation with none preserves nothing; draw some (200), or pass --prior 0."
+        )
 
 
-def recorded(diffusion, out: Path, data, examples: list, class_prompt: list[str], unrelated: str, every: int, seed: int):
+def recorded(
+    diffusion,
+    out: Path,
+    data,
+    examples: list,
+    class_prompt: list[str],
+    unrelated: str,
+    every: int,
+    seed: int,
+):
     """The flight recorder: the subject, its class, and what has nothing to do with it."""
     import torch
 
@@ -143,6 +200,15 @@ def recorded(diffusion, out: Path, data, examples: list, class_prompt: list[str]
     from minidiff.dreambooth import expand
     from minidiff.recorder import Recorder
 
-    prompts = {"subject": data.captions[0]} | ({"class": expand(class_prompt, 1, seed)[0]} if class_prompt else {}) | {"unrelated": unrelated}
-    shown = torch.stack([to_model(load_picture(path, min(diffusion.size, THUMBNAIL))) for path in dict.fromkeys(data.paths)])
+    prompts = (
+        {"subject": data.captions[0]}
+        | ({"class": expand(class_prompt, 1, seed)[0]} if class_prompt else {})
+        | {"unrelated": unrelated}
+    )
+    shown = torch.stack(
+        [
+            to_model(load_picture(path, min(diffusion.size, THUMBNAIL)))
+            for path in dict.fromkeys(data.paths)
+        ]
+    )
     return Recorder(diffusion, out, prompts, shown, examples=examples, every=every, seed=seed)

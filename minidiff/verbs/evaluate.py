@@ -1,4 +1,5 @@
 """The verb that measures: quality, diversity and speed."""
+
 from pathlib import Path
 from typing import Annotated
 
@@ -6,9 +7,25 @@ import tyro
 
 from minidiff.errors import UserError
 from minidiff.verbs import options
-from minidiff.verbs.options import MODEL, Device, Integer, Listed, Number, Numbers, Sampler, Spacing, numbers, words
+from minidiff.verbs.options import (
+    MODEL,
+    Device,
+    Integer,
+    Listed,
+    Number,
+    Numbers,
+    Sampler,
+    Spacing,
+    numbers,
+    words,
+)
 
-STEPS, SAMPLERS, SWEEP_STEPS, SWEEP_GUIDANCE = 25, "ddim,ddpm,dpmpp_2m", "5,10,25", "1,2,4"  # unless told otherwise
+STEPS, SAMPLERS, SWEEP_STEPS, SWEEP_GUIDANCE = (
+    25,
+    "ddim,ddpm,dpmpp_2m",
+    "5,10,25",
+    "1,2,4",
+)  # unless told otherwise
 LEAST = 10  # pictures: fewer have no neighbours to speak of
 
 
@@ -61,12 +78,26 @@ def evaluate(
         raise UserError(f"--n is {n}; it must be at least {LEAST}.")
     if world not in ("quickstart", "whole"):
         raise UserError(f'no world "{world}"; --world is quickstart or whole.')
-    single = {"--steps": steps, "--guidance": guidance, "--sampler": sampler, "--features": features or None}
-    lists = {"--samplers": samplers or None, "--sweep-steps": sweep_steps or None, "--sweep-guidance": sweep_guidance or None}
+    single = {
+        "--steps": steps,
+        "--guidance": guidance,
+        "--sampler": sampler,
+        "--features": features or None,
+    }
+    lists = {
+        "--samplers": samplers or None,
+        "--sweep-steps": sweep_steps or None,
+        "--sweep-guidance": sweep_guidance or None,
+    }
     for option, value in (single if trilemma else lists).items():
         if value is not None:
-            raise UserError(f"{option} does nothing {'beside' if trilemma else 'without'} --trilemma, which takes {', '.join(lists)}.")
-    listed = numbers("--sweep-steps", sweep_steps or SWEEP_STEPS), numbers("--sweep-guidance", sweep_guidance or SWEEP_GUIDANCE)
+            raise UserError(
+                f"{option} does nothing {'beside' if trilemma else 'without'} --trilemma, which takes {', '.join(lists)}."
+            )
+    listed = (
+        numbers("--sweep-steps", sweep_steps or SWEEP_STEPS),
+        numbers("--sweep-guidance", sweep_guidance or SWEEP_GUIDANCE),
+    )
     between, steps = options.parsed_interval(interval), STEPS if steps is None else steps
     diffusion, how = options.sampling(model, steps, guidance, sampler, seed, device, out, spacing)
     spacing, guidance = how["spacing"], how["guidance"]
@@ -85,12 +116,22 @@ def evaluate(
         bench = evaluate.of_world(World(diffusion.size, *parts), n, seed, networks, clip)
     else:
         bench = evaluate.of_folder(data, diffusion.size, n, seed, networks, clip, caption_column)
-    run = {"model": str(model), "weights": sweeps.fingerprint(diffusion), "data": str(data or f"{world} world"), "n": str(n), "seed": str(seed)}
+    run = {
+        "model": str(model),
+        "weights": sweeps.fingerprint(diffusion),
+        "data": str(data or f"{world} world"),
+        "n": str(n),
+        "seed": str(seed),
+    }
     if trilemma:
         settings = swept(diffusion, words(samplers or SAMPLERS), *listed, between, spacing)
         rows = sweeps.sweep(diffusion, bench, settings, out / "trilemma.csv", run, seed)
         best = sweeps.cheapest(rows)
-        print("the Pareto front of quality, diversity and speed:", *map(sweeps.name, sweeps.front(rows)), sep="\n  ")
+        print(
+            "the Pareto front of quality, diversity and speed:",
+            *map(sweeps.name, sweeps.front(rows)),
+            sep="\n  ",
+        )
         said = f"{sweeps.quality(best)} {best[sweeps.quality(best)]} at {best[sweeps.SPEED]} evaluations per picture"
         print(f"99 % of the best quality at the fewest evaluations: {sweeps.name(best)} ({said})")
         print(out / "trilemma.csv", sweeps.figure(rows, out / "trilemma.png"), sep="\n")
@@ -101,15 +142,26 @@ def evaluate(
     rows = evaluate.figures(bench, drawn, seed)
     print(table(rows))
     if data is None:
-        print("prompts are held-out captions; a floor is what as many real pictures score in the model's place.")
+        print(
+            "prompts are held-out captions; a floor is what as many real pictures score in the model's place."
+        )
     if INCEPTION not in networks:
-        print("no Fréchet distance here is an FID: that name belongs to Inception's features (--features inception-v3-compat).")
+        print(
+            "no Fréchet distance here is an FID: that name belongs to Inception's features (--features inception-v3-compat)."
+        )
     key = run | setting.columns()
     written = write_results(out, **key, figures=[row._asdict() for row in rows])
     print(written, sweeps.append(out / "evaluate.csv", key | sweeps.flat(rows)), sep="\n")
 
 
-def swept(diffusion, names: list[str], steps: list[float], guidance: list[float], interval: tuple[float, float], spacing: str):
+def swept(
+    diffusion,
+    names: list[str],
+    steps: list[float],
+    guidance: list[float],
+    interval: tuple[float, float],
+    spacing: str,
+):
     """Every combination, each checked before anything slow."""
     from minidiff.samplers import by_name
     from minidiff.trilemma import Setting
@@ -122,7 +174,12 @@ def swept(diffusion, names: list[str], steps: list[float], guidance: list[float]
         diffusion.schedule.timesteps(int(count), spacing)
     if not names:
         raise UserError("--samplers names none; write them as in ddim,dpmpp_2m.")
-    return [Setting(name, int(count), scale, interval, spacing) for name in names for count in steps for scale in guidance]
+    return [
+        Setting(name, int(count), scale, interval, spacing)
+        for name in names
+        for count in steps
+        for scale in guidance
+    ]
 
 
 def table(rows) -> str:
@@ -130,6 +187,18 @@ def table(rows) -> str:
     lines = [("metric", "features", "value", "95 %", "floor", "n")]
     for row in rows:
         between = "" if row.low is None else f"{row.low:.3g} .. {row.high:.3g}"
-        lines.append((row.metric, row.features, f"{row.value:.4g}", between, "" if row.floor is None else f"{row.floor:.4g}", str(row.n)))
+        lines.append(
+            (
+                row.metric,
+                row.features,
+                f"{row.value:.4g}",
+                between,
+                "" if row.floor is None else f"{row.floor:.4g}",
+                str(row.n),
+            )
+        )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )

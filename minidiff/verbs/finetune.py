@@ -1,4 +1,5 @@
 """The verb that goes on training a model, on a captioned folder."""
+
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,10 @@ Method = Annotated[str, tyro.conf.arg(metavar="full|lora")]
 Precision = Annotated[str, tyro.conf.arg(metavar="fp32|bf16")]
 Optimizer = Annotated[str, tyro.conf.arg(metavar="adamw|adamw8bit")]
 RATES = {"full": 1e-5, "lora": 1e-4}  # what is usual for Stable Diffusion
-SMALL, FASTER = 50_000_000, 20  # a U-Net of fewer weights, such as the box's, learns in steps that many times as long
+SMALL, FASTER = (
+    50_000_000,
+    20,
+)  # a U-Net of fewer weights, such as the box's, learns in steps that many times as long
 THUMBNAIL = 128  # pixels: what the report compares samples with
 
 
@@ -95,7 +99,14 @@ def finetune(
     from minidiff.groups import split
     from minidiff.identity import check_free
 
-    numbers = dict(steps=steps, lr=1.0 if lr is None else lr, batch=batch, accumulate=accumulate, every=every, warmup=warmup)
+    numbers = dict(
+        steps=steps,
+        lr=1.0 if lr is None else lr,
+        batch=batch,
+        accumulate=accumulate,
+        every=every,
+        warmup=warmup,
+    )
     numbers |= dict(rank=rank, ema=ema, dropout=dropout)
     tuning.check(method, optimizer, dtype, **numbers)
     check_free(out, resume)
@@ -106,26 +117,61 @@ def finetune(
         numbers["lr"] = RATES[method] * (FASTER if small else 1)
     targets, side = tuple(options.words(layers)), size or diffusion.size
     if method == "lora":
-        lora.chosen(diffusion.unet, targets or tuning.hearing(diffusion.unet))  # complains of names before anything slow
+        lora.chosen(
+            diffusion.unet, targets or tuning.hearing(diffusion.unet)
+        )  # complains of names before anything slow
     check_size(side, diffusion.vae.factor * diffusion.unet.multiple)
     examples = tuning.encoded(diffusion, folder, side, out / "cache", flip, buckets)
     kept, held_out = split(len(folder), validation, seed)
     training = [examples[mirror * len(folder) + i] for mirror in range(1 + flip) for i in kept]
     print(f"{len(kept)} pictures to train on, {len(held_out)} held out, {side}x{side} pixels")
-    ways = dict(rank=rank, targets=targets or tuning.hearing(diffusion.unet)) if method == "lora" else {}
-    ways |= dict(accumulate=accumulate, text=text, checkpointing=checkpointing, bf16=dtype == "bf16", optimizer=optimizer, ema=ema is not None)
+    ways = (
+        dict(rank=rank, targets=targets or tuning.hearing(diffusion.unet))
+        if method == "lora"
+        else {}
+    )
+    ways |= dict(
+        accumulate=accumulate,
+        text=text,
+        checkpointing=checkpointing,
+        bf16=dtype == "bf16",
+        optimizer=optimizer,
+        ema=ema is not None,
+    )
     print(estimate.forecast(diffusion, estimate.Settings(batch, (side, side), **ways), steps))
-    eye = {"network": "critic-attributes"} if model == MODEL else {}  # the box draws the built-in world, which this network sees best
+    eye = (
+        {"network": "critic-attributes"} if model == MODEL else {}
+    )  # the box draws the built-in world, which this network sees best
     pictures = [folder.paths[i] for i in kept]
-    recorder = recorded(diffusion, out, pictures, training, [examples[i] for i in held_out], unrelated, every=every, seed=seed, **eye)
-    how = dict(method=method, alpha=alpha, layers=targets, text=text, min_snr=min_snr, dtype=dtype, checkpointing=checkpointing)
+    recorder = recorded(
+        diffusion,
+        out,
+        pictures,
+        training,
+        [examples[i] for i in held_out],
+        unrelated,
+        every=every,
+        seed=seed,
+        **eye,
+    )
+    how = dict(
+        method=method,
+        alpha=alpha,
+        layers=targets,
+        text=text,
+        min_snr=min_snr,
+        dtype=dtype,
+        checkpointing=checkpointing,
+    )
     how |= dict(optimizer=optimizer, seed=seed, resume=resume, recorder=recorder)
     tuning.finetune(diffusion, [tuning.Group("data", training)], out, **numbers, **how)
     print(recorder.advice(), recorder.report(), sep="\n")
     print(*use(diffusion, method, model, out, training[0].caption, recorder.best()), sep="\n")
 
 
-def use(diffusion, method: str, model: Path, out: Path, caption: str, best: int | None) -> list[str]:
+def use(
+    diffusion, method: str, model: Path, out: Path, caption: str, best: int | None
+) -> list[str]:
     """What was written, and the commands that use it. best: the step that the recorder would go back to."""
     from minidiff.outcome import kept
     from minidiff.weights import write
@@ -135,31 +181,61 @@ def use(diffusion, method: str, model: Path, out: Path, caption: str, best: int 
         layout = "diffusers"
     except UserError:  # the model in the box, and others that only minidiff draws with
         layout = "minidiff"
-    parts = {"full": ["model"], "lora": ["lora.safetensors", "embedding.safetensors"], "inversion": ["embedding.safetensors"]}[method]
+    parts = {
+        "full": ["model"],
+        "lora": ["lora.safetensors", "embedding.safetensors"],
+        "inversion": ["embedding.safetensors"],
+    }[method]
 
     def found(folder: Path) -> tuple[list[Path], str]:
         written = [folder / part for part in parts if (folder / part).exists()]
-        return written, f"{model} " + " ".join(f"--{path.stem} {path}" for path in written) if method != "full" else str(written[0])
+        return written, f"{model} " + " ".join(
+            f"--{path.stem} {path}" for path in written
+        ) if method != "full" else str(written[0])
 
     written, how = found(out)
-    lines = [*map(str, written), f"draw with it:      minidiff generate {shlex.quote(caption)} --model {how}"]
+    lines = [
+        *map(str, written),
+        f"draw with it:      minidiff generate {shlex.quote(caption)} --model {how}",
+    ]
     if best is not None and kept(out, best).exists():
-        lines.append(f"as of step {best}: ".ljust(19) + f"minidiff generate {shlex.quote(caption)} --model {found(kept(out, best))[1]}")
+        lines.append(
+            f"as of step {best}: ".ljust(19)
+            + f"minidiff generate {shlex.quote(caption)} --model {found(kept(out, best))[1]}"
+        )
     if method != "full":
         source, _, added = how.partition(" ")
-        lines.append(f"one model of both: minidiff convert {source} {out / 'merged'} --to {layout} {added}")
+        lines.append(
+            f"one model of both: minidiff convert {source} {out / 'merged'} --to {layout} {added}"
+        )
     elif layout == "diffusers":
-        lines.append(f"for other tools:   minidiff convert {written[0]} {out / 'diffusers'} --to diffusers")
+        lines.append(
+            f"for other tools:   minidiff convert {written[0]} {out / 'diffusers'} --to diffusers"
+        )
     return lines
 
 
-def recorded(diffusion, out: Path, pictures: list[Path], training: list, held_out: list, unrelated: str, **how):
+def recorded(
+    diffusion,
+    out: Path,
+    pictures: list[Path],
+    training: list,
+    held_out: list,
+    unrelated: str,
+    **how,
+):
     """The flight recorder of a fine-tune: a caption that is trained on, one that is not, and a prompt that should stay as it is."""
     import torch
 
     from minidiff.data.folder import load_picture, to_model
     from minidiff.recorder import Recorder
 
-    prompts = {"training caption": training[0].caption} | ({"held-out caption": held_out[0].caption} if held_out else {}) | {"unrelated": unrelated}
-    shown = torch.stack([to_model(load_picture(path, min(diffusion.size, THUMBNAIL))) for path in pictures])
+    prompts = (
+        {"training caption": training[0].caption}
+        | ({"held-out caption": held_out[0].caption} if held_out else {})
+        | {"unrelated": unrelated}
+    )
+    shown = torch.stack(
+        [to_model(load_picture(path, min(diffusion.size, THUMBNAIL))) for path in pictures]
+    )
     return Recorder(diffusion, out, prompts, shown, held_out, training, **how)

@@ -1,4 +1,5 @@
 """What the verbs share: options, and checks that find all that can be wrong before anything slow. Torch is imported where it is needed."""
+
 import math
 import os
 from pathlib import Path
@@ -10,17 +11,24 @@ from minidiff.errors import UserError
 
 Device = Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda|mps")]
 Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
-Sampler = Annotated[str | None, tyro.conf.arg(metavar="ddim|ddpm|euler|euler_ancestral|heun|dpmpp_2m|dpmpp_2m_sde|unipc|lcm")]  # all of SAMPLERS
+Sampler = Annotated[
+    str | None,
+    tyro.conf.arg(metavar="ddim|ddpm|euler|euler_ancestral|heun|dpmpp_2m|dpmpp_2m_sde|unipc|lcm"),
+]  # all of SAMPLERS
 Integer = Annotated[int | None, tyro.conf.arg(metavar="INT")]
 Size = Annotated[str | None, tyro.conf.arg(metavar="INT|WIDTHxHEIGHT")]
-Spacing = Annotated[str | None, tyro.conf.arg(metavar="trailing|leading|linspace|karras|log-snr|ays|shifted")]
+Spacing = Annotated[
+    str | None, tyro.conf.arg(metavar="trailing|leading|linspace|karras|log-snr|ays|shifted")
+]
 Target = Annotated[str | None, tyro.conf.arg(metavar="eps|v")]
 Dtype = Annotated[str, tyro.conf.arg(metavar="fp32|bf16|fp16")]
 Listed = Annotated[str, tyro.conf.arg(metavar="NAME,NAME")]
 Numbers = Annotated[str, tyro.conf.arg(metavar="N,N")]
 File = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
 Loras = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE[:SCALE]"), tyro.conf.UseAppendAction]
-Embeddings = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE[:WORD]"), tyro.conf.UseAppendAction]
+Embeddings = Annotated[
+    tuple[str, ...], tyro.conf.arg(metavar="FILE[:WORD]"), tyro.conf.UseAppendAction
+]
 Prompts = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PROMPT ...")]]
 
 MODEL = Path("box")  # what minidiff.load takes for the model that ships with it
@@ -56,9 +64,17 @@ def sampling(
     diffusion = load(model, device, **loading)
     step = by_name(sampler or diffusion.sampler, generator)
     spacing = spacing or diffusion.spacing
-    diffusion.schedule.timesteps(steps, spacing)  # complains of more steps than noise levels, and of unknown spacings
+    diffusion.schedule.timesteps(
+        steps, spacing
+    )  # complains of more steps than noise levels, and of unknown spacings
     guidance = diffusion.guidance if guidance is None else guidance
-    return diffusion, {"steps": steps, "guidance": guidance, "step": step, "generator": generator, "spacing": spacing}
+    return diffusion, {
+        "steps": steps,
+        "guidance": guidance,
+        "step": step,
+        "generator": generator,
+        "spacing": spacing,
+    }
 
 
 def parsed_loras(loras: tuple[str, ...]) -> list[tuple[Path, float]]:
@@ -67,7 +83,11 @@ def parsed_loras(loras: tuple[str, ...]) -> list[tuple[Path, float]]:
     for lora in loras:
         name, colon, scale = lora.rpartition(":")
         try:
-            pair = (Path(name), float(scale)) if colon and not Path(lora).exists() else (Path(lora), 1.0)
+            pair = (
+                (Path(name), float(scale))
+                if colon and not Path(lora).exists()
+                else (Path(lora), 1.0)
+            )
         except ValueError:  # the colon is a part of the name
             pair = Path(lora), 1.0
         if not math.isfinite(pair[1]):
@@ -95,7 +115,11 @@ def put_words_in(diffusion, embeddings: tuple[str, ...]) -> None:
 
     for embedding in embeddings:
         name, colon, word = embedding.rpartition(":")
-        file, word = (Path(name), word) if colon and not Path(embedding).exists() else (Path(embedding), None)
+        file, word = (
+            (Path(name), word)
+            if colon and not Path(embedding).exists()
+            else (Path(embedding), None)
+        )
         if not file.is_file():
             raise UserError(f'--embedding {embedding}: no file "{file}".')
         print(f'{file}: the word is "{inversion.load(diffusion.text, file, word)}"')
@@ -121,7 +145,9 @@ def parsed_interval(text: str) -> tuple[float, float]:
     """Where guidance acts, of "0.8,1"."""
     ends = tuple(numbers("--interval", text))
     if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1:
-        raise UserError(f'--interval is "{text}"; write two numbers from 0 (data) to 1 (noise), the smaller one first, as in 0.8,1.')
+        raise UserError(
+            f'--interval is "{text}"; write two numbers from 0 (data) to 1 (noise), the smaller one first, as in 0.8,1.'
+        )
     return ends
 
 

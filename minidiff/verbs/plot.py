@@ -1,4 +1,5 @@
 """Verbs that plot chains and schedules."""
+
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,12 @@ Names = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="N
 
 
 def forward(
-    image: Path | None = None, schedule: str = "linear", size: int = 64, seed: int = 0, device: Device = "auto", out: Path = Path("out/plot")
+    image: Path | None = None,
+    schedule: str = "linear",
+    size: int = 64,
+    seed: int = 0,
+    device: Device = "auto",
+    out: Path = Path("out/plot"),
 ) -> None:
     """The forward chain: a picture turning into noise, as PNG and GIF.
 
@@ -36,9 +42,16 @@ def forward(
     from minidiff.data.world import World
 
     noises = named_schedule(schedule)
-    picture = to_model(load_picture(image, size)[None]) if image else World(size).batch(1, seed, objects=2)[0]
+    picture = (
+        to_model(load_picture(image, size)[None])
+        if image
+        else World(size).batch(1, seed, objects=2)[0]
+    )
     title = f"forward chain, {schedule} schedule"
-    print(*chains.plot_forward(picture, noises, out, torch.Generator().manual_seed(seed), title), sep="\n")
+    print(
+        *chains.plot_forward(picture, noises, out, torch.Generator().manual_seed(seed), title),
+        sep="\n",
+    )
 
 
 def reverse(
@@ -66,7 +79,9 @@ def reverse(
     diffusion, how = options.sampling(model, steps, guidance, sampler, seed, device, out)
     from minidiff import chains
 
-    with tqdm(diffusion.sample(list(prompts), **how), "sampling", steps + 1, unit="frame", delay=0.01) as bar:
+    with tqdm(
+        diffusion.sample(list(prompts), **how), "sampling", steps + 1, unit="frame", delay=0.01
+    ) as bar:
         frames = list(bar)
     print(*chains.plot_reverse(diffusion, frames, list(prompts), out), sep="\n")
 
@@ -96,7 +111,10 @@ def schedules(
 def named_schedule(name: str):  # a NoiseSchedule
     from minidiff import schedules
 
-    known = {make.__name__: make for make in (schedules.linear, schedules.scaled_linear, schedules.cosine, schedules.sigmoid)}
+    known = {
+        make.__name__: make
+        for make in (schedules.linear, schedules.scaled_linear, schedules.cosine, schedules.sigmoid)
+    }
     known |= {"flow": schedules.Flow, "karras": schedules.Karras}
     if name not in known:
         raise UserError(f'no schedule "{name}"; there is {", ".join(known)}.')

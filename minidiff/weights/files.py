@@ -4,6 +4,7 @@ A safetensors file is a length, a JSON header and bytes; `header` reads the firs
 file's size. Its tensors are memory maps: what is not used is never read. A .ckpt or .bin is a zip of a pickle and raw storages;
 `weights_only` runs nothing in it. What is written is written `beside` its place first.
 """
+
 import contextlib
 import json
 import math
@@ -24,7 +25,18 @@ if TYPE_CHECKING:
 SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 MAX_JSON = 16 * 2**20  # bytes; a header of Stable Diffusion's 1,131 tensors takes 0.15 MB
 MAX_PICKLE = 64 * 2**20  # what describes tensors, without the tensors
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
 AGAIN = "fetch or copy it again"
 
 
@@ -64,7 +76,9 @@ def inside(folder: Path, file: Path) -> Path:
     root, real = folder.resolve(), file.resolve()
     allowed = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(real.is_relative_to(place) for place in allowed):
-        raise UserError(f"{file} is a link out of its folder, to {real}; put the file itself there.")
+        raise UserError(
+            f"{file} is a link out of its folder, to {real}; put the file itself there."
+        )
     return file
 
 
@@ -73,7 +87,9 @@ def read_json(file: Path) -> dict:
     try:
         size = file.stat().st_size
         if size > MAX_JSON:
-            raise UserError(f"{file} has {size / 2**20:.0f} MB; a file of settings has a few kilobytes.")
+            raise UserError(
+                f"{file} has {size / 2**20:.0f} MB; a file of settings has a few kilobytes."
+            )
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file} is missing; {AGAIN}.") from None
@@ -107,14 +123,22 @@ def header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     stored, spans = {}, []
     for name, claim in found.items():
         try:
-            dtype, shape, (begin, end) = claim["dtype"], tuple(claim["shape"]), claim["data_offsets"]
+            dtype, shape, (begin, end) = (
+                claim["dtype"],
+                tuple(claim["shape"]),
+                claim["data_offsets"],
+            )
             whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
         except (TypeError, KeyError, ValueError) as error:
             raise damaged(f'its header does not describe "{name}"') from error
         if dtype not in BYTES:
-            raise UserError(f'{file}: "{name}" is of type {dtype!r}; known here are {", ".join(BYTES)}.')
+            raise UserError(
+                f'{file}: "{name}" is of type {dtype!r}; known here are {", ".join(BYTES)}.'
+            )
         if not whole or end - begin != math.prod(shape) * BYTES[dtype] or end > total - 8 - length:
-            raise damaged(f'"{name}", {dtype} of shape {list(shape)}, does not fit the bytes {begin} to {end} of {total - 8 - length}')
+            raise damaged(
+                f'"{name}", {dtype} of shape {list(shape)}, does not fit the bytes {begin} to {end} of {total - 8 - length}'
+            )
         stored[name] = Stored(dtype, shape)
         spans.append((begin, end))
     spans.sort()
@@ -154,30 +178,56 @@ def _pickled(file: Path) -> "dict[str, Tensor]":
     try:
         with ZipFile(file) as archive:
             entries = archive.infolist()
-    except (BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, OverflowError) as error:
+    except (
+        BadZipFile,
+        OSError,
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+        OverflowError,
+    ) as error:
         why = f"{file} is no archive of tensors: damaged, of before PyTorch 1.6, or a program in disguise"
         raise UserError(f"{why}; ask for a .safetensors of it.") from error
     described = sum(entry.file_size for entry in entries if entry.filename.endswith(".pkl"))
     packed = any(entry.compress_type != ZIP_STORED for entry in entries)
-    if packed or described > MAX_PICKLE or sum(entry.file_size for entry in entries) > file.stat().st_size:
+    if (
+        packed
+        or described > MAX_PICKLE
+        or sum(entry.file_size for entry in entries) > file.stat().st_size
+    ):
         raise UserError(f"{file} unpacks to more than it holds; PyTorch writes no such file.")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{file} holds more than tensors: code that would run when it is opened; ask for a .safetensors of it.") from error
-    except Exception as error:  # a pickle is a program for a small machine: a mutated one can fail in any way
+        raise UserError(
+            f"{file} holds more than tensors: code that would run when it is opened; ask for a .safetensors of it."
+        ) from error
+    except (
+        Exception
+    ) as error:  # a pickle is a program for a small machine: a mutated one can fail in any way
         raise UserError(f"{file} is damaged ({_first_line(error)}); {AGAIN}.") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if not isinstance(state, dict):
         raise UserError(f"{file} holds no dictionary of tensors.")
-    return {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided}
+    return {
+        name: value
+        for name, value in state.items()
+        if isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
+    }
 
 
 def stored(file: Path) -> dict[str, Stored]:
     """What any file of tensors says of them; one that is a pickle must be opened for it."""
     if checked(file).suffix == ".safetensors":
         return header(file)[0]
-    short = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL", "uint8": "U8"}
+    short = {
+        "float64": "F64",
+        "float32": "F32",
+        "float16": "F16",
+        "bfloat16": "BF16",
+        "bool": "BOOL",
+        "uint8": "U8",
+    }
     found = {}
     for name, value in _pickled(file).items():
         kind = str(value.dtype).removeprefix("torch.")
@@ -189,7 +239,9 @@ def stored(file: Path) -> dict[str, Stored]:
 def beside(path: Path) -> Iterator[Path]:
     """A place beside the path, renamed to it at the end. Nothing is written over, and what fails leaves nothing."""
     if path.exists():
-        raise UserError(f'"{path}" exists; nothing is written over it: name another place, or remove it.')
+        raise UserError(
+            f'"{path}" exists; nothing is written over it: name another place, or remove it.'
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".new")
     _remove(fresh)

@@ -1,4 +1,5 @@
 """Tensors into networks: nothing is initialized, nothing is copied that need not be, and every tensor has its place."""
+
 import ctypes
 import mmap
 
@@ -16,22 +17,32 @@ def empty(network: type[nn.Module], numbers: dict) -> nn.Module:
         return network(**numbers)
 
 
-def fill(module: nn.Module, state: dict[str, Tensor], where: str, dtype: torch.dtype | None = None) -> nn.Module:
+def fill(
+    module: nn.Module, state: dict[str, Tensor], where: str, dtype: torch.dtype | None = None
+) -> nn.Module:
     """The module, holding these very tensors, or its parameters in another precision. A tensor that is missing, left over, of another shape
     or kind, or not finite is named. `where` is the file, for messages. What is converted is used up: nobody may read `state` afterwards."""
     expected = module.state_dict()
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or extra:
         kind, found = ("missing", missing) if missing else ("left over", extra)
-        raise UserError(f'{where}: {len(missing)} tensors are missing and {len(extra)} left over; the first {kind} is "{found[0]}".')
+        raise UserError(
+            f'{where}: {len(missing)} tensors are missing and {len(extra)} left over; the first {kind} is "{found[0]}".'
+        )
     state, parameters = dict(state), dict(module.named_parameters())
     for name, value in state.items():
         if value.shape != expected[name].shape:
-            raise UserError(f'{where}: "{name}" is {tuple(value.shape)}, where {tuple(expected[name].shape)} would fit the other tensors.')
+            raise UserError(
+                f'{where}: "{name}" is {tuple(value.shape)}, where {tuple(expected[name].shape)} would fit the other tensors.'
+            )
         if not value.is_floating_point():
-            raise UserError(f'{where}: "{name}" is made of {str(value.dtype).removeprefix("torch.")}; weights are floating-point numbers.')
+            raise UserError(
+                f'{where}: "{name}" is made of {str(value.dtype).removeprefix("torch.")}; weights are floating-point numbers.'
+            )
         if not value.sum(dtype=torch.promote_types(value.dtype, torch.float32)).isfinite():
-            raise UserError(f'{where}: "{name}" holds numbers that are not finite (NaN or infinity); training broke before it was saved.')
+            raise UserError(
+                f'{where}: "{name}" holds numbers that are not finite (NaN or infinity); training broke before it was saved.'
+            )
         if dtype not in (None, value.dtype) and name in parameters:
             state[name] = value.to(dtype)
             _forget(value)
@@ -42,11 +53,18 @@ def fill(module: nn.Module, state: dict[str, Tensor], where: str, dtype: torch.d
 def _forget(value: Tensor) -> None:
     """Tell the system that a tensor will not be read again. One that is a map of a file leaves memory at once: without this, a file
     that is converted stands in memory whole beside the result."""
-    madvise = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_DONTNEED") else None
+    madvise = (
+        getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_DONTNEED") else None
+    )
     page = mmap.PAGESIZE
-    first, end = -(-value.data_ptr() // page), (value.data_ptr() + value.nbytes) // page  # its whole pages; others share the first and last
+    first, end = (
+        -(-value.data_ptr() // page),
+        (value.data_ptr() + value.nbytes) // page,
+    )  # its whole pages; others share the first and last
     if madvise is not None and value.is_contiguous() and end > first:
-        madvise(ctypes.c_void_p(first * page), ctypes.c_size_t((end - first) * page), mmap.MADV_DONTNEED)
+        madvise(
+            ctypes.c_void_p(first * page), ctypes.c_size_t((end - first) * page), mmap.MADV_DONTNEED
+        )
 
 
 def precision_of(part: str, dtype: torch.dtype | None) -> torch.dtype | None:

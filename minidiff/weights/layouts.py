@@ -5,6 +5,7 @@ A layout is read the same way from tensors and from headers alone (`Stored`): lo
     diffusers      a folder with model_index.json, and one folder each for U-Net, VAE, text tower, tokenizer and scheduler
     CompVis        a single file; its three networks stand behind prefixes. Files of one network alone have none
 """
+
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,8 +19,18 @@ State = dict  # by name: Tensor or Stored
 Read = Callable[[Path], State]
 KINDS = {"unet": "U-Net", "vae": "VAE", "text": "text tower"}
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-STABLE_DIFFUSION = {"betas": "scaled_linear", "T": 1000, "beta_1": 0.00085, "beta_T": 0.012, "final": 1}
-UNET, AVERAGE, VAE = ("model.diffusion_model.", "diffusion_model."), "model_ema.diffusion_model", "first_stage_model."
+STABLE_DIFFUSION = {
+    "betas": "scaled_linear",
+    "T": 1000,
+    "beta_1": 0.00085,
+    "beta_T": 0.012,
+    "final": 1,
+}
+UNET, AVERAGE, VAE = (
+    ("model.diffusion_model.", "diffusion_model."),
+    "model_ema.diffusion_model",
+    "first_stage_model.",
+)
 TEXT_1, TEXT_2 = "cond_stage_model.transformer.", "cond_stage_model.model."
 
 
@@ -49,7 +60,9 @@ def read(path: Path, reader: Read) -> Checkpoint:
     """The checkpoint at a path: `reader` opens a file of tensors, as files.tensors does."""
     if path.is_dir():
         if not (path / "model_index.json").is_file():
-            raise UserError(f'"{path}" is no checkpoint: neither model.json (ours) nor model_index.json (diffusers) is in it.')
+            raise UserError(
+                f'"{path}" is no checkpoint: neither model.json (ours) nor model_index.json (diffusers) is in it.'
+            )
         return _diffusers(path, reader)
     return _single_file(path, reader)
 
@@ -67,20 +80,29 @@ def unet(state: State, where: str, table: names.Table, **known) -> Part:
 def vae(state: State, where: str, table: names.Table, **known) -> Part:
     """CompVis's attention, and diffusers' of old, are convolutions of size 1: the same numbers with two axes more."""
     state = names.to_ours(state, table)
-    state = {name: value.flatten(1) if ".attention." in name and value.ndim == 4 else value for name, value in state.items()}
+    state = {
+        name: value.flatten(1) if ".attention." in name and value.ndim == 4 else value
+        for name, value in state.items()
+    }
     return Part(state, _numbers(sizes.vae_numbers, state, where) | known, where)
 
 
 def text(state: State, where: str, table: names.Table, penultimate: bool = False, **known) -> Part:
     """penultimate: leave out the last block, whose output SD 2.x does not use."""
-    state = names.to_ours({name.removeprefix("text_model."): value for name, value in state.items()}, table)
+    state = names.to_ours(
+        {name.removeprefix("text_model."): value for name, value in state.items()}, table
+    )
     for name in [name for name in state if ".qkv." in name]:
         for piece, part in zip("qkv", state.pop(name).chunk(3), strict=True):
             state[name.replace(".qkv.", f".{piece}.")] = part
     numbers = _numbers(sizes.text_numbers, state, where) | known
     if penultimate:
         numbers["layers"] -= 1
-        state = {name: value for name, value in state.items() if not name.startswith(f"blocks.{numbers['layers']}.")}
+        state = {
+            name: value
+            for name, value in state.items()
+            if not name.startswith(f"blocks.{numbers['layers']}.")
+        }
     return Part(state, numbers, where)
 
 
@@ -99,17 +121,32 @@ def _piece(folder: Path, stem: str, reader: Read) -> tuple[State, Path]:
     for variant in ("", ".fp16"):
         for suffix in (".safetensors", ".bin"):
             base = stem if suffix == ".safetensors" or "diffusion" in stem else "pytorch_model"
-            file, index = folder / f"{base}{variant}{suffix}", folder / f"{base}{suffix}.index{variant}.json"
+            file, index = (
+                folder / f"{base}{variant}{suffix}",
+                folder / f"{base}{suffix}.index{variant}.json",
+            )
             if file.is_file():
                 return reader(files.inside(folder.parent, file)), file
             if index.is_file():
                 mapped = files.read_json(files.inside(folder.parent, index)).get("weight_map")
-                pieces = sorted({str(piece) for piece in mapped.values()}) if isinstance(mapped, dict) else []
+                pieces = (
+                    sorted({str(piece) for piece in mapped.values()})
+                    if isinstance(mapped, dict)
+                    else []
+                )
                 if not pieces or any(Path(piece).name != piece for piece in pieces):
-                    raise UserError(f'{index} should have a "weight_map" that names files of its own folder.')
-                state = {name: value for piece in pieces for name, value in reader(files.inside(folder.parent, folder / piece)).items()}
+                    raise UserError(
+                        f'{index} should have a "weight_map" that names files of its own folder.'
+                    )
+                state = {
+                    name: value
+                    for piece in pieces
+                    for name, value in reader(files.inside(folder.parent, folder / piece)).items()
+                }
                 return state, index
-    raise UserError(f"{folder} has no weights: no {stem}.safetensors, nor any other spelling of it.")
+    raise UserError(
+        f"{folder} has no weights: no {stem}.safetensors, nor any other spelling of it."
+    )
 
 
 def _diffusers(folder: Path, reader: Read) -> Checkpoint:
@@ -124,22 +161,44 @@ def _diffusers(folder: Path, reader: Read) -> Checkpoint:
     found = Checkpoint("diffusers")
     of = {part: config(part, "config.json") for part in ("unet", "vae", "text_encoder")}
     try:
-        found.schedule, found.target, found.spacing = schedule_of(config("scheduler", "scheduler_config.json"), found.notes)
+        found.schedule, found.target, found.spacing = schedule_of(
+            config("scheduler", "scheduler_config.json"), found.notes
+        )
 
         state, file = _piece(folder / "unet", "diffusion_pytorch_model", reader)
-        heads = of["unet"].get("num_attention_heads") or of["unet"].get("attention_head_dim", 8)  # by the second name, too, their number is meant
+        heads = of["unet"].get("num_attention_heads") or of["unet"].get(
+            "attention_head_dim", 8
+        )  # by the second name, too, their number is meant
         levels = len(of["unet"].get("block_out_channels", (320, 640, 1280, 1280)))
-        known = {"heads": tuple(heads) if isinstance(heads, list) else (heads,) * levels, "groups": of["unet"].get("norm_num_groups", 32)}
+        known = {
+            "heads": tuple(heads) if isinstance(heads, list) else (heads,) * levels,
+            "groups": of["unet"].get("norm_num_groups", 32),
+        }
         found.parts["unet"] = unet(state, str(file), names.UNET_DIFFUSERS, **known)
 
         state, file = _piece(folder / "vae", "diffusion_pytorch_model", reader)
-        known = {"groups": of["vae"].get("norm_num_groups", 32), "latent_scale": float(of["vae"].get("scaling_factor", 0.18215))}
-        found.parts["vae"] = vae(names.to_ours(state, names.VAE_OLD_ATTENTION), str(file), names.VAE_DIFFUSERS, **known)
+        known = {
+            "groups": of["vae"].get("norm_num_groups", 32),
+            "latent_scale": float(of["vae"].get("scaling_factor", 0.18215)),
+        }
+        found.parts["vae"] = vae(
+            names.to_ours(state, names.VAE_OLD_ATTENTION), str(file), names.VAE_DIFFUSERS, **known
+        )
 
-        found.parts["text"] = transformers_tower(folder / "text_encoder", folder / "tokenizer", reader)
-        found.size = int(of["unet"].get("sample_size", 64)) * 2 ** (len(found.parts["vae"].numbers["channels"]) - 1)
-    except (TypeError, AttributeError, KeyError) as error:  # a number where a list should be, and the like
-        raise UserError(f"{folder}: a configuration is damaged ({type(error).__name__}: {error}); {files.AGAIN}.") from error
+        found.parts["text"] = transformers_tower(
+            folder / "text_encoder", folder / "tokenizer", reader
+        )
+        found.size = int(of["unet"].get("sample_size", 64)) * 2 ** (
+            len(found.parts["vae"].numbers["channels"]) - 1
+        )
+    except (
+        TypeError,
+        AttributeError,
+        KeyError,
+    ) as error:  # a number where a list should be, and the like
+        raise UserError(
+            f"{folder}: a configuration is damaged ({type(error).__name__}: {error}); {files.AGAIN}."
+        ) from error
     return found
 
 
@@ -148,10 +207,19 @@ def transformers_tower(folder: Path, tokenizer: Path, reader: Read) -> Part:
     config = files.read_json(files.inside(folder.parent, folder / "config.json"))
     config = config.get("text_config") or config
     state, file = _piece(folder, "model", reader)
-    state = {name: value for name, value in state.items() if not name.startswith(("vision_model.", "visual_projection."))}
-    known = {"heads": config.get("num_attention_heads", 12), "activation": config.get("hidden_act", "quick_gelu")}
+    state = {
+        name: value
+        for name, value in state.items()
+        if not name.startswith(("vision_model.", "visual_projection."))
+    }
+    known = {
+        "heads": config.get("num_attention_heads", 12),
+        "activation": config.get("hidden_act", "quick_gelu"),
+    }
     if known["activation"] not in ("quick_gelu", "gelu"):
-        raise UserError(f'{folder / "config.json"}: hidden_act "{known["activation"]}"; CLIP\'s towers have quick_gelu or gelu.')
+        raise UserError(
+            f'{folder / "config.json"}: hidden_act "{known["activation"]}"; CLIP\'s towers have quick_gelu or gelu.'
+        )
     if (tokenizer / "tokenizer_config.json").is_file():
         known["pad"] = _padding(tokenizer / "tokenizer_config.json")
     return text(state, str(file), names.CLIP_TRANSFORMERS, **known)
@@ -169,9 +237,14 @@ def _padding(file: Path) -> int:
 
 def schedule_of(config: dict, notes: list[str]) -> tuple[dict, str, str]:
     """The noise levels, the target and the spacing of times that a scheduler_config.json names."""
-    prediction, betas = config.get("prediction_type", "epsilon"), config.get("beta_schedule", "linear")
+    prediction, betas = (
+        config.get("prediction_type", "epsilon"),
+        config.get("beta_schedule", "linear"),
+    )
     if prediction not in PREDICTIONS or betas not in ("linear", "scaled_linear"):
-        raise UserError(f'scheduler_config.json: prediction_type "{prediction}" with beta_schedule "{betas}" is not known here.')
+        raise UserError(
+            f'scheduler_config.json: prediction_type "{prediction}" with beta_schedule "{betas}" is not known here.'
+        )
     numbers = {
         "betas": betas,
         "T": int(config.get("num_train_timesteps", 1000)),
@@ -182,7 +255,9 @@ def schedule_of(config: dict, notes: list[str]) -> tuple[dict, str, str]:
     }
     spacing = config.get("timestep_spacing", "leading")
     if spacing == "leading" and config.get("steps_offset", 0) != 1:
-        notes.append(f"steps_offset is {config.get('steps_offset', 0)} there and 1 here, as Stable Diffusion's is")
+        notes.append(
+            f"steps_offset is {config.get('steps_offset', 0)} there and 1 here, as Stable Diffusion's is"
+        )
     return numbers, PREDICTIONS[prediction], spacing
 
 
@@ -192,7 +267,11 @@ def schedule_of(config: dict, notes: list[str]) -> tuple[dict, str, str]:
 def _under(state: State, *prefixes: str) -> State:
     """What stands behind the first of the prefixes that occurs."""
     for prefix in prefixes:
-        if found := {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}:
+        if found := {
+            name.removeprefix(prefix): value
+            for name, value in state.items()
+            if name.startswith(prefix)
+        }:
             return found
     return {}
 
@@ -205,7 +284,13 @@ def _unet_table(state: State) -> names.Table:
     total = 1 + max((int(name[1]) for name in numbered if name[1].isdecimal()), default=0)
     levels = 1 + sum(name.endswith(".0.op.weight") for name in state)
     blocks = total // levels - 1
-    return names.unet_compvis([f"input_blocks.{1 + level * (blocks + 1)}.1.norm.weight" in state for level in range(levels)], blocks)
+    return names.unet_compvis(
+        [
+            f"input_blocks.{1 + level * (blocks + 1)}.1.norm.weight" in state
+            for level in range(levels)
+        ],
+        blocks,
+    )
 
 
 def _single_file(file: Path, reader: Read) -> Checkpoint:
@@ -213,41 +298,69 @@ def _single_file(file: Path, reader: Read) -> Checkpoint:
     state, found = reader(file), Checkpoint("CompVis")
     others = [name for name in state if not name.startswith((*UNET, VAE, TEXT_1, TEXT_2))]
     bare = len(others) == len(state)
-    found.unknown = [] if bare else sorted(names.to_ours(dict.fromkeys(others), names.COMPVIS_DROPPED))
+    found.unknown = (
+        [] if bare else sorted(names.to_ours(dict.fromkeys(others), names.COMPVIS_DROPPED))
+    )
 
     def network(prefixes: tuple[str, ...], starts: tuple[str, ...]) -> State:
-        part = state if bare and any(name.startswith(starts) for name in state) else _under(state, *prefixes)
+        part = (
+            state
+            if bare and any(name.startswith(starts) for name in state)
+            else _under(state, *prefixes)
+        )
         return names.to_ours(part, names.COMPVIS_DROPPED)
 
     if live := network(UNET, ("input_blocks.", "down_blocks.")):
-        averages = {name: state.get(AVERAGE + name.replace(".", "")) for name in live}  # their names lost their dots
+        averages = {
+            name: state.get(AVERAGE + name.replace(".", "")) for name in live
+        }  # their names lost their dots
         if not bare and all(value is not None for value in averages.values()):
-            found.notes.append("live and averaged (EMA) weights of the U-Net are in it; the averaged are taken")
+            found.notes.append(
+                "live and averaged (EMA) weights of the U-Net are in it; the averaged are taken"
+            )
             live = averages
         found.parts["unet"] = unet(live, str(file), _unet_table(live))
         found.schedule = dict(STABLE_DIFFUSION)
-        if not found.parts["unet"].numbers["linear_projection"]:  # SD 2.x has; it predicts v at 768 pixels and eps at 512: no tensor says which
+        if not found.parts["unet"].numbers[
+            "linear_projection"
+        ]:  # SD 2.x has; it predicts v at 768 pixels and eps at 512: no tensor says which
             found.target, found.size = "eps", 512
         _said(files.metadata(file), found)
     if autoencoder := network((VAE,), ("encoder.down", "decoder.up")):
-        levels = len({name.split(".")[2] for name in autoencoder if name.startswith("encoder.down.")})
+        levels = len(
+            {name.split(".")[2] for name in autoencoder if name.startswith("encoder.down.")}
+        )
         old = names.to_ours(autoencoder, names.VAE_OLD_ATTENTION)
-        found.parts["vae"] = vae(autoencoder, str(file), names.vae_compvis(levels)) if levels else vae(old, str(file), names.VAE_DIFFUSERS)
+        found.parts["vae"] = (
+            vae(autoencoder, str(file), names.vae_compvis(levels))
+            if levels
+            else vae(old, str(file), names.VAE_DIFFUSERS)
+        )
     if tower := network((TEXT_2,), ("transformer.resblocks.",)):
         words = {name: value for name, value in tower.items() if not name.startswith("visual.")}
-        second = not bare or tower["token_embedding.weight"].shape[-1] == 1024  # else a file of another tower than SD 2.x's
+        second = (
+            not bare or tower["token_embedding.weight"].shape[-1] == 1024
+        )  # else a file of another tower than SD 2.x's
         known = {"penultimate": True, "activation": "gelu", "pad": 0} if second else {}
         found.parts["text"] = text(words, str(file), names.CLIP_OPEN, **known)
     elif tower := network((TEXT_1,), ("text_model.", "encoder.layers.")):
-        words = {name: value for name, value in tower.items() if not name.startswith(("vision_model.", "visual_projection."))}
+        words = {
+            name: value
+            for name, value in tower.items()
+            if not name.startswith(("vision_model.", "visual_projection."))
+        }
         found.parts["text"] = text(words, str(file), names.CLIP_TRANSFORMERS)
     if not found.parts:
-        raise UserError(f'{file} holds no part of Stable Diffusion; its first tensor is "{min(state, default="none")}".')
+        raise UserError(
+            f'{file} holds no part of Stable Diffusion; its first tensor is "{min(state, default="none")}".'
+        )
     return found
 
 
 def _said(metadata: dict[str, str], found: Checkpoint) -> None:
     """Stability's ModelSpec, where a file carries it."""
-    target = {"epsilon": "eps", "v": "v", "v_prediction": "v"}.get(metadata.get("modelspec.prediction_type", ""))
+    target = {"epsilon": "eps", "v": "v", "v_prediction": "v"}.get(
+        metadata.get("modelspec.prediction_type", "")
+    )
     size = re.fullmatch(r"(\d{2,4})x\d{2,4}", str(metadata.get("modelspec.resolution")))
     found.target, found.size = target or found.target, int(size[1]) if size else found.size

@@ -1,4 +1,5 @@
 """From a path, or a name on the Hugging Face Hub, to a LatentDiffusion ready to sample."""
+
 import warnings
 from pathlib import Path
 
@@ -36,9 +37,15 @@ def load(
     if not path.is_file() and not (path / "model_index.json").is_file():
         model = LatentDiffusion.load(path, dtype=dtype)
         if target not in (None, model.denoiser.target):
-            raise UserError(f"{path} says itself what it predicts, {model.denoiser.target}; leave target out (--target).")
+            raise UserError(
+                f"{path} says itself what it predicts, {model.denoiser.target}; leave target out (--target)."
+            )
         for name, place in others.items():
-            setattr(model.denoiser if name == "unet" else model, "network" if name == "unet" else name, part(place, name, dtype))
+            setattr(
+                model.denoiser if name == "unet" else model,
+                "network" if name == "unet" else name,
+                part(place, name, dtype),
+            )
         model.check_widths()
     else:
         model = _composed(path, target, others, dtype)
@@ -63,13 +70,23 @@ def _built(name: str, found: layouts.Part, dtype: torch.dtype | None) -> torch.n
     """A VAE's latent scale is a tensor with us, and a number or nothing in other layouts."""
     try:
         module = empty(NETWORKS[name], found.numbers)
-    except (ValueError, TypeError, ZeroDivisionError, KeyError, RuntimeError) as error:  # numbers that no network can have
-        raise UserError(f"{found.where}: no {layouts.KINDS[name]} has such sizes ({error}).") from error
+    except (
+        ValueError,
+        TypeError,
+        ZeroDivisionError,
+        KeyError,
+        RuntimeError,
+    ) as error:  # numbers that no network can have
+        raise UserError(
+            f"{found.where}: no {layouts.KINDS[name]} has such sizes ({error})."
+        ) from error
     scale = {"latent_scale": torch.tensor(found.numbers["latent_scale"])} if name == "vae" else {}
     return fill(module, found.state | scale, found.where, precision_of(name, dtype))
 
 
-def _composed(path: Path, target: str | None, others: dict[str, str | Path], dtype: torch.dtype | None) -> LatentDiffusion:
+def _composed(
+    path: Path, target: str | None, others: dict[str, str | Path], dtype: torch.dtype | None
+) -> LatentDiffusion:
     """Stable Diffusion, of the parts of one checkpoint, or of several."""
     found = layouts.read(path, files.tensors)
     for note in found.notes:
@@ -80,17 +97,28 @@ def _composed(path: Path, target: str | None, others: dict[str, str | Path], dty
     absent = [name for name in NETWORKS if name not in found.parts and name not in others]
     if absent:
         missing, option = " and no ".join(layouts.KINDS[name] for name in absent), absent[0]
-        raise UserError(f"{path} has no {missing}; name a checkpoint that has one, as in {option}=PATH (--{option} PATH).")
+        raise UserError(
+            f"{path} has no {missing}; name a checkpoint that has one, as in {option}=PATH (--{option} PATH)."
+        )
     modules = {}
     for name in NETWORKS:
-        modules[name] = part(others[name], name, dtype) if name in others else _built(name, found.parts[name], dtype)
+        modules[name] = (
+            part(others[name], name, dtype)
+            if name in others
+            else _built(name, found.parts[name], dtype)
+        )
     if target is not None and target not in TARGETS:
         raise UserError(f'no target "{target}"; there is {", ".join(TARGETS)}.')
     target = target or found.target
     if target is None:
         target = "v"
-        warnings.warn(f"{path.name}: nothing in it says whether it predicts v (768 pixels) or eps (base, 512); v is assumed", stacklevel=3)
+        warnings.warn(
+            f"{path.name}: nothing in it says whether it predicts v (768 pixels) or eps (base, 512); v is assumed",
+            stacklevel=3,
+        )
     schedule = schedules.Discrete(**(found.schedule or layouts.STABLE_DIFFUSION))
     size = found.size or (768 if target == "v" else 512)
     denoiser = Denoiser(modules["unet"], schedule, target)
-    return LatentDiffusion(modules["vae"], modules["text"], denoiser, size, guidance=7.5, spacing=found.spacing)
+    return LatentDiffusion(
+        modules["vae"], modules["text"], denoiser, size, guidance=7.5, spacing=found.spacing
+    )

@@ -2,6 +2,7 @@
 
 A layer's name there is the published one behind a prefix. kohya's writes "_" for every dot, which only a list of the model's layers can undo.
 """
+
 import json
 import math
 import warnings
@@ -23,10 +24,21 @@ from minidiff.weights import files, names
 
 PREFIXES = {  # the rename table, then what stands before a name at diffusers and at kohya; the first of each is written, all are read
     "unet": (names.UNET_DIFFUSERS, ("unet.", "base_model.model.", ""), ("lora_unet_",)),
-    "text": (names.CLIP_TRANSFORMERS, ("text_encoder.text_model.", "text_encoder.", "base_model.model.text_model.", "text_model."),
-             ("lora_te_text_model_", "lora_te1_text_model_", "lora_te1_")),
+    "text": (
+        names.CLIP_TRANSFORMERS,
+        (
+            "text_encoder.text_model.",
+            "text_encoder.",
+            "base_model.model.text_model.",
+            "text_model.",
+        ),
+        ("lora_te_text_model_", "lora_te1_text_model_", "lora_te1_"),
+    ),
 }
-HALVES = {"diffusers": (".lora_A.weight", ".lora_B.weight"), "kohya": (".lora_down.weight", ".lora_up.weight")}
+HALVES = {
+    "diffusers": (".lora_A.weight", ".lora_B.weight"),
+    "kohya": (".lora_down.weight", ".lora_up.weight"),
+}
 
 
 class Place(NamedTuple):
@@ -45,7 +57,9 @@ def _places(model: LatentDiffusion) -> Iterator[tuple[Place, list[str]]]:
         if not isinstance(network, kind):
             continue
         table, dotted, underscored = PREFIXES[part]
-        layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, Layer)}
+        layers = {
+            name: layer for name, layer in network.named_modules() if isinstance(layer, Layer)
+        }
         for published, name in names.to_published({name: name for name in layers}, table).items():
             spelled = [prefix + published for prefix in dotted]
             flat = [prefix + published.replace(".", "_") for prefix in underscored]
@@ -62,8 +76,14 @@ def save(model: LatentDiffusion, file: str | Path, layout: str = "diffusers") ->
         raise UserError(f'no layout "{layout}" of LoRA files; there is {", ".join(HALVES)}.')
     places = [place for place, _ in _places(model) if hasattr(place.layer, "lora")]
     if not places or len(places) < len(adapted(model)):
-        what = "only LoRAs of a U-Net or a CLIPText have names in files" if adapted(model) else "lora.add gives it one"
-        raise UserError(f"{file} is not written: {len(places)} of the model's {len(adapted(model))} LoRAs can be; {what}.")
+        what = (
+            "only LoRAs of a U-Net or a CLIPText have names in files"
+            if adapted(model)
+            else "lora.add gives it one"
+        )
+        raise UserError(
+            f"{file} is not written: {len(places)} of the model's {len(adapted(model))} LoRAs can be; {what}."
+        )
     whole = {}
     for place in places:
         lora, name = place.layer.lora, getattr(place, layout)
@@ -74,7 +94,9 @@ def save(model: LatentDiffusion, file: str | Path, layout: str = "diffusers") ->
             B = B * (lora.alpha / len(A))
         whole |= dict(zip((name + half for half in HALVES[layout]), (A, B), strict=True))
     with files.beside(file) as fresh:
-        save_file({name: value.contiguous() for name, value in whole.items()}, fresh, {"format": "pt"})
+        save_file(
+            {name: value.contiguous() for name, value in whole.items()}, fresh, {"format": "pt"}
+        )
     return file
 
 
@@ -87,7 +109,9 @@ def load(model: LatentDiffusion, file: str | Path, scale: float = 1.0) -> Loaded
     strange = [name for name in found if name not in known]
     if strange:
         said = f'{len(strange)} of its {len(found)} layers are not in this model; the first is "{strange[0]}"'
-        raise UserError(f"{file}: {said}. It is for another model: `minidiff inspect` says of which kind each is.")
+        raise UserError(
+            f"{file}: {said}. It is for another model: `minidiff inspect` says of which kind each is."
+        )
     ready: dict[str, tuple[Layer, LoRA]] = {}
     for name, values in found.items():
         place = known[name]
@@ -102,7 +126,11 @@ def load(model: LatentDiffusion, file: str | Path, scale: float = 1.0) -> Loaded
     after = _probe(model)
     moved = ((after - before).norm() / before.norm().clamp(min=1e-12)).item()
     if moved == 0:
-        why = "its scale is 0" if scale == 0 else "all its B are zero, as before training, or the U-Net's own output is"
+        why = (
+            "its scale is 0"
+            if scale == 0
+            else "all its B are zero, as before training, or the U-Net's own output is"
+        )
         warnings.warn(f"{file.name} changes nothing: {why}", stacklevel=3)
     return Loaded(list(ready), moved)
 
@@ -121,7 +149,9 @@ def _read(file: Path) -> dict[str, dict[str, Tensor | float]]:
             raise UserError(f'{file}: "{key}" is {tuple(value.shape)}; alpha is one number.')
         (name,) = names.to_ours({match["layer"]: None}, names.LORA_OLD)
         if half in found.setdefault(name, {}):
-            raise UserError(f'{file}: "{key}" stands in it twice, by two names; a file has one of the two.')
+            raise UserError(
+                f'{file}: "{key}" stands in it twice, by two names; a file has one of the two.'
+            )
         found[name][half] = value
     if not found:
         raise UserError(f'{file} holds no LoRA; its first tensor is "{min(left, default="none")}".')
@@ -130,7 +160,9 @@ def _read(file: Path) -> dict[str, dict[str, Tensor | float]]:
         raise UserError(f"{file}: {said}. Relatives of LoRA (LoHa, LoKr, DoRA) are not read.")
     for name, values in found.items():
         if missing := [half for half in ("A", "B") if half not in values]:
-            raise UserError(f'{file}: "{name}" has no {missing[0]} ({"down" if missing[0] == "A" else "up"}); a LoRA is two matrices.')
+            raise UserError(
+                f'{file}: "{name}" has no {missing[0]} ({"down" if missing[0] == "A" else "up"}); a LoRA is two matrices.'
+            )
     for name, alpha in _told_alphas(file, found).items():
         found[name].setdefault("alpha", alpha)
     return found
@@ -138,19 +170,36 @@ def _read(file: Path) -> dict[str, dict[str, Tensor | float]]:
 
 def _told_alphas(file: Path, found: dict[str, dict[str, Tensor | float]]) -> dict[str, float]:
     """What PEFT's configuration says: in the file's metadata where diffusers wrote it, or in adapter_config.json beside it."""
-    text, beside = files.metadata(file).get("lora_adapter_metadata", "{}"), file.with_name("adapter_config.json")
+    text, beside = (
+        files.metadata(file).get("lora_adapter_metadata", "{}"),
+        file.with_name("adapter_config.json"),
+    )
     config = files.read_json(beside) if file.stem == "adapter_model" and beside.is_file() else {}
     try:
         said, told = config | json.loads(text), {}
         for name, values in found.items():
-            part, layer = name.split(".", 1) if name.startswith(("unet.", "text_encoder.")) else ("", name)
-            of = said | {key.removeprefix(f"{part}."): value for key, value in said.items() if key.startswith(f"{part}.")}
-            special = [value for key, value in (of.get("alpha_pattern") or {}).items() if ends(layer, key.removeprefix("^"))]
+            part, layer = (
+                name.split(".", 1) if name.startswith(("unet.", "text_encoder.")) else ("", name)
+            )
+            of = said | {
+                key.removeprefix(f"{part}."): value
+                for key, value in said.items()
+                if key.startswith(f"{part}.")
+            }
+            special = [
+                value
+                for key, value in (of.get("alpha_pattern") or {}).items()
+                if ends(layer, key.removeprefix("^"))
+            ]
             alpha = special[0] if special else of.get("lora_alpha")
             if alpha is not None:
-                told[name] = float(alpha) * (math.sqrt(len(values["A"])) if of.get("use_rslora") else 1)  # then it means alpha / sqrt(r)
+                told[name] = float(alpha) * (
+                    math.sqrt(len(values["A"])) if of.get("use_rslora") else 1
+                )  # then it means alpha / sqrt(r)
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{file}: its LoRA configuration is damaged ({type(error).__name__}: {error}); {files.AGAIN}.") from error
+        raise UserError(
+            f"{file}: its LoRA configuration is damaged ({type(error).__name__}: {error}); {files.AGAIN}."
+        ) from error
     return told
 
 
@@ -161,9 +210,13 @@ def _fitted(place: Place, values: dict[str, Tensor | float], where: str) -> LoRA
     for half, expected in (("A", (rank, *inner)), ("B", (out, rank, *[1] * (len(inner) - 1)))):
         value = values[half]
         if _trimmed(value.shape) != _trimmed(expected) or not rank:
-            raise UserError(f"{where}: {half} is {tuple(value.shape)}; at rank {rank} this model's layer takes {expected}.")
+            raise UserError(
+                f"{where}: {half} is {tuple(value.shape)}; at rank {rank} this model's layer takes {expected}."
+            )
         if not value.is_floating_point() or not value.float().sum().isfinite():
-            raise UserError(f"{where}: {half} holds what is no finite number; training broke before it was saved.")
+            raise UserError(
+                f"{where}: {half} holds what is no finite number; training broke before it was saved."
+            )
     lora = LoRA(place.layer, rank, float(values.get("alpha", rank)))
     for half in ("A", "B"):
         getattr(lora, half).data.copy_(values[half].view_as(getattr(lora, half)))
@@ -181,9 +234,14 @@ def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _probe(model: LatentDiffusion) -> Float[Tensor, "B C H W"]:
     """The U-Net's output halfway to noise, on fixed latents and, if it reads a CLIPText, on fixed words."""
     side, text = 2 * model.unet.multiple, model.text
-    x = torch.randn(1, model.unet.numbers["in_channels"], side, side, generator=torch.Generator().manual_seed(0)).to(model.device)
+    x = torch.randn(
+        1, model.unet.numbers["in_channels"], side, side, generator=torch.Generator().manual_seed(0)
+    ).to(model.device)
     if isinstance(text, CLIPText):
-        tokens = torch.arange(1000, 1000 + text.context_length, device=model.device)[None] % text.numbers["vocabulary"]
+        tokens = (
+            torch.arange(1000, 1000 + text.context_length, device=model.device)[None]
+            % text.numbers["vocabulary"]
+        )
         context = text(tokens)
     else:
         context = text.null(1)

@@ -4,6 +4,7 @@ A row pairs a piece of a published name with the piece of ours that stands in it
 Rows are applied from the top to come to our names, and from the bottom, turned round, to come back. None in place of ours: a tensor
 with this piece in its name is dropped on purpose.
 """
+
 import re
 from collections.abc import Sequence
 from typing import TypeVar
@@ -34,7 +35,9 @@ def _renamed(state: dict[str, T], table: Table) -> dict[str, T]:
         for pattern, replacement in rows:
             new = pattern.sub(replacement, new)
         if new in result:
-            raise UserError(f'"{name}" and "{meant[new]}" both mean "{new}"; a checkpoint holds one of the two.')
+            raise UserError(
+                f'"{name}" and "{meant[new]}" both mean "{new}"; a checkpoint holds one of the two.'
+            )
         result[new], meant[new] = value, name
     return result
 
@@ -46,7 +49,9 @@ def to_ours(state: dict[str, T], table: Table) -> dict[str, T]:
 
 def to_published(state: dict[str, T], table: Table) -> dict[str, T]:
     """The same tensors under the published names."""
-    return _renamed(state, [(ours, published) for published, ours in reversed(table) if ours is not None])
+    return _renamed(
+        state, [(ours, published) for published, ours in reversed(table) if ours is not None]
+    )
 
 
 # Networks of diffusers' layout.
@@ -74,7 +79,10 @@ UNET_DIFFUSERS: Table = [  # UNet2DConditionModel
     ("up_blocks.{}.upsamplers.0", "decoder.{}.resample"),
     ("up_blocks.{}.resnets", "decoder.{}.residual"),
     ("up_blocks.{}.attentions", "decoder.{}.attention"),
-    ("time_embedding.linear_1", "time.0"),  # below time_emb_proj: on the way back "time.0" must go first
+    (
+        "time_embedding.linear_1",
+        "time.0",
+    ),  # below time_emb_proj: on the way back "time.0" must go first
     ("time_embedding.linear_2", "time.2"),
 ]
 
@@ -93,7 +101,12 @@ VAE_DIFFUSERS: Table = [  # AutoencoderKL
     ("decoder.up_blocks.{}.upsamplers.0", "decoder.levels.{}.resample"),
     ("decoder.up_blocks.{}.resnets", "decoder.levels.{}.residual"),
 ]
-VAE_OLD_ATTENTION: Table = [("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")]  # until diffusers 0.18
+VAE_OLD_ATTENTION: Table = [
+    ("query", "to_q"),
+    ("key", "to_k"),
+    ("value", "to_v"),
+    ("proj_attn", "to_out.0"),
+]  # until diffusers 0.18
 
 CLIP_TRANSFORMERS: Table = [  # CLIPTextModel; files of before and after its prefix "text_model" went
     ("position_ids", None),  # 0, 1, ..., 76
@@ -121,23 +134,37 @@ def unet_compvis(attention: Sequence[bool] = (True, True, True, False), blocks: 
     levels, layers, k = len(attention), [("input_blocks.0.0", "conv_in")], 1
     for level in range(levels):
         for i in range(blocks):
-            layers += [(f"input_blocks.{k}.0", f"encoder.{level}.residual.{i}"), (f"input_blocks.{k}.1", f"encoder.{level}.attention.{i}")]
+            layers += [
+                (f"input_blocks.{k}.0", f"encoder.{level}.residual.{i}"),
+                (f"input_blocks.{k}.1", f"encoder.{level}.attention.{i}"),
+            ]
             k += 1
         if level < levels - 1:
             layers.append((f"input_blocks.{k}.0.op", f"encoder.{level}.resample.conv"))
             k += 1
-    layers += [("middle_block.0", "middle.residual.0"), ("middle_block.1", "middle.attention.0"), ("middle_block.2", "middle.residual.1")]
+    layers += [
+        ("middle_block.0", "middle.residual.0"),
+        ("middle_block.1", "middle.attention.0"),
+        ("middle_block.2", "middle.residual.1"),
+    ]
     for k in range(levels * (blocks + 1)):
         level, i = divmod(k, blocks + 1)
         transformer = attention[levels - 1 - level]
         layers.append((f"output_blocks.{k}.0", f"decoder.{level}.residual.{i}"))
         if transformer:
             layers.append((f"output_blocks.{k}.1", f"decoder.{level}.attention.{i}"))
-        if i == blocks and level < levels - 1:  # halving has a number of its own; doubling stands behind the last transformer, or in its place
-            layers.append((f"output_blocks.{k}.{1 + transformer}.conv", f"decoder.{level}.resample.conv"))
+        if (
+            i == blocks and level < levels - 1
+        ):  # halving has a number of its own; doubling stands behind the last transformer, or in its place
+            layers.append(
+                (f"output_blocks.{k}.{1 + transformer}.conv", f"decoder.{level}.resample.conv")
+            )
     return [
         *layers,
-        ("time_embed", "time"),  # above the residual blocks' "time": on the way back theirs must go first
+        (
+            "time_embed",
+            "time",
+        ),  # above the residual blocks' "time": on the way back theirs must go first
         ("residual.{}.in_layers.0", "residual.{}.norm1"),
         ("residual.{}.in_layers.2", "residual.{}.conv1"),
         ("residual.{}.emb_layers.1", "residual.{}.time"),
@@ -154,8 +181,12 @@ def vae_compvis(levels: int = 4) -> Table:
     """AutoencoderKL of so many levels. Its attention is made of 1x1 convolutions: the same numbers, two axes more."""
     decoder: Table = []
     for level in range(levels):  # numbered from the finest, though it runs from the coarsest
-        decoder.append((f"decoder.up.{levels - 1 - level}.block", f"decoder.levels.{level}.residual"))
-        decoder.append((f"decoder.up.{levels - 1 - level}.upsample", f"decoder.levels.{level}.resample"))
+        decoder.append(
+            (f"decoder.up.{levels - 1 - level}.block", f"decoder.levels.{level}.residual")
+        )
+        decoder.append(
+            (f"decoder.up.{levels - 1 - level}.upsample", f"decoder.levels.{level}.resample")
+        )
     return [
         ("encoder.down.{}.block", "encoder.levels.{}.residual"),
         ("encoder.down.{}.downsample", "encoder.levels.{}.resample"),
@@ -188,10 +219,44 @@ CLIP_OPEN: Table = [  # open_clip's text tower, also in SD 2.x's single file. It
 ]
 
 COMPVIS_DROPPED: Table = [  # beside the three networks: the noise levels as buffers, averages (see layouts), and what only training needs
-    *((piece, None) for piece in ("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")),
-    *((piece, None) for piece in ("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "logvar")),
-    *((piece, None) for piece in ("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2")),
-    *((piece, None) for piece in ("lvlb_weights", "model_ema", "loss", "scale_factor", "cond_stage_model.logit_scale")),
+    *(
+        (piece, None)
+        for piece in (
+            "betas",
+            "alphas_cumprod",
+            "alphas_cumprod_prev",
+            "sqrt_alphas_cumprod",
+            "sqrt_one_minus_alphas_cumprod",
+        )
+    ),
+    *(
+        (piece, None)
+        for piece in (
+            "log_one_minus_alphas_cumprod",
+            "sqrt_recip_alphas_cumprod",
+            "sqrt_recipm1_alphas_cumprod",
+            "logvar",
+        )
+    ),
+    *(
+        (piece, None)
+        for piece in (
+            "posterior_variance",
+            "posterior_log_variance_clipped",
+            "posterior_mean_coef1",
+            "posterior_mean_coef2",
+        )
+    ),
+    *(
+        (piece, None)
+        for piece in (
+            "lvlb_weights",
+            "model_ema",
+            "loss",
+            "scale_factor",
+            "cond_stage_model.logit_scale",
+        )
+    ),
 ]
 
 # Low-rank weights. Which layer, and which half: A and down are the same, and so are B and up.

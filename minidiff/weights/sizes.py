@@ -3,6 +3,7 @@
 Sizes come from the tensors, never from a file's name. Only what leaves no trace in them is known otherwise: how many heads share
 a width, and a text tower's activation and padding (SD 1.x: OpenAI's CLIP; SD 2.x: OpenCLIP's ViT-H).
 """
+
 import re
 from collections.abc import Iterator, Mapping
 
@@ -21,9 +22,13 @@ def _count(shapes: Shapes, piece: str) -> int:
 
 def _of(shapes: Shapes, name: str, axes: int) -> tuple[int, ...]:
     if name not in shapes:
-        raise UserError(f'tensor "{name}" is missing: this is not a network of Stable Diffusion, or a damaged one.')
+        raise UserError(
+            f'tensor "{name}" is missing: this is not a network of Stable Diffusion, or a damaged one.'
+        )
     if len(shapes[name]) != axes or not all(shapes[name]):
-        raise UserError(f'tensor "{name}" has shape {list(shapes[name])}; it should have {axes} axes.')
+        raise UserError(
+            f'tensor "{name}" has shape {list(shapes[name])}; it should have {axes} axes.'
+        )
     return tuple(shapes[name])
 
 
@@ -36,14 +41,24 @@ def unet_numbers(shapes: Shapes) -> dict:
     levels = _count(shapes, "encoder")
     if not levels:
         raise UserError("no U-Net: no tensor of an encoder.")
-    channels = tuple(_of(shapes, f"encoder.{level}.residual.0.conv2.weight", 4)[0] for level in range(levels))
+    channels = tuple(
+        _of(shapes, f"encoder.{level}.residual.0.conv2.weight", 4)[0] for level in range(levels)
+    )
     blocks = _count(shapes, "encoder.0.residual")
     depth = tuple(_count(shapes, f"encoder.{level}.attention.0.blocks") for level in range(levels))
     for level in range(levels):
-        found = _count(shapes, f"encoder.{level}.residual"), _count(shapes, f"decoder.{levels - 1 - level}.residual")
+        found = (
+            _count(shapes, f"encoder.{level}.residual"),
+            _count(shapes, f"decoder.{levels - 1 - level}.residual"),
+        )
         if found != (blocks, blocks + 1):
-            raise UserError(f"level {level} of the U-Net has {found[0]} and {found[1]} residual blocks; {blocks} and {blocks + 1} are supported.")
-    proj_in, cross, up = (_first(shapes, name) for name in (".proj_in.weight", ".cross_attention.k.weight", ".ff.up.weight"))
+            raise UserError(
+                f"level {level} of the U-Net has {found[0]} and {found[1]} residual blocks; {blocks} and {blocks + 1} are supported."
+            )
+    proj_in, cross, up = (
+        _first(shapes, name)
+        for name in (".proj_in.weight", ".cross_attention.k.weight", ".ff.up.weight")
+    )
     linear = proj_in in shapes and len(shapes[proj_in]) == 2
     doubled, width = _of(shapes, up, 2)  # the width of the hidden layer, twice for GEGLU's gate
     return dict(
@@ -66,7 +81,10 @@ def vae_numbers(shapes: Shapes) -> dict:
     return dict(
         in_channels=_of(shapes, "encoder.conv_in.weight", 4)[1],
         latent_channels=_of(shapes, "post_quant.weight", 4)[0],
-        channels=tuple(_of(shapes, f"encoder.levels.{level}.residual.0.conv2.weight", 4)[0] for level in range(levels)),
+        channels=tuple(
+            _of(shapes, f"encoder.levels.{level}.residual.0.conv2.weight", 4)[0]
+            for level in range(levels)
+        ),
         blocks=_count(shapes, "encoder.levels.0.residual"),
         latent_scale=0.18215,
     )
@@ -96,7 +114,14 @@ def _affine(*layers: str) -> Iterator[str]:
 
 
 def _residual(name: str, c_in: int, c_out: int, time: bool) -> Iterator[str]:
-    layers = ("norm1", "conv1", *(["time"] if time else []), "norm2", "conv2", *(["skip"] if c_in != c_out else []))
+    layers = (
+        "norm1",
+        "conv1",
+        *(["time"] if time else []),
+        "norm2",
+        "conv2",
+        *(["skip"] if c_in != c_out else []),
+    )
     yield from _affine(*(f"{name}.{layer}" for layer in layers))
 
 
@@ -106,7 +131,9 @@ def _transformer(name: str, depth: int) -> Iterator[str]:
         for attention in ("self_attention", "cross_attention"):
             yield from (f"{block}.{attention}.{piece}.weight" for piece in "qkv")
             yield from _affine(f"{block}.{attention}.out")
-        yield from _affine(*(f"{block}.{layer}" for layer in ("norm1", "norm2", "norm3", "ff.up", "ff.down")))
+        yield from _affine(
+            *(f"{block}.{layer}" for layer in ("norm1", "norm2", "norm3", "ff.up", "ff.down"))
+        )
 
 
 def unet_names(numbers: dict) -> Iterator[str]:
@@ -140,17 +167,26 @@ def vae_names(numbers: dict) -> Iterator[str]:
     """The tensors of VAE(**numbers)."""
     channels, blocks = numbers["channels"], numbers["blocks"]
     yield from ("latent_scale", *_affine("quant", "post_quant"))
-    for half, count, order in (("encoder", blocks, channels), ("decoder", blocks + 1, channels[::-1])):
+    for half, count, order in (
+        ("encoder", blocks, channels),
+        ("decoder", blocks + 1, channels[::-1]),
+    ):
         width = channels[0] if half == "encoder" else channels[-1]
         for k, c in enumerate(order):
             for i in range(count):
-                yield from _residual(f"{half}.levels.{k}.residual.{i}", width if i == 0 else c, c, time=False)
+                yield from _residual(
+                    f"{half}.levels.{k}.residual.{i}", width if i == 0 else c, c, time=False
+                )
             yield from _affine(f"{half}.levels.{k}.resample.conv") if k < len(channels) - 1 else ()
             width = c
-        yield from _affine(f"{half}.conv_in", f"{half}.conv_out", f"{half}.norm_out", f"{half}.middle.norm")
+        yield from _affine(
+            f"{half}.conv_in", f"{half}.conv_out", f"{half}.norm_out", f"{half}.middle.norm"
+        )
         for middle in ("first", "second"):
             yield from _residual(f"{half}.middle.{middle}", 1, 1, time=False)
-        yield from _affine(*(f"{half}.middle.attention.{piece}" for piece in ("q", "k", "v", "out")))
+        yield from _affine(
+            *(f"{half}.middle.attention.{piece}" for piece in ("q", "k", "v", "out"))
+        )
 
 
 def text_names(numbers: dict) -> Iterator[str]:

@@ -1,4 +1,5 @@
 """A whole Stable Diffusion of the true layout and little weight, for comparisons with diffusers' pipelines."""
+
 import pytest
 import torch
 
@@ -23,16 +24,31 @@ def pipeline(request, tmp_path_factory):
     second = request.param.startswith("sd2")
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(64, 64, 128, 128) if second else (32, 64, 64, 64), layers_per_block=2, cross_attention_dim=64,
-        attention_head_dim=(1, 1, 2, 2) if second else 8, use_linear_projection=second,
+        sample_size=8,
+        block_out_channels=(64, 64, 128, 128) if second else (32, 64, 64, 64),
+        layers_per_block=2,
+        cross_attention_dim=64,
+        attention_head_dim=(1, 1, 2, 2) if second else 8,
+        use_linear_projection=second,
     )
     vae = diffusers.AutoencoderKL(
-        block_out_channels=(32, 32, 64, 64), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2, latent_channels=4, sample_size=64,
+        block_out_channels=(32, 32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=64,
     )
     config = transformers.CLIPTextConfig(
-        vocab_size=49408, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=1, projection_dim=64,
-        hidden_act="gelu" if second else "quick_gelu", bos_token_id=49406, eos_token_id=49407,
+        vocab_size=49408,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        projection_dim=64,
+        hidden_act="gelu" if second else "quick_gelu",
+        bos_token_id=49406,
+        eos_token_id=49407,
     )
     folder = tmp_path_factory.mktemp(request.param)
     for name, content in write.tokenizer_files(0 if second else 49407, 77).items():
@@ -43,10 +59,17 @@ def pipeline(request, tmp_path_factory):
         tokenizer=transformers.CLIPTokenizer.from_pretrained(folder),
         unet=randomized(unet, torch.float32),
         scheduler=diffusers.DDIMScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
             prediction_type="v_prediction" if request.param == "sd2-v" else "epsilon",
         ),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     found.set_progress_bar_config(disable=True)
     found.save_pretrained(folder / "model")

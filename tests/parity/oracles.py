@@ -11,12 +11,23 @@ import re
 import tomllib
 from pathlib import Path
 
-IMPORTS = {"diffusers", "transformers", "peft", "accelerate", "datasets", "scipy", "torch-fidelity", "torchmetrics"}
+IMPORTS = {
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "scipy",
+    "torch-fidelity",
+    "torchmetrics",
+}
 
 
 def pins() -> dict[str, str]:
     """The exact versions that pyproject.toml names in the extra "test"."""
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+    project = tomllib.loads(
+        (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    )
     lines = project["project"]["optional-dependencies"]["test"]
     exact = (re.fullmatch(r"([\w-]+)==([\w.]+)", line) for line in lines)
     return {match[1]: match[2] for match in exact if match}
@@ -31,7 +42,9 @@ def complaint() -> str | None:
         except importlib.metadata.PackageNotFoundError:
             return f"the oracle {name} is not installed; pip install -e '.[test]'"
         if installed != version:
-            return f"the oracle {name} is {installed}, pinned is {version}; pip install -e '.[test]'"
+            return (
+                f"the oracle {name} is {installed}, pinned is {version}; pip install -e '.[test]'"
+            )
     try:
         for name in sorted(IMPORTS):
             importlib.import_module(name.replace("-", "_"))

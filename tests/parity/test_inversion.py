@@ -1,4 +1,5 @@
 """Textual inversions between diffusers and us: pictures of whole pipelines, as in test_pipeline and to its tolerance."""
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -12,7 +13,9 @@ pytestmark = pytest.mark.parametrize("pipeline", ["sd1", "sd2"], indirect=True)
 
 
 def theirs(pipe, prompt):
-    return pipe(prompt, latents=LATENTS.clone(), num_inference_steps=3, guidance_scale=4.0, output_type="np").images
+    return pipe(
+        prompt, latents=LATENTS.clone(), num_inference_steps=3, guidance_scale=4.0, output_type="np"
+    ).images
 
 
 def ours(model, prompt):
@@ -34,7 +37,9 @@ def test_what_is_learnt_here_draws_there(pipeline, tmp_path):
 
 def test_what_is_learnt_there_draws_here(pipeline, tmp_path):
     pipe, model = pipeline[0], minidiff.load(pipeline[1])
-    save_file({"<cat-toy>": torch.randn(1, 64)}, tmp_path / "learned_embeds.safetensors")  # the name and shape that its training script writes
+    save_file(
+        {"<cat-toy>": torch.randn(1, 64)}, tmp_path / "learned_embeds.safetensors"
+    )  # the name and shape that its training script writes
     pipe.load_textual_inversion(str(tmp_path / "learned_embeds.safetensors"))
     inversion.load(model.text, tmp_path / "learned_embeds.safetensors", "sks")
     assert abs(theirs(pipe, "a <cat-toy> in a box") - ours(model, "a sks in a box")).max() < 1e-4

@@ -2,6 +2,7 @@
 
 fp32 agrees to 1e-5 and fp64 to 1e-12, relative to the output's size: only the order of additions differs.
 """
+
 import pytest
 import torch
 
@@ -24,9 +25,13 @@ def randomized(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     for name, p in module.named_parameters():
         noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
         if p.ndim > 1:
-            p.data = noise if "embedding" in name and "time" not in name else noise / p[0].numel() ** 0.5
+            p.data = (
+                noise if "embedding" in name and "time" not in name else noise / p[0].numel() ** 0.5
+            )
         else:
-            p.data = 0.1 * noise + (1 if ("norm" in name or "ln_" in name) and name.endswith("weight") else 0)
+            p.data = 0.1 * noise + (
+                1 if ("norm" in name or "ln_" in name) and name.endswith("weight") else 0
+            )
     return module.to(dtype).eval()
 
 
@@ -48,11 +53,26 @@ def test_unet_equals_diffusers(style, dtype, tolerance):
         use_linear_projection=style == "sd2",
     )
     theirs = randomized(theirs, dtype)
-    ours = UNet(4, 4, (32, 64, 128, 128), blocks=2, depth=(1, 1, 1, 0), heads=heads, context_dim=24, linear_projection=style == "sd2")
+    ours = UNet(
+        4,
+        4,
+        (32, 64, 128, 128),
+        blocks=2,
+        depth=(1, 1, 1, 0),
+        heads=heads,
+        context_dim=24,
+        linear_projection=style == "sd2",
+    )
     ours = ours.to(dtype).eval()
     ours.load_state_dict(to_ours(theirs.state_dict(), UNET_DIFFUSERS))
-    x, t, context = torch.randn(2, 4, 16, 16, dtype=dtype), torch.tensor([7, 830]), torch.randn(2, 9, 24, dtype=dtype)
-    if dtype == torch.float64:  # diffusers computes the sines of the time embedding in fp32 whatever the dtype; the fp32 case compares them
+    x, t, context = (
+        torch.randn(2, 4, 16, 16, dtype=dtype),
+        torch.tensor([7, 830]),
+        torch.randn(2, 9, 24, dtype=dtype),
+    )
+    if (
+        dtype == torch.float64
+    ):  # diffusers computes the sines of the time embedding in fp32 whatever the dtype; the fp32 case compares them
         theirs.time_proj.forward = lambda t: timestep_embedding(t.double(), 32)
     expected = theirs(x, t, context).sample
     assert expected.std() > 0.1
@@ -63,11 +83,22 @@ def test_unet_equals_diffusers(style, dtype, tolerance):
 @torch.no_grad()
 def test_scale_shift_equals_diffusers(dtype, tolerance):
     """The residual block of ADM, where time scales and shifts."""
-    how = {"in_channels": 32, "out_channels": 64, "temb_channels": 48, "eps": 1e-5, "time_embedding_norm": "scale_shift"}
+    how = {
+        "in_channels": 32,
+        "out_channels": 64,
+        "temb_channels": 48,
+        "eps": 1e-5,
+        "time_embedding_norm": "scale_shift",
+    }
     theirs = randomized(diffusers.models.resnet.ResnetBlock2D(**how), dtype)
     ours = ResBlock(32, 64, 48, scale_shift=True).to(dtype).eval()
     names = {"time_emb_proj": "time", "conv_shortcut": "skip"}
-    ours.load_state_dict({names.get(k.split(".")[0], k.split(".")[0]) + "." + k.split(".")[1]: v for k, v in theirs.state_dict().items()})
+    ours.load_state_dict(
+        {
+            names.get(k.split(".")[0], k.split(".")[0]) + "." + k.split(".")[1]: v
+            for k, v in theirs.state_dict().items()
+        }
+    )
     x, emb = torch.randn(2, 32, 8, 8, dtype=dtype), torch.randn(2, 48, dtype=dtype)
     assert gap(ours(x, emb), theirs(x, emb)) < tolerance
 
@@ -84,7 +115,9 @@ def test_vae_equals_diffusers(dtype, tolerance):
     )
     theirs = randomized(theirs, dtype)
     ours = VAE(3, 4, (32, 64, 64), blocks=2, latent_scale=0.18215).to(dtype).eval()
-    ours.load_state_dict({**to_ours(theirs.state_dict(), VAE_DIFFUSERS), "latent_scale": ours.latent_scale})
+    ours.load_state_dict(
+        {**to_ours(theirs.state_dict(), VAE_DIFFUSERS), "latent_scale": ours.latent_scale}
+    )
     x = torch.randn(2, 3, 32, 32, dtype=dtype)
     posterior = theirs.encode(x).latent_dist
     mean, log_variance = ours.posterior(x)
@@ -99,11 +132,20 @@ def test_vae_equals_diffusers(dtype, tolerance):
 @torch.no_grad()
 def test_clip_equals_transformers(activation, dtype, tolerance):
     config = transformers.CLIPTextConfig(
-        vocab_size=49408, hidden_size=32, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, hidden_act=activation
+        vocab_size=49408,
+        hidden_size=32,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        hidden_act=activation,
     )
     theirs = randomized(transformers.CLIPTextModel(config), dtype)
     ours = CLIPText(32, layers=3, heads=4, activation=activation).to(dtype).eval()
-    named = {name.removeprefix("text_model."): value for name, value in theirs.state_dict().items() if "position_ids" not in name}
+    named = {
+        name.removeprefix("text_model."): value
+        for name, value in theirs.state_dict().items()
+        if "position_ids" not in name
+    }
     ours.load_state_dict(to_ours(named, CLIP_TRANSFORMERS))
     tokens = ours.tokens(["a small blue circle above a large red square", ""])
     assert gap(ours(tokens), theirs(tokens).last_hidden_state) < tolerance
@@ -113,12 +155,18 @@ def test_clip_equals_transformers(activation, dtype, tolerance):
 def test_clip_equals_open_clip_penultimate():
     """SD 2.x reads open_clip's text tower one block before its end, through the final LayerNorm."""
     open_clip = pytest.importorskip("open_clip")
-    theirs = open_clip.transformer.TextTransformer(context_length=77, vocab_size=49408, width=32, heads=4, layers=3, output_dim=16)
+    theirs = open_clip.transformer.TextTransformer(
+        context_length=77, vocab_size=49408, width=32, heads=4, layers=3, output_dim=16
+    )
     theirs = randomized(theirs, torch.float64)
     ours = CLIPText(32, layers=2, heads=4, activation="gelu", pad=0).to(torch.float64).eval()
     state = {}
     for name, tensor in theirs.state_dict().items():  # open_clip keeps q, k and v in one matrix
-        block = name.replace("transformer.resblocks.", "blocks.").replace("ln_1", "norm1").replace("ln_2", "norm2")
+        block = (
+            name.replace("transformer.resblocks.", "blocks.")
+            .replace("ln_1", "norm1")
+            .replace("ln_2", "norm2")
+        )
         if "in_proj" in name:
             for which, part in zip("qkv", tensor.chunk(3), strict=True):
                 state[block.replace("attn.in_proj_", f"attention.{which}.")] = part

@@ -22,4 +22,6 @@ def test_oracles_that_refuse_each_other_are_told_apart_from_us(monkeypatch):
         raise ValueError("please use a version >= 0.22.0")
 
     monkeypatch.setattr(oracles, "_lora_in_a_text_encoder", refuse)
-    assert oracles.complaint.__wrapped__().startswith("the oracles do not work together (ValueError: please use")
+    assert oracles.complaint.__wrapped__().startswith(
+        "the oracles do not work together (ValueError: please use"
+    )

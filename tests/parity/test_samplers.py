@@ -3,6 +3,7 @@
 diffusers keeps its tables and some of its sums in fp32, and over 1000 steps that shows. Here its own code computes in float64 (`in_float64`), so
 that only the order of roundings differs: 1e-10, relative to the state's size, at every step.
 """
+
 import importlib
 import types
 
@@ -12,13 +13,33 @@ import torch
 
 from minidiff import schedules
 from minidiff.denoiser import Denoiser
-from minidiff.samplers import ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, euler, euler_ancestral, heun, lcm, sample, unipc
+from minidiff.samplers import (
+    ddim,
+    ddpm,
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    euler,
+    euler_ancestral,
+    heun,
+    lcm,
+    sample,
+    unipc,
+)
 
 diffusers = pytest.importorskip("diffusers")
 STEPS = [1, 2, 3, 10, 50, 1000]
-DIVISORS = [1, 2, 10, 50, 1000]  # for DDIM and DDPM: elsewhere diffusers' stride is not the distance of its own times
+DIVISORS = [
+    1,
+    2,
+    10,
+    50,
+    1000,
+]  # for DDIM and DDPM: elsewhere diffusers' stride is not the distance of its own times
 TARGETS = [("eps", "epsilon"), ("v", "v_prediction"), ("x0", "sample")]
-SCHEDULE, SD = schedules.scaled_linear(), dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+SCHEDULE, SD = (
+    schedules.scaled_linear(),
+    dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+)
 
 
 class Net(torch.nn.Module):
@@ -47,11 +68,18 @@ def in_float64(monkeypatch):
 
 def cases(counts, targets=2):
     """(steps, target, their name of it): all numbers of steps for eps, two for the others."""
-    return [(n, *target) for target in TARGETS[:targets] for n in counts if target[0] == "eps" or n in (2, 10)]
+    return [
+        (n, *target)
+        for target in TARGETS[:targets]
+        for n in counts
+        if target[0] == "eps" or n in (2, 10)
+    ]
 
 
 def normal(seed):
-    return torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def close(ours, theirs, tolerance=1e-10):
@@ -65,7 +93,17 @@ def grid(theirs):
 
 
 def ours(target, times, step, schedule=SCHEDULE):
-    return [frame.x for frame in sample(Denoiser(Net(), schedule, target), schedule, normal(0), len(times) - 1, step, times=times)]
+    return [
+        frame.x
+        for frame in sample(
+            Denoiser(Net(), schedule, target),
+            schedule,
+            normal(0),
+            len(times) - 1,
+            step,
+            times=times,
+        )
+    ]
 
 
 def generator():
@@ -84,7 +122,13 @@ def their_ddim(scheduler, eta):
 @pytest.mark.parametrize("steps, target, theirs", cases(DIVISORS, targets=3))
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_ddim(in_float64, target, theirs, steps, eta):
-    scheduler = in_float64("DDIMScheduler", "scheduling_ddim", prediction_type=theirs, clip_sample=False, timestep_spacing="trailing")
+    scheduler = in_float64(
+        "DDIMScheduler",
+        "scheduling_ddim",
+        prediction_type=theirs,
+        clip_sample=False,
+        timestep_spacing="trailing",
+    )
     scheduler.set_timesteps(steps)
     expected = their_ddim(scheduler, eta)
     close(ours(target, SCHEDULE.timesteps(steps), ddim(eta, generator())), expected)
@@ -94,8 +138,15 @@ def test_ddim(in_float64, target, theirs, steps, eta):
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_published_ddim_stops_at_alpha_bar_1(in_float64, target, theirs, steps, eta):
     """Stable Diffusion's settings; euler, which does not stop there, differs."""
-    scheduler = in_float64("DDIMScheduler", "scheduling_ddim", prediction_type=theirs, clip_sample=False, set_alpha_to_one=False,
-                           timestep_spacing="leading", steps_offset=1 if steps < 1000 else 0)
+    scheduler = in_float64(
+        "DDIMScheduler",
+        "scheduling_ddim",
+        prediction_type=theirs,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        timestep_spacing="leading",
+        steps_offset=1 if steps < 1000 else 0,
+    )
     scheduler.set_timesteps(steps)
     expected = their_ddim(scheduler, eta)
     schedule = schedules.Discrete("scaled_linear", 1000, 0.00085, 0.012, final=1)
@@ -108,26 +159,60 @@ def test_published_ddim_stops_at_alpha_bar_1(in_float64, target, theirs, steps, 
 
 @pytest.mark.parametrize("steps, target, prediction", cases(DIVISORS))
 def test_ddpm(in_float64, steps, target, prediction):
-    scheduler = in_float64("DDPMScheduler", "scheduling_ddpm", prediction_type=prediction, clip_sample=False, timestep_spacing="trailing")
+    scheduler = in_float64(
+        "DDPMScheduler",
+        "scheduling_ddpm",
+        prediction_type=prediction,
+        clip_sample=False,
+        timestep_spacing="trailing",
+    )
     scheduler.set_timesteps(steps)
     x, z = normal(0), generator()
     expected = [x]
     for t in scheduler.timesteps:
         x = scheduler.step(Net()(x, t.expand(2)), t, x, generator=z).prev_sample
         expected.append(x)
-    close(ours(target, grid(scheduler), ddpm(generator())), expected, 1e-9)  # they keep variances at 1e-20 or above: noise of 1e-10 at the end
+    close(
+        ours(target, grid(scheduler), ddpm(generator())), expected, 1e-9
+    )  # they keep variances at 1e-20 or above: noise of 1e-10 at the end
 
 
 SIGMA = [  # diffusers walks x / alpha for these; Karras' grid visits times between levels, where sigma is interpolated
-    ("EulerDiscreteScheduler", "scheduling_euler_discrete", {"timestep_spacing": "trailing"}, lambda: euler(), STEPS),
-    ("EulerDiscreteScheduler", "scheduling_euler_discrete", {"use_karras_sigmas": True}, lambda: euler(), [2, 3, 10, 50]),
-    ("EulerAncestralDiscreteScheduler", "scheduling_euler_ancestral_discrete", {"timestep_spacing": "trailing"},
-     lambda: euler_ancestral(generator()), STEPS),
-    ("HeunDiscreteScheduler", "scheduling_heun_discrete", {"timestep_spacing": "trailing"}, lambda: heun(), STEPS),
+    (
+        "EulerDiscreteScheduler",
+        "scheduling_euler_discrete",
+        {"timestep_spacing": "trailing"},
+        lambda: euler(),
+        STEPS,
+    ),
+    (
+        "EulerDiscreteScheduler",
+        "scheduling_euler_discrete",
+        {"use_karras_sigmas": True},
+        lambda: euler(),
+        [2, 3, 10, 50],
+    ),
+    (
+        "EulerAncestralDiscreteScheduler",
+        "scheduling_euler_ancestral_discrete",
+        {"timestep_spacing": "trailing"},
+        lambda: euler_ancestral(generator()),
+        STEPS,
+    ),
+    (
+        "HeunDiscreteScheduler",
+        "scheduling_heun_discrete",
+        {"timestep_spacing": "trailing"},
+        lambda: heun(),
+        STEPS,
+    ),
 ]
 
 
-@pytest.mark.parametrize("name, module, config, step, steps, target, prediction", [(*row, *case) for *row, counts in SIGMA for case in cases(counts)])
+@pytest.mark.parametrize(
+    "name, module, config, step, steps, target, prediction",
+    [(*row, *case) for *row, counts in SIGMA for case in cases(counts)],
+)
 def test_methods_in_sigma(in_float64, name, module, config, step, steps, target, prediction):
     scheduler = in_float64(name, module, prediction_type=prediction, **config)
     scheduler.set_timesteps(steps)
@@ -137,18 +222,30 @@ def test_methods_in_sigma(in_float64, name, module, config, step, steps, target,
     expected = [x]
     for k, t in enumerate(scheduler.timesteps, start=1):
         out = Net()(scheduler.scale_model_input(x, t), t.expand(2))
-        x = scheduler.step(out, t, x, **({"generator": z} if "Ancestral" in name else {})).prev_sample
-        if getattr(scheduler, "state_in_first_order", True) or k == len(scheduler.timesteps):  # Heun's method halts halfway, but for the last time
+        x = scheduler.step(
+            out, t, x, **({"generator": z} if "Ancestral" in name else {})
+        ).prev_sample
+        if getattr(scheduler, "state_in_first_order", True) or k == len(
+            scheduler.timesteps
+        ):  # Heun's method halts halfway, but for the last time
             expected.append(x)
     expected = [a * b for a, b in zip(alpha, expected, strict=True)]
     close(ours(target, times, step()), expected)
 
 
 @pytest.mark.parametrize("steps, target, prediction", cases(STEPS, targets=3))
-@pytest.mark.parametrize("kind, step", [("dpmsolver++", dpmpp_2m), ("sde-dpmsolver++", lambda: dpmpp_2m_sde(generator()))])
+@pytest.mark.parametrize(
+    "kind, step",
+    [("dpmsolver++", dpmpp_2m), ("sde-dpmsolver++", lambda: dpmpp_2m_sde(generator()))],
+)
 def test_dpm_solver(in_float64, kind, step, steps, target, prediction):
-    scheduler = in_float64("DPMSolverMultistepScheduler", "scheduling_dpmsolver_multistep", prediction_type=prediction, algorithm_type=kind,
-                           timestep_spacing="trailing")  # its linspace visits 501 twice in 1000 steps
+    scheduler = in_float64(
+        "DPMSolverMultistepScheduler",
+        "scheduling_dpmsolver_multistep",
+        prediction_type=prediction,
+        algorithm_type=kind,
+        timestep_spacing="trailing",
+    )  # its linspace visits 501 twice in 1000 steps
     scheduler.set_timesteps(steps)
     x, z = normal(0), generator()
     expected = [x]
@@ -161,23 +258,34 @@ def test_dpm_solver(in_float64, kind, step, steps, target, prediction):
 @pytest.mark.parametrize("steps, target, prediction", cases(STEPS))
 @pytest.mark.parametrize("variant", ["bh1", "bh2"])
 def test_unipc(in_float64, variant, steps, target, prediction):
-    scheduler = in_float64("UniPCMultistepScheduler", "scheduling_unipc_multistep", prediction_type=prediction, solver_type=variant,
-                           timestep_spacing="trailing")
+    scheduler = in_float64(
+        "UniPCMultistepScheduler",
+        "scheduling_unipc_multistep",
+        prediction_type=prediction,
+        solver_type=variant,
+        timestep_spacing="trailing",
+    )
     scheduler.set_timesteps(steps)
     x = normal(0)
     expected = [x]
     for t in scheduler.timesteps:
         x = scheduler.step(Net()(x, t.expand(2)), t, x).prev_sample
         expected.append(x)
-    if variant == "bh1":  # B(h) = h is infinite where s is clean, and diffusers multiplies it by 0: its last state is all nan
+    if (
+        variant == "bh1"
+    ):  # B(h) = h is infinite where s is clean, and diffusers multiplies it by 0: its last state is all nan
         assert expected[-1].isnan().all()
         expected[-1] = scheduler.model_outputs[-1]  # x0: a step of first order to clean data
     close(ours(target, grid(scheduler), unipc(variant)), expected)
 
 
-@pytest.mark.parametrize("steps, target, prediction", cases([1, 2, 3, 10, 50]))  # it has 50 steps at most, those it was distilled for
+@pytest.mark.parametrize(
+    "steps, target, prediction", cases([1, 2, 3, 10, 50])
+)  # it has 50 steps at most, those it was distilled for
 def test_lcm(in_float64, steps, target, prediction):
-    scheduler = in_float64("LCMScheduler", "scheduling_lcm", prediction_type=prediction, clip_sample=False)
+    scheduler = in_float64(
+        "LCMScheduler", "scheduling_lcm", prediction_type=prediction, clip_sample=False
+    )
     scheduler.set_timesteps(steps)
     x, z = normal(0), generator()
     expected = [x]
@@ -201,11 +309,14 @@ FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 50])
-@pytest.mark.parametrize("name, module, config, step", [
-    ("FlowMatchHeunDiscreteScheduler", "scheduling_flow_match_heun_discrete", {}, heun),
-    ("DPMSolverMultistepScheduler", "scheduling_dpmsolver_multistep", FLOW, dpmpp_2m),
-    ("UniPCMultistepScheduler", "scheduling_unipc_multistep", FLOW, unipc),
-])
+@pytest.mark.parametrize(
+    "name, module, config, step",
+    [
+        ("FlowMatchHeunDiscreteScheduler", "scheduling_flow_match_heun_discrete", {}, heun),
+        ("DPMSolverMultistepScheduler", "scheduling_dpmsolver_multistep", FLOW, dpmpp_2m),
+        ("UniPCMultistepScheduler", "scheduling_unipc_multistep", FLOW, unipc),
+    ],
+)
 def test_higher_orders_on_a_flow(in_float64, name, module, config, step, steps):
     """On their times, of which the multistep methods' begin a little short of pure noise; ours need not."""
     scheduler = in_float64(name, module, **config)
@@ -213,7 +324,9 @@ def test_higher_orders_on_a_flow(in_float64, name, module, config, step, steps):
     times = scheduler.sigmas.unique().flip(0)
     x = normal(0)
     expected = [x]
-    for k, (t, named) in enumerate(zip(scheduler.sigmas, scheduler.timesteps, strict=False), start=1):  # named: sometimes rounded
+    for k, (t, named) in enumerate(
+        zip(scheduler.sigmas, scheduler.timesteps, strict=False), start=1
+    ):  # named: sometimes rounded
         x = scheduler.step(Net()(x, 1000 * t.expand(2)), named, x).prev_sample
         if getattr(scheduler, "state_in_first_order", True) or k == len(scheduler.timesteps):
             expected.append(x)

@@ -1,4 +1,5 @@
 """Text towers from open_clip and transformers, by name, file and folder; and the tokens of twenty prompts."""
+
 import json
 
 import pytest
@@ -33,7 +34,9 @@ def clip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
     vision = {"image_size": 16, "layers": 1, "width": 64, "patch_size": 8}
     words = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
-    (folder / "tiny-clip.json").write_text(json.dumps({"embed_dim": 32, "quick_gelu": True, "vision_cfg": vision, "text_cfg": words}))
+    (folder / "tiny-clip.json").write_text(
+        json.dumps({"embed_dim": 32, "quick_gelu": True, "vision_cfg": vision, "text_cfg": words})
+    )
     open_clip.add_model_config(folder / "tiny-clip.json")
     model = open_clip.create_model("tiny-clip")
     randomized(model, torch.float32)
@@ -53,27 +56,41 @@ def test_an_open_clip_tower_by_name_and_by_file(clip):
 
 
 def test_open_clip_names_that_are_none(clip, monkeypatch):
-    with pytest.raises(UserError, match=r'open_clip knows no model "ViT-Z"; SD 1.x reads ViT-L-14:openai'):
+    with pytest.raises(
+        UserError, match=r'open_clip knows no model "ViT-Z"; SD 1.x reads ViT-L-14:openai'
+    ):
         part("ViT-Z:openai", "text")
-    with pytest.raises(UserError, match=r'open_clip has no weights "mine" of ViT-L-14; there is openai, '):
+    with pytest.raises(
+        UserError, match=r'open_clip has no weights "mine" of ViT-L-14; there is openai, '
+    ):
         part("ViT-L-14:mine", "text")
 
     def offline(*_, **__):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(open_clip, "create_model", offline)
-    with pytest.raises(UserError, match="ViT-L-14:openai cannot be had: ConnectionError: no route to host"):
+    with pytest.raises(
+        UserError, match="ViT-L-14:openai cannot be had: ConnectionError: no route to host"
+    ):
         part("ViT-L-14:openai", "text")
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("whole", [False, True], ids=["CLIPTextModel", "CLIPModel"])
 def test_a_folder_of_transformers(tmp_path, whole):
-    how = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "projection_dim": 32}
+    how = {
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "projection_dim": 32,
+    }
     words = transformers.CLIPTextConfig(vocab_size=49408, hidden_act="gelu", **how)
     if whole:
         vision = transformers.CLIPVisionConfig(image_size=16, patch_size=8, **how)
-        config = transformers.CLIPConfig(text_config=words.to_dict(), vision_config=vision.to_dict(), projection_dim=32)
+        config = transformers.CLIPConfig(
+            text_config=words.to_dict(), vision_config=vision.to_dict(), projection_dim=32
+        )
         theirs = randomized(transformers.CLIPModel(config), torch.float32)
     else:
         theirs = randomized(transformers.CLIPTextModel(words), torch.float32)
@@ -102,7 +119,9 @@ def tokenizers(tmp_path_factory):
 def test_token_ids(tokenizers, prompt, pad):
     ours = CLIPText(8, 1, 1, pad=pad).tokens([prompt])[0].tolist()
     theirs = tokenizers[pad](prompt, padding="max_length", max_length=77, truncation=True).input_ids
-    if pad == 0 and "!" in prompt:  # transformers takes "!" for padding wherever it stands; SD 2.x was trained with open_clip's tokens, as here
+    if (
+        pad == 0 and "!" in prompt
+    ):  # transformers takes "!" for padding wherever it stands; SD 2.x was trained with open_clip's tokens, as here
         assert ours != theirs
     else:
         assert ours == theirs
@@ -118,5 +137,9 @@ def test_the_vocabulary_written_is_the_published_one(tokenizers):
     files = write.tokenizer_files(49407, 77)
     vocabulary = json.loads(files["vocab.json"])
     assert len(vocabulary) == 49408 and sorted(vocabulary.values()) == list(range(49408))
-    assert vocabulary["!"] == 0 and vocabulary["cat</w>"] == 2368 and vocabulary["<|endoftext|>"] == 49407
+    assert (
+        vocabulary["!"] == 0
+        and vocabulary["cat</w>"] == 2368
+        and vocabulary["<|endoftext|>"] == 49407
+    )
     assert len(files["merges.txt"].splitlines()) == 1 + 49408 - 512 - 2

@@ -1,4 +1,5 @@
 """One optimizer step of fine-tuning beside the same step of diffusers' U-Net, scheduler and torch's AdamW."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,9 @@ def published_loss(pipe, batch, scheduler, min_snr):
     for part in batch.parts:
         t = part.t - 1  # they count noise levels from 0
         noisy = scheduler.add_noise(part.latents, part.eps, t)
-        ids = pipe.tokenizer(part.captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+        ids = pipe.tokenizer(
+            part.captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+        ).input_ids
         said = pipe.unet(noisy, t, pipe.text_encoder(ids)[0]).sample
         v = scheduler.config.prediction_type == "v_prediction"
         target = scheduler.get_velocity(part.latents, part.eps, t) if v else part.eps
@@ -47,15 +50,25 @@ def test_a_step_is_theirs(pipeline, min_snr):
     examples = [Example(z, CAPTIONS[k % 3]) for k, z in enumerate(latents)]
     groups = [Group("subject", examples[:2]), Group("class", examples[2:], 0.7)]
     batch = next(batches(groups, model.schedule, 2, 0.5, 0, 0))
-    batch = Batch(0, [part._replace(t=torch.tensor(t)) for part, t in zip(batch.parts, ([30, 900], [1, 500]), strict=True)])
+    batch = Batch(
+        0,
+        [
+            part._replace(t=torch.tensor(t))
+            for part, t in zip(batch.parts, ([30, 900], [1, 500]), strict=True)
+        ],
+    )
 
     config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    scheduler = diffusers.DDPMScheduler(**config, prediction_type=pipe.scheduler.config.prediction_type)
+    scheduler = diffusers.DDPMScheduler(
+        **config, prediction_type=pipe.scheduler.config.prediction_type
+    )
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
     pipe.unet.requires_grad_(True).train()
     expected = published_loss(pipe, batch, scheduler, min_snr)
     expected.backward()
-    optimizer = torch.optim.AdamW(pipe.unet.parameters(), lr=LR, betas=(0.9, 0.99), weight_decay=0.0, eps=1e-4)
+    optimizer = torch.optim.AdamW(
+        pipe.unet.parameters(), lr=LR, betas=(0.9, 0.99), weight_decay=0.0, eps=1e-4
+    )
     torch.nn.utils.clip_grad_norm_(pipe.unet.parameters(), 1.0)
     optimizer.step()
     after = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
@@ -63,12 +76,18 @@ def test_a_step_is_theirs(pipeline, min_snr):
     pipe.unet.load_state_dict(before)
     pipe.unet.eval()
 
-    denoiser = Denoiser(model.unet, model.schedule, model.denoiser.target, "min-snr") if min_snr else model.denoiser
+    denoiser = (
+        Denoiser(model.unet, model.schedule, model.denoiser.target, "min-snr")
+        if min_snr
+        else model.denoiser
+    )
     trained = to_train(model, denoiser, "full", 8, None, (), False)
     with pytest.MonkeyPatch.context() as patch:
         real = torch.optim.AdamW
         patch.setattr(torch.optim, "AdamW", lambda *args, **how: real(*args, **how, eps=1e-4))
-        (step,) = train(loss(model, None, denoiser), trained, lambda start: iter([batch]), 1, LR, warmup=0)
+        (step,) = train(
+            loss(model, None, denoiser), trained, lambda start: iter([batch]), 1, LR, warmup=0
+        )
     assert abs(step.loss - expected.item()) < 1e-5 * expected.item()
     ours = names.to_published(model.unet.state_dict(), names.UNET_DIFFUSERS)
     assert ours.keys() == after.keys()
