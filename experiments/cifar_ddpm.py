@@ -20,14 +20,15 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from minidiff import chains, plots, samplers, schedules
+from minidiff import samplers, schedules
+from minidiff.cli.script import follow, last_loss, pick_device, read_log, run, write_results
 from minidiff.data.cifar10 import cifar10
 from minidiff.data.folder import ClassFolder, load_all, to_model
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
+from minidiff.figures import chains, plots
 from minidiff.labels import ClassLabels, Unconditional
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.script import follow, last_loss, pick_device, read_log, run, write_results
 from minidiff.train import EMA, seed_of, train
 from minidiff.unet import UNet, unet_cifar10
 from minidiff.vae import Pixels

@@ -21,14 +21,14 @@ from jaxtyping import Float, UInt8
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minidiff import plots
-from minidiff.classifier import Classifier
+from minidiff.cli.script import follow, last_loss, read_log, run, write_results
 from minidiff.data.cifar10 import cifar10
 from minidiff.data.folder import ClassFolder, load_all, to_model
 from minidiff.errors import UserError
-from minidiff.metrics import Moments, frechet
-from minidiff.plots import COLOURS, _panels, _save, _style
-from minidiff.script import follow, last_loss, read_log, run, write_results
+from minidiff.evaluation.classifier import Classifier
+from minidiff.evaluation.metrics import Moments, frechet
+from minidiff.figures import plots
+from minidiff.figures.plots import COLOURS, _panels, _save, _style
 from minidiff.train import train
 
 Pictures = UInt8[Tensor, "N 3 32 32"]

@@ -31,11 +31,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import minidiff
-from minidiff import evaluate, lora, plots
+from minidiff.cli.script import follow, last_loss, read_log, run, write_results
 from minidiff.data import critic
 from minidiff.data.world import World
 from minidiff.denoiser import Denoiser, guide
-from minidiff.distill import (
+from minidiff.evaluation import bench as evaluate
+from minidiff.figures import plots
+from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.methods import lora
+from minidiff.methods.distill import (
     consistency_loss,
     endpoint_loss,
     guided_loss,
@@ -43,10 +47,8 @@ from minidiff.distill import (
     pseudo_huber,
     renoised_loss,
 )
-from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.quickstart import COLOURS, SHAPES
+from minidiff.recipes.quickstart import COLOURS, SHAPES
 from minidiff.samplers import by_name
-from minidiff.script import follow, last_loss, read_log, run, write_results
 from minidiff.train import EMA, seed_of, train
 
 TWO_OBJECTS = 0.8  # the share of pictures that show two

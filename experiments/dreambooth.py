@@ -22,16 +22,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minidiff import dreambooth as booth
-from minidiff import evaluate, load, plots
+from minidiff import load
+from minidiff.cli.script import run, write_results
 from minidiff.data import critic
 from minidiff.data.folder import Pictures
 from minidiff.data.world import BACKGROUNDS, RELATIONS, SIZES, Scene, Thing, World
-from minidiff.finetune import encoded, finetune
-from minidiff.groups import Group
+from minidiff.evaluation import bench as evaluate
+from minidiff.figures import plots
+from minidiff.finetuning import dreambooth as booth
+from minidiff.finetuning.groups import Group
+from minidiff.finetuning.loop import encoded, finetune
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.quickstart import COLOURS, SHAPES, SIZE
-from minidiff.script import run, write_results
+from minidiff.recipes.quickstart import COLOURS, SHAPES, SIZE
 
 TOKEN = "panna"  # rare, and one token
 WORD = f"{TOKEN} circle"  # what the ring is called: the token and its class, as in "sks dog"

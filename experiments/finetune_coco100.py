@@ -23,15 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import minidiff
-from minidiff import metrics, plots
-from minidiff.cache import Example
-from minidiff.data.folder import CaptionedFolder, check_size, load_all, to_model
-from minidiff.errors import UserError
-from minidiff.features import pixels
-from minidiff.finetune import finetune
-from minidiff.groups import Group, split
-from minidiff.recorder import Recorder
-from minidiff.script import (
+from minidiff.cli.script import (
     follow,
     last_loss,
     peak_memory_gb,
@@ -40,6 +32,15 @@ from minidiff.script import (
     run,
     write_results,
 )
+from minidiff.data.folder import CaptionedFolder, check_size, load_all, to_model
+from minidiff.data.latents import Example
+from minidiff.errors import UserError
+from minidiff.evaluation import metrics
+from minidiff.evaluation.features import pixels
+from minidiff.figures import plots
+from minidiff.finetuning.groups import Group, split
+from minidiff.finetuning.loop import finetune
+from minidiff.finetuning.recorder.recorder import Recorder
 from minidiff.train import seed_of, train
 from minidiff.vae import VAE
 

@@ -17,12 +17,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 import minidiff
-from minidiff import plots
+from minidiff.cli.script import run, write_results
 from minidiff.data.folder import to_model
 from minidiff.data.world import World
 from minidiff.errors import UserError
-from minidiff.recorder import Recorder
-from minidiff.script import run, write_results
+from minidiff.figures import plots
+from minidiff.finetuning.recorder.recorder import Recorder
 from minidiff.train import NonFiniteError, seed_of, train
 
 KNOWN = ("red", "yellow", "green", "blue")  # the colours of the box

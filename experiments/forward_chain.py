@@ -12,12 +12,12 @@ from typing import Literal
 
 import torch
 
-from minidiff import chains, plots
+from minidiff.cli.script import run, write_results
 from minidiff.data.folder import load_picture, to_model
 from minidiff.data.world import World
 from minidiff.errors import UserError
+from minidiff.figures import chains, plots
 from minidiff.schedules import Flow, cosine, linear, scaled_linear, sigmoid
-from minidiff.script import run, write_results
 
 SCHEDULES = {
     "linear": linear(),

@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 
-from minidiff import lora, schedules
-from minidiff.clip import CLIPText
+from minidiff import schedules
+from minidiff.cli.script import run, write_results
 from minidiff.denoiser import Denoiser
-from minidiff.estimate import Settings, alternatives, estimate, human
+from minidiff.finetuning.estimate import Settings, alternatives, estimate, human
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.script import run, write_results
+from minidiff.methods import lora
+from minidiff.text import CLIPText
 from minidiff.train import EMA, train
 from minidiff.unet import UNet
 from minidiff.vae import VAE

@@ -20,12 +20,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minidiff import plots, reading, schedules
-from minidiff.clip import CLIPText
+from minidiff import schedules
+from minidiff.cli.script import follow, last_loss, peak_memory_gb, read_log, run, write_results
 from minidiff.data.world import Scene, World
 from minidiff.denoiser import Denoiser
+from minidiff.figures import plots
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.quickstart import (
+from minidiff.recipes import reading
+from minidiff.recipes.quickstart import (
     COLOURS,
     SHAPES,
     SIZE,
@@ -38,8 +40,8 @@ from minidiff.quickstart import (
     unet_quickstart,
     vae_quickstart,
 )
-from minidiff.quickstart import batches as pictures_of
-from minidiff.script import follow, last_loss, peak_memory_gb, read_log, run, write_results
+from minidiff.recipes.quickstart import batches as pictures_of
+from minidiff.text import CLIPText
 from minidiff.train import EMA, seed_of, train
 from minidiff.vae import VAE
 

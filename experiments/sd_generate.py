@@ -14,12 +14,12 @@ import torch
 from tqdm import tqdm
 
 import minidiff
-from minidiff import plots
-from minidiff.clip import clip_vit_l14
+from minidiff.cli.script import pick_device, run, write_results
 from minidiff.denoiser import guide
+from minidiff.figures import plots
+from minidiff.figures.trace import table, trace_half, trace_unet
 from minidiff.samplers import by_name
-from minidiff.script import pick_device, run, write_results
-from minidiff.trace import table, trace_half, trace_unet
+from minidiff.text import clip_vit_l14
 from minidiff.unet import unet_sd1
 from minidiff.vae import vae_sd
 

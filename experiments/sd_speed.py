@@ -20,16 +20,16 @@ from typing import Literal
 import torch
 
 from minidiff import schedules
-from minidiff.clip import CLIPText, clip_vit_l14
+from minidiff.checkpoints.fill import DTYPES, empty
+from minidiff.checkpoints.layouts import STABLE_DIFFUSION
+from minidiff.checkpoints.write import save_compvis, save_diffusers
+from minidiff.cli.script import pick_device, run, write_results
 from minidiff.denoiser import Denoiser
+from minidiff.figures.trace import trace_unet
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.script import pick_device, run, write_results
-from minidiff.trace import trace_unet
+from minidiff.text import CLIPText, clip_vit_l14
 from minidiff.unet import UNet, unet_sd1
 from minidiff.vae import VAE, vae_sd
-from minidiff.weights.fill import DTYPES, empty
-from minidiff.weights.layouts import STABLE_DIFFUSION
-from minidiff.weights.write import save_compvis, save_diffusers
 
 OPENING = """
 import json, time
@@ -93,7 +93,7 @@ def main(
             what: {key: statistics.median(r[k][key] for r in rounds) for key in rounds[0][k]}
             for k, what in enumerate(WAYS)
         }
-        from minidiff.weights.load import part
+        from minidiff.checkpoints.load import part
 
         ours = part(folder, "unet").to(device, precision).eval()
         theirs = (

@@ -16,13 +16,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from minidiff import chains, plots, schedules
-from minidiff.clip import CLIPText
+from minidiff import schedules
+from minidiff.cli.script import follow, last_loss, pick_device, read_log, run, write_results
 from minidiff.data.folder import CaptionedFolder, check_size, load_all, to_model
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
+from minidiff.figures import chains, plots
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.script import follow, last_loss, pick_device, read_log, run, write_results
+from minidiff.text import CLIPText
 from minidiff.train import EMA, seed_of, train
 from minidiff.unet import UNet
 from minidiff.vae import VAE

@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minidiff import plots, schedules
+from minidiff import schedules
+from minidiff.cli.script import follow, last_loss, read_log, run, write_results
 from minidiff.denoiser import Denoiser
-from minidiff.exact import Mixture
+from minidiff.figures import plots
 from minidiff.layers import timestep_embedding
+from minidiff.methods.exact import Mixture
 from minidiff.samplers import ddim, sample
-from minidiff.script import follow, last_loss, read_log, run, write_results
 from minidiff.train import EMA, seed_of, train
 
 

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import torch
 
-from minidiff import load, quickstart, trilemma
+from minidiff import load
+from minidiff.cli.script import run, write_results
 from minidiff.data.world import World
-from minidiff.evaluate import of_world
-from minidiff.script import run, write_results
-from minidiff.trilemma import Setting
+from minidiff.evaluation import sweep as trilemma
+from minidiff.evaluation.bench import of_world
+from minidiff.evaluation.sweep import Setting
+from minidiff.recipes import quickstart
 
 SAMPLERS = (
     "ddim",

@@ -18,20 +18,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidiff import editing, finite, schedules
-from minidiff.clip import CLIPText
+from minidiff import schedules
+from minidiff.checkpoints import files
+from minidiff.checkpoints.fill import empty, fill, precision_of
 from minidiff.data.folder import check_size
 from minidiff.denoiser import Denoiser, guide
 from minidiff.errors import UserError
 from minidiff.labels import ClassLabels, Unconditional
-from minidiff.lora import merged_state
+from minidiff.methods import editing
+from minidiff.methods.lora import merged_state
 from minidiff.samplers import SAMPLERS, Frame, by_name, sample
 from minidiff.steps import Step
+from minidiff.text import CLIPText
 from minidiff.tiling import tiled
+from minidiff.training import finite
 from minidiff.unet import UNet
 from minidiff.vae import VAE, Pixels
-from minidiff.weights import files
-from minidiff.weights.fill import empty, fill, precision_of
 
 FORMAT = "minidiff 1"
 PARTS = {cls.__name__: cls for cls in (VAE, Pixels, CLIPText, ClassLabels, Unconditional, UNet)}

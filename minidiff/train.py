@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minidiff import optimizers
 from minidiff.errors import UserError
+from minidiff.training import optimizers
 
 # A batch of any kind to (a loss for each example, where each lies in [0, 1] on the axis of the loss-by-t plot, or None).
 LossFn = Callable[[Any], tuple[Tensor, Tensor | None]]

@@ -36,7 +36,7 @@ def ran(capsys):
     """What a command prints."""
 
     def run(*args):
-        from minidiff.cli import main
+        from minidiff.cli.main import main
 
         main([str(arg) for arg in args])
         return capsys.readouterr()
@@ -49,7 +49,7 @@ def refused(capsys):
     """What is said of bad input: one line on stderr, nothing on stdout, exit code 2."""
 
     def run(*args):
-        from minidiff.cli import main
+        from minidiff.cli.main import main
 
         with pytest.raises(SystemExit) as end:
             main([str(arg) for arg in args])
@@ -70,12 +70,12 @@ def refused(capsys):
 def sd():
     """Makes a Stable Diffusion of little weight, whose layouts determine it: sd(second=True) is of version 2.x; more are the U-Net's numbers."""
     from minidiff import schedules
-    from minidiff.clip import CLIPText
+    from minidiff.checkpoints.layouts import STABLE_DIFFUSION
     from minidiff.denoiser import Denoiser
     from minidiff.latent_diffusion import LatentDiffusion
+    from minidiff.text import CLIPText
     from minidiff.unet import UNet
     from minidiff.vae import VAE
-    from minidiff.weights.layouts import STABLE_DIFFUSION
 
     def make(second: bool = False, channels: int = 4, **how) -> LatentDiffusion:
         width = (64, 128) if second else (32, 64)

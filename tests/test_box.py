@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 import minidiff
-from minidiff import evaluate, quickstart
-from minidiff.cli import main
+from minidiff.cli.main import main
 from minidiff.data.world import World
 from minidiff.errors import UserError
+from minidiff.evaluation import bench as evaluate
+from minidiff.recipes import quickstart
 
 BOX = Path(minidiff.__file__).parent / "box"
 

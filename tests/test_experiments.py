@@ -14,11 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import minidiff
-from minidiff import features, schedules, script
+from minidiff import schedules
+from minidiff.cli import script
 from minidiff.data import critic
 from minidiff.data.folder import load_picture, to_uint8
 from minidiff.data.world import World
 from minidiff.errors import UserError
+from minidiff.evaluation import features
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))

@@ -9,12 +9,12 @@ import torch
 
 import minidiff
 from minidiff import latent_diffusion, schedules
-from minidiff.clip import CLIPText
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.labels import ClassLabels, Unconditional
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.samplers import ddpm
+from minidiff.text import CLIPText
 from minidiff.unet import UNet
 from minidiff.vae import VAE, Pixels
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minidiff.clip import clip_vit_l14, openclip_vit_h14
 from minidiff.layers import (
     GEGLU,
     Attention,
@@ -15,6 +14,7 @@ from minidiff.layers import (
     TransformerBlock,
     timestep_embedding,
 )
+from minidiff.text import clip_vit_l14, openclip_vit_h14
 from minidiff.unet import UNet, unet_cifar10, unet_sd1, unet_sd2
 from minidiff.vae import VAE, Pixels, vae_sd
 

@@ -8,9 +8,10 @@ import torch
 
 import minidiff.steps
 from minidiff import schedules
+from minidiff.cli import options
 from minidiff.denoiser import Prediction
 from minidiff.errors import UserError
-from minidiff.exact import Mixture
+from minidiff.methods.exact import Mixture
 from minidiff.samplers import (
     SAMPLERS,
     by_name,
@@ -25,7 +26,6 @@ from minidiff.samplers import (
     sample,
     unipc,
 )
-from minidiff.verbs import options
 
 SCHEDULES = [schedules.cosine(), schedules.Flow(), schedules.Karras()]
 MEAN, STD = 0.7, 0.4

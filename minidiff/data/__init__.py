@@ -1,0 +1,1 @@
+"""Captioned images, latents computed from them, and the built-in world."""

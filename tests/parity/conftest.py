@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minidiff.weights import write
+from minidiff.checkpoints import write
 
 from . import oracles
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minidiff
+from minidiff.checkpoints import write
+from minidiff.checkpoints.load import load
 from minidiff.errors import UserError
-from minidiff.weights import write
-from minidiff.weights.load import load
 
 from .test_networks import gap
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minidiff.checkpoints import write
+from minidiff.checkpoints.fill import empty, fill
+from minidiff.checkpoints.load import load
+from minidiff.checkpoints.names import UNET_DIFFUSERS, to_ours
 from minidiff.layers import timestep_embedding
 from minidiff.unet import UNet, unet_sd1
-from minidiff.weights import write
-from minidiff.weights.fill import empty, fill
-from minidiff.weights.load import load
-from minidiff.weights.names import UNET_DIFFUSERS, to_ours
 
 from .test_networks import gap, randomized
 

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import save_file
 
 import minidiff
-from minidiff import inversion, samplers
+from minidiff import samplers
+from minidiff.methods import inversion
 
 diffusers = pytest.importorskip("diffusers")
 LATENTS = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))

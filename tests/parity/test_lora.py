@@ -9,8 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import minidiff
-from minidiff import lora, samplers
-from minidiff.weights import names
+from minidiff import samplers
+from minidiff.checkpoints import names
+from minidiff.methods import lora
 
 diffusers, peft = pytest.importorskip("diffusers"), pytest.importorskip("peft")
 PROMPTS, TOLERANCE = ["a small blue circle above a large red square", "苹果"], 1e-4

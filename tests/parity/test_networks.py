@@ -6,11 +6,11 @@ fp32 agrees to 1e-5 and fp64 to 1e-12, relative to the output's size: only the o
 import pytest
 import torch
 
-from minidiff.clip import CLIPText
+from minidiff.checkpoints.names import CLIP_TRANSFORMERS, UNET_DIFFUSERS, VAE_DIFFUSERS, to_ours
 from minidiff.layers import ResBlock, timestep_embedding
+from minidiff.text import CLIPText
 from minidiff.unet import UNet
 from minidiff.vae import VAE
-from minidiff.weights.names import CLIP_TRANSFORMERS, UNET_DIFFUSERS, VAE_DIFFUSERS, to_ours
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from minidiff.clip import CLIPText
+from minidiff.checkpoints import write
+from minidiff.checkpoints.load import part
 from minidiff.errors import UserError
-from minidiff.weights import write
-from minidiff.weights.load import part
+from minidiff.text import CLIPText
 
 from .test_networks import gap, randomized
 

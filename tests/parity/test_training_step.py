@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 
 import minidiff
-from minidiff.cache import Example
+from minidiff.checkpoints import names
+from minidiff.data.latents import Example
 from minidiff.denoiser import Denoiser
-from minidiff.finetune import to_train
-from minidiff.groups import Batch, Group, batches, loss
+from minidiff.finetuning.groups import Batch, Group, batches, loss
+from minidiff.finetuning.loop import to_train
 from minidiff.train import train
-from minidiff.weights import names
 
 diffusers = pytest.importorskip("diffusers")
 CAPTIONS, LR = ["a bowl of green apples", "a red circle", "苹果"], 1e-3

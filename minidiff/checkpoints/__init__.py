@@ -1,0 +1,1 @@
+"""Models as files: our folder, and the published layouts."""

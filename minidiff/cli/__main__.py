@@ -1,0 +1,3 @@
+from minidiff.cli.main import main
+
+main()

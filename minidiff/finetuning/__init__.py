@@ -1,0 +1,1 @@
+"""A trained model goes on learning: full, LoRA, textual inversion, DreamBooth."""

@@ -1,0 +1,1 @@
+"""The flight recorder: what a fine-tune did, measured while it ran."""

@@ -1,0 +1,1 @@
+"""One paper, one file; each imports the core alone."""

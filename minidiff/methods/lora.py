@@ -1,0 +1,214 @@
+"""LoRA, low-rank adaptation: few trained numbers beside many frozen ones. The whole method is in this file; how other tools name it is in
+weights/lora.py.
+
+    y = W x + b + (alpha / r) B A x        W (out, in) is frozen; A (r, in) and B (out, r) are trained; B starts at zero
+
+W moves only by a matrix of rank r ([1] section 4.1). For a convolution A has the layer's kernel and stride, and B is 1x1.
+
+    lora.add(model.unet, rank=4)                      # now only A and B are trainable
+    lora.save(model, "style.safetensors")             # 3 MB for Stable Diffusion 1.5
+    lora.load(model, "style.safetensors", scale=0.8)
+    lora.merge(model), lora.unmerge(model)            # into the weights, and back to the bit
+    lora.remove(model)
+
+A LoRA is a child of its layer, named "lora", and adds to the layer's output by a forward hook. So the networks' code knows nothing of it,
+and no tensor of theirs changes its name.
+
+[1] Hu et al. LoRA: Low-Rank Adaptation of Large Language Models. 2021. arXiv:2106.09685
+"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minidiff.errors import UserError
+
+Layer = nn.Linear | nn.Conv2d
+ATTENTION = ("q", "k", "v", "out")  # what [1] section 4.2 adapts, and most published files do
+
+
+class LoRA(nn.Module):
+    """(alpha / r) B A x for one layer, times `scale`, a knob to turn while sampling. Trained in float32, computed in x's precision."""
+
+    def __init__(self, layer: Layer, rank: int, alpha: float):
+        super().__init__()
+        (out, *inner), dtype = (
+            layer.weight.shape,
+            torch.promote_types(layer.weight.dtype, torch.float32),
+        )
+        self.A = nn.Parameter(torch.empty(rank, *inner, dtype=dtype, device=layer.weight.device))
+        self.B = nn.Parameter(
+            torch.zeros(out, rank, *[1] * (len(inner) - 1), dtype=dtype, device=layer.weight.device)
+        )
+        nn.init.kaiming_uniform_(
+            self.A, a=math.sqrt(5)
+        )  # as PyTorch's layers and PEFT begin, so that learning rates carry over; [1] says Gaussian
+        self.alpha, self.scale = float(alpha), 1.0
+        self.how = (
+            {name: getattr(layer, name) for name in ("stride", "padding", "dilation")}
+            if inner[1:]
+            else {}
+        )
+        self.register_buffer("kept", None, persistent=False)  # while merged: the layer's own weight
+
+    @property
+    def factor(self) -> float:
+        return self.scale * self.alpha / len(self.A)
+
+    def forward(self, x: Float[Tensor, "B *dims"]) -> Float[Tensor, "B *dims2"]:
+        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+        h = F.conv2d(F.conv2d(x, A, **self.how), B) if self.how else F.linear(F.linear(x, A), B)
+        return self.factor * h
+
+    @torch.no_grad()
+    def merged(self, weight: Float[Tensor, "out *inner"]) -> Float[Tensor, "out *inner"]:
+        """W + (alpha / r) B A, in weight's precision, rounded once."""
+        precise = torch.promote_types(weight.dtype, torch.float32)
+        change = self.B.to(precise).flatten(1) @ self.A.to(precise).flatten(1)
+        return (weight.to(precise) + self.factor * change.view_as(weight)).to(weight.dtype)
+
+
+def _added(layer: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """The forward hook of a layer that has a LoRA."""
+    return output if layer.lora.kept is not None else output + layer.lora(inputs[0])
+
+
+def hang(module: nn.Module, pairs: Iterable[tuple[Layer, LoRA]]) -> None:
+    """Give each of these layers of the module its LoRA, and freeze the module but for all LoRAs in it."""
+    for layer, lora in pairs:
+        layer.lora, lora.hook = lora, layer.register_forward_hook(_added)
+    module.requires_grad_(False)
+    for layer in adapted(module).values():
+        layer.lora.requires_grad_(True)
+
+
+def add(
+    module: nn.Module, rank: int, alpha: float | None = None, targets: Iterable[str] = ATTENTION
+) -> list[str]:
+    """Give a LoRA to every linear layer and convolution whose name is one of the targets or ends in one ("q", "cross_attention.k",
+    "conv1"); all of the module but its LoRAs is frozen. alpha is the rank if left out. Returns the names of the layers."""
+    if rank < 1:
+        raise UserError(f"a LoRA of rank {rank}; the rank must be at least 1.")
+    layers = chosen(module, tuple(targets))
+    check_free(layers)
+    hang(
+        module,
+        [(layer, LoRA(layer, rank, rank if alpha is None else alpha)) for layer in layers.values()],
+    )
+    return list(layers)
+
+
+def chosen(module: nn.Module, targets: tuple[str, ...]) -> dict[str, Layer]:
+    """The layers that the targets name; every target must name one."""
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, Layer)}
+    idle = [target for target in targets if not any(ends(name, target) for name in layers)]
+    if idle or not targets:
+        endings = sorted({name.rsplit(".")[-1] for name in layers} - {""})
+        raise UserError(
+            f"no layer is named {' or '.join(idle) or 'by no target'}; names of this network end in {', '.join(endings)}."
+        )
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if any(ends(name, target) for target in targets)
+    }
+
+
+def ends(name: str, target: str) -> bool:
+    return f".{name}".endswith(f".{target}")
+
+
+def check_free(layers: dict[str, Layer]) -> None:
+    taken = next((name for name, layer in layers.items() if hasattr(layer, "lora")), None)
+    if taken is not None:
+        raise UserError(
+            f"{taken} has a LoRA already; remove it, or merge it and then remove it to put another on top."
+        )
+
+
+def adapted(module: nn.Module) -> dict[str, Layer]:
+    """The layers that have a LoRA, by name."""
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(getattr(layer, "lora", None), LoRA)
+    }
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    """A and B of every LoRA under their names in the module's state_dict; load_state_dict(..., strict=False) takes them back."""
+    return {
+        f"{name}.lora.{half}": getattr(layer.lora, half).detach()
+        for name, layer in adapted(module).items()
+        for half in ("A", "B")
+    }
+
+
+def scale(module: nn.Module, by: float) -> None:
+    """Weigh every LoRA by this much: 0 is the model without it, 1 as it was trained."""
+    for layer in adapted(module).values():
+        layer.lora.scale = float(by)
+        if layer.lora.kept is not None:
+            layer.weight.data = layer.lora.merged(layer.lora.kept)
+
+
+def merge(module: nn.Module) -> None:
+    """Add every LoRA to the weight of its layer: sampling costs nothing more. Until unmerge or remove the old weight is kept beside it."""
+    for layer in adapted(module).values():
+        if layer.lora.kept is None:
+            layer.lora.kept = layer.weight.data
+            layer.weight.data = layer.lora.merged(layer.lora.kept)
+
+
+def unmerge(module: nn.Module) -> None:
+    """Give every layer the very weight it had before merge."""
+    for layer in adapted(module).values():
+        if layer.lora.kept is not None:
+            layer.weight.data, layer.lora.kept = layer.lora.kept, None
+
+
+def remove(module: nn.Module) -> None:
+    """Take every LoRA away and make all parameters trainable again. Weights stay as they are: what was merged stays merged."""
+    for layer in adapted(module).values():
+        layer.lora.hook.remove()
+        del layer.lora
+    module.requires_grad_(True)
+
+
+def merged_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state_dict that the module would have with every LoRA merged and removed; the module stays as it is."""
+    whole = module.state_dict()
+    for name, layer in adapted(module).items():
+        for half in ("A", "B"):
+            del whole[f"{name}.lora.{half}"]
+        if layer.lora.kept is None:
+            whole[f"{name}.weight"] = layer.lora.merged(layer.weight)
+    return whole
+
+
+class Loaded(NamedTuple):
+    """What a file did to a model."""
+
+    layers: list[str]  # that it changes, as unet.encoder.0.attention.0.blocks.0.self_attention.q
+    moved: float  # ||after - before|| / ||before||, the U-Net's output on a fixed input
+
+
+def save(model: nn.Module, file: str | Path, layout: str = "diffusers") -> Path:
+    """Write the LoRAs of a LatentDiffusion, as trained (without `scale`), with the names of "diffusers" or of "kohya"."""
+    from minidiff.checkpoints import lora
+
+    return lora.save(model, file, layout)
+
+
+def load(model: nn.Module, file: str | Path, scale: float = 1.0) -> Loaded:
+    """Give a LatentDiffusion the LoRAs of a file, of diffusers', PEFT's or kohya's names; all else in it is frozen. Every tensor of the
+    file must find its place, or nothing is done; a file that changes nothing is warned of."""
+    from minidiff.checkpoints import lora
+
+    return lora.load(model, file, scale)

@@ -1,0 +1,1 @@
+"""Whole trainings from nothing, with every number."""

@@ -1,0 +1,1 @@
+"""What the training loop of train.py stands on. Nothing here knows diffusion."""

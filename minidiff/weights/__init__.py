@@ -1,1 +1,0 @@
-"""Weights in other people's layouts: rename tables, checked in both directions."""

@@ -1,0 +1,109 @@
+"""Checkpoint names and sizes: every tensor of the true layouts has its place, in both directions. On the meta device, which holds no numbers."""
+
+import pytest
+import torch
+
+from minidiff.checkpoints import names, sizes
+from minidiff.errors import UserError
+from minidiff.text import clip_vit_l14, openclip_vit_h14
+from minidiff.unet import UNet, unet_sd1, unet_sd2
+from minidiff.vae import vae_sd
+
+
+def state(build):
+    with torch.device("meta"):
+        return {
+            name: value for name, value in build().state_dict().items() if name != "latent_scale"
+        }
+
+
+def shapes(build):
+    return {name: tuple(value.shape) for name, value in state(build).items()}
+
+
+def pruned():
+    """As BK-SDM-Tiny: three levels, one residual block each, no middle."""
+    return UNet(4, 4, (32, 64, 64), 1, (1, 1, 1), (8, 8, 8), 16, middle=False)
+
+
+@pytest.mark.parametrize(
+    "build, table, count",
+    [
+        (unet_sd1, names.UNET_DIFFUSERS, 686),
+        (unet_sd1, names.unet_compvis(), 686),
+        (unet_sd2, names.unet_compvis(), 686),
+        (vae_sd, names.VAE_DIFFUSERS, 248),
+        (vae_sd, names.vae_compvis(), 248),
+        (clip_vit_l14, names.CLIP_TRANSFORMERS, 196),
+    ],
+)
+def test_tables_read_both_ways(build, table, count):
+    ours = state(build)
+    published = names.to_published(ours, table)
+    assert len(published) == len(ours) == count
+    back = names.to_ours(published, table)
+    assert list(back) == list(ours) and all(back[name] is ours[name] for name in ours)
+
+
+@pytest.mark.parametrize(
+    "build, read, listed",
+    [
+        (unet_sd1, sizes.unet_numbers, sizes.unet_names),
+        (unet_sd2, sizes.unet_numbers, sizes.unet_names),
+        (pruned, sizes.unet_numbers, sizes.unet_names),
+        (vae_sd, sizes.vae_numbers, sizes.vae_names),
+        (clip_vit_l14, sizes.text_numbers, sizes.text_names),
+        (openclip_vit_h14, sizes.text_numbers, sizes.text_names),
+    ],
+)
+def test_the_tensors_of_a_network_are_known_without_building_it(build, read, listed):
+    found = shapes(build)
+    assert sorted(name for name in listed(read(found)) if name != "latent_scale") == sorted(found)
+
+
+def test_two_tensors_with_one_name_are_named():
+    with pytest.raises(
+        UserError,
+        match=r'"mid_block.resnets.0.skip" and "mid_block.resnets.0.conv_shortcut" both mean "middle.residual.0.skip"',
+    ):
+        names.to_ours(
+            {"mid_block.resnets.0.conv_shortcut": 1, "mid_block.resnets.0.skip": 2},
+            names.UNET_DIFFUSERS,
+        )
+
+
+@pytest.mark.parametrize("build", [unet_sd1, lambda: unet_sd1(9), unet_sd2, pruned])
+def test_unet_numbers_come_back_from_shapes(build):
+    with torch.device("meta"):
+        expected = build().numbers
+    found = sizes.unet_numbers(shapes(build))
+    assert found == {
+        name: tuple(v) if isinstance(v, list) else v
+        for name, v in expected.items()
+        if name in found
+    }
+
+
+def test_vae_and_text_numbers_come_back_from_shapes():
+    for build, read in (
+        (vae_sd, sizes.vae_numbers),
+        (clip_vit_l14, sizes.text_numbers),
+        (openclip_vit_h14, sizes.text_numbers),
+    ):
+        with torch.device("meta"):
+            expected = build().numbers
+        found = read(shapes(build))
+        assert found == {name: value for name, value in expected.items() if name in found} | {
+            k: found[k] for k in ("latent_scale",) if k in found
+        }
+
+
+def test_what_cannot_be_read_is_named():
+    some = shapes(lambda: UNet(4, 4, (8, 8), 1, (1, 1), (1, 1), 8, groups=4))
+    sizes.unet_numbers(some)
+    with pytest.raises(UserError, match=r'tensor "conv_in.weight" is missing'):
+        sizes.unet_numbers({k: v for k, v in some.items() if k != "conv_in.weight"})
+    with pytest.raises(UserError, match=r'"conv_in.weight" has shape \[8\]; it should have 4 axes'):
+        sizes.unet_numbers({**some, "conv_in.weight": (8,)})
+    with pytest.raises(UserError, match=r'"encoder" is numbered \[1\]'):
+        sizes.unet_numbers({k: v for k, v in some.items() if not k.startswith("encoder.0")})

@@ -1,0 +1,439 @@
+"""The command line as its reader meets it: help, what is written, the same bytes for the same seed, and one line for everything that is wrong."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from minidiff.cli import console
+from minidiff.cli.main import VERBS, main
+
+PROMPT = "a small blue circle"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A model folder with random weights."""
+    from minidiff import schedules
+    from minidiff.denoiser import Denoiser
+    from minidiff.latent_diffusion import LatentDiffusion
+    from minidiff.text import CLIPText
+    from minidiff.unet import UNet
+    from minidiff.vae import VAE
+
+    torch.manual_seed(0)
+    unet = UNet(
+        4,
+        4,
+        channels=(32, 32, 32, 32),
+        blocks=1,
+        depth=(0, 0, 0, 1),
+        heads=(1, 1, 1, 1),
+        context_dim=32,
+        groups=8,
+    )
+    text = CLIPText(width=32, layers=1, heads=2, context_length=32)
+    torch.nn.init.normal_(
+        unet.conv_out.weight, std=0.1
+    )  # else it starts at zero and no prompt, no step makes a difference
+    model = LatentDiffusion(
+        VAE(3, 4, channels=(8, 16), blocks=1, groups=4),
+        text,
+        Denoiser(unet, schedules.cosine(), "v"),
+        size=32,
+    )
+    return model.save(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def copy(tiny, tmp_path):
+    """A model folder to be damaged."""
+    return shutil.copytree(tiny, tmp_path / "model")
+
+
+def shell(*args, **how):
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, **how)
+
+
+# Help.
+
+
+def test_help_lists_every_verb_and_imports_nothing_heavy():
+    heavy = ("torch", "numpy", "matplotlib", "PIL", "open_clip")
+    code = f"from minidiff.cli.main import main; main(['--help']); import sys; sys.exit(str([m for m in {heavy} if m in sys.modules] or ''))"
+    ran = shell("-c", code)
+    assert ran.stderr.strip() == ""
+    for name, verb in VERBS.items():
+        assert f"  {name}  " in ran.stdout and verb.__doc__.split()[0] in ran.stdout
+    assert max(len(line) for line in ran.stdout.splitlines()) <= 100
+
+
+def test_no_arguments_print_the_help(ran):
+    assert ran().out == ran("--help").out == ran("-h").out != ""
+
+
+def test_help_of_a_group(ran):
+    said = ran("plot", "--help").out
+    assert (
+        "plot forward" in said
+        and "plot reverse" in said
+        and "plot schedules" in said
+        and "generate" not in said
+    )
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_verb(ran, verb):
+    said = ran(*verb.split(), "--help").out
+    assert f"usage: minidiff {verb} " in said and VERBS[verb].__doc__.splitlines()[0].rstrip(
+        "."
+    ) in " ".join(said.split())
+    for option in ("--seed INT", "--device auto|cpu|cuda|mps", "--out PATH"):
+        assert option in said
+
+
+# What the verbs do.
+
+
+def test_quickstart_passes_its_arguments_on(ran, monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setitem(
+        sys.modules,
+        "minidiff.recipes.quickstart",
+        types.SimpleNamespace(quickstart=lambda *args: calls.append(args)),
+    )
+    ran("quickstart", "--out", tmp_path, "--seed", 3, "--resume")
+    ran("quickstart", "--out", tmp_path, "--device", "cpu")
+    assert calls == [(tmp_path, 3, "cpu", True), (tmp_path, 0, "cpu", False)]
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_generate_gives_the_same_bytes_for_the_same_seed(ran, tiny, tmp_path, sampler):
+    names = [
+        "000-a-small-blue-circle.png",
+        "001-a-small-blue-circle.png",
+        "002-苹果.png",
+        "003-苹果.png",
+        "grid.png",
+    ]
+    folders = {}
+    for name, seed in (("first", 5), ("again", 5), ("other", 6)):
+        out = tmp_path / name
+        said = ran(
+            "generate",
+            PROMPT,
+            "苹果",
+            "--n",
+            2,
+            "--steps",
+            3,
+            "--model",
+            tiny,
+            "--sampler",
+            sampler,
+            "--seed",
+            seed,
+            "--out",
+            out,
+        )
+        assert said.out.splitlines() == [str(out / n) for n in names]
+        folders[name] = [(out / n).read_bytes() for n in names]
+    assert folders["first"] == folders["again"]
+    assert all(a != b for a, b in zip(folders["first"], folders["other"], strict=True))
+
+
+def test_a_picture_carries_its_settings(ran, tiny, tmp_path):
+    prompt = "苹果 on white"
+    ran(
+        "generate",
+        prompt,
+        "--steps",
+        2,
+        "--model",
+        tiny,
+        "--guidance",
+        2.5,
+        "--interval",
+        "0.6,1",
+        "--size",
+        48,
+        "--seed",
+        7,
+        "--out",
+        tmp_path,
+    )
+    with Image.open(tmp_path / "000-苹果-on-white.png") as picture:
+        assert picture.size == (48, 48)
+        settings = {
+            "seed": "7",
+            "steps": "2",
+            "guidance": "2.5",
+            "sampler": "ddim",
+            "size": "48x48",
+            "model": "tiny",
+        }
+        settings |= {"spacing": "trailing", "dtype": "fp32", "interval": "0.6,1"}
+        assert picture.text == {"prompt": "苹果 on white", "picture": "1 of 1", **settings}
+
+
+def test_generate_takes_the_models_own_guidance_and_shows_progress(
+    ran, tiny, tmp_path, monkeypatch
+):
+    seen = []
+
+    class Bar(tqdm):
+        def close(self):
+            seen.append((self.n, self.total))
+            super().close()
+
+    monkeypatch.setattr("minidiff.latent_diffusion.tqdm", Bar)
+    ran("generate", PROMPT, "--n", 65, "--steps", 2, "--model", tiny, "--out", tmp_path)
+    assert seen[0] == (4, 4)  # 65 pictures are two batches
+    with Image.open(tmp_path / "064-a-small-blue-circle.png") as picture:
+        assert picture.text["guidance"] == str(
+            json.loads((tiny / "model.json").read_text())["guidance"]
+        )
+
+
+def test_plot_forward(ran, tmp_path):
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
+    for options in ([], ["--schedule", "karras"], ["--image", tmp_path / "red.png", "--size", 16]):
+        said = ran("plot", "forward", "--out", tmp_path / "plots", *options)
+        assert said.out.splitlines() == [
+            str(tmp_path / "plots" / name) for name in ("forward.png", "forward.gif")
+        ]
+    with Image.open(tmp_path / "plots" / "forward.png") as strip:
+        colours = {
+            colour: count
+            for count, colour in strip.convert("RGB").getcolors(strip.width * strip.height)
+        }
+        assert colours[255, 0, 0] >= 128 * 128  # the first column is the picture itself
+
+
+def test_plot_reverse(ran, tiny, tmp_path):
+    said = ran("plot", "reverse", PROMPT, "苹果", "--model", tiny, "--steps", 3, "--out", tmp_path)
+    assert said.out.splitlines() == [str(tmp_path / "reverse.png"), str(tmp_path / "reverse.gif")]
+    with Image.open(tmp_path / "reverse.gif") as film:
+        assert film.n_frames == 4
+
+
+def test_plot_schedules(ran, tmp_path):
+    for names in ([], ["karras", "flow"]):
+        assert ran("plot", "schedules", *names, "--out", tmp_path).out.splitlines() == [
+            str(tmp_path / "schedules.png")
+        ]
+
+
+def test_a_long_prompt_says_in_one_line_which_words_fell_off(ran, tiny, tmp_path):
+    words = "one two three four five six seven eight nine ten".split() * 4
+    said = ran(
+        "generate", " ".join(words), "--n", 2, "--steps", 1, "--model", tiny, "--out", tmp_path
+    ).err
+    lines = [line for line in said.replace("\r", "\n").splitlines() if line.startswith("minidiff:")]
+    assert lines == [
+        f'minidiff: prompt cut after 30 tokens; the model does not see: "{" ".join(words[30:])}"'
+    ]
+
+
+# What is wrong with the input, in one line.
+
+
+@pytest.mark.parametrize("args, said", [
+    (["genrate", PROMPT], 'no verb "genrate"; perhaps you meant generate; there is quickstart, generate, plot forward,'),
+    (["--seed", "3"], 'no verb "--seed"; there is quickstart,'),
+    (["plot"], "plot what? There is plot forward, plot reverse, plot schedules."),
+    (["plot", "forwards"], 'no verb "plot forwards"; perhaps you meant plot forward;'),
+    (["plot", "--out", "x"], 'no verb "plot --out"; there is plot forward,'),
+    (["generate", PROMPT, "--seeed", "3"], "--seeed, 3; perhaps you meant --seed; see minidiff generate --help."),
+    (["generate", PROMPT, "--stepps", "3", "--gidance", "2"], "perhaps you meant --guidance, --steps; see minidiff generate --help."),
+    (["generate", PROMPT, "--seed", "x"], '--seed takes a whole number, not "x"; see minidiff generate --help.'),
+    (["generate", PROMPT, "--seed", "1.5"], '--seed takes a whole number, not "1.5"; see'),
+    (["generate", PROMPT, "--size", "big"], '--size takes a side in pixels, or a width and a height as in 768x512; not "big".'),
+    (["generate", PROMPT, "--guidance", "it's"], '--guidance takes a number, not "it\'s"; see'),
+    (["plot", "reverse", "--seed"], "--seed"),
+    (["data"], "data what? There is data coco, data check."),
+    (["data", "check"], "missing from minidiff data check: DIR the folder to check."),
+    (["data", "coco", "--size", "3"], "missing from minidiff data coco: --annotations FILE"),
+    (["data", "coco", "--annotations"], "no --annotations; name a COCO caption file, such as captions_val2017.json."),
+    (["generate", PROMPT, "--n", "2", PROMPT], f"{PROMPT}; see minidiff generate --help."),
+    (["generate"], "no prompt; say what to draw, as in: minidiff generate"),
+    (["generate", "\udcff"], r"the argument '\udcff' is not valid UTF-8;"),
+])  # fmt: skip
+def test_arguments_that_cannot_be_understood(refused, args, said):
+    assert said in refused(*args)
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--n", 0], "--n is 0; it must be at least 1."),
+    (["--steps", 0], "--steps is 0; it must be at least 1."),
+    (["--steps", -3], "--steps is -3; it must be at least 1."),
+    (["--steps", 1001], "steps is 1001; it must be at least 1 and at most 1000."),
+    (["--guidance", "nan"], "--guidance is nan; it must be finite, as in --guidance 4."),
+    (["--guidance", "inf"], "--guidance is inf; it must be finite"),
+    (["--sampler", "dimm"], 'no sampler "dimm"; there is ddim, ddpm'),
+    (["--size", 33], "size 33 is not divisible by 16; the nearest valid sizes are 32 and 48"),
+    (["--size", 0], "size 0 is not divisible by 16; the nearest valid size is 16"),
+    (["--device", "tpu"], 'no device "tpu"; --device is one of auto, cpu, cuda, mps.'),
+    (["--seed", -1], "--seed is -1; it must be from 0 to 9223372036854775807."),
+    (["--seed", 2**63], "it must be from 0 to 9223372036854775807."),
+])  # fmt: skip
+def test_settings_that_cannot_be(refused, tiny, tmp_path, options, said):
+    assert said in refused("generate", PROMPT, "--model", tiny, "--out", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there(refused, monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    data = ["data", "check", "."], ["data", "coco", "--annotations", "captions.json"]
+    for verb in (
+        ["quickstart"],
+        ["generate", PROMPT],
+        *data,
+        *(name.split() for name in VERBS if name.startswith("plot ")),
+    ):
+        assert (
+            refused(*verb, "--device", device)
+            == f'no "{device}" on this machine; pass --device cpu, or auto.'
+        )
+
+
+def test_a_model_that_is_not_there_or_not_whole(refused, copy, tmp_path):
+    def said(model):
+        return refused(
+            "generate", PROMPT, "--steps", 1, "--model", model, "--out", tmp_path / "out"
+        )
+
+    assert f'no model folder "{tmp_path / "nowhere"}"' in said(tmp_path / "nowhere")
+    assert "no model.json" in said(tmp_path)
+    whole = (copy / "unet.safetensors").read_bytes()
+    for damaged in (whole[:1000], b"", b"not a checkpoint at all"):
+        (copy / "unet.safetensors").write_bytes(damaged)
+        assert f"{copy / 'unet.safetensors'} is damaged" in said(copy)
+    (copy / "unet.safetensors").write_bytes((copy / "vae.safetensors").read_bytes())
+    assert f"{copy / 'unet.safetensors'} does not fit model.json" in said(copy)
+    (copy / "unet.safetensors").unlink()
+    assert f"{copy} has no weights: unet.safetensors is missing" in said(copy)
+    (copy / "model.json").write_text("{")
+    assert f"{copy / 'model.json'} is damaged" in said(copy)
+    assert refused("plot", "reverse", "--model", tmp_path / "nowhere").startswith("no model folder")
+
+
+def test_a_place_that_cannot_be_written(refused, tiny, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    verbs = (
+        ["quickstart"],
+        ["generate", PROMPT, "--model", tiny],
+        ["plot", "forward"],
+        ["plot", "reverse", "--model", tiny],
+        ["plot", "schedules"],
+    )
+    for verb in (
+        *verbs,
+        ["data", "check", "."],
+        ["data", "coco", "--annotations", "captions.json"],
+    ):
+        for out in (tmp_path / "file", tmp_path / "file" / "below"):
+            assert (
+                refused(*verb, "--out", out)
+                == f'--out {out}: "{tmp_path / "file"}" is a file; name a folder.'
+            )
+    long = tmp_path / ("x" * 300)
+    assert (
+        refused("plot", "schedules", "--out", long)
+        == f"{long}: File name too long; check the path, its permissions and the free space."
+    )
+    monkeypatch.setattr(
+        "os.access", lambda *_: False
+    )  # the tests may run as root, who may write anywhere
+    assert refused("generate", PROMPT, "--out", tmp_path / "new") == (
+        f'--out {tmp_path / "new"}: no permission to write in "{tmp_path}"; name another folder.'
+    )
+
+
+def test_what_cannot_be_plotted(refused, tmp_path):
+    (tmp_path / "text.png").write_text("hello")
+    assert f"{tmp_path / 'no.png'}: no such picture" in refused(
+        "plot", "forward", "--image", tmp_path / "no.png"
+    )
+    assert f"{tmp_path / 'text.png'}: not a readable picture" in refused(
+        "plot", "forward", "--image", tmp_path / "text.png"
+    )
+    assert "--size is 0; it must be at least 1." in refused("plot", "forward", "--size", 0)
+    assert "too small" in refused("plot", "forward", "--size", 16)
+    assert 'no schedule "x"; there is linear, scaled_linear, cosine,' in refused(
+        "plot", "forward", "--schedule", "x"
+    )
+    assert 'no schedule "x"; there is linear, scaled_linear, cosine,' in refused(
+        "plot", "schedules", "cosine", "x"
+    )
+
+
+def test_a_disk_that_fills_up(refused, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("minidiff.figures.chains.plot_schedules", full)
+    assert "No space left on device" in refused("plot", "schedules", "--out", tmp_path)
+
+
+# How it ends otherwise.
+
+
+def test_interrupted(capsys, monkeypatch, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(
+        sys.modules, "minidiff.recipes.quickstart", types.SimpleNamespace(quickstart=interrupted)
+    )
+    with pytest.raises(SystemExit) as end:
+        main(["quickstart", "--out", str(tmp_path)])
+    assert end.value.code == 130 and capsys.readouterr().err == "minidiff: interrupted.\n"
+
+
+def test_a_reader_that_has_seen_enough():
+    for args in (["--help"], ["generate", "--help"]):
+        with subprocess.Popen(
+            [sys.executable, "-m", "minidiff.cli.main", *args],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as command:
+            command.stdout.close()
+            assert (command.wait(60), command.stderr.read()) == (0, b"")
+
+
+def test_as_a_process():
+    ran = shell("-m", "minidiff.cli.main", "generate", PROMPT, "--steps", "many")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (
+        2,
+        "",
+        'minidiff: --steps takes a whole number, not "many"; see minidiff generate --help.\n',
+    )
+    ran = shell(
+        "-m",
+        "minidiff.cli.main",
+        "generate",
+        PROMPT,
+        "--seeed",
+        "3",
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "40"},
+    )
+    assert (
+        ran.stderr
+        == "minidiff: unrecognized options: --seeed, 3; perhaps you meant --seed; see minidiff generate --help.\n"
+    )
+
+
+def test_a_complaint_in_no_known_box_is_still_one_line():
+    assert (
+        console.complaint("\x1b[31mSomething\x1b[0m new\n  is wrong.\n") == "something new is wrong"
+    )
