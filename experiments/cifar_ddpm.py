@@ -27,10 +27,10 @@ from minidiff.data.folder import ClassFolder, load_all, to_model
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.figures import chains, plots
-from minidiff.labels import ClassLabels, Unconditional
 from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.text import ClassLabels, LabelsConfig, Unconditional
 from minidiff.train import EMA, seed_of, train
-from minidiff.unet import UNet, unet_cifar10
+from minidiff.unet import UNet, UNetConfig, unet_cifar10
 from minidiff.vae import Pixels
 
 CLASS_DIM = 128  # width of a class as a vector
@@ -41,21 +41,25 @@ def unet_small(context_dim: int | None) -> UNet:
     numbers = dict(
         channels=(32, 64, 128, 256), blocks=1, depth=(0, 1, 1, 1), heads=(1, 2, 4, 8), ff_mult=0
     )
-    return UNet(3, 3, **numbers, context_dim=context_dim, pooled=context_dim is not None)
+    return UNet(
+        UNetConfig(3, 3, **numbers, context_dim=context_dim, pooled=context_dim is not None)
+    )
 
 
 def unet_tiny(context_dim: int | None) -> UNet:
     """For tests."""
     return UNet(
-        3,
-        3,
-        channels=(8, 16),
-        blocks=1,
-        depth=(0, 1),
-        heads=(1, 2),
-        context_dim=context_dim,
-        ff_mult=0,
-        groups=4,
+        UNetConfig(
+            3,
+            3,
+            channels=(8, 16),
+            blocks=1,
+            depth=(0, 1),
+            heads=(1, 2),
+            context_dim=context_dim,
+            ff_mult=0,
+            groups=4,
+        )
     )
 
 
@@ -218,7 +222,7 @@ def main(
 
     torch.manual_seed(seed)
     conditional = recipe.conditional if conditional is None else conditional
-    text = ClassLabels(classes, CLASS_DIM) if conditional else Unconditional()
+    text = ClassLabels(LabelsConfig(classes, CLASS_DIM)) if conditional else Unconditional()
     denoiser = Denoiser(recipe.unet(text.dim), recipe.schedule, recipe.target)
     model = LatentDiffusion(Pixels(), text, denoiser, size=32, guidance=recipe.guidance).to(
         device, memory_format=torch.channels_last

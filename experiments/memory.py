@@ -24,10 +24,10 @@ from minidiff.denoiser import Denoiser
 from minidiff.finetuning.estimate import Settings, alternatives, estimate, human
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods import lora
-from minidiff.text import CLIPText
+from minidiff.text import CLIPText, TextConfig
 from minidiff.train import EMA, train
-from minidiff.unet import UNet
-from minidiff.vae import VAE
+from minidiff.unet import UNet, UNetConfig
+from minidiff.vae import VAE, VAEConfig
 
 SD1 = {  # the numbers of unet_sd1, vae_sd and clip_vit_l14
     "unet": dict(
@@ -143,9 +143,9 @@ def main(
 def composed(numbers: dict) -> LatentDiffusion:
     """On the meta device, where tensors have no memory, if that is the default device."""
     unet, vae, text = (
-        UNet(4, 4, **numbers["unet"]),
-        VAE(**numbers["vae"]),
-        CLIPText(**numbers["text"]),
+        UNet(UNetConfig(4, 4, **numbers["unet"])),
+        VAE(VAEConfig(**numbers["vae"])),
+        CLIPText(TextConfig(**numbers["text"])),
     )
     return LatentDiffusion(vae, text, Denoiser(unet, schedules.scaled_linear()), 512)
 

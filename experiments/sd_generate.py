@@ -117,7 +117,7 @@ def main(
 def traces(vae, text, unet, side: int) -> str:
     """Encoder, U-Net and decoder, on networks of the same numbers without memory."""
     with torch.device("meta"):
-        vae, unet = type(vae)(**vae.numbers), type(unet)(**unet.numbers)
+        vae, unet = type(vae)(vae.config), type(unet)(unet.config)
     z, small = vae.latent_channels, side // vae.factor
     words, width = text.context_length, text.dim
     parameters = sum(p.numel() for p in text.parameters())

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -27,9 +28,9 @@ from minidiff.cli.script import pick_device, run, write_results
 from minidiff.denoiser import Denoiser
 from minidiff.figures.trace import trace_unet
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.text import CLIPText, clip_vit_l14
-from minidiff.unet import UNet, unet_sd1
-from minidiff.vae import VAE, vae_sd
+from minidiff.text import CLIPText, TextConfig, clip_vit_l14
+from minidiff.unet import UNet, UNetConfig, unet_sd1
+from minidiff.vae import VAE, VAEConfig, vae_sd
 
 OPENING = """
 import json, time
@@ -160,8 +161,11 @@ def main(
 def written(small: bool, folder: Path, file: Path) -> dict:
     """Random weights in both layouts; the U-Net's numbers."""
     if small:
-        unet = UNet(4, 4, (32, 64, 64, 64), 2, (1, 1, 1, 0), (8, 8, 8, 8), 64)
-        vae, text = VAE(3, 4, (32, 32, 32, 32), 1, latent_scale=0.18215), CLIPText(64, 1, 1)
+        unet = UNet(UNetConfig(4, 4, (32, 64, 64, 64), 2, (1, 1, 1, 0), (8, 8, 8, 8), 64))
+        vae, text = (
+            VAE(VAEConfig(3, 4, (32, 32, 32, 32), 1), latent_scale=0.18215),
+            CLIPText(TextConfig(64, 1, 1)),
+        )
     else:
         unet, vae, text = unet_sd1(), vae_sd(), clip_vit_l14()
     for part in (unet, vae):
@@ -180,7 +184,7 @@ def written(small: bool, folder: Path, file: Path) -> dict:
     )
     save_diffusers(model, folder)
     save_compvis(model, file)
-    return unet.numbers
+    return asdict(unet.config)
 
 
 def opened(what: str, folder: Path, file: Path, dtype: str) -> dict[str, float]:

@@ -23,10 +23,10 @@ from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.figures import chains, plots
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.text import CLIPText
+from minidiff.text import CLIPText, TextConfig
 from minidiff.train import EMA, seed_of, train
-from minidiff.unet import UNet
-from minidiff.vae import VAE
+from minidiff.unet import UNet, UNetConfig
+from minidiff.vae import VAE, VAEConfig
 
 
 def rows(n: int, batch: int, seed: int, start: int) -> Iterator[Int[Tensor, "B"]]:
@@ -150,20 +150,22 @@ def main(
     # Build everything first, so that what does not fit is refused before the first step.
     torch.manual_seed(seed)
     vae = VAE(
-        3, 4, channels=(vae_width, 2 * vae_width, 4 * vae_width), blocks=1, groups=0
+        VAEConfig(3, 4, channels=(vae_width, 2 * vae_width, 4 * vae_width), blocks=1, groups=0)
     )  # 64x64x3 pictures to 16x16x4 latents
-    text = CLIPText(width=128, layers=2, heads=4, context_length=48, words_only=True)
+    text = CLIPText(TextConfig(width=128, layers=2, heads=4, context_length=48, words_only=True))
     heads = width // 32
     unet = UNet(
-        4,
-        4,
-        channels=(width, width, 2 * width, 2 * width),
-        blocks=1,
-        depth=(0, 1, 1, 1),
-        heads=(heads, heads, 2 * heads, 2 * heads),
-        context_dim=128,  # words are read from 8x8 down,
-        pooled=True,
-        scale_shift=True,  # and everywhere as one sum
+        UNetConfig(
+            4,
+            4,
+            channels=(width, width, 2 * width, 2 * width),
+            blocks=1,
+            depth=(0, 1, 1, 1),
+            heads=(heads, heads, 2 * heads, 2 * heads),
+            context_dim=128,
+            pooled=True,
+            scale_shift=True,
+        )
     )
     model = LatentDiffusion(
         vae,

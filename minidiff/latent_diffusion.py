@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -24,12 +25,11 @@ from minidiff.checkpoints.fill import empty, fill, precision_of
 from minidiff.data.folder import check_size
 from minidiff.denoiser import Denoiser, guide
 from minidiff.errors import UserError
-from minidiff.labels import ClassLabels, Unconditional
 from minidiff.methods import editing
 from minidiff.methods.lora import merged_state
 from minidiff.samplers import SAMPLERS, Frame, by_name, sample
 from minidiff.steps import Step
-from minidiff.text import CLIPText
+from minidiff.text import ClassLabels, CLIPText, Unconditional
 from minidiff.tiling import tiled
 from minidiff.training import finite
 from minidiff.unet import UNet
@@ -75,9 +75,9 @@ class LatentDiffusion(nn.Module):
                 f"the text encoder gives vectors of width {self.text.dim}, the U-Net expects {self.unet.context_dim}."
             )
         z = self.vae.latent_channels
-        if self.unet.numbers["out_channels"] != z:
+        if self.unet.config.out_channels != z:
             raise UserError(
-                f"the VAE's latents have {z} channels, the U-Net gives {self.unet.numbers['out_channels']}."
+                f"the VAE's latents have {z} channels, the U-Net gives {self.unet.config.out_channels}."
             )
 
     @property
@@ -165,7 +165,7 @@ class LatentDiffusion(nn.Module):
             times = editing.late(times, strength)
             if mask is None or strength < 1:
                 x = editing.noised(self.schedule, z0, noise, times[0])
-        if self.unet.numbers["in_channels"] != self.vae.latent_channels:
+        if self.unet.config.in_channels != self.vae.latent_channels:
             denoiser = self._inpainting(image, mask)
         elif mask is not None:
             step = editing.keeping(
@@ -187,7 +187,7 @@ class LatentDiffusion(nn.Module):
     def _inpainting(
         self, image: Float[Tensor, "1 C H W"] | None, mask: Float[Tensor, "1 1 H W"] | None
     ) -> Denoiser:
-        channels, z = self.unet.numbers["in_channels"], self.vae.latent_channels
+        channels, z = self.unet.config.in_channels, self.vae.latent_channels
         if channels != 2 * z + 1:
             raise UserError(
                 f"this U-Net takes {channels} channels; known are {z}, and {2 * z + 1} for inpainting."
@@ -276,7 +276,8 @@ class LatentDiffusion(nn.Module):
                 fresh / f"{name}.safetensors",
             )
         numbers = {
-            name: {"kind": type(part).__name__, **part.numbers} for name, part in parts.items()
+            name: {"kind": type(part).__name__, **asdict(part.config)}
+            for name, part in parts.items()
         }
         how = {
             "target": self.denoiser.target,

@@ -8,6 +8,8 @@ The tokenizer and its vocabulary come from open_clip (imported when first used: 
 """
 
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from minidiff.errors import UserError
 from minidiff.layers import Attention, run
 
 START, END = 49406, 49407  # the last two of CLIP's 49,408 tokens
@@ -59,32 +62,41 @@ class Block(nn.Module):
         return x + self.down(self.activation(self.up(self.norm2(x))))
 
 
-class CLIPText(nn.Module):
-    """[1] section 2.4. The causal mask makes every vector depend on the words up to it; there is no padding mask, as in [3]."""
+@dataclass(frozen=True)
+class TextConfig:
+    """All there is to build CLIP's text encoder."""
 
-    def __init__(
-        self,
-        width: int,
-        layers: int,
-        heads: int,
-        activation: str = "quick_gelu",
-        pad: int = END,  # SD 1.x pads with the end token, SD 2.x and open_clip with 0
-        context_length: int = 77,
-        vocabulary: int = 49408,
-        words_only: bool = False,  # zero vectors at start, end and padding, which say nothing: a small tower is heard sooner
-    ):
+    width: int
+    layers: int
+    heads: int
+    activation: str = "quick_gelu"
+    pad: int = END  # SD 1.x pads with the end token, SD 2.x and open_clip with 0
+    context_length: int = 77
+    vocabulary: int = 49408
+    words_only: bool = False  # zero vectors at start, end and padding, which say nothing
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise UserError(f'no activation "{self.activation}"; there is {known}.')
+
+
+class CLIPText(nn.Module):
+    """[1] section 2.4. Causal: each vector depends on the words up to it. No padding mask, as in [3]."""
+
+    Config = TextConfig
+
+    def __init__(self, config: TextConfig):
         super().__init__()
-        self.numbers = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        self.dim, self.pad, self.context_length, self.words_only = (
-            width,
-            pad,
-            context_length,
-            words_only,
-        )
-        self.checkpointing = False  # True: compute each block again in the backward pass rather than keep what it computed
+        self.config, self.dim = config, config.width
+        self.pad, self.context_length = config.pad, config.context_length
+        self.checkpointing = False  # True: compute blocks again in the backward pass, keep less
+        width, vocabulary = config.width, config.vocabulary
         self.token_embedding = nn.Embedding(vocabulary, width)
-        self.position_embedding = nn.Embedding(context_length, width)
-        self.blocks = nn.ModuleList(Block(width, heads, activation) for _ in range(layers))
+        self.position_embedding = nn.Embedding(config.context_length, width)
+        self.blocks = nn.ModuleList(
+            Block(width, config.heads, config.activation) for _ in range(config.layers)
+        )
         self.norm_out = nn.LayerNorm(width)
         self._init_weights()
 
@@ -119,7 +131,11 @@ class CLIPText(nn.Module):
         for block in self.blocks:
             h = run(block, h, recompute=self.checkpointing)
         h = self.norm_out(h)
-        return h * ((tokens < START) & (tokens != self.pad))[..., None] if self.words_only else h
+        return (
+            h * ((tokens < START) & (tokens != self.pad))[..., None]
+            if self.config.words_only
+            else h
+        )
 
     def encode(self, prompts: list[str]) -> Float[Tensor, "B L D"]:
         """One sequence of vectors for each prompt."""
@@ -130,11 +146,68 @@ class CLIPText(nn.Module):
         return self.encode([""]).expand(batch, -1, -1)
 
 
+@dataclass(frozen=True)
+class LabelsConfig:
+    classes: Sequence[str]
+    dim: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", tuple(self.classes))  # JSON has lists
+
+
+class ClassLabels(nn.Module):
+    """A class as a sequence of length one. The condition "" is the null class."""
+
+    Config = LabelsConfig
+
+    def __init__(self, config: LabelsConfig):
+        super().__init__()
+        self.config, self.dim = config, config.dim
+        self.index = {name: i for i, name in enumerate([*config.classes, ""])}
+        self.embedding = nn.Embedding(len(self.index), config.dim)
+
+    def encode(self, prompts: list[str]) -> Float[Tensor, "B 1 D"]:
+        """One vector for each class name."""
+        unknown = next((p for p in prompts if p not in self.index), None)
+        if unknown is not None:
+            raise UserError(
+                f'this model knows no class "{unknown}"; it knows {", ".join(list(self.index)[:-1])}.'
+            )
+        return self.embedding(
+            torch.tensor([self.index[p] for p in prompts], device=self.embedding.weight.device)
+        )[:, None]
+
+    def null(self, batch: int) -> Float[Tensor, "B 1 D"]:
+        """The null class: what guidance steers away from."""
+        return self.encode([""] * batch)
+
+
+@dataclass(frozen=True)
+class NoCondition:
+    pass
+
+
+class Unconditional(nn.Module):
+    """No condition: prompts only say how many pictures there are."""
+
+    Config = NoCondition
+
+    def __init__(self, config: NoCondition | None = None) -> None:
+        super().__init__()
+        self.config, self.dim = config or NoCondition(), None
+
+    def encode(self, prompts: list[str]) -> None:
+        return None
+
+    def null(self, batch: int) -> None:
+        return None
+
+
 def clip_vit_l14() -> CLIPText:
     """The text tower of OpenAI's ViT-L/14, in SD 1.x: 123.06 M parameters."""
-    return CLIPText(width=768, layers=12, heads=12, activation="quick_gelu", pad=END)
+    return CLIPText(TextConfig(width=768, layers=12, heads=12, activation="quick_gelu", pad=END))
 
 
 def openclip_vit_h14() -> CLIPText:
     """The text tower of OpenCLIP's ViT-H/14 ([2]), in SD 2.x, which reads the penultimate layer: 23 of its 24 blocks, 340.39 M parameters."""
-    return CLIPText(width=1024, layers=23, heads=16, activation="gelu", pad=0)
+    return CLIPText(TextConfig(width=1024, layers=23, heads=16, activation="gelu", pad=0))

@@ -17,12 +17,14 @@
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from minidiff.errors import UserError
 from minidiff.layers import ResBlock, SpatialTransformer, group_norm, run, timestep_embedding
 
 
@@ -48,135 +50,131 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
+@dataclass(frozen=True)
+class UNetConfig:
+    """All there is to build a U-Net, one entry of channels, depth and heads for each level, finest first."""
+
+    in_channels: int
+    out_channels: int
+    channels: Sequence[int]  # width of each level
+    blocks: int  # residual blocks a level in the encoder; the decoder has one more
+    depth: Sequence[int]  # transformer blocks at each level; 0 is none
+    heads: Sequence[int]  # attention heads at each level
+    context_dim: int | None = None  # None: no cross-attention
+    ff_mult: int = 4  # width of the transformers' feed-forward layers; 0 is none
+    linear_projection: bool = False  # SD 2.x
+    dropout: float = 0.0
+    groups: int = 32  # of the group normalizations; 0: no normalization
+    pooled: bool = False  # add the context's sum to the time embedding, for every residual block
+    scale_shift: bool = False  # time also scales, rather than only shifts, in the residual blocks
+    middle: bool = True  # False: pruned networks, whose decoder follows the encoder at once
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "depth", "heads"):  # JSON has lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not len(self.channels) == len(self.depth) == len(self.heads):
+            levels = f"{len(self.channels)}, {len(self.depth)} and {len(self.heads)} levels"
+            raise UserError(f"channels, depth and heads name {levels}; they must agree.")
+        if self.pooled and self.context_dim is None:
+            raise UserError("pooled needs a context_dim: it is the context that is summed.")
+
+
 class Level(nn.Module):
-    """One resolution: residual blocks, each followed by a transformer where the level has them, then a change of size or none."""
+    """One resolution: residual blocks, each followed by a transformer where there are any, then a change of size."""
 
     def __init__(
         self,
-        residual: list[ResBlock],
-        attention: list[SpatialTransformer],
-        resample: nn.Module | None,
+        config: UNetConfig,
+        level: int,
+        in_channels: list[int],
+        depth: int,
+        attentions: int,
+        resample: type[nn.Module] | None = None,
     ):
+        """in_channels: of each residual block. depth: blocks in each of so many transformers; 0 is no transformer."""
         super().__init__()
-        self.residual, self.attention, self.resample = (
-            nn.ModuleList(residual),
-            nn.ModuleList(attention),
-            resample,
+        c, groups, time_dim = config.channels[level], config.groups, 4 * config.channels[0]
+        self.residual = nn.ModuleList(
+            ResBlock(width, c, time_dim, config.dropout, groups, scale_shift=config.scale_shift)
+            for width in in_channels
         )
+        self.attention = nn.ModuleList(
+            SpatialTransformer(
+                c,
+                config.heads[level],
+                config.context_dim,
+                depth,
+                config.ff_mult,
+                config.linear_projection,
+                groups,
+            )
+            for _ in range(attentions if depth else 0)
+        )
+        self.resample = resample(c) if resample else None
 
     def block(
         self,
         i: int,
         x: Float[Tensor, "B C H W"],
-        emb: Tensor,
-        context: Tensor | None,
-        skip: Tensor | None = None,
+        emb: Float[Tensor, "B E"],
+        context: Float[Tensor, "B L D"] | None,
+        skip: Float[Tensor, "B C3 H W"] | None = None,
     ) -> Float[Tensor, "B C2 H W"]:
+        """The i-th residual block, and its transformer."""
         x = self.residual[i](x if skip is None else torch.cat([x, skip], dim=1), emb)
         return self.attention[i](x, context) if self.attention else x
 
 
 class UNet(nn.Module):
-    """The only condition besides time is a sequence of vectors: words, or a class as a sequence of one."""
+    """The only condition besides time is a sequence of vectors: words, or a class as one vector."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        channels: Sequence[int],  # width of each level, finest first
-        blocks: int,  # residual blocks a level in the encoder; the decoder has one more
-        depth: Sequence[int],  # transformer blocks at each level; 0 is none
-        heads: Sequence[int],  # attention heads at each level
-        context_dim: int | None = None,  # None: no cross-attention
-        ff_mult: int = 4,  # width of the transformers' feed-forward layers; 0 is none
-        linear_projection: bool = False,  # SD 2.x
-        dropout: float = 0.0,
-        groups: int = 32,
-        pooled: bool = False,  # add the context's sum to the time embedding: every residual block hears the text from the first step on
-        scale_shift: bool = False,  # time, and what is pooled, scale and shift in the residual blocks rather than only shift
-        middle: bool = True,  # False: pruned networks, whose decoder follows the encoder at once
-    ):
-        if not len(channels) == len(depth) == len(heads):
-            raise ValueError(
-                f"channels, depth and heads name {len(channels)}, {len(depth)} and {len(heads)} levels; they must agree"
-            )
-        if pooled and context_dim is None:
-            raise ValueError("pooled needs a context_dim")
+    Config = UNetConfig
+
+    def __init__(self, config: UNetConfig):
         super().__init__()
-        self.numbers = {
-            k: v for k, v in locals().items() if k not in ("self", "__class__")
-        }  # all there is to rebuild it
-        self.context_dim, self.multiple = context_dim, 2 ** (len(channels) - 1)
-        self.checkpointing = False  # True: compute each block again in the backward pass rather than keep what it computed
+        self.config = config
+        self.context_dim, self.multiple = config.context_dim, 2 ** (len(config.channels) - 1)
+        self.checkpointing = False  # True: compute blocks again in the backward pass, keep less
+        channels, blocks, depth = config.channels, config.blocks, config.depth
         time_dim = 4 * channels[0]
-
-        def residual(c_in: int, c_out: int) -> ResBlock:
-            return ResBlock(c_in, c_out, time_dim, dropout, groups, scale_shift=scale_shift)
-
-        def attention(level: int, count: int, at_least: int = 0) -> list[SpatialTransformer]:
-            d = max(depth[level], at_least)
-            args = (
-                channels[level],
-                heads[level],
-                context_dim,
-                d,
-                ff_mult,
-                linear_projection,
-                groups,
-            )
-            return [SpatialTransformer(*args) for _ in range(count if d else 0)]
 
         self.time = nn.Sequential(
             nn.Linear(channels[0], time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
         )
-        self.pool = nn.Linear(context_dim, time_dim) if pooled else None
-        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.pool = nn.Linear(config.context_dim, time_dim) if config.pooled else None
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
 
         skips, width, last = [channels[0]], channels[0], len(channels) - 1
         self.encoder = nn.ModuleList()
         for level, c in enumerate(channels):
-            res = [residual(width if i == 0 else c, c) for i in range(blocks)]
-            self.encoder.append(
-                Level(res, attention(level, blocks), Downsample(c) if level < last else None)
-            )
+            widths = [width] + [c] * (blocks - 1)
+            down = Downsample if level < last else None
+            self.encoder.append(Level(config, level, widths, depth[level], blocks, down))
             skips += [c] * (blocks + (level < last))
             width = c
 
-        self.middle = (
-            Level(
-                [residual(width, width), residual(width, width)],
-                attention(last, 1, at_least=1),
-                None,
-            )
-            if middle
-            else None
-        )
+        self.middle = None
+        if config.middle:
+            self.middle = Level(config, last, [width, width], max(depth[last], 1), attentions=1)
 
         self.decoder = nn.ModuleList()
         for level, c in reversed(list(enumerate(channels))):
-            res = []
-            for _ in range(blocks + 1):
-                res.append(residual(width + skips.pop(), c))
-                width = c
-            self.decoder.append(
-                Level(res, attention(level, blocks + 1), Upsample(c) if level > 0 else None)
-            )
+            widths = [before + skips.pop() for before in [width] + [c] * blocks]
+            up = Upsample if level > 0 else None
+            self.decoder.append(Level(config, level, widths, depth[level], blocks + 1, up))
+            width = c
 
-        self.norm_out = group_norm(groups, channels[0], 1e-5)
-        self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
+        self.norm_out = group_norm(config.groups, channels[0], 1e-5)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """PyTorch's defaults, but every residual branch starts at zero, so that the network starts as its skips ([2] appendix B)."""
-        zero = [self.conv_out]
-        for module in self.modules():
-            if isinstance(module, ResBlock):
-                zero.append(module.conv2)
-            elif isinstance(module, SpatialTransformer):
-                zero.append(module.proj_out)
-        for module in zero:
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
+        """PyTorch's defaults, but every residual branch starts at zero ([2] appendix B)."""
+        ends = [m.conv2 for m in self.modules() if isinstance(m, ResBlock)]
+        ends += [m.proj_out for m in self.modules() if isinstance(m, SpatialTransformer)]
+        for layer in [self.conv_out, *ends]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(
         self,
@@ -184,25 +182,25 @@ class UNet(nn.Module):
         t: Shaped[Tensor, "B"],
         context: Float[Tensor, "B L D"] | None = None,
     ) -> Float[Tensor, "B C2 H W"]:
-        """t is the number a schedule's c_noise gives. Computed in the weights' precision, returned in x's."""
-        if x.shape[2] % self.multiple or x.shape[3] % self.multiple:
-            raise ValueError(
-                f"a side of {x.shape[2]}x{x.shape[3]} is not divisible by {self.multiple}, as halving it at every level needs"
+        """t: what the schedule's c_noise gives. Computed in the weights' precision, returned in x's."""
+        height, width = x.shape[2:]
+        if height % self.multiple or width % self.multiple:
+            raise UserError(
+                f"a side of {height}x{width} is not divisible by {self.multiple}, "
+                "as halving it at every level needs."
             )
-        if (context is None) != (self.context_dim is None):
-            raise ValueError(
-                "this U-Net needs a context"
-                if context is None
-                else "this U-Net takes no context; it has no context_dim"
-            )
+        if context is None and self.context_dim is not None:
+            raise UserError("this U-Net needs a context.")
+        if context is not None and self.context_dim is None:
+            raise UserError("this U-Net takes no context; it has no context_dim.")
 
         dtype = self.conv_in.weight.dtype
         context = None if context is None else context.to(dtype)
         emb = self.time(timestep_embedding(t, self.conv_in.out_channels).to(dtype))
-        if self.pool is not None:
-            emb = emb + self.pool(
-                context.sum(dim=1)
-            )  # a sum: a word weighs as much in a long prompt as in a short one
+        if (
+            self.pool is not None
+        ):  # a sum: a word weighs the same in a long prompt as in a short one
+            emb = emb + self.pool(context.sum(dim=1))
 
         h = self.conv_in(x.to(dtype))
         skips = [h]
@@ -228,42 +226,48 @@ class UNet(nn.Module):
 
 
 def unet_cifar10(context_dim: int | None = None) -> UNet:
-    """The size of [2] appendix B: 4 levels from 32x32 to 4x4, attention at 16x16 and in the middle, dropout 0.1."""
+    """The size of [2] appendix B: four levels, attention at 16x16 and in the middle, dropout 0.1."""
     return UNet(
-        3,
-        3,
-        channels=(128, 256, 256, 256),
-        blocks=2,
-        depth=(0, 1, 0, 0),
-        heads=(1, 1, 1, 1),
-        context_dim=context_dim,
-        ff_mult=0,
-        dropout=0.1,
+        UNetConfig(
+            3,
+            3,
+            channels=(128, 256, 256, 256),
+            blocks=2,
+            depth=(0, 1, 0, 0),
+            heads=(1, 1, 1, 1),
+            context_dim=context_dim,
+            ff_mult=0,
+            dropout=0.1,
+        )
     )
 
 
 def unet_sd1(in_channels: int = 4) -> UNet:
     """Stable Diffusion 1.x: 859.52 M parameters; 9 input channels for inpainting."""
     return UNet(
-        in_channels,
-        4,
-        channels=(320, 640, 1280, 1280),
-        blocks=2,
-        depth=(1, 1, 1, 0),
-        heads=(8, 8, 8, 8),
-        context_dim=768,
+        UNetConfig(
+            in_channels,
+            4,
+            channels=(320, 640, 1280, 1280),
+            blocks=2,
+            depth=(1, 1, 1, 0),
+            heads=(8, 8, 8, 8),
+            context_dim=768,
+        )
     )
 
 
 def unet_sd2(in_channels: int = 4) -> UNet:
     """Stable Diffusion 2.x: heads of size 64 at every level, linear projections."""
     return UNet(
-        in_channels,
-        4,
-        channels=(320, 640, 1280, 1280),
-        blocks=2,
-        depth=(1, 1, 1, 0),
-        heads=(5, 10, 20, 20),
-        context_dim=1024,
-        linear_projection=True,
+        UNetConfig(
+            in_channels,
+            4,
+            channels=(320, 640, 1280, 1280),
+            blocks=2,
+            depth=(1, 1, 1, 0),
+            heads=(5, 10, 20, 20),
+            context_dim=1024,
+            linear_projection=True,
+        )
     )

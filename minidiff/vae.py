@@ -6,6 +6,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minidiff.errors import UserError
 from minidiff.layers import Attention, ResBlock, group_norm
 from minidiff.unet import Upsample
 
@@ -116,33 +118,40 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-class VAE(nn.Module):
-    """Pictures in [-1, 1] to latents of unit variance and back. The only place that knows the latent scale."""
+@dataclass(frozen=True)
+class VAEConfig:
+    """All there is to build a VAE, one entry of channels for each level, finest first."""
 
-    def __init__(
-        self,
-        in_channels: int = 3,
-        latent_channels: int = 4,
-        channels: Sequence[int] = (128, 256, 512, 512),
-        blocks: int = 2,
-        groups: int = 32,
-        latent_scale: float = 1.0,  # 1 / std of the raw latents; SD: 0.18215
-        kl_weight: float = 1e-6,  # [2] appendix G
-    ):
+    in_channels: int = 3
+    latent_channels: int = 4
+    channels: Sequence[int] = (128, 256, 512, 512)
+    blocks: int = 2  # residual blocks a level in the encoder; the decoder has one more
+    groups: int = 32  # of the group normalizations; 0: no normalization
+    kl_weight: float = 1e-6  # [2] appendix G
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "channels", tuple(self.channels))  # JSON has lists
+        if not self.channels:
+            raise UserError("channels is empty; a VAE has at least one level.")
+
+
+class VAE(nn.Module):
+    """Images in [-1, 1] to latents of unit variance and back. Nothing else knows the latent scale."""
+
+    Config = VAEConfig
+
+    def __init__(self, config: VAEConfig, latent_scale: float = 1.0):
+        """latent_scale: 1 / std of the raw latents, a buffer that is saved with the weights; SD: 0.18215."""
         super().__init__()
-        self.numbers = {
-            k: v for k, v in locals().items() if k not in ("self", "__class__", "latent_scale")
-        }
-        self.latent_channels, self.factor, self.kl_weight = (
-            latent_channels,
-            2 ** (len(channels) - 1),
-            kl_weight,
-        )
+        self.config = config
+        in_channels, latent_channels = config.in_channels, config.latent_channels
+        channels, blocks, groups = config.channels, config.blocks, config.groups
+        self.latent_channels, self.factor = latent_channels, 2 ** (len(channels) - 1)
         self.encoder = Encoder(in_channels, 2 * latent_channels, channels, blocks, groups)
         self.decoder = Decoder(latent_channels, in_channels, channels, blocks, groups)
         self.quant = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant = nn.Conv2d(latent_channels, latent_channels, 1)
-        self.register_buffer("latent_scale", torch.tensor(latent_scale))  # travels with the weights
+        self.register_buffer("latent_scale", torch.tensor(latent_scale))
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -186,7 +195,7 @@ class VAE(nn.Module):
         kl = 0.5 * (mean.pow(2) + log_variance.exp() - 1 - log_variance).flatten(1).sum(
             1
         )  # [1] appendix B
-        return error + self.kl_weight * kl
+        return error + self.config.kl_weight * kl
 
     @torch.no_grad()
     def measure_scale(self, images: Float[Tensor, "B C H W"]) -> float:
@@ -195,13 +204,20 @@ class VAE(nn.Module):
         return self.latent_scale.item()
 
 
+@dataclass(frozen=True)
+class PixelsConfig:
+    channels: int = 3
+
+
 class Pixels(nn.Module):
     """The VAE that does nothing: pixel diffusion is latent diffusion with this one."""
 
-    def __init__(self, channels: int = 3):
+    Config = PixelsConfig
+
+    def __init__(self, config: PixelsConfig | None = None):
         super().__init__()
-        self.numbers = {"channels": channels}
-        self.latent_channels, self.factor = channels, 1
+        self.config = config or PixelsConfig()
+        self.latent_channels, self.factor = self.config.channels, 1
 
     def encode(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         return images
@@ -212,4 +228,4 @@ class Pixels(nn.Module):
 
 def vae_sd() -> VAE:
     """Stable Diffusion's: 83.65 M parameters, 512x512x3 to 64x64x4."""
-    return VAE(3, 4, channels=(128, 256, 512, 512), blocks=2, latent_scale=0.18215)
+    return VAE(VAEConfig(3, 4, channels=(128, 256, 512, 512), blocks=2), latent_scale=0.18215)

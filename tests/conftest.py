@@ -73,28 +73,32 @@ def sd():
     from minidiff.checkpoints.layouts import STABLE_DIFFUSION
     from minidiff.denoiser import Denoiser
     from minidiff.latent_diffusion import LatentDiffusion
-    from minidiff.text import CLIPText
-    from minidiff.unet import UNet
-    from minidiff.vae import VAE
+    from minidiff.text import CLIPText, TextConfig
+    from minidiff.unet import UNet, UNetConfig
+    from minidiff.vae import VAE, VAEConfig
 
     def make(second: bool = False, channels: int = 4, **how) -> LatentDiffusion:
         width = (64, 128) if second else (32, 64)
         unet = UNet(
-            channels,
-            4,
-            width,
-            1,
-            (1, 0),
-            (1, 2) if second else (8, 8),
-            64,
-            linear_projection=second,
-            **how,
+            UNetConfig(
+                channels,
+                4,
+                width,
+                1,
+                (1, 0),
+                (1, 2) if second else (8, 8),
+                64,
+                linear_projection=second,
+                **how,
+            )
         )
         text = CLIPText(
-            64, 1, 1, activation="gelu" if second else "quick_gelu", pad=0 if second else 49407
+            TextConfig(
+                64, 1, 1, activation="gelu" if second else "quick_gelu", pad=0 if second else 49407
+            )
         )
         vae, schedule = (
-            VAE(3, 4, (32, 32), 1, latent_scale=0.18215),
+            VAE(VAEConfig(3, 4, (32, 32), 1), latent_scale=0.18215),
             schedules.Discrete(**STABLE_DIFFUSION),
         )
         return LatentDiffusion(

@@ -277,7 +277,7 @@ def test_cifar_paper_preset_is_the_paper():
         paper.batch,
         paper.lr,
         paper.ema,
-        unet.numbers["dropout"],
+        unet.config.dropout,
     ) == ("eps", 800_000, 128, 2e-4, 0.9999, 0.1)
     assert paper.schedule == schedules.linear()
 

@@ -11,12 +11,11 @@ import minidiff
 from minidiff import latent_diffusion, schedules
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
-from minidiff.labels import ClassLabels, Unconditional
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.samplers import ddpm
-from minidiff.text import CLIPText
-from minidiff.unet import UNet
-from minidiff.vae import VAE, Pixels
+from minidiff.text import ClassLabels, CLIPText, LabelsConfig, TextConfig, Unconditional
+from minidiff.unet import UNet, UNetConfig
+from minidiff.vae import VAE, Pixels, PixelsConfig, VAEConfig
 
 PROMPTS = ["a small blue circle", "a large red square"]
 
@@ -24,17 +23,21 @@ PROMPTS = ["a small blue circle", "a large red square"]
 def model(vae=None, text=None, schedule=None, target="eps", weighting=None, **how):
     """A model of a few thousand random weights, none of them zero."""
     torch.manual_seed(1)
-    vae = vae or VAE(3, 4, channels=(4, 8), blocks=1, groups=2)
-    text = text or CLIPText(width=8, layers=1, heads=2, context_length=10, pad=0, activation="gelu")
+    vae = vae or VAE(VAEConfig(3, 4, channels=(4, 8), blocks=1, groups=2))
+    text = text or CLIPText(
+        TextConfig(width=8, layers=1, heads=2, context_length=10, pad=0, activation="gelu")
+    )
     unet = UNet(
-        vae.latent_channels,
-        vae.latent_channels,
-        (8, 8),
-        blocks=1,
-        depth=(0, 1),
-        heads=(1, 2),
-        context_dim=text.dim,
-        groups=2,
+        UNetConfig(
+            vae.latent_channels,
+            vae.latent_channels,
+            (8, 8),
+            blocks=1,
+            depth=(0, 1),
+            heads=(1, 2),
+            context_dim=text.dim,
+            groups=2,
+        )
     )
     for p in (*vae.parameters(), *text.parameters(), *unet.parameters()):
         torch.nn.init.normal_(p, std=1 / math.sqrt(max(p[0].numel(), 4)))
@@ -55,13 +58,15 @@ def pictures(diffusion, seed=0, prompts=PROMPTS, **how):
 
 def test_text_and_unet_must_have_one_width():
     text, unet = (
-        CLIPText(width=16, layers=1, heads=2),
-        UNet(4, 4, (8,), 1, (1,), (1,), context_dim=24, groups=2),
+        CLIPText(TextConfig(width=16, layers=1, heads=2)),
+        UNet(UNetConfig(4, 4, (8,), 1, (1,), (1,), context_dim=24, groups=2)),
     )
     with pytest.raises(UserError, match="vectors of width 16, the U-Net expects 24"):
-        LatentDiffusion(Pixels(4), text, Denoiser(unet, schedules.linear()), size=8)
+        LatentDiffusion(Pixels(PixelsConfig(4)), text, Denoiser(unet, schedules.linear()), size=8)
     with pytest.raises(UserError, match="vectors of width None, the U-Net expects 24"):
-        LatentDiffusion(Pixels(4), Unconditional(), Denoiser(unet, schedules.linear()), size=8)
+        LatentDiffusion(
+            Pixels(PixelsConfig(4)), Unconditional(), Denoiser(unet, schedules.linear()), size=8
+        )
 
 
 @pytest.mark.parametrize(
@@ -107,7 +112,7 @@ def test_save_and_load_bit_for_bit(tmp_path, schedule, target, weighting):
         "ddpm",
         False,
     )
-    assert (loaded.text.numbers, loaded.text.pad) == (saved.text.numbers, 0)
+    assert (loaded.text.config, loaded.text.pad) == (saved.text.config, 0)
     assert torch.equal(pictures(loaded), pictures(saved))
 
 
@@ -384,12 +389,15 @@ def test_other_sizes(size, nearest):
 
 @pytest.mark.parametrize(
     "text, conditions",
-    [(Unconditional(), ["", ""]), (ClassLabels(["cat", "dog"], dim=8), ["dog", "cat"])],
+    [
+        (Unconditional(), ["", ""]),
+        (ClassLabels(LabelsConfig(["cat", "dog"], dim=8)), ["dog", "cat"]),
+    ],
     ids=["unconditional", "classes"],
 )
 def test_pixels_without_text(tmp_path, text, conditions):
     """Pixel diffusion, unconditional or by class, is the same composition with smaller parts."""
-    diffusion = model(vae=Pixels(3), text=text)
+    diffusion = model(vae=Pixels(PixelsConfig(3)), text=text)
     diffusion.loss(torch.rand(2, 3, 16, 16), conditions).sum().backward()
     assert all(p.grad is not None for p in diffusion.parameters())
     found = pictures(diffusion, prompts=conditions)

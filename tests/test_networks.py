@@ -15,8 +15,8 @@ from minidiff.layers import (
     timestep_embedding,
 )
 from minidiff.text import clip_vit_l14, openclip_vit_h14
-from minidiff.unet import UNet, unet_cifar10, unet_sd1, unet_sd2
-from minidiff.vae import VAE, Pixels, vae_sd
+from minidiff.unet import UNet, UNetConfig, unet_cifar10, unet_sd1, unet_sd2
+from minidiff.vae import VAE, Pixels, PixelsConfig, VAEConfig, vae_sd
 
 DOUBLE = dict(rtol=0, atol=1e-12)  # a few hundred roundings in float64
 
@@ -33,16 +33,12 @@ def tiny_unet(**numbers):
         context_dim=6,
         groups=4,
     )
-    return UNet(**(shape | numbers))
+    return UNet(UNetConfig(**shape | numbers))
 
 
-def tiny_vae(**numbers):
-    return VAE(
-        **(
-            dict(in_channels=3, latent_channels=4, channels=(8, 16, 16), blocks=1, groups=4)
-            | numbers
-        )
-    )
+def tiny_vae(latent_scale=1.0, **numbers):
+    shape = dict(in_channels=3, latent_channels=4, channels=(8, 16, 16), blocks=1, groups=4)
+    return VAE(VAEConfig(**shape | numbers), latent_scale)
 
 
 def randomize(module):
@@ -336,7 +332,7 @@ def test_kl_of_the_standard_normal_is_zero():
 
 
 def test_pixels_are_left_alone():
-    pixels, images = Pixels(1), torch.randn(2, 1, 5, 7)
+    pixels, images = Pixels(PixelsConfig(1)), torch.randn(2, 1, 5, 7)
     assert pixels.encode(images) is images and pixels.decode(images) is images
     assert (pixels.latent_channels, pixels.factor, list(pixels.parameters())) == (1, 1, [])
 
@@ -427,7 +423,10 @@ def test_group_norms_can_be_left_out(build):
 
 def test_unet_refuses_what_it_cannot_do():
     numbers = dict(channels=(8, 8), blocks=1, depth=(0, 1), heads=(1, 1), groups=4)
-    with_text, without = UNet(3, 3, context_dim=8, **numbers), UNet(3, 3, **numbers)
+    with_text, without = (
+        UNet(UNetConfig(3, 3, context_dim=8, **numbers)),
+        UNet(UNetConfig(3, 3, **numbers)),
+    )
     x, t, context = torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.zeros(1, 2, 8)
     with pytest.raises(ValueError, match="not divisible by 2"):
         without(torch.zeros(1, 3, 9, 8), t)
@@ -436,20 +435,22 @@ def test_unet_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="takes no context"):
         without(x, t, context)
     with pytest.raises(ValueError, match="pooled"):
-        UNet(3, 3, pooled=True, **numbers)
+        UNet(UNetConfig(3, 3, pooled=True, **numbers))
 
 
 def test_pooled_context_reaches_blocks_without_attention():
     unet = UNet(
-        3,
-        3,
-        channels=(8, 8),
-        blocks=1,
-        depth=(0, 0),
-        heads=(1, 1),
-        context_dim=8,
-        groups=4,
-        pooled=True,
+        UNetConfig(
+            3,
+            3,
+            channels=(8, 8),
+            blocks=1,
+            depth=(0, 0),
+            heads=(1, 1),
+            context_dim=8,
+            groups=4,
+            pooled=True,
+        )
     )
     for p in unet.parameters():  # the branches that start at zero would hide it
         torch.nn.init.normal_(p, std=0.2)

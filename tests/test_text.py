@@ -2,16 +2,20 @@
 
 import gzip
 import warnings
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from minidiff.errors import UserError
-from minidiff.labels import ClassLabels, Unconditional
 from minidiff.text import (
     END,
     START,
+    ClassLabels,
     CLIPText,
+    LabelsConfig,
+    TextConfig,
+    Unconditional,
     clip_vit_l14,
     openclip_vit_h14,
     quick_gelu,
@@ -85,7 +89,7 @@ GOLDEN = {  # ids between start and end, written down once
 
 
 def tower(**numbers):
-    text = CLIPText(**(dict(width=16, layers=2, heads=2) | numbers))
+    text = CLIPText(TextConfig(**dict(width=16, layers=2, heads=2) | numbers))
     for block in text.blocks:  # as if trained: what starts at zero would hide everything
         for linear in (block.attention.out, block.down):
             torch.nn.init.normal_(linear.weight, std=0.2)
@@ -136,7 +140,7 @@ def test_typography_is_made_plain(prompt, plain):
 def test_padding(build, pad, activation):
     """SD 1.x repeats the end token, SD 2.x writes zeros. The shapes are the same either way, the pictures are not."""
     with torch.device("meta"):
-        numbers = build().numbers
+        numbers = asdict(build().config)
     assert (numbers["pad"], numbers["activation"]) == (pad, activation)
     rows = tower(pad=numbers["pad"]).tokens(["a photo of a cat", ""]).tolist()
     assert rows == [
@@ -199,7 +203,7 @@ def test_null_is_the_empty_prompt():
 
 def test_a_fresh_tower_is_a_bag_of_words():
     """Its blocks add nothing but constants yet: a vector depends on its own word and place only."""
-    fresh = CLIPText(width=16, layers=2, heads=2, context_length=8).double()
+    fresh = CLIPText(TextConfig(width=16, layers=2, heads=2, context_length=8)).double()
     a, b = fresh.encode(["red cat square", "dog cat ring"])
     assert torch.equal(a[2], b[2]) and (a - b)[[1, 3]].abs().amax(1).min() > 0.1
 
@@ -233,7 +237,7 @@ def test_quick_gelu_formula():
 
 
 def test_class_labels():
-    labels = ClassLabels(["cat", "dog"], dim=5)
+    labels = ClassLabels(LabelsConfig(["cat", "dog"], dim=5))
     context = labels.encode(["dog", "cat", "dog", ""])
     assert context.shape == (4, 1, 5) and torch.equal(context[0], context[2])
     assert torch.equal(context[:, 0], labels.embedding.weight[[1, 0, 1, 2]])

@@ -14,7 +14,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def empty(network: type[nn.Module], numbers: dict) -> nn.Module:
     """A network of these numbers whose tensors have shapes and no memory."""
     with torch.device("meta"):
-        return network(**numbers)
+        return network(network.Config(**numbers))
 
 
 def fill(

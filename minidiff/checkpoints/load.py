@@ -69,7 +69,9 @@ def part(path: str | Path, name: str, dtype: torch.dtype | None = None) -> torch
 def _built(name: str, found: layouts.Part, dtype: torch.dtype | None) -> torch.nn.Module:
     """A VAE's latent scale is a tensor with us, and a number or nothing in other layouts."""
     try:
-        module = empty(NETWORKS[name], found.numbers)
+        module = empty(
+            NETWORKS[name], {k: v for k, v in found.numbers.items() if k != "latent_scale"}
+        )
     except (
         ValueError,
         TypeError,

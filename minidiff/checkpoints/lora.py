@@ -235,12 +235,12 @@ def _probe(model: LatentDiffusion) -> Float[Tensor, "B C H W"]:
     """The U-Net's output halfway to noise, on fixed latents and, if it reads a CLIPText, on fixed words."""
     side, text = 2 * model.unet.multiple, model.text
     x = torch.randn(
-        1, model.unet.numbers["in_channels"], side, side, generator=torch.Generator().manual_seed(0)
+        1, model.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0)
     ).to(model.device)
     if isinstance(text, CLIPText):
         tokens = (
             torch.arange(1000, 1000 + text.context_length, device=model.device)[None]
-            % text.numbers["vocabulary"]
+            % text.config.vocabulary
         )
         context = text(tokens)
     else:

@@ -40,21 +40,21 @@ def check(model: LatentDiffusion) -> None:
     if kinds:
         expected = {"pooled": False, "scale_shift": False, "ff_mult": 4}
         strange += [
-            f"{name}={unet.numbers[name]} in the U-Net"
+            f"{name}={getattr(unet.config, name)} in the U-Net"
             for name, value in expected.items()
-            if unet.numbers[name] != value
+            if getattr(unet.config, name) != value
         ]
-        strange += ["words_only in the text tower"] if text.numbers["words_only"] else []
+        strange += ["words_only in the text tower"] if text.config.words_only else []
         strange += [f"padding with token {text.pad}"] if text.pad not in PADDING else []
         strange += (
-            [f"a vocabulary of {text.numbers['vocabulary']}"]
-            if text.numbers["vocabulary"] != END + 1
+            [f"a vocabulary of {text.config.vocabulary}"]
+            if text.config.vocabulary != END + 1
             else []
         )
         strange += [
             f"{name} without GroupNorm"
             for name, part in (("a U-Net", unet), ("a VAE", vae))
-            if not part.numbers["groups"]
+            if not part.config.groups
         ]
     if not isinstance(schedule, Discrete) or schedule.betas not in ("linear", "scaled_linear"):
         strange.append(f"the schedule {getattr(schedule, 'betas', type(schedule).__name__)}")
@@ -71,47 +71,47 @@ def check(model: LatentDiffusion) -> None:
 
 def unet_config(model: LatentDiffusion) -> dict:
     """config.json of UNet2DConditionModel."""
-    n = model.unet.numbers
-    cross = ["CrossAttn" if depth else "" for depth in n["depth"]]
-    heads = list(n["heads"])
+    n = model.unet.config
+    cross = ["CrossAttn" if depth else "" for depth in n.depth]
+    heads = list(n.heads)
     config = {
         "_class_name": "UNet2DConditionModel",
         "sample_size": model.size // model.vae.factor,
-        "in_channels": n["in_channels"],
-        "out_channels": n["out_channels"],
-        "block_out_channels": list(n["channels"]),
-        "layers_per_block": n["blocks"],
+        "in_channels": n.in_channels,
+        "out_channels": n.out_channels,
+        "block_out_channels": list(n.channels),
+        "layers_per_block": n.blocks,
         "down_block_types": [f"{kind}DownBlock2D" for kind in cross],
-        "mid_block_type": "UNetMidBlock2DCrossAttn" if n["middle"] else None,
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if n.middle else None,
         "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(cross)],
-        "cross_attention_dim": n["context_dim"],
+        "cross_attention_dim": n.context_dim,
         "attention_head_dim": heads[0]
         if len(set(heads)) == 1
         else heads,  # their name for the number of heads
-        "norm_num_groups": n["groups"],
-        "use_linear_projection": n["linear_projection"],
+        "norm_num_groups": n.groups,
+        "use_linear_projection": n.linear_projection,
         "act_fn": "silu",
         "flip_sin_to_cos": True,
         "freq_shift": 0,
     }
-    if any(depth > 1 for depth in n["depth"]):
-        config["transformer_layers_per_block"] = [max(depth, 1) for depth in n["depth"]]
+    if any(depth > 1 for depth in n.depth):
+        config["transformer_layers_per_block"] = [max(depth, 1) for depth in n.depth]
     return config
 
 
 def vae_config(model: LatentDiffusion) -> dict:
     """config.json of AutoencoderKL."""
-    n, levels = model.vae.numbers, len(model.vae.numbers["channels"])
+    n, levels = model.vae.config, len(model.vae.config.channels)
     return {
         "_class_name": "AutoencoderKL",
-        "in_channels": n["in_channels"],
-        "out_channels": n["in_channels"],
-        "latent_channels": n["latent_channels"],
-        "block_out_channels": list(n["channels"]),
-        "layers_per_block": n["blocks"],
+        "in_channels": n.in_channels,
+        "out_channels": n.in_channels,
+        "latent_channels": n.latent_channels,
+        "block_out_channels": list(n.channels),
+        "layers_per_block": n.blocks,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "norm_num_groups": n["groups"],
+        "norm_num_groups": n.groups,
         "sample_size": model.size,
         "scaling_factor": float(
             f"{model.vae.latent_scale.item():.7g}"
@@ -122,22 +122,22 @@ def vae_config(model: LatentDiffusion) -> dict:
 
 def text_config(model: LatentDiffusion) -> dict:
     """config.json of CLIPTextModel."""
-    n = model.text.numbers
+    n = model.text.config
     return {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
-        "hidden_size": n["width"],
-        "intermediate_size": 4 * n["width"],
-        "num_hidden_layers": n["layers"],
-        "num_attention_heads": n["heads"],
-        "hidden_act": n["activation"],
-        "max_position_embeddings": n["context_length"],
-        "vocab_size": n["vocabulary"],
+        "hidden_size": n.width,
+        "intermediate_size": 4 * n.width,
+        "num_hidden_layers": n.layers,
+        "num_attention_heads": n.heads,
+        "hidden_act": n.activation,
+        "max_position_embeddings": n.context_length,
+        "vocab_size": n.vocabulary,
         "layer_norm_eps": 1e-05,
         "bos_token_id": END - 1,
         "eos_token_id": END,
         "pad_token_id": 1,
-        "projection_dim": n["width"],
+        "projection_dim": n.width,
     }
 
 
@@ -200,7 +200,7 @@ def save_diffusers(model: LatentDiffusion, folder: str | Path) -> Path:
     }
     kind = (
         "StableDiffusionInpaintPipeline"
-        if model.unet.numbers["in_channels"] == 9
+        if model.unet.config.in_channels == 9
         else "StableDiffusionPipeline"
     )
     absent = {
@@ -261,18 +261,16 @@ def save_compvis(model: LatentDiffusion, file: str | Path) -> Path:
     file = Path(file)
     if file.suffix != ".safetensors":
         raise UserError(f"{file} should end in .safetensors; pickles are not written.")
-    n = model.unet.numbers
+    n = model.unet.config
     unet = names.to_published(
-        merged_state(model.unet), names.unet_compvis([d > 0 for d in n["depth"]], n["blocks"])
+        merged_state(model.unet), names.unet_compvis([d > 0 for d in n.depth], n.blocks)
     )
-    vae = names.to_published(
-        _vae_state(model), names.vae_compvis(len(model.vae.numbers["channels"]))
-    )
+    vae = names.to_published(_vae_state(model), names.vae_compvis(len(model.vae.config.channels)))
     vae = {
         name: value[..., None, None] if ".attn_1." in name and value.ndim == 2 else value
         for name, value in vae.items()
     }
-    if model.text.numbers["activation"] == "gelu":  # SD 2.x
+    if model.text.config.activation == "gelu":  # SD 2.x
         text = {
             f"cond_stage_model.model.{name}": value for name, value in _openclip_text(model).items()
         }
@@ -296,7 +294,7 @@ def save_compvis(model: LatentDiffusion, file: str | Path) -> Path:
 
 def _openclip_text(model: LatentDiffusion) -> State:
     """q, k and v in one matrix. The last block, which SD 2.x does not run, was dropped when it was read: zeros stand in its place."""
-    state, last = merged_state(model.text), model.text.numbers["layers"]
+    state, last = merged_state(model.text), model.text.config.layers
     state |= {
         name.replace("blocks.0.", f"blocks.{last}."): torch.zeros_like(value)
         for name, value in state.items()

@@ -12,6 +12,7 @@ import os
 import warnings
 import zlib
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,7 +94,7 @@ def contexts(
 def fingerprint(network: nn.Module) -> str:
     """One word for all that a network computes with: its kind, its numbers, and every weight with its precision, LoRAs included."""
     digest = hashlib.sha256(
-        repr((type(network).__name__, sorted(network.numbers.items()))).encode()
+        repr((type(network).__name__, sorted(asdict(network.config).items()))).encode()
     )
     for name, value in sorted(merged_state(network).items()):
         digest.update(repr((name, value.dtype, tuple(value.shape))).encode())

@@ -56,8 +56,8 @@ def trace(network: nn.Module, parts: list[str], *inputs: torch.Tensor) -> list[R
 
 def trace_unet(unet: nn.Module, side: int, words: int = 77) -> list[Row]:
     """A U-Net level by level, down to its smallest maps and back; side is that of its input."""
-    n = unet.numbers
-    levels = range(len(n["channels"]))
+    n = unet.config
+    levels = range(len(n.channels))
     parts = [
         "time",
         "conv_in",
@@ -71,9 +71,9 @@ def trace_unet(unet: nn.Module, side: int, words: int = 77) -> list[Row]:
         return trace(
             unet,
             parts,
-            torch.empty(1, n["in_channels"], side, side),
+            torch.empty(1, n.in_channels, side, side),
             torch.empty(1),
-            torch.empty(1, words, n["context_dim"]),
+            torch.empty(1, words, n.context_dim),
         )
 
 

@@ -156,7 +156,7 @@ def _simulated(
 
 def _twin(part: nn.Module) -> nn.Module:
     """A network of the same numbers and precision, frozen; of fake tensors, so that it has no memory."""
-    twin, dtype = type(part)(**part.numbers), next((p.dtype for p in part.parameters()), None)
+    twin, dtype = type(part)(part.config), next((p.dtype for p in part.parameters()), None)
     for module in twin.modules():
         for name, p in module.named_parameters(recurse=False):
             setattr(
@@ -184,7 +184,10 @@ def _loss(
         with torch.no_grad():
             latents = vae.encode(
                 torch.randn(
-                    how.batch, vae.numbers.get("in_channels", vae.latent_channels), height, width
+                    how.batch,
+                    getattr(vae.config, "in_channels", vae.latent_channels),
+                    height,
+                    width,
                 )
             )
     if context is None:

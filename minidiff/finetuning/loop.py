@@ -274,7 +274,7 @@ def shares(model: LatentDiffusion, trained: nn.Module, batch: int) -> int:
     It follows from the run and not from how many cores there are today: the sum of two halves has other last bits than the whole."""
     few = sum(p.numel() for p in trained.parameters()) < SHARED
     random_inside = (
-        model.unet.numbers.get("dropout", 0) > 0
+        getattr(model.unet.config, "dropout", 0) > 0
     )  # threads that draw from one generator draw in any order
     return 2 if model.device.type == "cpu" and batch % 2 == 0 and few and not random_inside else 1
 

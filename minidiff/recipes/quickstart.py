@@ -33,10 +33,10 @@ from minidiff.evaluation import bench as evaluate
 from minidiff.figures import chains, plots
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.recipes import reading
-from minidiff.text import CLIPText
+from minidiff.text import CLIPText, TextConfig
 from minidiff.train import EMA, TrainStep, seed_of, train
-from minidiff.unet import UNet
-from minidiff.vae import VAE
+from minidiff.unet import UNet, UNetConfig
+from minidiff.vae import VAE, VAEConfig
 
 SIZE = 32  # pixels; the world's default of 64 would cost four times the VAE
 SHAPES = ("circle", "square", "triangle")  # the part of the world that ten minutes suffice for
@@ -65,28 +65,30 @@ PROMPTS = [
 
 def vae_quickstart() -> VAE:
     """32x32x3 pictures to 16x16x4 latents."""
-    return VAE(3, 4, channels=(16, 32), blocks=1, groups=0)
+    return VAE(VAEConfig(3, 4, channels=(16, 32), blocks=1, groups=0))
 
 
 def text_quickstart() -> CLIPText:
     """CLIP's transformer, small; the world's captions fit in 32 tokens."""
-    return CLIPText(width=64, layers=2, heads=2, context_length=32, words_only=True)
+    return CLIPText(TextConfig(width=64, layers=2, heads=2, context_length=32, words_only=True))
 
 
 def unet_quickstart() -> UNet:
     """Four levels, 16x16 to 2x2, mostly convolutions; attention at 4x4 and in the middle."""
     return UNet(
-        4,
-        4,
-        channels=(64, 64, 64, 64),
-        blocks=1,
-        depth=(0, 0, 1, 0),
-        heads=(2, 2, 2, 2),
-        context_dim=64,
-        ff_mult=2,
-        groups=16,
-        pooled=True,
-        scale_shift=True,
+        UNetConfig(
+            4,
+            4,
+            channels=(64, 64, 64, 64),
+            blocks=1,
+            depth=(0, 0, 1, 0),
+            heads=(2, 2, 2, 2),
+            context_dim=64,
+            ff_mult=2,
+            groups=16,
+            pooled=True,
+            scale_shift=True,
+        )
     )
 
 

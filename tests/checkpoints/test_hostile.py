@@ -22,17 +22,17 @@ from minidiff.checkpoints import layouts, write
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.text import CLIPText
-from minidiff.unet import UNet
-from minidiff.vae import VAE
+from minidiff.text import CLIPText, TextConfig
+from minidiff.unet import UNet, UNetConfig
+from minidiff.vae import VAE, VAEConfig
 
 
 def tiny(width=64):
     """A Stable Diffusion 1.x that fits in a megabyte: its text tower knows 64 tokens."""
-    text = CLIPText(width, 1, 1, context_length=8, vocabulary=64, pad=49407)
-    unet = UNet(4, 4, (32, 64), 1, (1, 0), (8, 8), width)
+    text = CLIPText(TextConfig(width, 1, 1, context_length=8, vocabulary=64, pad=49407))
+    unet = UNet(UNetConfig(4, 4, (32, 64), 1, (1, 0), (8, 8), width))
     return LatentDiffusion(
-        VAE(3, 4, (32, 32), 1, latent_scale=0.18215),
+        VAE(VAEConfig(3, 4, (32, 32), 1), latent_scale=0.18215),
         text,
         Denoiser(unet, schedules.Discrete(**layouts.STABLE_DIFFUSION)),
         16,

@@ -1,12 +1,14 @@
 """Checkpoint names and sizes: every tensor of the true layouts has its place, in both directions. On the meta device, which holds no numbers."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
 from minidiff.checkpoints import names, sizes
 from minidiff.errors import UserError
 from minidiff.text import clip_vit_l14, openclip_vit_h14
-from minidiff.unet import UNet, unet_sd1, unet_sd2
+from minidiff.unet import UNet, UNetConfig, unet_sd1, unet_sd2
 from minidiff.vae import vae_sd
 
 
@@ -23,7 +25,7 @@ def shapes(build):
 
 def pruned():
     """As BK-SDM-Tiny: three levels, one residual block each, no middle."""
-    return UNet(4, 4, (32, 64, 64), 1, (1, 1, 1), (8, 8, 8), 16, middle=False)
+    return UNet(UNetConfig(4, 4, (32, 64, 64), 1, (1, 1, 1), (8, 8, 8), 16, middle=False))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,7 @@ def test_two_tensors_with_one_name_are_named():
 @pytest.mark.parametrize("build", [unet_sd1, lambda: unet_sd1(9), unet_sd2, pruned])
 def test_unet_numbers_come_back_from_shapes(build):
     with torch.device("meta"):
-        expected = build().numbers
+        expected = asdict(build().config)
     found = sizes.unet_numbers(shapes(build))
     assert found == {
         name: tuple(v) if isinstance(v, list) else v
@@ -91,7 +93,7 @@ def test_vae_and_text_numbers_come_back_from_shapes():
         (openclip_vit_h14, sizes.text_numbers),
     ):
         with torch.device("meta"):
-            expected = build().numbers
+            expected = asdict(build().config)
         found = read(shapes(build))
         assert found == {name: value for name, value in expected.items() if name in found} | {
             k: found[k] for k in ("latent_scale",) if k in found
@@ -99,7 +101,7 @@ def test_vae_and_text_numbers_come_back_from_shapes():
 
 
 def test_what_cannot_be_read_is_named():
-    some = shapes(lambda: UNet(4, 4, (8, 8), 1, (1, 1), (1, 1), 8, groups=4))
+    some = shapes(lambda: UNet(UNetConfig(4, 4, (8, 8), 1, (1, 1), (1, 1), 8, groups=4)))
     sizes.unet_numbers(some)
     with pytest.raises(UserError, match=r'tensor "conv_in.weight" is missing'):
         sizes.unet_numbers({k: v for k, v in some.items() if k != "conv_in.weight"})

@@ -24,27 +24,29 @@ def tiny(tmp_path_factory):
     from minidiff import schedules
     from minidiff.denoiser import Denoiser
     from minidiff.latent_diffusion import LatentDiffusion
-    from minidiff.text import CLIPText
-    from minidiff.unet import UNet
-    from minidiff.vae import VAE
+    from minidiff.text import CLIPText, TextConfig
+    from minidiff.unet import UNet, UNetConfig
+    from minidiff.vae import VAE, VAEConfig
 
     torch.manual_seed(0)
     unet = UNet(
-        4,
-        4,
-        channels=(32, 32, 32, 32),
-        blocks=1,
-        depth=(0, 0, 0, 1),
-        heads=(1, 1, 1, 1),
-        context_dim=32,
-        groups=8,
+        UNetConfig(
+            4,
+            4,
+            channels=(32, 32, 32, 32),
+            blocks=1,
+            depth=(0, 0, 0, 1),
+            heads=(1, 1, 1, 1),
+            context_dim=32,
+            groups=8,
+        )
     )
-    text = CLIPText(width=32, layers=1, heads=2, context_length=32)
+    text = CLIPText(TextConfig(width=32, layers=1, heads=2, context_length=32))
     torch.nn.init.normal_(
         unet.conv_out.weight, std=0.1
     )  # else it starts at zero and no prompt, no step makes a difference
     model = LatentDiffusion(
-        VAE(3, 4, channels=(8, 16), blocks=1, groups=4),
+        VAE(VAEConfig(3, 4, channels=(8, 16), blocks=1, groups=4)),
         text,
         Denoiser(unet, schedules.cosine(), "v"),
         size=32,

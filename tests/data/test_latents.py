@@ -14,8 +14,8 @@ from minidiff.data.folder import Fault, load_picture, to_model
 from minidiff.data.latents import contexts, encoded
 from minidiff.errors import UserError
 from minidiff.methods import lora
-from minidiff.text import CLIPText
-from minidiff.vae import VAE, Pixels
+from minidiff.text import CLIPText, TextConfig
+from minidiff.vae import VAE, Pixels, PixelsConfig, VAEConfig
 
 SIZE = (16, 24)
 
@@ -23,7 +23,7 @@ SIZE = (16, 24)
 @pytest.fixture
 def vae():
     """Counts in `vae.seen` what it encodes."""
-    network = VAE(3, 4, (8, 16), 1, groups=0, latent_scale=0.5).eval()
+    network = VAE(VAEConfig(3, 4, (8, 16), 1, groups=0), latent_scale=0.5).eval()
     network.seen = 0
 
     def count(*_):
@@ -40,7 +40,9 @@ def text():
 
 def tower(**how):
     torch.manual_seed(1)
-    return CLIPText(**dict(width=16, layers=1, heads=2, context_length=12, vocabulary=49408) | how)
+    return CLIPText(
+        TextConfig(**dict(width=16, layers=1, heads=2, context_length=12, vocabulary=49408) | how)
+    )
 
 
 @pytest.fixture
@@ -139,7 +141,7 @@ def test_numbers_that_no_weight_shows_are_in_the_key():
     """Padding, activation and what is blanked draw other pictures from the same weights; so does a network of another kind."""
     ways = [{}, {"pad": 0}, {"activation": "gelu"}, {"words_only": True}, {"heads": 4}]
     assert len({cache.fingerprint(tower(**how)) for how in ways}) == len(ways)
-    assert cache.fingerprint(Pixels(3)) != cache.fingerprint(Pixels(4))
+    assert cache.fingerprint(Pixels(PixelsConfig(3))) != cache.fingerprint(Pixels(PixelsConfig(4)))
 
 
 def test_a_lora_is_in_the_key(text):

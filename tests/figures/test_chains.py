@@ -9,9 +9,9 @@ from minidiff.denoiser import Denoiser
 from minidiff.figures import chains, plots
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.samplers import Frame
-from minidiff.text import CLIPText
-from minidiff.unet import UNet
-from minidiff.vae import VAE, Pixels
+from minidiff.text import CLIPText, TextConfig
+from minidiff.unet import UNet, UNetConfig
+from minidiff.vae import VAE, Pixels, VAEConfig
 
 ALL = [
     schedules.linear(),
@@ -29,18 +29,20 @@ def name(schedule):
 def model(vae, schedule):
     z = vae.latent_channels
     unet = UNet(
-        z, z, channels=(32, 32), blocks=1, depth=(0, 0), heads=(1, 1), context_dim=32, groups=8
+        UNetConfig(
+            z, z, channels=(32, 32), blocks=1, depth=(0, 0), heads=(1, 1), context_dim=32, groups=8
+        )
     )
     return LatentDiffusion(
         vae,
-        CLIPText(width=32, layers=1, heads=2, context_length=32),
+        CLIPText(TextConfig(width=32, layers=1, heads=2, context_length=32)),
         Denoiser(unet, schedule, "v"),
         size=32,
     )
 
 
 def latent_model(schedule):
-    return model(VAE(3, 4, channels=(8, 16), blocks=1, groups=4), schedule)
+    return model(VAE(VAEConfig(3, 4, channels=(8, 16), blocks=1, groups=4)), schedule)
 
 
 def frames_of(model, batch, steps):

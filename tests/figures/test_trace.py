@@ -3,13 +3,13 @@
 import torch
 
 from minidiff.figures.trace import table, trace_half, trace_unet
-from minidiff.unet import UNet, unet_sd1
+from minidiff.unet import UNet, UNetConfig, unet_sd1
 from minidiff.vae import vae_sd
 
 
 def test_a_small_unet_by_hand():
     with torch.device("meta"):
-        unet = UNet(4, 4, (32, 64), 1, (0, 1), (1, 1), context_dim=16, groups=8)
+        unet = UNet(UNetConfig(4, 4, (32, 64), 1, (0, 1), (1, 1), context_dim=16, groups=8))
     rows = {row.part: row for row in trace_unet(unet, 8, words=5)}
     assert rows["conv_in"] == ("conv_in", (32, 8, 8), 4 * 32 * 9 + 32, 4 * 32 * 9 * 64)
     block = 2 * 32 * 32 * 9 * 64 + 128 * 32  # two convolutions at 8x8, and time

@@ -20,7 +20,7 @@ from minidiff.finetuning.groups import Group
 from minidiff.finetuning.loop import finetune
 from minidiff.finetuning.recorder.recorder import Recorder
 from minidiff.methods import inversion, lora
-from minidiff.text import CLIPText
+from minidiff.text import CLIPText, TextConfig
 
 WORDS = ("--prompt", "a sks circle", "--class-prompt", "a {red|blue} circle")
 
@@ -164,7 +164,7 @@ def test_one_vector_is_trained_and_nothing_else(box, subject, tmp_path):
 
 
 def test_the_trained_vector_is_what_the_tower_reads():
-    text = CLIPText(8, 1, 1)
+    text = CLIPText(TextConfig(8, 1, 1))
     word = inversion.Word(text, "sks", like="dog", haste=4.0)
     hook = word.hang(text)
     text.requires_grad_(False)
@@ -287,7 +287,7 @@ def test_a_word_is_resumed_bit_for_bit(method, subject, tmp_path):
 
 
 def test_files_that_are_no_word_are_refused(tmp_path):
-    text = CLIPText(8, 1, 1)
+    text = CLIPText(TextConfig(8, 1, 1))
     for tensors, said in (
         ({"<sks>": torch.zeros(1, 9)}, "this text tower takes 1 vector of width 8"),
         ({"<sks>": torch.zeros(2, 8)}, "1 vector"),

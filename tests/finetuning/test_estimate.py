@@ -15,11 +15,11 @@ from minidiff.finetuning import estimate as module
 from minidiff.finetuning.estimate import Ledger, Settings, advice, duration, forecast, human
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods import lora
-from minidiff.text import CLIPText
+from minidiff.text import CLIPText, TextConfig
 from minidiff.train import train
 from minidiff.training import optimizers
-from minidiff.unet import UNet
-from minidiff.vae import VAE
+from minidiff.unet import UNet, UNetConfig
+from minidiff.vae import VAE, VAEConfig
 
 HOW = Settings(batch=4, size=(32, 32))
 estimate = cache(module.estimate)  # each takes a second or two
@@ -32,10 +32,10 @@ def once(monkeypatch):
 
 @pytest.fixture(scope="module")
 def model():
-    unet = UNet(4, 4, (32, 64), 1, (0, 1), (2, 2), 16, middle=False)
+    unet = UNet(UNetConfig(4, 4, (32, 64), 1, (0, 1), (2, 2), 16, middle=False))
     return LatentDiffusion(
-        VAE(3, 4, (8, 16), 1, groups=0),
-        CLIPText(16, 2, 2, vocabulary=49408),
+        VAE(VAEConfig(3, 4, (8, 16), 1, groups=0)),
+        CLIPText(TextConfig(16, 2, 2, vocabulary=49408)),
         Denoiser(unet, schedules.linear()),
         32,
     )
@@ -118,7 +118,7 @@ def test_the_step_is_that_of_real_tensors(model, how):
 
 def test_every_switch_saves_what_it_should(model, plain):
     by_lora = estimate(model, HOW._replace(rank=8))
-    unet = UNet(**model.unet.numbers)
+    unet = UNet(model.unet.config)
     lora.add(unet, rank=8)
     numbers = sum(value.numel() for value in lora.state(unet).values())
     assert (
@@ -150,7 +150,7 @@ def test_half_precision_weights_are_counted_as_such(model):
     half = LatentDiffusion(
         model.vae,
         model.text,
-        Denoiser(UNet(**model.unet.numbers).bfloat16(), schedules.linear()),
+        Denoiser(UNet(model.unet.config).bfloat16(), schedules.linear()),
         32,
     )
     full, low = estimate(model, HOW._replace(rank=8)), estimate(half, HOW._replace(rank=8))

@@ -22,13 +22,12 @@ from minidiff.finetuning.groups import Batch, Group, batches, loss, split
 from minidiff.finetuning.loop import averaged, finetune, hearing, settle, shares, to_train
 from minidiff.finetuning.outcome import kept
 from minidiff.finetuning.recorder.recorder import Recorder
-from minidiff.labels import ClassLabels
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods import lora
-from minidiff.text import CLIPText
+from minidiff.text import ClassLabels, CLIPText, LabelsConfig, TextConfig
 from minidiff.train import EMA
-from minidiff.unet import UNet
-from minidiff.vae import VAE
+from minidiff.unet import UNet, UNetConfig
+from minidiff.vae import VAE, VAEConfig
 
 NAMES = ["a cat", "a dog"]
 
@@ -36,10 +35,13 @@ NAMES = ["a cat", "a dog"]
 def tiny(target="eps", weighting=None, text=None, **how):
     """A model of 20,000 numbers; its random weights are such that no branch starts at zero."""
     torch.manual_seed(3)
-    unet = UNet(4, 4, (8, 16), 1, (0, 1), (1, 2), 8, groups=4, **how)
+    unet = UNet(UNetConfig(4, 4, (8, 16), 1, (0, 1), (1, 2), 8, groups=4, **how))
     for p in unet.parameters():
         nn.init.normal_(p, std=0.1)
-    vae, text = VAE(3, 4, (8, 8), 1, groups=0), text or ClassLabels(NAMES, 8)
+    vae, text = (
+        VAE(VAEConfig(3, 4, (8, 8), 1, groups=0)),
+        text or ClassLabels(LabelsConfig(NAMES, 8)),
+    )
     return LatentDiffusion(
         vae, text, Denoiser(unet, schedules.linear(), target, weighting), 16
     ).eval()
@@ -304,7 +306,7 @@ def test_lora_trains_a_and_b_alone_and_writes_what_load_reads(tmp_path):
 
 
 def test_lora_on_text_and_on_named_layers(tmp_path):
-    text = CLIPText(8, 1, 1, context_length=8)
+    text = CLIPText(TextConfig(8, 1, 1, context_length=8))
     model = tiny(text=text)
     trained = to_train(model, model.denoiser, "lora", 2, None, ("conv1",), True)
     names = set(lora.adapted(model))
@@ -519,7 +521,7 @@ def done(tmp_path_factory):
         (dict(method="lora"), "with method full, not lora"),
         (dict(model=tiny("v")), "from a model with another denoiser"),
         (
-            dict(model=tiny(text=ClassLabels(NAMES, 8).requires_grad_(False))),
+            dict(model=tiny(text=ClassLabels(LabelsConfig(NAMES, 8)).requires_grad_(False))),
             "from a model with another text tower",
         ),
         (
@@ -622,7 +624,7 @@ def folder(tmp_path_factory):
         json.dumps({"file_name": f"{k}.png", "text": f"a picture of {k}"}) + "\n" for k in range(10)
     ]
     (place / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
-    tiny(text=CLIPText(8, 1, 1, context_length=8)).save(place / "model")
+    tiny(text=CLIPText(TextConfig(8, 1, 1, context_length=8))).save(place / "model")
     return place
 
 

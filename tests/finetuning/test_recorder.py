@@ -21,11 +21,11 @@ from minidiff.evaluation.features import pixels, random_conv
 from minidiff.finetuning.recorder.advice import Record, advise, best, relative
 from minidiff.finetuning.recorder.recorder import Recorder
 from minidiff.finetuning.recorder.report import SHOWN, page, shown
-from minidiff.labels import ClassLabels
 from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.text import ClassLabels, LabelsConfig
 from minidiff.train import seed_of, train
-from minidiff.unet import UNet
-from minidiff.vae import Pixels
+from minidiff.unet import UNet, UNetConfig
+from minidiff.vae import Pixels, PixelsConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 with install_import_hook(
@@ -40,14 +40,16 @@ SIDE = 8
 def tiny(schedule=None, target="eps", weighting=None):
     """Pixel diffusion of a few thousand random weights; dropout, so that train mode would show."""
     torch.manual_seed(1)
-    text = ClassLabels(["cat", "dog"], dim=8)
+    text = ClassLabels(LabelsConfig(["cat", "dog"], dim=8))
     unet = UNet(
-        3, 3, (8, 8), blocks=1, depth=(0, 1), heads=(1, 2), context_dim=8, groups=2, dropout=0.3
+        UNetConfig(
+            3, 3, (8, 8), blocks=1, depth=(0, 1), heads=(1, 2), context_dim=8, groups=2, dropout=0.3
+        )
     )
     for p in unet.parameters():
         torch.nn.init.normal_(p, std=1 / math.sqrt(max(p[0].numel(), 4)))
     model = LatentDiffusion(
-        Pixels(3),
+        Pixels(PixelsConfig(3)),
         text,
         Denoiser(unet, schedule or schedules.linear(), target, weighting),
         SIDE,

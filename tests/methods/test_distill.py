@@ -30,7 +30,7 @@ from minidiff.methods.exact import Mixture
 from minidiff.samplers import ddim, lcm, sample, unipc
 from minidiff.steps import consistent
 from minidiff.train import EMA, seed_of, train
-from minidiff.unet import UNet
+from minidiff.unet import UNet, UNetConfig
 
 SCHEDULES = [schedules.cosine(), schedules.Flow(), schedules.Karras()]
 ISLANDS = Mixture(
@@ -110,7 +110,7 @@ def test_progressive_loss_is_zero_at_its_target_and_weighs_by_truncated_snr():
 
 def small_unet():
     torch.manual_seed(0)
-    unet = UNet(2, 2, (16, 16), 1, (0, 1), (1, 1), 8, groups=4).double()
+    unet = UNet(UNetConfig(2, 2, (16, 16), 1, (0, 1), (1, 1), 8, groups=4)).double()
     nn.init.normal_(unet.conv_out.weight, std=0.2)
     return unet
 

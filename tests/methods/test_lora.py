@@ -15,11 +15,11 @@ from minidiff import schedules
 from minidiff.checkpoints import names, write
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
-from minidiff.labels import ClassLabels
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods import lora
-from minidiff.unet import UNet, unet_sd1
-from minidiff.vae import Pixels
+from minidiff.text import ClassLabels, LabelsConfig
+from minidiff.unet import UNet, UNetConfig, unet_sd1
+from minidiff.vae import Pixels, PixelsConfig
 
 EVERY = (
     *lora.ATTENTION,
@@ -478,11 +478,11 @@ def test_what_else_is_refused(model, tmp_path):
 
 def test_a_model_without_text_has_loras_too(tmp_path):
     """Pixels and classes, sizes of any kind: only the U-Net has names in files."""
-    unet = UNet(3, 3, (8, 16), 1, (0, 1), (1, 2), context_dim=12, groups=4, pooled=True)
+    unet = UNet(UNetConfig(3, 3, (8, 16), 1, (0, 1), (1, 2), context_dim=12, groups=4, pooled=True))
     model = randomized(
         LatentDiffusion(
-            Pixels(3),
-            ClassLabels(["cat", "dog"], dim=12),
+            Pixels(PixelsConfig(3)),
+            ClassLabels(LabelsConfig(["cat", "dog"], dim=12)),
             Denoiser(unet, schedules.Karras(), "edm"),
             size=8,
         )

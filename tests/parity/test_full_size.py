@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -131,7 +132,7 @@ def test_the_unet_equals_diffusers(dtype, side, tolerance):
     }
     theirs = randomized(diffusers.UNet2DConditionModel(**how), dtype)
     with torch.device("meta"):
-        numbers = unet_sd1().numbers
+        numbers = asdict(unet_sd1().config)
     ours = fill(empty(UNet, numbers), to_ours(theirs.state_dict(), UNET_DIFFUSERS), "theirs")
     if (
         dtype == torch.float64

@@ -8,9 +8,9 @@ import torch
 
 from minidiff.checkpoints.names import CLIP_TRANSFORMERS, UNET_DIFFUSERS, VAE_DIFFUSERS, to_ours
 from minidiff.layers import ResBlock, timestep_embedding
-from minidiff.text import CLIPText
-from minidiff.unet import UNet
-from minidiff.vae import VAE
+from minidiff.text import CLIPText, TextConfig
+from minidiff.unet import UNet, UNetConfig
+from minidiff.vae import VAE, VAEConfig
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -54,14 +54,16 @@ def test_unet_equals_diffusers(style, dtype, tolerance):
     )
     theirs = randomized(theirs, dtype)
     ours = UNet(
-        4,
-        4,
-        (32, 64, 128, 128),
-        blocks=2,
-        depth=(1, 1, 1, 0),
-        heads=heads,
-        context_dim=24,
-        linear_projection=style == "sd2",
+        UNetConfig(
+            4,
+            4,
+            (32, 64, 128, 128),
+            blocks=2,
+            depth=(1, 1, 1, 0),
+            heads=heads,
+            context_dim=24,
+            linear_projection=style == "sd2",
+        )
     )
     ours = ours.to(dtype).eval()
     ours.load_state_dict(to_ours(theirs.state_dict(), UNET_DIFFUSERS))
@@ -114,7 +116,7 @@ def test_vae_equals_diffusers(dtype, tolerance):
         latent_channels=4,
     )
     theirs = randomized(theirs, dtype)
-    ours = VAE(3, 4, (32, 64, 64), blocks=2, latent_scale=0.18215).to(dtype).eval()
+    ours = VAE(VAEConfig(3, 4, (32, 64, 64), blocks=2), latent_scale=0.18215).to(dtype).eval()
     ours.load_state_dict(
         {**to_ours(theirs.state_dict(), VAE_DIFFUSERS), "latent_scale": ours.latent_scale}
     )
@@ -140,7 +142,7 @@ def test_clip_equals_transformers(activation, dtype, tolerance):
         hidden_act=activation,
     )
     theirs = randomized(transformers.CLIPTextModel(config), dtype)
-    ours = CLIPText(32, layers=3, heads=4, activation=activation).to(dtype).eval()
+    ours = CLIPText(TextConfig(32, layers=3, heads=4, activation=activation)).to(dtype).eval()
     named = {
         name.removeprefix("text_model."): value
         for name, value in theirs.state_dict().items()
@@ -159,7 +161,11 @@ def test_clip_equals_open_clip_penultimate():
         context_length=77, vocab_size=49408, width=32, heads=4, layers=3, output_dim=16
     )
     theirs = randomized(theirs, torch.float64)
-    ours = CLIPText(32, layers=2, heads=4, activation="gelu", pad=0).to(torch.float64).eval()
+    ours = (
+        CLIPText(TextConfig(32, layers=2, heads=4, activation="gelu", pad=0))
+        .to(torch.float64)
+        .eval()
+    )
     state = {}
     for name, tensor in theirs.state_dict().items():  # open_clip keeps q, k and v in one matrix
         block = (

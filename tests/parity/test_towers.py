@@ -8,7 +8,7 @@ import torch
 from minidiff.checkpoints import write
 from minidiff.checkpoints.load import part
 from minidiff.errors import UserError
-from minidiff.text import CLIPText
+from minidiff.text import CLIPText, TextConfig
 
 from .test_networks import gap, randomized
 
@@ -117,7 +117,7 @@ def tokenizers(tmp_path_factory):
 @pytest.mark.parametrize("prompt", [*GOLDEN, *OTHERS])
 @pytest.mark.filterwarnings("ignore:prompt cut")
 def test_token_ids(tokenizers, prompt, pad):
-    ours = CLIPText(8, 1, 1, pad=pad).tokens([prompt])[0].tolist()
+    ours = CLIPText(TextConfig(8, 1, 1, pad=pad)).tokens([prompt])[0].tolist()
     theirs = tokenizers[pad](prompt, padding="max_length", max_length=77, truncation=True).input_ids
     if (
         pad == 0 and "!" in prompt

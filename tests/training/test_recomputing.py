@@ -7,17 +7,17 @@ import torch
 from torch import nn
 
 from minidiff.methods import lora
-from minidiff.text import CLIPText
+from minidiff.text import CLIPText, TextConfig
 from minidiff.train import train
-from minidiff.unet import UNet
+from minidiff.unet import UNet, UNetConfig
 
 
 def unet(**how):
-    return UNet(4, 4, (16, 32), 2, (1, 0), (2, 2), 8, groups=4, **how)
+    return UNet(UNetConfig(4, 4, (16, 32), 2, (1, 0), (2, 2), 8, groups=4, **how))
 
 
 def clip(**how):
-    return CLIPText(16, 4, 2, context_length=12, **how)
+    return CLIPText(TextConfig(16, 4, 2, context_length=12, **how))
 
 
 @pytest.fixture(autouse=True)
