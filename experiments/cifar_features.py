@@ -9,7 +9,6 @@ copy ships in minidiff/networks), distances.png, loss.png and results.json. Ctrl
 [1] Heusel et al. GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium. 2017. arXiv:1706.08500 (figure 3: distortions)
 """
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,8 @@ from minidiff.evaluation.classifier import Classifier
 from minidiff.evaluation.metrics import Moments, frechet
 from minidiff.figures import plots
 from minidiff.figures.plots import COLOURS, _panels, _save, _style
-from minidiff.train import train
+from minidiff.train import Loss, TrainConfig, train
+from minidiff.training import atomic
 
 Pictures = UInt8[Tensor, "N 3 32 32"]
 
@@ -163,16 +163,19 @@ def main(
     torch.manual_seed(seed)
     network = Classifier(len(classes))
 
-    def loss(batch: tuple[Tensor, list[str]]) -> tuple[Tensor, None]:
+    def loss(batch: tuple[Tensor, list[str]]) -> Loss:
         right = torch.tensor([index[name] for name in batch[1]])
-        return F.cross_entropy(
-            network(batch[0]), right, reduction="none", label_smoothing=0.1
-        ), None
+        return {
+            "loss": F.cross_entropy(network(batch[0]), right, reduction="none", label_smoothing=0.1)
+        }
 
     steps = epochs * (len(images) // batch)
-    how = dict(weight_decay=weight_decay, seed=seed, folder=out / "training", resume=resume)
+    data, config = (
+        partial(batches, images, names, batch, seed),
+        TrainConfig(steps, lr, weight_decay=weight_decay, seed=seed),
+    )
     speed = follow(
-        train(loss, network, partial(batches, images, names, batch, seed), steps, lr, **how),
+        train(loss, network, data, config, folder=out / "training", resume=resume),
         "training",
         steps,
         batch,
@@ -181,8 +184,8 @@ def main(
     # What is measured is what is shipped: half precision.
     network.half().float()
     weights = {name: tensor.half() for name, tensor in network.state_dict().items()}
-    save_file(weights, out / "fresh.safetensors")
-    os.replace(out / "fresh.safetensors", out / "cifar10_resnet.safetensors")
+    with atomic.write(out / "cifar10_resnet.safetensors", atomic.unsigned) as new:
+        save_file(weights, new, {"software": atomic.SIGNATURE})
     right = {
         f"{part}_accuracy": round(accuracy(network, *some, index), 4)
         for part, some in zip(("training", "test"), both, strict=True)

@@ -17,7 +17,6 @@ results.json. Ctrl-C saves; --resume goes on.
 """
 
 import copy
-import os
 import random
 from collections.abc import Iterator
 from functools import partial
@@ -49,7 +48,8 @@ from minidiff.methods.distill import (
 )
 from minidiff.recipes.quickstart import COLOURS, SHAPES
 from minidiff.samplers import by_name
-from minidiff.train import EMA, seed_of, train
+from minidiff.train import EMA, Loss, TrainConfig, seed_of, train
+from minidiff.training import atomic
 
 TWO_OBJECTS = 0.8  # the share of pictures that show two
 WALK = 8  # steps of dpmpp_2m
@@ -135,11 +135,10 @@ def all_walks(
     for k in tqdm(range(-(-n // CHUNK)), desc=title, unit=f" x {CHUNK}"):
         file = folder / f"{k:03d}.pt"
         if not (resume and file.exists()):
-            torch.save(
-                walked(model, world, k, min(CHUNK, n - k * CHUNK), seed, sampler, how),
-                file.with_suffix(".new"),
-            )
-            os.replace(file.with_suffix(".new"), file)
+            with atomic.write(file) as new:
+                torch.save(
+                    walked(model, world, k, min(CHUNK, n - k * CHUNK), seed, sampler, how), new
+                )
         kept = torch.load(file, weights_only=True)
         contexts.append(model.text.encode(kept["captions"]))
         x.append(kept["x"])
@@ -190,7 +189,7 @@ def train_student(
     student, schedule = copy.deepcopy(start.denoiser).requires_grad_(True), start.schedule
     ema, times = EMA(student.network, decay=0.998), schedule.timesteps(WALK)
 
-    def loss(points: Points) -> tuple[Tensor, Tensor]:
+    def loss(points: Points) -> Loss:
         ours, theirs = (
             guide(denoiser, points.context, None, 1) for denoiser in (student, start.denoiser)
         )
@@ -199,16 +198,19 @@ def train_student(
             schedule.progress(points.t),
         )
         if not sharpen:
-            return each, place
+            return {"loss": each, "progress": place}
         noise, s = torch.randn_like(points.x), torch.randint(*RENOISED, points.t.shape)
         more = renoised_loss(
             ours, theirs, schedule, noise, times[:1].expand(len(noise)), s, pseudo_huber
         )
-        return torch.cat([each, more]), torch.cat([place, torch.ones_like(place)])
+        return {
+            "loss": torch.cat([each, more]),
+            "progress": torch.cat([place, torch.ones_like(place)]),
+        }
 
     data = partial(points, walks, times, batch, far, seed)
     training = train(
-        loss, student.network, data, steps, lr, ema=ema, seed=seed, folder=folder, resume=resume
+        loss, student.network, data, TrainConfig(steps, lr, seed=seed), ema, folder, resume
     )
     follow(training, f"2/5 student, {folder.name}", steps, batch)
     denoiser = Denoiser(ema.average, schedule, start.denoiser.target)
@@ -234,16 +236,25 @@ def train_lora(
     lora.add(student.unet, rank, targets=LAYERS)
     times = schedule.timesteps(WALK)
 
-    def loss(points: Points) -> tuple[Tensor, None]:
+    def loss(points: Points) -> Loss:
         ours = guide(student.denoiser, points.context, None, 1)
         taught = guide(
             teacher.denoiser, points.context, teacher.text.null(len(points.end)), **GUIDED
         )
-        return consistency_loss(ours, ours, schedule, points.end, times, taught, pseudo_huber), None
+        return {
+            "loss": consistency_loss(ours, ours, schedule, points.end, times, taught, pseudo_huber)
+        }
 
     data = partial(points, walks, times, batch, 0.0, seed)
     follow(
-        train(loss, student.unet, data, steps, lr, seed=seed, folder=folder, resume=resume),
+        train(
+            loss,
+            student.unet,
+            data,
+            TrainConfig(steps, lr, seed=seed),
+            folder=folder,
+            resume=resume,
+        ),
         "3/5 LCM-LoRA",
         steps,
         batch,
@@ -273,28 +284,32 @@ def train_guided(
     )
     ema = EMA(student.network, decay=0.998)
 
-    def loss(points: Points) -> tuple[Tensor, Tensor]:
+    def loss(points: Points) -> Loss:
         ours, theirs = (
             guide(student, points.context, None, 1),
             guide(teacher.denoiser, points.context, null, **TAKEN_IN),
         )
         if own:
-            return matching_loss(ours, theirs, schedule, points.x, points.t), schedule.progress(
-                points.t
-            )
+            return {
+                "loss": matching_loss(ours, theirs, schedule, points.x, points.t),
+                "progress": schedule.progress(points.t),
+            }
         high = torch.rand(points.t.shape) < 0.75
         t = torch.where(
             high,
             torch.randint(MIDDLE, CEILING, points.t.shape),
             torch.randint(FLOOR, CEILING, points.t.shape),
         )
-        return guided_loss(ours, theirs, schedule, points.end, t), schedule.progress(t)
+        return {
+            "loss": guided_loss(ours, theirs, schedule, points.end, t),
+            "progress": schedule.progress(t),
+        }
 
     data = partial(
         points, walks, schedule.timesteps(WALK, "shifted" if own else "trailing"), batch, 0.0, seed
     )
     training = train(
-        loss, student.network, data, steps, lr, ema=ema, seed=seed, folder=folder, resume=resume
+        loss, student.network, data, TrainConfig(steps, lr, seed=seed), ema, folder, resume
     )
     follow(training, f"4/5 student, {folder.name}", steps, batch)
     denoiser = Denoiser(ema.average, schedule, teacher.denoiser.target)
@@ -503,10 +518,11 @@ def main(
         copy.deepcopy(student).half().save(out / "student"),
         copy.deepcopy(guided).half().save(out / "guided"),
     )
-    (out / "lcm_lora.safetensors").unlink(
-        missing_ok=True
-    )  # of a run that was interrupted while it was judged
-    file = lora.save(adapted, out / "lcm_lora.safetensors")
+    file = out / "lcm_lora.safetensors"
+    with atomic.write(
+        file, atomic.unsigned
+    ) as new:  # it may be there, of a run that was interrupted while it was judged
+        lora.save(adapted, new)
     quick, low = minidiff.load(folder), minidiff.load(model)
     loaded = lora.load(low, file)
     told = {objects: evaluate.held_out(world, captions, objects, seed) for objects in (1, 2)}

@@ -34,6 +34,7 @@ from minidiff.finetuning.groups import Group
 from minidiff.finetuning.loop import encoded, finetune
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.recipes.quickstart import COLOURS, SHAPES, SIZE
+from minidiff.training import atomic
 
 TOKEN = "panna"  # rare, and one token
 WORD = f"{TOKEN} circle"  # what the ring is called: the token and its class, as in "sks dog"
@@ -227,8 +228,8 @@ def figure(
     bars.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 1.15))
     bars.invert_yaxis()
     right.legend(loc="outside upper center", fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.savefig(path, dpi=110)
+    with atomic.write(path, atomic.unsigned) as new:
+        sheet.savefig(new, dpi=110, metadata={"Software": atomic.SIGNATURE})
     return path
 
 

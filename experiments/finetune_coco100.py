@@ -41,7 +41,7 @@ from minidiff.figures import plots
 from minidiff.finetuning.groups import Group, split
 from minidiff.finetuning.loop import finetune
 from minidiff.finetuning.recorder.recorder import Recorder
-from minidiff.train import seed_of, train
+from minidiff.train import Loss, TrainConfig, seed_of, train
 from minidiff.vae import VAE
 
 PROMPTS = (
@@ -94,19 +94,13 @@ def adapt_vae(
     """Act one: to photographs and back. The scale follows, so that latents are of unit variance again."""
     place, vae = vae.latent_scale.device, vae.float().requires_grad_(True)
 
-    def loss(pictures: Float[Tensor, "B 3 s s"]) -> tuple[Tensor, None]:
-        return vae.loss(pictures.to(place)), None
+    def loss(pictures: Float[Tensor, "B 3 s s"]) -> Loss:
+        return {"loss": vae.loss(pictures.to(place))}
 
+    config = TrainConfig(steps, lr, seed=seed)
     follow(
         train(
-            loss,
-            vae,
-            partial(windows, images, batch, seed),
-            steps,
-            lr,
-            seed=seed,
-            folder=folder,
-            resume=resume,
+            loss, vae, partial(windows, images, batch, seed), config, folder=folder, resume=resume
         ),
         "1/2 VAE",
         steps,

@@ -23,7 +23,7 @@ from minidiff.data.world import World
 from minidiff.errors import UserError
 from minidiff.figures import plots
 from minidiff.finetuning.recorder.recorder import Recorder
-from minidiff.train import NonFiniteError, seed_of, train
+from minidiff.train import NonFiniteError, TrainConfig, seed_of, train
 
 KNOWN = ("red", "yellow", "green", "blue")  # the colours of the box
 KEPT = {
@@ -133,14 +133,9 @@ def fly(flight: Flight, every: int, sampling_steps: int, seed: int, folder: Path
     recorder = Recorder(model, folder, prompts, pictures, validation, examples, **how)
     recorder.measure(0, {})
     losses: list[float] = []
+    config = TrainConfig(flight.steps, flight.lr, warmup=10, seed=seed)
     training = train(
-        lambda batch: (model.denoiser.loss(*batch), None),
-        model.denoiser,
-        batches,
-        flight.steps,
-        flight.lr,
-        warmup=10,
-        seed=seed,
+        lambda batch: {"loss": model.denoiser.loss(*batch)}, model.denoiser, batches, config
     )
     try:
         for step in training:

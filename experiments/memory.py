@@ -25,7 +25,7 @@ from minidiff.finetuning.estimate import Settings, alternatives, estimate, human
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods import lora
 from minidiff.text import CLIPText, TextConfig
-from minidiff.train import EMA, train
+from minidiff.train import EMA, TrainConfig, train
 from minidiff.unet import UNet, UNetConfig
 from minidiff.vae import VAE, VAEConfig
 
@@ -196,14 +196,13 @@ def trained(numbers: dict, how: Settings) -> float:
     with torch.no_grad():
         context = model.text.encode([""] * how.batch)
     steps = train(
-        lambda batch: (model.denoiser.loss(*batch), None),
+        lambda batch: {"loss": model.denoiser.loss(*batch)},
         unet,
         lambda _: repeat((latents, context)),
-        3,
-        1e-6,
-        accumulate=how.accumulate,
-        ema=EMA(unet, 0.99) if how.ema else None,
-        autocast=torch.bfloat16 if how.bf16 else None,
+        TrainConfig(
+            3, 1e-6, accumulate=how.accumulate, autocast=torch.bfloat16 if how.bf16 else None
+        ),
+        EMA(unet, 0.99) if how.ema else None,
     )
     seconds, begun = 0.0, time.perf_counter()
     for _ in steps:

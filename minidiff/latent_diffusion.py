@@ -7,10 +7,9 @@ A model folder holds model.json (kinds and numbers) and one safetensors file for
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +30,8 @@ from minidiff.samplers import SAMPLERS, Frame, by_name, sample
 from minidiff.steps import Step
 from minidiff.text import ClassLabels, CLIPText, Unconditional
 from minidiff.tiling import tiled
-from minidiff.training import finite
+from minidiff.training import atomic
+from minidiff.training.nonfinite import NonFiniteError, first_bad
 from minidiff.unet import UNet
 from minidiff.vae import VAE, Pixels
 
@@ -243,9 +243,13 @@ class LatentDiffusion(nn.Module):
                 if not pictures.isfinite().all():  # the same again, with a look at every module
                     if generator is not None:
                         generator.set_state(before)
-                    with finite.watched(self, advice := "compute in bf16 or fp32 (--dtype)."):
-                        drawn(some)
-                    raise UserError(f"the pictures hold numbers that are not finite; {advice}")
+                    culprit = (
+                        first_bad(self, partial(drawn, some))
+                        or "no module gives such numbers alone"
+                    )
+                    raise NonFiniteError(
+                        f"the pictures hold numbers that are not finite: {culprit}; compute in bf16 or fp32."
+                    )
                 yield pictures.clamp(-1, 1)
 
     @torch.no_grad()
@@ -261,20 +265,10 @@ class LatentDiffusion(nn.Module):
         return torch.cat([self.vae.decode(z) for z in together])
 
     def save(self, path: str | Path) -> Path:
-        """Write the model folder beside its place, then rename: an interrupted save leaves the old folder as it was.
-        What LoRAs change is written into the weights."""
+        """Write the model folder whole or not at all: an interrupted save leaves the old folder as it was. What LoRAs change is written into
+        the weights. A folder that is there is replaced only if it is a model folder with nothing else in it."""
         path = Path(path)
-        fresh, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
-        _finish_save(path)
-        for folder in (fresh, old):
-            shutil.rmtree(folder, ignore_errors=True)
-        fresh.mkdir(parents=True)
         parts = {"vae": self.vae, "text": self.text, "unet": self.unet}
-        for name, part in parts.items():
-            save_file(
-                {k: v.contiguous() for k, v in merged_state(part).items()},
-                fresh / f"{name}.safetensors",
-            )
         numbers = {
             name: {"kind": type(part).__name__, **asdict(part.config)}
             for name, part in parts.items()
@@ -289,11 +283,14 @@ class LatentDiffusion(nn.Module):
             for name in ("size", "dropout", "guidance", "sampler", "spacing")
         }
         whole = {"format": FORMAT, **settings, "denoiser": how, **numbers}
-        (fresh / "model.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-        if path.exists():
-            os.replace(path, old)
-        os.replace(fresh, path)
-        shutil.rmtree(old, ignore_errors=True)
+        with atomic.write(path, foreign) as new:
+            new.mkdir()
+            for name, part in parts.items():
+                save_file(
+                    {k: v.contiguous() for k, v in merged_state(part).items()},
+                    new / f"{name}.safetensors",
+                )
+            (new / "model.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
         return path
 
     @classmethod
@@ -305,7 +302,8 @@ class LatentDiffusion(nn.Module):
     ) -> "LatentDiffusion":
         """Read a model folder, in this precision or as stored (None); every problem is a UserError that names the file."""
         path = Path(path)
-        _finish_save(path)
+        if not path.exists():
+            atomic.recover(path)  # a save that was killed
         if not path.is_dir():
             raise UserError(
                 f'no model folder "{path}"; `minidiff quickstart` makes one, or pass --model FOLDER.'
@@ -365,11 +363,23 @@ class LatentDiffusion(nn.Module):
         return model.to(device).eval()
 
 
-def _finish_save(path: Path) -> None:
-    """A save that was killed between its two renames left the model under its old name: put it back."""
-    old = path.with_name(path.name + ".old")
-    if old.is_dir() and not path.exists():
-        os.replace(old, path)
+def foreign(path: Path) -> Path | None:
+    """What in path is not a part of a model folder of ours; see atomic.Stranger."""
+    names = {"model.json", "vae.safetensors", "text.safetensors", "unet.safetensors"}
+    if not path.is_dir():
+        return path
+    for entry in sorted(path.iterdir()):
+        if entry.name not in names or not entry.is_file():
+            return entry
+    try:
+        whole = files.read_json(path / "model.json")
+    except (UserError, OSError):
+        return path
+    return (
+        None
+        if isinstance(whole, dict) and str(whole.get("format", "")).startswith("minidiff")
+        else path / "model.json"
+    )
 
 
 def _empty(numbers: dict) -> nn.Module:

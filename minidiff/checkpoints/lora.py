@@ -20,6 +20,7 @@ from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods.lora import Layer, Loaded, LoRA, adapted, check_free, ends, hang
 from minidiff.text import CLIPText
+from minidiff.training import atomic
 from minidiff.unet import UNet
 
 PREFIXES = {  # the rename table, then what stands before a name at diffusers and at kohya; the first of each is written, all are read
@@ -93,9 +94,12 @@ def save(model: LatentDiffusion, file: str | Path, layout: str = "diffusers") ->
         else:
             B = B * (lora.alpha / len(A))
         whole |= dict(zip((name + half for half in HALVES[layout]), (A, B), strict=True))
-    with files.beside(file) as fresh:
+    atomic.check_new(file)
+    with atomic.write(file) as new:
         save_file(
-            {name: value.contiguous() for name, value in whole.items()}, fresh, {"format": "pt"}
+            {name: value.contiguous() for name, value in whole.items()},
+            new,
+            {"format": "pt", "software": atomic.SIGNATURE},
         )
     return file
 

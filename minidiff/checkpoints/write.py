@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minidiff.checkpoints import files, names
+from minidiff.checkpoints import names
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods.lora import merged_state
 from minidiff.schedules import Discrete
 from minidiff.text import END, CLIPText, tokenizer
+from minidiff.training import atomic
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 
@@ -213,28 +214,29 @@ def save_diffusers(model: LatentDiffusion, folder: str | Path) -> Path:
         **whole,
         **absent,
     }
-    with files.beside(Path(folder)) as fresh:
+    atomic.check_new(folder)
+    with atomic.write(folder) as new:
         for part in whole:
-            (fresh / part).mkdir(parents=True)
+            (new / part).mkdir(parents=True)
         for part, config in (
             ("unet", unet_config(model)),
             ("vae", vae_config(model)),
             ("text_encoder", text_config(model)),
         ):
-            _write_json(fresh / part / "config.json", config)
-        _write_json(fresh / "scheduler" / "scheduler_config.json", scheduler_config(model))
+            _write_json(new / part / "config.json", config)
+        _write_json(new / "scheduler" / "scheduler_config.json", scheduler_config(model))
         for name, content in tokenizer_files(model.text.pad, model.text.context_length).items():
-            (fresh / "tokenizer" / name).write_text(content, encoding="utf-8")
+            (new / "tokenizer" / name).write_text(content, encoding="utf-8")
         _save(
             names.to_published(merged_state(model.unet), names.UNET_DIFFUSERS),
-            fresh / "unet" / "diffusion_pytorch_model.safetensors",
+            new / "unet" / "diffusion_pytorch_model.safetensors",
         )
         _save(
             names.to_published(_vae_state(model), names.VAE_DIFFUSERS),
-            fresh / "vae" / "diffusion_pytorch_model.safetensors",
+            new / "vae" / "diffusion_pytorch_model.safetensors",
         )
-        _save(_transformers_text(model), fresh / "text_encoder" / "model.safetensors")
-        _write_json(fresh / "model_index.json", index)
+        _save(_transformers_text(model), new / "text_encoder" / "model.safetensors")
+        _write_json(new / "model_index.json", index)
     return Path(folder)
 
 
@@ -285,9 +287,10 @@ def save_compvis(model: LatentDiffusion, file: str | Path) -> Path:
         "prediction_type": {"eps": "epsilon"}.get(model.denoiser.target, model.denoiser.target),
         "resolution": f"{model.size}x{model.size}",
     }
-    with files.beside(file) as fresh:
+    atomic.check_new(file)
+    with atomic.write(file) as new:
         _save(
-            whole, fresh, {f"modelspec.{name}": value for name, value in said.items()}
+            whole, new, {f"modelspec.{name}": value for name, value in said.items()}
         )  # no tensor tells eps from v
     return file
 

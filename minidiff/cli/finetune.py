@@ -22,6 +22,7 @@ SMALL, FASTER = (
 THUMBNAIL = 128  # pixels: what the report compares samples with
 
 
+@options.alone
 def finetune(
     data: Data,
     model: Path = MODEL,

@@ -1,13 +1,16 @@
 """What the verbs share: options, and checks that find all that can be wrong before anything slow. Torch is imported where it is needed."""
 
+import functools
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from minidiff.errors import UserError
+from minidiff.training import atomic
 
 Device = Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda|mps")]
 Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
@@ -161,13 +164,30 @@ def check_seed(seed: int) -> None:
         raise UserError(f"--seed is {seed}; it must be from 0 to {2**63 - 1}.")
 
 
-def check_out(out: Path) -> None:
-    """That files can be written there; nothing is made yet, so that bad input leaves nothing behind."""
+def check_out(out: Path, *names: str) -> None:
+    """That files can be written there, and that files of these names are ours to replace; nothing is made yet, so that bad input leaves
+    nothing behind."""
     there = next(place for place in (out, *out.absolute().parents) if place.exists())
     if not there.is_dir():
         raise UserError(f'--out {out}: "{there}" is a file; name a folder.')
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f'--out {out}: no permission to write in "{there}"; name another folder.')
+    for name in names:
+        atomic.check(out / name, atomic.unsigned)
+
+
+def alone(verb: Callable[..., None]) -> Callable[..., None]:
+    """Have a verb that trains be the only one to write in its --out folder."""
+
+    @functools.wraps(verb)
+    def locked_verb(*args: object, out: Path, **options: object) -> None:
+        check_out(out)
+        from minidiff.training.lock import locked
+
+        with locked(out):
+            verb(*args, out=out, **options)
+
+    return locked_verb
 
 
 def pick_device(name: str) -> str:

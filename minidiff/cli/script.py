@@ -1,11 +1,13 @@
 """What the experiments share: a main that is a command, the device a name means, training behind a progress bar, the memory
 it took, and results.json."""
 
+import inspect
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,15 +16,40 @@ from tqdm import tqdm
 from minidiff.cli import console
 from minidiff.errors import UserError
 from minidiff.train import TrainStep
+from minidiff.training import atomic
+from minidiff.training.lock import locked
+from minidiff.training.resume import read_log
+
+__all__ = [
+    "follow",
+    "last_loss",
+    "peak_memory_gb",
+    "pick_device",
+    "read_log",
+    "run",
+    "write_results",
+]
 
 
 def run(main: Callable[..., None]) -> None:
-    """main's signature is the command line. Exit code 2 with one line on bad input, 130 on Ctrl-C."""
+    """main's signature is the command line. Exit code 2 with one line on bad input, 130 on Ctrl-C, 143 on SIGTERM. A study that trains is
+    alone in its folder."""
     script = Path(sys.argv[0]).name
-    with console.one_line(
-        script, "interrupted; where it was training, --resume goes on from there."
-    ):
-        console.parsed(main, sys.argv[1:], script)()
+    with console.one_line(script):
+        job = console.parsed(main, sys.argv[1:], script)
+        check_results(job)
+        options = getattr(job, "keywords", {})
+        with locked(options.get("out") if "resume" in options else None):
+            console.call(job)
+
+
+def check_results(ready: Callable[[], None]) -> None:
+    """Refuse another's results.json before anything slow; ready is a main with its arguments, the folder `out` among them."""
+    if isinstance(ready, partial):
+        bound = inspect.signature(ready.func).bind(*ready.args, **ready.keywords)
+        bound.apply_defaults()
+        if isinstance(out := bound.arguments.get("out"), Path):
+            atomic.check(out / "results.json", atomic.unsigned)
 
 
 def pick_device(name: str) -> str:
@@ -42,29 +69,28 @@ def pick_device(name: str) -> str:
 
 
 def follow(
-    training: Iterator[TrainStep], name: str, steps: int, batch: int
+    training: Generator[TrainStep], name: str, steps: int, batch: int
 ) -> dict[str, float | None]:
-    """Train to the end behind a bar that shows examples a second and the time left; returns the seconds it took here, and the speed."""
-    start, done = time.perf_counter(), 0
-    with tqdm(desc=name, total=steps * batch, unit=" examples", unit_scale=True) as bar:
+    """Train to the end behind a bar that shows examples a second and the time left; returns the seconds it took here, and the speed
+    after the first step."""
+    start, done, rest = time.perf_counter(), 0, None
+    with (
+        closing(training),
+        tqdm(desc=name, total=steps * batch, unit=" examples", unit_scale=True) as bar,
+    ):
         for step in training:
-            if not done:
+            if rest is None:
                 bar.initial = bar.n = (step.step - 1) * batch  # a resumed run has these behind it
-            done += batch
+                rest = time.perf_counter()
+            else:
+                done += batch
             bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
             bar.update(batch)
-    seconds = time.perf_counter() - start
+    end = time.perf_counter()
     return {
-        "seconds": round(seconds, 1),
-        "images_per_second": round(done / seconds, 1) if done else None,
+        "seconds": round(end - start, 1),
+        "images_per_second": round(done / (end - rest), 1) if done else None,
     }
-
-
-def read_log(folder: Path) -> list[dict]:
-    """The lines that training wrote: one for each step, those before a resume included."""
-    return [
-        json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
 
 
 def last_loss(log: list[dict]) -> float:
@@ -86,10 +112,11 @@ def peak_memory_gb() -> float | None:
 
 
 def write_results(out: Path, **figures: object) -> Path:
-    """results.json: every figure that the study prints, and what it was run with."""
-    out.mkdir(parents=True, exist_ok=True)
+    """results.json: every figure that the study prints, and what it was run with. Another file of that name is not written over."""
     path = out / "results.json"
-    fresh = out / "results.json.new"
-    fresh.write_text(json.dumps(figures, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(fresh, path)
+    with atomic.write(path, atomic.unsigned) as new:
+        new.write_text(
+            json.dumps({"about": atomic.SIGNATURE, **figures}, indent=2, default=str) + "\n",
+            encoding="utf-8",
+        )
     return path

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from minidiff.data.folder import Fault, load_picture, pictures_in
 from minidiff.errors import UserError
+from minidiff.training import atomic
 
 PAUSES = (0, 1, 4)  # seconds before each try to fetch a picture
 GONE, DAMAGED, SEEN = (
@@ -222,19 +223,6 @@ def check_new(out: Path) -> None:
         raise UserError(f"--out {out} is there already; name a new folder, or remove that one.")
 
 
-@contextlib.contextmanager
-def beside(out: Path) -> Iterator[Path]:
-    """A folder to write in, which gets its name when all is written; else nothing is left."""
-    check_new(out)
-    fresh = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}")
-    fresh.mkdir(parents=True)
-    try:
-        yield fresh
-        os.rename(fresh, out)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
 def write(
     source: Source,
     images: Path | None,
@@ -271,15 +259,14 @@ def write(
     random.Random(seed).shuffle(order)
 
     rows, enlarged = [], 0
+    check_new(out)
     with (
-        beside(out) as fresh,
+        atomic.write(out) as new,
         tqdm(desc="pictures", total=min(size, len(order)), unit="", leave=False) as bar,
     ):
-        (fresh / "images").mkdir()
-        for i, path, shorter in islice(
-            sound(source, order, there, fresh / "fetched", counts), size
-        ):
-            shape.save(path, fresh / "images" / picture_name(source, i))
+        (new / "images").mkdir(parents=True)
+        for i, path, shorter in islice(sound(source, order, there, new / "fetched", counts), size):
+            shape.save(path, new / "images" / picture_name(source, i))
             enlarged += shorter < (shape.pixels or 0)
             rows.append(row(source, i, seed))
             bar.update()
@@ -304,11 +291,11 @@ def write(
             **found,
             "licenses": dict(Counter(one["license"] for one in rows).most_common()),
         }
-        (fresh / "fetched").unlink(missing_ok=True)
-        (fresh / "metadata.jsonl").write_text(
+        (new / "fetched").unlink(missing_ok=True)
+        (new / "metadata.jsonl").write_text(
             "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows), encoding="utf-8"
         )
-        (fresh / "selection.json").write_text(
+        (new / "selection.json").write_text(
             json.dumps(selection, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
     return selection

@@ -7,7 +7,6 @@ import csv
 import hashlib
 import io
 import math
-import os
 from collections.abc import Iterable
 from itertools import cycle
 from pathlib import Path
@@ -17,6 +16,7 @@ from minidiff.errors import UserError
 from minidiff.evaluation.bench import Bench, Drawn, Figure, draw, figures
 from minidiff.figures.plots import _save, _style
 from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.training import atomic
 
 NETWORKS = ["pixels-8x8", "random-conv-0"]
 QUALITY = ("accuracy critic", "precision random-conv-0")  # the first that was measured
@@ -89,10 +89,8 @@ def append(path: Path, row: Row) -> Path:
     )
     writer.writeheader()
     writer.writerows([*rows, row])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text.getvalue(), encoding="utf-8")
-    os.replace(fresh, path)
+    with atomic.write(path) as new:
+        new.write_text(text.getvalue(), encoding="utf-8")
     return path
 
 

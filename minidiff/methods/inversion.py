@@ -12,7 +12,6 @@ tuning [2]).
 [2] Roich et al. Pivotal Tuning for Latent-based Editing of Real Images. 2021. arXiv:2106.05744
 """
 
-import os
 import re
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from minidiff.checkpoints import files
 from minidiff.errors import UserError
 from minidiff.text import CLIPText, token_ids
+from minidiff.training import atomic
 
 
 def token_of(word: str) -> int:
@@ -83,10 +83,13 @@ def put_in(text: CLIPText, word: str, vector: Float[Tensor, "D"]) -> None:
 
 
 def save(word: str, vector: Float[Tensor, "D"], file: Path) -> Path:
-    """{"<word>": (1, D)}, as diffusers' load_textual_inversion reads it; written beside, then renamed."""
-    fresh = file.with_name(file.name + ".new")
-    save_file({f"<{word}>": vector.detach().float().cpu()[None].contiguous()}, fresh)
-    os.replace(fresh, file)
+    """{"<word>": (1, D)}, as diffusers' load_textual_inversion reads it; another file of that name is not written over."""
+    with atomic.write(file, atomic.unsigned) as new:
+        save_file(
+            {f"<{word}>": vector.detach().float().cpu()[None].contiguous()},
+            new,
+            {"software": atomic.SIGNATURE},
+        )
     return file
 
 

@@ -11,7 +11,8 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -31,10 +32,11 @@ from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.evaluation import bench as evaluate
 from minidiff.figures import chains, plots
-from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.latent_diffusion import LatentDiffusion, foreign
 from minidiff.recipes import reading
 from minidiff.text import CLIPText, TextConfig
-from minidiff.train import EMA, TrainStep, seed_of, train
+from minidiff.train import EMA, Loss, TrainConfig, TrainStep, seed_of, train
+from minidiff.training import atomic
 from minidiff.unet import UNet, UNetConfig
 from minidiff.vae import VAE, VAEConfig
 
@@ -55,6 +57,15 @@ POOL = 12_000  # pictures of two objects; half as many of one
 T_CENTRE, T_SPREAD = 0.6, 0.85  # of logit(t / 1000)
 GUIDANCE = 2.0
 CAPTIONS = 200  # held-out captions behind each accuracy
+WRITTEN = (
+    "samples.png",
+    "forward.png",
+    "forward.gif",
+    "reverse.png",
+    "reverse.gif",
+    "loss.png",
+    "results.json",
+)  # beside the model
 PROMPTS = [
     "a small blue circle above a large red square",
     "a large yellow triangle on a black background",
@@ -116,9 +127,9 @@ def crops(
     )
 
 
-def watched(loop: Iterator[TrainStep], steps: int, title: str) -> None:
+def watched(loop: Generator[TrainStep], steps: int, title: str) -> None:
     """Run a training loop to its end behind a progress bar."""
-    with tqdm(desc=title, total=steps, unit="step") as bar:
+    with closing(loop), tqdm(desc=title, total=steps, unit="step") as bar:
         for step in loop:
             if not bar.n:
                 bar.initial = bar.n = step.step - 1  # a resumed loop starts further on
@@ -131,12 +142,10 @@ def train_vae(world: World, folder: Path, seed: int, device: str, resume: bool) 
     torch.manual_seed(seed)
     vae = vae_quickstart().to(device, memory_format=torch.channels_last)
     loop = train(
-        lambda pictures: (vae.loss(crops(pictures, 2 * VAE_BATCH).to(device)), None),
+        lambda pictures: {"loss": vae.loss(crops(pictures, 2 * VAE_BATCH).to(device))},
         vae,
-        lambda start: batches(world, f"vae {seed}", start),
-        VAE_STEPS,
-        VAE_LR,
-        seed=seed,
+        partial(batches, world, f"vae {seed}"),
+        TrainConfig(VAE_STEPS, VAE_LR, seed=seed),
         folder=folder,
         resume=resume,
     )
@@ -154,11 +163,13 @@ def train_text(world: World, folder: Path, seed: int, device: str, resume: bool)
         partial(reading.loss, text.to(device)),
         text,
         partial(reading.lessons, world, codes, TEXT_BATCH // PARTS, TWO_OBJECTS, seed),
-        TEXT_STEPS,
-        TEXT_LR,
-        accumulate=PARTS,
-        threads=min(PARTS, torch.get_num_threads()),
-        seed=seed,
+        TrainConfig(
+            TEXT_STEPS,
+            TEXT_LR,
+            accumulate=PARTS,
+            threads=min(PARTS, torch.get_num_threads()),
+            seed=seed,
+        ),
         folder=folder,
         resume=resume,
     )
@@ -226,6 +237,12 @@ def parts(
         )
 
 
+def part_loss(model: LatentDiffusion, part: Part) -> Loss:
+    """The denoiser's loss of each example, and where its t lies."""
+    each = model.denoiser.loss(part.latents, model.text.encode(part.captions), part.t, part.eps)
+    return {"loss": each, "progress": model.schedule.progress(part.t)}
+
+
 def train_model(
     world: World, vae: VAE, text: CLIPText, folder: Path, seed: int, device: str, resume: bool
 ) -> LatentDiffusion:
@@ -241,23 +258,16 @@ def train_model(
         for objects, size in ((1, POOL // 2), (2, POOL))
     )
 
-    def loss(part: Part) -> tuple[Tensor, Tensor]:
-        return denoiser.loss(
-            part.latents, model.text.encode(part.captions), part.t, part.eps
-        ), model.schedule.progress(part.t)
-
     loop = train(
-        loss,
+        partial(part_loss, model),
         model,
-        lambda start: parts(world, one, two, seed, model.dropout, start),
-        STEPS,
-        LR,
-        accumulate=PARTS,
-        threads=min(PARTS, torch.get_num_threads()),
-        ema=ema,
-        seed=seed,
-        folder=folder,
-        resume=resume,
+        partial(parts, world, one, two, seed, model.dropout),
+        TrainConfig(
+            STEPS, LR, accumulate=PARTS, threads=min(PARTS, torch.get_num_threads()), seed=seed
+        ),
+        ema,
+        folder,
+        resume,
     )
     watched(loop, STEPS, "3/4 a U-Net learns to denoise latents")
     return ema.average
@@ -294,10 +304,18 @@ def judge(
 def quickstart(out: Path, seed: int = 0, device: str = "cpu", resume: bool = False) -> dict:
     """Train, draw, judge, and leave everything in `out`; returns what results.json says."""
     started = time.perf_counter()
-    if (out / "training").exists() and not resume:
+    begun = (out / "training").exists()
+    if (begun or (out / "model").exists()) and not resume:
         raise UserError(
             f"{out} holds a quickstart already; pass --resume to go on with it, or another --out."
         )
+    if (out / "model").exists() and not begun:
+        raise UserError(
+            f"{out / 'model'} is there, but no training to go on with; pass another --out."
+        )
+    for name in WRITTEN:
+        atomic.check(out / name, atomic.unsigned)
+    atomic.check(out / "model", foreign)
     world = World(SIZE, SHAPES, COLOURS)
     vae = train_vae(world, out / "training" / "vae", seed, device, resume)
     text = train_text(world, out / "training" / "text", seed, device, resume)

@@ -5,10 +5,19 @@
 """
 
 import torch
+from torch import nn
 
 from minidiff.errors import UserError
 
 OPTIMIZERS = ("adamw", "adamw8bit")
+
+
+def grouped(parameters: list[nn.Parameter], weight_decay: float) -> list[dict]:
+    """Matrices decay, biases and norms do not."""
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
 
 
 def named(
@@ -21,7 +30,7 @@ def named(
         raise UserError(f'no optimizer "{name}"; there is {", ".join(OPTIMIZERS)}.')
     if device.type != "cuda":
         raise UserError(
-            f"adamw8bit computes on a GPU, and this is {device.type}; leave it out, or pass --device cuda."
+            f"adamw8bit computes on a GPU, and this is {device.type}; leave it out, or choose the device cuda."
         )
     try:
         from bitsandbytes.optim import AdamW8bit

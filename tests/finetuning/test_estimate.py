@@ -16,7 +16,7 @@ from minidiff.finetuning.estimate import Ledger, Settings, advice, duration, for
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods import lora
 from minidiff.text import CLIPText, TextConfig
-from minidiff.train import train
+from minidiff.train import TrainConfig, train
 from minidiff.training import optimizers
 from minidiff.unet import UNet, UNetConfig
 from minidiff.vae import VAE, VAEConfig
@@ -229,12 +229,10 @@ def toy(**how):
     network = nn.Linear(2, 2)
     return list(
         train(
-            lambda x: (network(x).pow(2).mean(1), None),
+            lambda x: {"loss": network(x).pow(2).mean(1)},
             network,
             lambda _: iter([torch.ones(3, 2)]),
-            1,
-            1e-3,
-            **how,
+            TrainConfig(1, 1e-3, **how),
         )
     )
 

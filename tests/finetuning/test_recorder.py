@@ -23,7 +23,7 @@ from minidiff.finetuning.recorder.recorder import Recorder
 from minidiff.finetuning.recorder.report import SHOWN, page, shown
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.text import ClassLabels, LabelsConfig
-from minidiff.train import seed_of, train
+from minidiff.train import TrainConfig, seed_of, train
 from minidiff.unet import UNet, UNetConfig
 from minidiff.vae import Pixels, PixelsConfig
 
@@ -78,11 +78,10 @@ def run(folder=None, steps=4, **how):
     if watching:
         watching.measure(0, {})
     for step in train(
-        lambda x: (model.latent_loss(x, ["cat"] * len(x)), None),
+        lambda x: {"loss": model.latent_loss(x, ["cat"] * len(x))},
         model.unet,
         lambda k: repeat(pictures),
-        steps,
-        1e-2,
+        TrainConfig(steps, 1e-2),
     ):
         torch.rand(1)
         if watching and watching.due(step.step):

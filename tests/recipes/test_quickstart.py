@@ -49,7 +49,10 @@ def test_it_writes_what_it_promises_and_never_overwrites(tiny, tmp_path, capsys)
         str(out / name) in printed
         for name in ("model", "samples.png", "reverse.gif", "results.json")
     )
-    assert json.loads((out / "results.json").read_text()) == results
+    assert json.loads((out / "results.json").read_text()) == {
+        "about": "made with minidiff",
+        **results,
+    }
     for key in (
         "minutes",
         "seed",

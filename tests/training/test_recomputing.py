@@ -8,7 +8,7 @@ from torch import nn
 
 from minidiff.methods import lora
 from minidiff.text import CLIPText, TextConfig
-from minidiff.train import train
+from minidiff.train import TrainConfig, train
 from minidiff.unet import UNet, UNetConfig
 
 
@@ -128,13 +128,10 @@ def test_two_threads_in_one_training():
         network = unet()
         network.checkpointing = checkpointing
         for _ in train(
-            lambda batch, of=network: (of(*batch).pow(2).mean((1, 2, 3)), None),
+            lambda batch, of=network: {"loss": of(*batch).pow(2).mean((1, 2, 3))},
             network,
             batches,
-            4,
-            1e-2,
-            accumulate=2,
-            threads=2,
+            TrainConfig(4, 1e-2, accumulate=2, threads=2),
         ):
             pass
         ends.append(network.state_dict())

@@ -23,6 +23,7 @@ from minidiff.data.folder import Fault, pictures_in
 from minidiff.errors import UserError
 from minidiff.figures import plots
 from minidiff.text import token_ids
+from minidiff.training import atomic
 
 LEVELS = {
     "error": "errors, cannot be trained on",
@@ -295,15 +296,14 @@ def write(report: Report, out: Path, seed: int = 0) -> list[Path]:
         for (level, trap), group in by_trap(report.findings).items()
     ]
     about = {
+        "about": atomic.SIGNATURE,
         "folder": str(report.seen.folder),
         "size": report.seen.size,
         "trainable": not report.errors,
     }
     whole = about | {"summary": report.summary, "findings": groups}
-    out.mkdir(parents=True, exist_ok=True)
-    fresh = out / ".report.json.new"
-    fresh.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-    os.replace(fresh, out / "report.json")
+    with atomic.write(out / "report.json", atomic.unsigned) as new:
+        new.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     return [out / "report.json", *sheet(report.seen, out / "contact.png", seed)]
 
 

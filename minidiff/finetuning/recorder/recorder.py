@@ -19,7 +19,6 @@ any other is a prompt that is being taught.
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +40,7 @@ from minidiff.finetuning.recorder.advice import Record, advise, best
 from minidiff.finetuning.recorder.report import Pair, page, shown
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.train import BINS, seed_of
+from minidiff.training import atomic
 
 Example = tuple[
     Float[Tensor, "Z _ _"], Float[Tensor, "L D"] | str
@@ -100,11 +100,16 @@ class Recorder:
         )
         self.t, self.bin = self._times()
         self.records = self._read()
+        atomic.check(self.folder / "report.html", atomic.unsigned)
         self.clock: tuple[int, float] | None = None
         self.first: Drawn = {}
 
     def due(self, step: int) -> bool:
         return step % self.every == 0
+
+    def last(self) -> int | None:
+        """The last step that was measured."""
+        return self.records[-1].step if self.records else None
 
     # Measuring.
 
@@ -118,7 +123,9 @@ class Recorder:
             else None
         )
         while self.records and self.records[-1].step >= step:
-            self._grid_file(self.records.pop().step).unlink(missing_ok=True)
+            grid = self._grid_file(self.records.pop().step)
+            if grid.exists() and atomic.unsigned(grid) is None:
+                grid.unlink()
         with _evaluating(self.model):
             validation, train = self._losses(self.validation), self._losses(self.examples)
             drawn, broken = self._draw()
@@ -316,9 +323,12 @@ class Recorder:
         if not file.exists():
             return []
         try:
-            return [
+            records = [
                 Record(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()
             ]
+            if not records:
+                raise ValueError("no line")
+            return records
         except (ValueError, TypeError) as error:
             raise UserError(
                 f"{file} is damaged, or of another version; delete it, or start afresh in another folder."
@@ -349,9 +359,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _replace(path: Path, text: str) -> Path:
-    """Written beside and renamed: nobody ever sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)
+    """Written whole or not at all."""
+    with atomic.write(path) as new:
+        new.write_text(text, encoding="utf-8")
     return path

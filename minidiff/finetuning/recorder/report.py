@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minidiff.figures.svg import chart
 from minidiff.finetuning.recorder.advice import ASTRAY, CLOSE, Record, closeness, relative
+from minidiff.training import atomic
 
 SHOWN = (
     6  # measures whose pictures are in the page, evenly from the first to the last; and the best
@@ -93,7 +94,8 @@ def page(
         "<h2>Command</h2>",
     ]
     parts.append(f"<pre>{html.escape(shlex.join(sys.argv))}</pre>")
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Flight recorder</title>'
+    head = f'<meta name="generator" content="{atomic.SIGNATURE}">'
+    head += '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Flight recorder</title>'
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head><body>\n'
         + "\n".join(parts)
