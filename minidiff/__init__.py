@@ -41,9 +41,10 @@ __all__ = [*_HOMES, *_MODULES, *_DOORS, "load"]
 
 
 def load(path="box", device="cpu", dtype="fp32", **how):
-    """The model at a path, a LatentDiffusion ready to sample: a folder of ours, a diffusers folder, a single file of Stable Diffusion,
-    or a name on the Hugging Face Hub. "box" is the small model that ships with minidiff (docs/box.md).
-    dtype: fp32, bf16, fp16, or None for what is stored. More in checkpoints/load.py."""
+    """The model at a path, a LatentDiffusion ready to sample: a folder of ours, a diffusers folder,
+    a single file of Stable Diffusion, or a name on the Hugging Face Hub. "box" is the small model
+    that ships with minidiff (docs/box.md). dtype: fp32, bf16, fp16, or None for what is stored.
+    More in checkpoints/load.py."""
     from minidiff.checkpoints.load import load
 
     return load(path, device, dtype, **how)

@@ -1,8 +1,8 @@
-"""The layers the networks share: time embedding, residual block, attention, transformer. Nothing here knows of diffusion.
+"""The layers that the networks share: time embedding, residual block, attention, transformer.
 
 [1] Vaswani et al. Attention Is All You Need. 2017. arXiv:1706.03762
 [2] He et al. Deep Residual Learning for Image Recognition. 2016. arXiv:1512.03385
-[3] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. 2022. arXiv:2112.10752
+[3] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. arXiv:2112.10752
 [4] Shazeer. GLU Variants Improve Transformer. 2020. arXiv:2002.05202
 [5] Dhariwal, Nichol. Diffusion Models Beat GANs on Image Synthesis. 2021. arXiv:2105.05233
 [6] Chen et al. Training Deep Nets with Sublinear Memory Cost. 2016. arXiv:1604.06174
@@ -22,31 +22,30 @@ from torch.utils.checkpoint import checkpoint
 def timestep_embedding(
     t: Shaped[Tensor, "B"], dim: int, max_period: float = 10_000
 ) -> Float[Tensor, "B {dim}"]:
-    """[cos, sin] of t at dim/2 frequencies from 1 down to 1/max_period, geometrically spaced ([1] section 3.5)."""
-    half, precise = (
-        dim // 2,
-        torch.promote_types(t.dtype, torch.float32),
-    )  # sines of t up to 1000 need more digits than bfloat16 has
+    """[cos, sin] of t at dim/2 geometric frequencies from 1 to 1/max_period, [1] section 3.5."""
+    # sines of t up to 1000 need more digits than bfloat16 has
+    half, precise = dim // 2, torch.promote_types(t.dtype, torch.float32)
     frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, dtype=precise))
     angles = t[:, None].to(precise) * frequencies.to(t.device)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 def run(block: Callable[..., Tensor], *inputs: Tensor | int | None, recompute: bool) -> Tensor:
-    """block(*inputs). recompute: keep nothing but the inputs until the backward pass, which runs the block again ([6]): much less memory,
-    one more forward pass, and the same gradients to the bit."""
+    """block(*inputs). recompute: keep only the inputs, and run the block again in the backward pass
+    ([6]): much less memory, one more forward pass, the same gradients to the bit."""
     return checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
 
 
 def group_norm(groups: int, channels: int, eps: float) -> nn.Module:
-    """GroupNorm, or with groups = 0 nothing: a shallow network learns flat pictures faster when absolute levels survive."""
+    """GroupNorm; groups = 0: none, so that absolute levels survive in a shallow network."""
     return nn.GroupNorm(groups, channels, eps) if groups else nn.Identity()
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions, each behind a normalization, around a skip ([2]); time comes in between them.
+    """Two 3x3 convolutions, each behind a normalization, around a skip ([2]).
 
-    Time is added ([3]), or with scale_shift it scales and shifts what the second normalization gave, the AdaGN of [5] section 3.
+    Time is added between them ([3]), or with scale_shift it scales and shifts the second
+    normalization's output, the AdaGN of [5] section 3.
     """
 
     def __init__(
@@ -69,11 +68,8 @@ class ResBlock(nn.Module):
         self.norm2 = group_norm(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.skip = (
-            nn.Conv2d(in_channels, out_channels, 1)
-            if in_channels != out_channels
-            else nn.Identity()
-        )
+        same = in_channels == out_channels
+        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(
         self, x: Float[Tensor, "B C H W"], emb: Float[Tensor, "B E"] | None = None
@@ -90,7 +86,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head scaled dot-product attention, [1] section 3.2. Queries from x; keys and values from context, or from x itself."""
+    """Multi-head attention, [1] section 3.2: queries from x, keys and values from context or x."""
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = False):
         super().__init__()
@@ -113,14 +109,12 @@ class Attention(nn.Module):
             rearrange(p, "b n (h d) -> b h n d", h=self.heads)
             for p in (self.q(x), self.k(context), self.v(context))
         )
-        h = F.scaled_dot_product_attention(
-            q, k, v, is_causal=causal
-        )  # never holds the N x L score matrix where a fused kernel exists
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return self.out(rearrange(h, "b h n d -> b n (h d)"))
 
 
 class GEGLU(nn.Module):
-    """Feed-forward layer whose hidden half is gated by the gelu of the other ([4]); the value comes first, then the gate."""
+    """Feed-forward layer, value * gelu(gate) ([4]); up gives the value first, then the gate."""
 
     def __init__(self, dim: int, mult: int = 4):
         super().__init__()
@@ -133,7 +127,7 @@ class GEGLU(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the context, feed-forward: each behind a LayerNorm, each around a skip ([3] appendix E).
+    """Self-attention, cross-attention, feed-forward, each behind a LayerNorm and around a skip.
 
     Without a context_dim there is no cross-attention; with ff_mult = 0 there is no feed-forward.
     """
@@ -159,7 +153,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A feature map read as a sequence of its pixels, through `depth` transformer blocks, around a skip ([3] appendix E)."""
+    """A feature map as a sequence of pixels, through `depth` transformer blocks, [3] appendix E."""
 
     def __init__(
         self,
@@ -171,17 +165,18 @@ class SpatialTransformer(nn.Module):
         linear: bool = False,
         groups: int = 32,
     ):
-        """linear: project in and out by a linear layer (SD 2.x) rather than a 1x1 convolution (SD 1.x); the same map, other weight shapes."""
+        """linear: project by a linear layer (SD 2.x), not a 1x1 convolution (SD 1.x)."""
         super().__init__()
         self.linear = linear
         self.norm = group_norm(groups, channels, 1e-6)
-        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_in = self._projection(channels)
         self.blocks = nn.ModuleList(
             TransformerBlock(channels, heads, context_dim, ff_mult) for _ in range(depth)
         )
-        self.proj_out = (
-            nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        )
+        self.proj_out = self._projection(channels)
+
+    def _projection(self, channels: int) -> nn.Module:
+        return nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
 
     def forward(
         self, x: Float[Tensor, "B C H W"], context: Float[Tensor, "B L D"] | None = None

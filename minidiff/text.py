@@ -1,10 +1,12 @@
-"""CLIP's text tower: prompts to sequences of vectors. Tokens, transformer and padding rules are all in this file.
+"""CLIP's text encoder: prompts to sequences of vectors; and conditions that are not text.
 
 The tokenizer and its vocabulary come from open_clip (imported when first used: it takes seconds).
 
-[1] Radford et al. Learning Transferable Visual Models From Natural Language Supervision. 2021. arXiv:2103.00020
-[2] Cherti et al. Reproducible Scaling Laws for Contrastive Language-Image Learning. 2022. arXiv:2212.07143
-[3] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. 2022. arXiv:2112.10752
+[1] Radford et al. Learning Transferable Visual Models From Natural Language Supervision. 2021.
+    arXiv:2103.00020
+[2] Cherti et al. Reproducible Scaling Laws for Contrastive Language-Image Learning. 2022.
+    arXiv:2212.07143
+[3] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. arXiv:2112.10752
 """
 
 import warnings
@@ -45,16 +47,13 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class Block(nn.Module):
-    """Causal self-attention and a two-layer perceptron, each behind a LayerNorm, each around a skip."""
+    """Causal self-attention and a perceptron, each behind a LayerNorm, each around a skip."""
 
     def __init__(self, width: int, heads: int, activation: str):
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads, bias=True)
-        self.norm2, self.up, self.down = (
-            nn.LayerNorm(width),
-            nn.Linear(width, 4 * width),
-            nn.Linear(4 * width, width),
-        )
+        self.norm2, self.up = nn.LayerNorm(width), nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
@@ -82,7 +81,7 @@ class TextConfig:
 
 
 class CLIPText(nn.Module):
-    """[1] section 2.4. Causal: each vector depends on the words up to it. No padding mask, as in [3]."""
+    """[1] section 2.4: each vector depends on the words up to it. No padding mask, as in [3]."""
 
     Config = TextConfig
 
@@ -101,8 +100,8 @@ class CLIPText(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Matrices by width, as [1]; blocks that start by adding nothing; embeddings of unit size, not [1]'s 0.02. So a tower trained from
-        nothing begins as a bag of words, told apart at once, and learns their order from there."""
+        """As [1], but blocks start by adding nothing, and embeddings have unit size: an encoder
+        trained from nothing starts as a bag of words, and learns their order from there."""
         nn.init.normal_(self.token_embedding.weight)
         nn.init.normal_(self.position_embedding.weight, std=0.3)
         for block in self.blocks:
@@ -112,16 +111,13 @@ class CLIPText(nn.Module):
                 nn.init.zeros_(linear.weight)
 
     def tokens(self, prompts: list[str]) -> Int[Tensor, "B L"]:
-        """start, words, end, padding. What does not fit is cut, and a warning names the words that fell off."""
+        """start, words, end, padding. What does not fit is cut; a warning names those words."""
         rows, room = [], self.context_length - 2
         for prompt in prompts:
             ids = token_ids(prompt)
             if len(ids) > room:
-                lost = tokenizer().decode(ids[room:]).strip()
-                warnings.warn(
-                    f'prompt cut after {room} tokens; the model does not see: "{lost}"',
-                    stacklevel=2,
-                )
+                rest = f'the model does not see: "{tokenizer().decode(ids[room:]).strip()}"'
+                warnings.warn(f"prompt cut after {room} tokens; {rest}", stacklevel=2)
             row = [START, *ids[:room], END]
             rows.append(row + [self.pad] * (self.context_length - len(row)))
         return torch.tensor(rows, dtype=torch.long, device=self.token_embedding.weight.device)
@@ -170,12 +166,12 @@ class ClassLabels(nn.Module):
         """One vector for each class name."""
         unknown = next((p for p in prompts if p not in self.index), None)
         if unknown is not None:
-            raise UserError(
-                f'this model knows no class "{unknown}"; it knows {", ".join(list(self.index)[:-1])}.'
-            )
-        return self.embedding(
-            torch.tensor([self.index[p] for p in prompts], device=self.embedding.weight.device)
-        )[:, None]
+            classes = ", ".join(self.config.classes)
+            raise UserError(f'this model knows no class "{unknown}"; it knows {classes}.')
+        device = self.embedding.weight.device
+        return self.embedding(torch.tensor([self.index[p] for p in prompts], device=device))[
+            :, None
+        ]
 
     def null(self, batch: int) -> Float[Tensor, "B 1 D"]:
         """The null class: what guidance steers away from."""
@@ -204,10 +200,10 @@ class Unconditional(nn.Module):
 
 
 def clip_vit_l14() -> CLIPText:
-    """The text tower of OpenAI's ViT-L/14, in SD 1.x: 123.06 M parameters."""
+    """Of OpenAI's ViT-L/14, in SD 1.x: 123.06 M parameters."""
     return CLIPText(TextConfig(width=768, layers=12, heads=12, activation="quick_gelu", pad=END))
 
 
 def openclip_vit_h14() -> CLIPText:
-    """The text tower of OpenCLIP's ViT-H/14 ([2]), in SD 2.x, which reads the penultimate layer: 23 of its 24 blocks, 340.39 M parameters."""
+    """Of OpenCLIP's ViT-H/14 ([2]), in SD 2.x: 23 of its 24 blocks, 340.39 M parameters."""
     return CLIPText(TextConfig(width=1024, layers=23, heads=16, activation="gelu", pad=0))

@@ -25,6 +25,7 @@ from minidiff.training.config import TrainConfig
 from minidiff.training.lock import locked
 from minidiff.training.nonfinite import NonFiniteError
 from minidiff.training.resume import Progress, Signals, closed_at_exit
+from minidiff.training.seeds import seed_of
 from minidiff.training.workers import workers
 
 __all__ = [
@@ -69,11 +70,6 @@ class EMA:
     def update(self, step: int) -> None:
         """average <- d average + (1 - d) weights with d = min(decay, step / (step + 9)): at first a mean over the last tenth of the run."""
         torch._foreach_lerp_(self.averages, self.weights, 1 - min(self.decay, step / (step + 9)))
-
-
-def seed_of(seed: int, step: int) -> int:
-    """One number for (seed, step), spread out so that neighbouring seeds share none."""
-    return (seed * 1_000_003 + step) * 2_654_435_761 % 2**63
 
 
 @closed_at_exit

@@ -1,4 +1,4 @@
-"""The U-Net: one class, and builders that are nothing but numbers. The toy, the CIFAR network and Stable Diffusion's are all here.
+"""The U-Net: one class, and builders that are nothing but numbers: CIFAR's, Stable Diffusion's.
 
     x (B, C, H, W)
       conv_in
@@ -13,7 +13,7 @@
 
 [1] Ronneberger, Fischer, Brox. U-Net. 2015. arXiv:1505.04597
 [2] Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. arXiv:2006.11239
-[3] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. 2022. arXiv:2112.10752
+[3] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. arXiv:2112.10752
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ class Upsample(nn.Module):
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """All there is to build a U-Net, one entry of channels, depth and heads for each level, finest first."""
+    """All there is to build a U-Net; channels, depth and heads name each level, finest first."""
 
     in_channels: int
     out_channels: int
@@ -80,7 +80,7 @@ class UNetConfig:
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, each followed by a transformer where there are any, then a change of size."""
+    """One resolution: residual blocks, each with a transformer behind it, then a change of size."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Level(nn.Module):
         attentions: int,
         resample: type[nn.Module] | None = None,
     ):
-        """in_channels: of each residual block. depth: blocks in each of so many transformers; 0 is no transformer."""
+        """in_channels: of each residual block. depth: of the transformers; 0 is none."""
         super().__init__()
         c, groups, time_dim = config.channels[level], config.groups, 4 * config.channels[0]
         self.residual = nn.ModuleList(
@@ -182,7 +182,7 @@ class UNet(nn.Module):
         t: Shaped[Tensor, "B"],
         context: Float[Tensor, "B L D"] | None = None,
     ) -> Float[Tensor, "B C2 H W"]:
-        """t: what the schedule's c_noise gives. Computed in the weights' precision, returned in x's."""
+        """t: from the schedule's c_noise. Computed in the weights' precision, returned in x's."""
         height, width = x.shape[2:]
         if height % self.multiple or width % self.multiple:
             raise UserError(
@@ -226,7 +226,7 @@ class UNet(nn.Module):
 
 
 def unet_cifar10(context_dim: int | None = None) -> UNet:
-    """The size of [2] appendix B: four levels, attention at 16x16 and in the middle, dropout 0.1."""
+    """The size of [2] appendix B: four levels, attention at 16x16 and in the middle."""
     return UNet(
         UNetConfig(
             3,

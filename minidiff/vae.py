@@ -1,7 +1,7 @@
-"""The variational autoencoder: pictures to latents a few times smaller, and back. Encoder, decoder and loss are all in this file.
+"""The variational autoencoder: images to latents a few times smaller, and back; and its loss.
 
 [1] Kingma, Welling. Auto-Encoding Variational Bayes. 2013. arXiv:1312.6114
-[2] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. 2022. arXiv:2112.10752
+[2] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. arXiv:2112.10752
 """
 
 from collections import OrderedDict
@@ -20,7 +20,7 @@ from minidiff.unet import Upsample
 
 
 class Downsample(nn.Module):
-    """Halve the size: 3x3 convolution of stride 2, padded at the right and at the bottom only (unlike the U-Net's)."""
+    """Halve the size: 3x3 convolution of stride 2, padded at the right and bottom only."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -36,10 +36,8 @@ class Middle(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.first = ResBlock(channels, channels, groups=groups, eps=1e-6)
-        self.norm, self.attention = (
-            group_norm(groups, channels, 1e-6),
-            Attention(channels, heads=1, bias=True),
-        )
+        self.norm = group_norm(groups, channels, 1e-6)
+        self.attention = Attention(channels, heads=1, bias=True)
         self.second = ResBlock(channels, channels, groups=groups, eps=1e-6)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
@@ -52,13 +50,9 @@ def _level(
     width: int, channels: int, blocks: int, groups: int, resample: nn.Module
 ) -> nn.Sequential:
     """One resolution: residual blocks, then a change of size."""
-    residual = nn.Sequential(
-        *(
-            ResBlock(width if i == 0 else channels, channels, groups=groups, eps=1e-6)
-            for i in range(blocks)
-        )
-    )
-    return nn.Sequential(OrderedDict(residual=residual, resample=resample))
+    widths = [width] + [channels] * (blocks - 1)
+    residual = (ResBlock(w, channels, groups=groups, eps=1e-6) for w in widths)
+    return nn.Sequential(OrderedDict(residual=nn.Sequential(*residual), resample=resample))
 
 
 class Encoder(nn.Module):
@@ -71,15 +65,8 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.levels, width = nn.ModuleList(), channels[0]
         for level, c in enumerate(channels):
-            self.levels.append(
-                _level(
-                    width,
-                    c,
-                    blocks,
-                    groups,
-                    Downsample(c) if level < len(channels) - 1 else nn.Identity(),
-                )
-            )
+            down = Downsample(c) if level < len(channels) - 1 else nn.Identity()
+            self.levels.append(_level(width, c, blocks, groups, down))
             width = c
         self.middle = Middle(width, groups)
         self.norm_out = group_norm(groups, width, 1e-6)
@@ -104,9 +91,8 @@ class Decoder(nn.Module):
         self.middle = Middle(width, groups)
         self.levels = nn.ModuleList()
         for level, c in reversed(list(enumerate(channels))):
-            self.levels.append(
-                _level(width, c, blocks + 1, groups, Upsample(c) if level > 0 else nn.Identity())
-            )
+            up = Upsample(c) if level > 0 else nn.Identity()
+            self.levels.append(_level(width, c, blocks + 1, groups, up))
             width = c
         self.norm_out = group_norm(groups, width, 1e-6)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
@@ -136,12 +122,12 @@ class VAEConfig:
 
 
 class VAE(nn.Module):
-    """Images in [-1, 1] to latents of unit variance and back. Nothing else knows the latent scale."""
+    """Images in [-1, 1] to latents of unit variance and back. It alone knows the latent scale."""
 
     Config = VAEConfig
 
     def __init__(self, config: VAEConfig, latent_scale: float = 1.0):
-        """latent_scale: 1 / std of the raw latents, a buffer that is saved with the weights; SD: 0.18215."""
+        """latent_scale: 1 / std of the raw latents, saved with the weights; SD's is 0.18215."""
         super().__init__()
         self.config = config
         in_channels, latent_channels = config.in_channels, config.latent_channels
@@ -155,7 +141,7 @@ class VAE(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """PyTorch's defaults, but residual branches start at zero, and posteriors start narrow (std 0.05): wide ones drown the mean."""
+        """PyTorch's defaults, but residual branches start at zero, and posteriors at std 0.05."""
         for module in self.modules():
             if isinstance(module, ResBlock):
                 nn.init.zeros_(module.conv2.weight)
@@ -165,10 +151,8 @@ class VAE(nn.Module):
     def posterior(
         self, images: Float[Tensor, "B C H W"]
     ) -> tuple[Float[Tensor, "B Z h w"], Float[Tensor, "B Z h w"]]:
-        """Mean and log-variance of q(z | image), [1] section 3, in raw units (before the latent scale)."""
-        moments = self.quant(self.encoder(images.to(self.quant.weight.dtype))).to(
-            images.dtype
-        )  # computed in the weights' precision
+        """Mean and log-variance of q(z | image), [1] section 3, before the latent scale."""
+        moments = self.quant(self.encoder(images.to(self.quant.weight.dtype))).to(images.dtype)
         mean, log_variance = moments.chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)
 
@@ -177,29 +161,27 @@ class VAE(nn.Module):
     ) -> Float[Tensor, "B Z h w"]:
         """Scaled latents: the posterior's mean, or with standard normal noise a draw from it."""
         mean, log_variance = self.posterior(images)
-        return (
-            mean if noise is None else mean + (0.5 * log_variance).exp() * noise
-        ) * self.latent_scale
+        z = mean if noise is None else mean + (0.5 * log_variance).exp() * noise
+        return z * self.latent_scale
 
     def decode(self, latents: Float[Tensor, "B Z h w"]) -> Float[Tensor, "B C H W"]:
         """Pictures from scaled latents; about [-1, 1], not clamped."""
-        return self.decoder(
-            self.post_quant((latents / self.latent_scale).to(self.post_quant.weight.dtype))
-        ).to(latents.dtype)
+        z = (latents / self.latent_scale).to(self.post_quant.weight.dtype)
+        return self.decoder(self.post_quant(z)).to(latents.dtype)
 
     def loss(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B"]:
-        """Negative evidence lower bound per example, [1] eq. 7, with |error| as in [2]: reconstruction + kl_weight KL(q(z|x) || N(0, I))."""
+        """[1] eq. 7, with |error| as in [2]:  |error| + kl_weight KL(q(z | image) || N(0, I))."""
         mean, log_variance = self.posterior(images)
         z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
         error = (self.decoder(self.post_quant(z)) - images).abs().flatten(1).mean(1)
         kl = 0.5 * (mean.pow(2) + log_variance.exp() - 1 - log_variance).flatten(1).sum(
             1
-        )  # [1] appendix B
+        )  # [1] app. B
         return error + self.config.kl_weight * kl
 
     @torch.no_grad()
     def measure_scale(self, images: Float[Tensor, "B C H W"]) -> float:
-        """Set the latent scale to 1 / std of the raw latents of these pictures ([2] appendix G), and return it."""
+        """Set the latent scale to 1 / std of the images' raw latents, [2] appendix G; return it."""
         self.latent_scale.fill_(1 / self.posterior(images)[0].std())
         return self.latent_scale.item()
 

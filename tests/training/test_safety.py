@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_finetune import Recording, examples, moved, run, stop_at_4, tiny, weights
 
 from minidiff.errors import Terminated, UserError
 from minidiff.finetuning import loop as finetune
 from minidiff.finetuning.groups import Group
 from minidiff.finetuning.recorder.recorder import Recorder
 from minidiff.training.lock import LOCK, locked
+from tests.finetuning.test_loop import Recording, examples, moved, run, stop_at_4, tiny, weights
 
 TESTS = Path(__file__).parents[1]
 
@@ -33,7 +33,7 @@ import signal, sys
 from itertools import count
 from pathlib import Path
 from minidiff.cli import console
-from test_finetune import run, tiny
+from tests.finetuning.test_loop import run, tiny
 signal.signal(signal.SIGINT, signal.default_int_handler)
 model, calls = tiny(), count(1)
 def hook(*_):
@@ -157,7 +157,7 @@ SECOND = """
 import sys
 from pathlib import Path
 from minidiff.cli import console
-from test_finetune import run
+from tests.finetuning.test_loop import run
 with console.one_line("minidiff"):
     run(Path(sys.argv[1]), resume=True)
 """
@@ -269,7 +269,7 @@ def test_a_signal_while_a_saved_step_is_measured_interrupts_at_once(tmp_path):
 
 
 def test_terminated_elsewhere_is_one_line(tmp_path):
-    script = "import signal; from minidiff import console\nwith console.one_line('minidiff'): signal.raise_signal(signal.SIGTERM)"
+    script = "import signal; from minidiff.cli import console\nwith console.one_line('minidiff'): signal.raise_signal(signal.SIGTERM)"
     ended = python(script)
     assert (ended.returncode, ended.stderr) == (143, "minidiff: terminated.\n")
 
@@ -280,7 +280,7 @@ from pathlib import Path
 import torch
 from minidiff.cli import console
 from minidiff.errors import UserError
-from test_finetune import Group, examples, tiny, run
+from tests.finetuning.test_loop import Group, examples, tiny, run
 from minidiff.finetuning.recorder.recorder import Recorder
 torch.set_num_threads(1)
 out, kills = Path(sys.argv[1]), int(sys.argv[2])
