@@ -1,35 +1,38 @@
-"""Distillation: a student that goes in few steps where its teacher goes in many. Every method is a loss function for train.py, all in this file.
+"""Distillation: a student needs few steps where its teacher needs many. Methods are loss functions.
 
     teacher = minidiff.load()
     student = copy.deepcopy(teacher)
-    times = teacher.schedule.timesteps(8)               # the teacher's 8 steps; the student's will be 4
+    times = teacher.schedule.timesteps(8)  # the teacher's 8 steps; the student's will be 4
 
     def loss(batch):
         latents, captions = batch
         context, null = teacher.text.encode(captions), teacher.text.null(len(captions))
-        taught = guide(teacher.denoiser, context, null, 2.0)    # guided, so that the student needs one evaluation a step
-        return progressive_loss(guide(student.denoiser, context, None, 1), taught, teacher.schedule, latents, times), None
+        guided = guide(teacher.denoiser, context, null, 2.0)  # the student needs no guidance then
+        plain = guide(student.denoiser, context, None, 1)
+        return {"loss": progressive_loss(plain, guided, teacher.schedule, latents, times)}
 
     for step in train(loss, student.denoiser, batches, TrainConfig(steps=1000, lr=3e-4)): ...
 
-A teacher and a student are what samplers ask for, (x, t) -> Prediction, conditions and guidance already inside. So guided distillation ([4])
-is any of these losses with a guided teacher, and `guided_loss` is its first stage, in which the number of steps stays.
+Teacher and student are what samplers ask for, (x, t) -> Prediction, with conditions and guidance
+inside. So guided distillation ([4]) is any of these losses with a guided teacher; `guided_loss` is
+its first stage, which keeps the number of steps.
 
 | method | the student learns | sample with |
 | --- | --- | --- |
-| guided | what the guided teacher says, at every t | any sampler, guidance 1 |
-| progressive | from one of its times to the next, where the teacher takes two steps | ddim, the student's times |
-| endpoints | from x_T to where the teacher's whole walk ends | one step; more by lcm |
-| renoised | to guess what the teacher would make of its guess, given new noise | one step |
-| consistency | from any t to the end: the same guess all along the teacher's walk | lcm, 1 to 8 steps |
+| guided | what the guided teacher predicts, at every t | any sampler, guidance 1 |
+| progressive | one step where the teacher takes two | ddim, the student's times |
+| endpoints | the end of the teacher's whole chain, from x_T | one step; more by lcm |
+| renoised | what the teacher makes of the student's x0 with new noise | one step |
+| consistency | the same x0 all along the teacher's chain | lcm, 1 to 8 steps |
 
-[1] Salimans, Ho. Progressive Distillation for Fast Sampling of Diffusion Models. 2022. arXiv:2202.00512
+[1] Salimans, Ho. Progressive Distillation for Fast Sampling of Diffusion Models. arXiv:2202.00512
 [2] Song, Dhariwal, Chen, Sutskever. Consistency Models. 2023. arXiv:2303.01469
 [3] Song, Dhariwal. Improved Techniques for Training Consistency Models. 2023. arXiv:2310.14189
 [4] Meng et al. On Distillation of Guided Diffusion Models. 2022. arXiv:2210.03142
 [5] Luo, Tan, Huang, Li, Zhao. Latent Consistency Models. 2023. arXiv:2310.04378
 [6] Luo et al. LCM-LoRA: A Universal Stable-Diffusion Acceleration Module. 2023. arXiv:2311.05556
-[7] Luhman, Luhman. Knowledge Distillation in Iterative Generative Models for Improved Sampling Speed. 2021. arXiv:2101.02388
+[7] Luhman, Luhman. Knowledge Distillation in Iterative Generative Models for Improved Sampling
+    Speed. 2021. arXiv:2101.02388
 [8] Sauer, Lorenz, Blattmann, Rombach. Adversarial Diffusion Distillation. 2023. arXiv:2311.17042
 """
 
@@ -55,8 +58,8 @@ def squared(x: Float[Tensor, "B *dims"], y: Float[Tensor, "B *dims"]) -> Float[T
 
 
 def pseudo_huber(x: Float[Tensor, "B *dims"], y: Float[Tensor, "B *dims"]) -> Float[Tensor, "B"]:
-    """[3] section 3.3, divided by sqrt(d): sqrt(|x - y|^2 + c^2) - c, c = 0.00054 sqrt(d). Between a mean and a median:
-    far fewer of the odd, very wrong targets are obeyed."""
+    """[3] section 3.3 over sqrt(d): sqrt(|x - y|^2 + c^2) - c, c = 0.00054 sqrt(d). Robust to
+    single targets that are far off."""
     c = 0.00054
     return (squared(x, y) + c**2).sqrt() - c
 
@@ -69,15 +72,11 @@ def guided_loss(
     t: Shaped[Tensor, "B"] | None = None,
     eps: Float[Tensor, "B *dims"] | None = None,
 ) -> Float[Tensor, "B"]:
-    """[4] section 3.1 for one scale of guidance: matching_loss with a guided teacher, where noise takes data."""
+    """[4] section 3.1 for one guidance scale: matching_loss on noisy data, with a guided
+    teacher."""
     t = schedule.sample_t(len(x0)) if t is None else t
-    return matching_loss(
-        student,
-        teacher,
-        schedule,
-        schedule.mix(x0, torch.randn_like(x0) if eps is None else eps, t),
-        t,
-    )
+    eps = torch.randn_like(x0) if eps is None else eps
+    return matching_loss(student, teacher, schedule, schedule.mix(x0, eps, t), t)
 
 
 def matching_loss(
@@ -87,11 +86,10 @@ def matching_loss(
     x: Float[Tensor, "B *dims"],
     t: Shaped[Tensor, "B"],
 ) -> Float[Tensor, "B"]:
-    """w(SNR_t) |x0_student(x_t) - x0_teacher(x_t)|^2 with w = max(SNR, 1), at any x_t: those of the student's own walks, say, where what
-    it gets wrong leads it."""
+    """max(SNR_t, 1) |x0_student(x_t) - x0_teacher(x_t)|^2 at any x_t, such as the student's own."""
     with torch.no_grad():
-        taught = teacher(x, t).x0
-    return schedule.snr(t).clamp(min=1).to(x) * squared(student(x, t).x0, taught)
+        x0 = teacher(x, t).x0
+    return schedule.snr(t).clamp(min=1).to(x) * squared(student(x, t).x0, x0)
 
 
 def progressive_target(
@@ -100,18 +98,19 @@ def progressive_target(
     x: Float[Tensor, "B *dims"],
     times: Shaped[Tensor, "n1 B"],
 ) -> Float[Tensor, "B *dims"]:
-    """[1] algorithm 2: the x0 with which one DDIM step from times[0] to times[-1] ends where the teacher's n steps through times end,
-    x0 = (x_s - (sigma_s / sigma_t) x_t) / (alpha_s - (sigma_s / sigma_t) alpha_t)."""
+    """[1] algorithm 2: the x0 with which one DDIM step ends where the teacher's n steps end.
+
+    x0 = (x_s - (sigma_s / sigma_t) x_t) / (alpha_s - (sigma_s / sigma_t) alpha_t), from t =
+    times[0] to s = times[-1].
+    """
     x_s = x
     with torch.no_grad():
         for t, s in pairwise(times):
             x_s = schedule.mix(*teacher(x_s, t), s)
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = (
-        schedule.alpha_sigma(times[0]),
-        schedule.alpha_sigma(times[-1]),
-    )
-    kept = sigma_s / sigma_t
-    return (x_s - per_example(kept, x) * x) / per_example(alpha_s - kept * alpha_t, x)
+    alpha_t, sigma_t = schedule.alpha_sigma(times[0])
+    alpha_s, sigma_s = schedule.alpha_sigma(times[-1])
+    ratio = sigma_s / sigma_t
+    return (x_s - per_example(ratio, x) * x) / per_example(alpha_s - ratio * alpha_t, x)
 
 
 def progressive_loss(
@@ -124,22 +123,20 @@ def progressive_loss(
     n: Int[Tensor, "B"] | None = None,
     eps: Float[Tensor, "B *dims"] | None = None,
 ) -> Float[Tensor, "B"]:
-    """[1] algorithm 2: the student's step from times[n] to times[n + stride] ends where the teacher's `stride` steps end. Weighted by max(SNR, 1),
-    the "truncated SNR" of its section 4: at pure noise, where eps says nothing, x0 still counts.
+    """[1] algorithm 2: the student's step from times[n] to times[n + stride] ends where the
+    teacher's `stride` steps end. The weight is max(SNR, 1), the "truncated SNR" of its section 4.
 
-    times: the teacher's, N steps; afterwards the student's are times[::stride], and it is the next teacher. n: where each example starts, 0,
-    stride, 2 stride, ...; drawn, and eps too, unless given."""
+    times: the teacher's, N steps; the trained student's are times[::stride], and it is the next
+    teacher. n: where each example starts, 0, stride, 2 stride, ... n and eps are drawn by default.
+    """
     steps = len(times) - 1
     if stride < 1 or steps < stride or steps % stride:
-        raise UserError(
-            f"{steps} steps of the teacher are not a whole number of strides of {stride}."
-        )
+        raise UserError(f"the teacher's {steps} steps are not a whole number of {stride} strides.")
     n = stride * torch.randint(0, steps // stride, (len(x0),)) if n is None else n
     x = schedule.mix(x0, torch.randn_like(x0) if eps is None else eps, times[n])
-    taught = progressive_target(
-        teacher, schedule, x, torch.stack([times[n + k] for k in range(stride + 1)])
-    )
-    return schedule.snr(times[n]).clamp(min=1).to(x0) * squared(student(x, times[n]).x0, taught)
+    stops = torch.stack([times[n + k] for k in range(stride + 1)])
+    target = progressive_target(teacher, schedule, x, stops)
+    return schedule.snr(times[n]).clamp(min=1).to(x0) * squared(student(x, times[n]).x0, target)
 
 
 def endpoint_loss(
@@ -150,9 +147,11 @@ def endpoint_loss(
     end: Float[Tensor, "B *dims"],
     distance: Distance = squared,
 ) -> Float[Tensor, "B"]:
-    """[7], and not only from pure noise: the student's guess from a point x of a teacher's walk, passed at time t, is to be the end of that walk.
-    Walks are made once, by samplers.sample with any deterministic sampler, and met many times. From t = T alone it teaches one step; from all t
-    it makes a consistency function ([2] section 3) by plain regression."""
+    """[7], from any point of a chain: the student's x0 at (x, t) is to be the end of the chain.
+
+    Chains are sampled once, by any deterministic sampler, and used many times. With t = T alone the
+    student learns one step; with all t, a consistency function ([2] section 3) by regression.
+    """
     return distance(consistent(student, schedule, x, t), end)
 
 
@@ -164,26 +163,29 @@ def consistency_loss(
     times: Shaped[Tensor, "N1"],
     teacher: Denoise | None = None,
     distance: Distance = squared,
-    n: Int[Tensor, "B"] | None = None,
-    eps: Float[Tensor, "B *dims"] | None = None,
+    n_eps: tuple[Int[Tensor, "B"], Float[Tensor, "B *dims"]] | None = None,
 ) -> Float[Tensor, "B"]:
-    """d(f_student(x_t, t), f_target(x_s, s)) for neighbours t = times[n] > s = times[n + 1], f of steps.consistent, which is x itself at clean data.
+    """d(f_student(x_t, t), f_target(x_s, s)) for neighbours t = times[n] > s = times[n + 1], where
+    f is steps.consistent.
 
-    With a teacher it is consistency distillation, [2] eq. 7: x_s is the teacher's DDIM step from x_t. With a guided one, on latents, it is
-    LCM's, [5] section 4, whose k = 20 levels of 1000 at a stride are schedule.timesteps(50); with LoRAs the only trainable weights of the student,
-    LCM-LoRA ([6]). Without, it is consistency training, [2] eq. 10: x_s is the same data with the same noise, an unbiased guess of where the
-    exact teacher's step would go.
+    With a teacher it is consistency distillation, [2] eq. 7: x_s is the teacher's DDIM step from
+    x_t. With a guided teacher on latents it is LCM's, [5] section 4, whose k = 20 of 1000 levels
+    are schedule.timesteps(50); if only LoRAs of the student are trained, LCM-LoRA ([6]). Without a
+    teacher it is consistency training, [2] eq. 10: x_s is the same data with the same noise.
 
-    target: an average of the student (train.EMA's, [2] algorithm 2), or the student itself ([3] section 3.2); no gradient goes through it.
-    distance: pseudo_huber in [3]. n: the interval of each example; drawn evenly, and eps too, unless given."""
-    n = torch.randint(0, len(times) - 1, (len(x0),)) if n is None else n
+    target: an average of the student ([2] algorithm 2), or the student itself ([3] section 3.2); it
+    gets no gradient. distance: pseudo_huber in [3]. n_eps: the interval and the noise of each
+    example; drawn by default.
+    """
+    if n_eps is None:
+        n_eps = torch.randint(0, len(times) - 1, (len(x0),)), torch.randn_like(x0)
+    n, eps = n_eps
     t, s = times[n], times[n + 1]
-    eps = torch.randn_like(x0) if eps is None else eps
     x = schedule.mix(x0, eps, t)
     with torch.no_grad():
         x_s = schedule.mix(*((x0, eps) if teacher is None else teacher(x, t)), s)
-        goal = consistent(target, schedule, x_s, s)
-    return distance(consistent(student, schedule, x, t), goal)
+        end = consistent(target, schedule, x_s, s)
+    return distance(consistent(student, schedule, x, t), end)
 
 
 def renoised_loss(
@@ -196,24 +198,29 @@ def renoised_loss(
     distance: Distance = squared,
     eps: Float[Tensor, "B *dims"] | None = None,
 ) -> Float[Tensor, "B"]:
-    """[8] eq. 4, without its adversary: the student's guess from x at t is given new noise, up to s, and is to be what the teacher makes of that.
-    It needs neither data nor walks, only noise x. Regression leaves a mean where it is in doubt; this leans to the likelier side until there is
-    none, and costs variety. What noise of s does not hide, a whole picture's colour say, it cannot correct: mix it with another loss."""
-    guess = consistent(student, schedule, x, t)
+    """[8] eq. 4 without its adversary: the student's x0 from (x, t) gets new noise of time s, and
+    is to be what the teacher makes of that.
+
+    It needs neither data nor chains, only noise x. It sharpens what regression leaves as a mean,
+    and costs variety. It cannot correct what noise of time s does not hide, such as the colour of a
+    whole image: mix it with another loss.
+    """
+    x0 = consistent(student, schedule, x, t)
     with torch.no_grad():
-        x_s = schedule.mix(guess, torch.randn_like(x) if eps is None else eps, s)
-        better = consistent(teacher, schedule, x_s, s)
-    return distance(guess, better)
+        x_s = schedule.mix(x0, torch.randn_like(x) if eps is None else eps, s)
+        target = consistent(teacher, schedule, x_s, s)
+    return distance(x0, target)
 
 
 def intervals(step: int, steps: int, first: int = 10, last: int = 1280) -> int:
-    """[3] section 3.4: how many intervals the times have at this step of training, counted from 0: `first`, and twice as many after every
-    K' = floor(steps / (log2(last / first) + 1)) steps, at most `last`."""
+    """[3] section 3.4: how many intervals there are at this training step, counted from 0.
+
+    It starts at `first` and doubles every K' = floor(steps / (log2(last / first) + 1)) steps, up to
+    `last`.
+    """
     stages = int(math.log2(last / first)) + 1
     if steps < stages:
-        raise UserError(
-            f"steps is {steps}; from {first} intervals to {last} takes at least {stages}."
-        )
+        raise UserError(f"steps is {steps}; {first} to {last} intervals take at least {stages}.")
     doublings = step // (steps // stages)
     return min(first * 2**doublings, last)
 
@@ -221,6 +228,7 @@ def intervals(step: int, steps: int, first: int = 10, last: int = 1280) -> int:
 def lognormal(
     sigma: Float[Tensor, "N1"], mean: float = -1.1, std: float = 2.0
 ) -> Float[Tensor, "N"]:
-    """[3] section 3.5: how often each interval of these decreasing noise levels is met if ln sigma is normal, for torch.multinomial to draw n by."""
+    """[3] section 3.5: the probability of each interval of decreasing noise levels, for ln sigma
+    normal; torch.multinomial draws n by it."""
     below = torch.special.ndtr((sigma.log() - mean) / std)
     return below[:-1] - below[1:]

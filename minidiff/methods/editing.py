@@ -1,13 +1,14 @@
-"""Images from an image: starting late (image to image), and keeping what is outside a mask (inpainting).
+"""Images from an image: starting late (image to image), and keeping what is outside a mask
+(inpainting).
 
 Nothing is trained here. z0 are the latents of the given image; a mask is 1 where the image is to be
 drawn anew and 0 where it stays.
 
-[1] Meng et al. SDEdit: Guided Image Synthesis and Editing with Stochastic Differential Equations. 2021.
-    arXiv:2108.01073
+[1] Meng et al. SDEdit: Guided Image Synthesis and Editing with Stochastic Differential Equations.
+    2021. arXiv:2108.01073
 [2] Lugmayr et al. RePaint: Inpainting using Denoising Diffusion Probabilistic Models. 2022.
     arXiv:2201.09865
-[3] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. 2022. arXiv:2112.10752
+[3] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. arXiv:2112.10752
 """
 
 from collections.abc import Iterator
@@ -36,7 +37,8 @@ Mask = Float[Tensor, "1 1 h w"]
 class Edit:
     """What to start from, and what of it to keep.
 
-    image: in [-1, 1]. strength: the share of the steps that is walked; at 1 little of the image stays.
+    image: in [-1, 1]. strength: the share of the steps that is walked; at 1 little of the image
+    stays.
     mask: 1 where the image is drawn anew, 0 where it stays. Default: it is drawn anew everywhere.
     """
 
@@ -63,8 +65,8 @@ class Edit:
 def edited(
     model: LatentDiffusion, prompts: list[str], edit: Edit, config: SampleConfig, noise: Noise
 ) -> Iterator[Frame]:
-    """As LatentDiffusion.sample, but from an image. What is outside a mask stays in the latents; pixels
-    that must stay are pasted back with edit.paste.
+    """As LatentDiffusion.sample, but from an image. What is outside a mask stays in the latents;
+    pixels that must stay are pasted back with edit.paste.
     """
     config = replace(config, size=Size(*edit.image.shape[2:]))
     blank = model.blank(len(prompts), config)
@@ -88,14 +90,16 @@ def edited(
 
 
 def late(times: Shaped[Tensor, "steps1"], strength: float) -> Shaped[Tensor, "late1"]:
-    """The last strength x steps of the steps, [1] section 3: the image has decided what the earlier would."""
+    """The last strength x steps of the steps, [1] section 3: the image has decided what the earlier
+    would."""
     steps = len(times) - 1
     return times[steps - max(1, int(steps * strength)) :]
 
 
 @dataclass(frozen=True)
 class Keeping(Step):
-    """A step after which all outside the mask is z0 with the noise of time s ([2] eq. 8, one eps)."""
+    """A step after which all outside the mask is z0 with the noise of time s ([2] eq. 8, one
+    eps)."""
 
     step: Step
     z0: Latents
@@ -118,7 +122,8 @@ class Keeping(Step):
 
 
 class Inpainting(nn.Module):
-    """A network trained for inpainting ([3] section 4.5): its input is x, the mask, and masked latents."""
+    """A network trained for inpainting ([3] section 4.5): its input is x, the mask, and masked
+    latents."""
 
     def __init__(self, network: nn.Module, mask: Mask, masked: Float[Tensor, "1 Z h w"]):
         super().__init__()

@@ -1,14 +1,17 @@
-"""Worlds whose right answers are known: Gaussians, their mixtures and small data sets, with exact denoiser, score, loss and likelihood.
+"""Data with exact denoiser, score, loss and likelihood: Gaussians, their mixtures, small data sets.
 
-All three are one class, because noise keeps a mixture of Gaussians one: x_t = alpha_t x0 + sigma_t eps is spread about alpha_t mean with
-variance alpha_t^2 std^2 + sigma_t^2. One component is a Gaussian; components of no width are a data set, whose ideal denoiser is a softmax
-over its items. Whatever a sampler or a network gets wrong against these, it got wrong by itself.
+All three are one class, because a mixture of Gaussians with noise is a mixture of Gaussians:
+x_t = alpha_t x0 + sigma_t eps has the means alpha_t mean_k and variances alpha_t^2 std_k^2 +
+sigma_t^2. One component is a Gaussian; components of no width are a data set, whose ideal denoiser
+is a softmax over its items.
 
-[1] Karras, Aittala, Aila, Laine. Elucidating the Design Space of Diffusion-Based Generative Models. 2022. arXiv:2206.00364
+[1] Karras, Aittala, Aila, Laine. Elucidating the Design Space of Diffusion-Based Generative Models.
+    2022. arXiv:2206.00364
 [2] Efron. Tweedie's Formula and Selection Bias. 2011. JASA 106
 """
 
 import math
+from functools import partial
 
 import torch
 from jaxtyping import Float, Shaped
@@ -19,9 +22,9 @@ from minidiff.schedules import NoiseSchedule
 
 
 class Mixture:
-    """Gaussians with axis-parallel widths, sum_k weight_k N(mean_k, diag(std_k^2)). Computes in float64 on the CPU; answers have the dtype asked in.
+    """sum_k weight_k N(mean_k, diag(std_k^2)), over points of any shape.
 
-    A point may have any shape, as a picture has: `means` says which.
+    Computes in float64 on the CPU; answers have the dtype of the question.
     """
 
     def __init__(
@@ -30,7 +33,8 @@ class Mixture:
         std: float | Float[Tensor, "..."] = 0.0,
         weights: Float[Tensor, "K"] | None = None,
     ):
-        """std: one for all, or a tensor that broadcasts with means; 0 makes the means a data set. weights: their ratios; left out, equal."""
+        """std: one for all, or broadcast with means; 0 makes the means a data set. weights:
+        ratios."""
         self.shape = means.shape[1:]
         self.means = means.double().flatten(1)
         self.std = torch.as_tensor(std, dtype=torch.float64).expand(means.shape).flatten(1)
@@ -48,7 +52,8 @@ class Mixture:
     def _parts(
         self, x: Float[Tensor, "B *dims"], alpha: Float[Tensor, "B"], sigma: Float[Tensor, "B"]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each component k at noisy points x: log(weight_k p_k(x)) as (B, K); mean and variance of x0 if it came from k, as (B, K, D)."""
+        """log(weight_k p_k(x)) of each component (B, K), and mean and variance of x0 given k (B, K,
+        D)."""
         alpha, sigma = alpha.view(-1, 1, 1), sigma.view(-1, 1, 1)
         spread = (alpha * self.std) ** 2 + sigma**2  # variance of x about alpha mean
         away = x.double().flatten(1)[:, None] - alpha * self.means
@@ -62,16 +67,18 @@ class Mixture:
         )
 
     def denoiser(self, schedule: NoiseSchedule) -> Denoise:
-        """The best there is, x0 = E[x0 | x_t]: every component's own posterior mean, weighted by how likely x_t came from it ([1] appendix B.3)."""
+        """The exact one: (x, t) -> x0 = E[x0 | x_t], and eps to match ([1] appendix B.3)."""
+        return partial(self._denoise, schedule)
 
-        def denoise(x: Float[Tensor, "B *dims"], t: Shaped[Tensor, "B"]) -> Prediction:
-            alpha, sigma = schedule.alpha_sigma(t)
-            log_share, mean, _ = self._parts(x, alpha, sigma)
-            x0 = (log_share.softmax(1)[..., None] * mean).sum(1).unflatten(1, self.shape)
-            alpha, sigma = (scale.view(-1, *[1] * len(self.shape)) for scale in (alpha, sigma))
-            return Prediction(x0.to(x), ((x - alpha * x0) / sigma).to(x))
-
-        return denoise
+    def _denoise(
+        self, schedule: NoiseSchedule, x: Float[Tensor, "B *dims"], t: Shaped[Tensor, "B"]
+    ) -> Prediction:
+        """Each component's posterior mean, weighted by the probability that x_t came from it."""
+        alpha, sigma = schedule.alpha_sigma(t)
+        log_share, mean, _ = self._parts(x, alpha, sigma)
+        x0 = (log_share.softmax(1)[..., None] * mean).sum(1).unflatten(1, self.shape)
+        alpha, sigma = (scale.view(-1, *[1] * len(self.shape)) for scale in (alpha, sigma))
+        return Prediction(x0.to(x), ((x - alpha * x0) / sigma).to(x))
 
     def score(
         self, schedule: NoiseSchedule, x: Float[Tensor, "B *dims"], t: Shaped[Tensor, "B"]
@@ -86,7 +93,7 @@ class Mixture:
         schedule: NoiseSchedule | None = None,
         t: Shaped[Tensor, "B"] | None = None,
     ) -> Float[Tensor, "B"]:
-        """log p(x) in nats, of clean data, or of data noised to time t of a schedule. Clean, a component of no width has no density."""
+        """log p(x) in nats, of clean data, or of data at time t of a schedule."""
         ones = torch.ones(len(x), dtype=torch.float64)
         alpha, sigma = (ones, 0 * ones) if schedule is None else schedule.alpha_sigma(t)
         return self._parts(x, alpha, sigma)[0].logsumexp(1).to(x.dtype)
@@ -94,7 +101,8 @@ class Mixture:
     def posterior_variance(
         self, schedule: NoiseSchedule, x: Float[Tensor, "B *dims"], t: Shaped[Tensor, "B"]
     ) -> Float[Tensor, "B"]:
-        """E[|x0 - E[x0 | x_t]|^2 | x_t], mean over dims: the squared error at x_t that no denoiser can avoid."""
+        """E[|x0 - E[x0 | x_t]|^2 | x_t], mean over dims: the least squared error possible at
+        x_t."""
         log_share, mean, variance = self._parts(x, *schedule.alpha_sigma(t))
         share = log_share.softmax(1)[..., None]
         about = mean - (share * mean).sum(1, keepdim=True)
@@ -107,8 +115,11 @@ class Mixture:
         n: int = 4096,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, ""]:
-        """E|x0 - E[x0 | x_t]|^2, mean over dims: the least loss there is at t, for the weighting "x0". The mean of the exact posterior variance over
-        n draws of x_t; of a single Gaussian it is the same everywhere, so exact: std^2 sigma^2 / (alpha^2 std^2 + sigma^2)."""
+        """E|x0 - E[x0 | x_t]|^2, mean over dims: the least loss at t, for the weighting "x0".
+
+        It is the mean of the exact posterior variance over n draws of x_t; exact for one Gaussian,
+        std^2 sigma^2 / (alpha^2 std^2 + sigma^2).
+        """
         alpha, sigma = schedule.alpha_sigma(t)
         x0 = self.draw(n, generator)
         x = alpha * x0 + sigma * torch.randn(x0.shape, generator=generator, dtype=torch.float64)

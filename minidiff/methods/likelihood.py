@@ -1,15 +1,19 @@
-"""The likelihood that a denoiser gives to data, exactly: the probability-flow ODE from data to noise, and how it squeezes space, in this file.
+"""The likelihood that a denoiser gives to data, by the probability-flow ODE from data to noise.
 
-Sampling without noise follows an ODE, and an ODE can be walked both ways: from a picture up to its noise, whose density is known. In y = x / alpha
-and s = sigma / alpha every schedule's ODE is dy/ds = eps ([2] eq. 1), and along it d log p / ds = -div eps: the trace of its Jacobian. Here it is
-walked in u = log s, with the classical Runge-Kutta method.
+Sampling without noise follows an ODE, which can also be solved from an image up to its noise, whose
+density is known. In y = x / alpha and s = sigma / alpha every schedule's ODE is dy/ds = eps ([2]
+eq. 1), and along it d log p / ds = -div eps, the trace of the Jacobian. It is solved here in
+u = log s, by the classical Runge-Kutta method.
 
-[1] Song et al. Score-Based Generative Modeling through Stochastic Differential Equations. 2021. arXiv:2011.13456
-[2] Karras, Aittala, Aila, Laine. Elucidating the Design Space of Diffusion-Based Generative Models. 2022. arXiv:2206.00364
+[1] Song et al. Score-Based Generative Modeling through Stochastic Differential Equations. 2021.
+    arXiv:2011.13456
+[2] Karras, Aittala, Aila, Laine. Elucidating the Design Space of Diffusion-Based Generative Models.
+    2022. arXiv:2206.00364
 [3] Hutchinson. A Stochastic Estimator of the Trace of the Influence Matrix. 1989
 """
 
 import math
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -19,6 +23,7 @@ from minidiff.denoiser import Denoise
 from minidiff.schedules import SIGMA_MAX, NoiseSchedule
 
 State = Float[Tensor, "B *dims"]
+Signs = Float[Tensor, "probes B *dims"]
 
 
 def log_likelihood(
@@ -30,30 +35,20 @@ def log_likelihood(
     generator: torch.Generator | None = None,
     between: tuple[float, float] = (0.002, SIGMA_MAX),
 ) -> Float[Tensor, "B"]:
-    """log p(x0) in nats, [1] eq. 39. Four evaluations of the denoiser a step, and one pass backwards for each probe.
+    """log p(x0) in nats, [1] eq. 39: four evaluations a step, and a backward pass for each probe.
 
-    probes: random signs that the trace is estimated with, unbiased ([3], [1] eq. 40), kept for the whole way; None takes every axis in turn: exact,
-    and for few dimensions. between: the levels sigma / alpha that are walked; what is measured is the density of data blurred by the lower one,
-    and at the upper one, or at the schedule's own end, data are taken to have mean 0 and variance 1. A mean m, in place of 0, costs about m over
-    that level in nats. Compute in float64 if digits matter.
+    probes: how many random sign vectors estimate the trace, without bias ([3], [1] eq. 40).
+    Default: every axis in turn, which is exact and feasible for few dimensions. between: the levels
+    sigma / alpha at the two ends. The result is the density of data blurred by the lower one; at
+    the upper one data count as noise of mean 0 and variance 1. Compute in float64 if digits matter.
     """
     alpha, sigma = schedule.alpha_sigma(schedule.timesteps(1)[:1])
     low, high = math.log(between[0]), math.log(min(between[1], (sigma / alpha).item()))
     shape = (probes, *x0.shape)
-    signs = (
-        None if probes is None else (torch.randint(2, shape, generator=generator) * 2 - 1).to(x0)
-    )
-
-    def slope(u: float, y: State) -> tuple[State, Float[Tensor, "B"]]:
-        """dy/du and d log p / du."""
-        t = schedule.at_log_snr(torch.tensor([-2 * u], dtype=torch.float64)).expand(len(y))
-        alpha, s = schedule.alpha_sigma(t)[0][0].item(), math.exp(u)
-        with torch.enable_grad():
-            y = y.detach().requires_grad_()
-            eps = denoise(alpha * y, t).eps
-            trace = _trace(eps, y, signs)
-        return s * eps.detach(), -s * trace
-
+    signs = None
+    if probes is not None:
+        signs = (torch.randint(2, shape, generator=generator) * 2 - 1).to(x0)
+    slope = partial(_slope, denoise, schedule, signs)
     y, gained, h = x0, x0.new_zeros(len(x0)), (high - low) / steps
     for k in range(steps):
         u = low + k * h
@@ -68,22 +63,33 @@ def log_likelihood(
     return log_prior - gained
 
 
-def _trace(
-    eps: State, y: State, signs: Float[Tensor, "probes B *dims"] | None
-) -> Float[Tensor, "B"]:
-    """Of d eps / d y, for each example: the mean of v . J v over the probes v, or the sum over all axes."""
-    along = signs
-    if along is None:
+def _slope(
+    denoise: Denoise, schedule: NoiseSchedule, signs: Signs | None, u: float, y: State
+) -> tuple[State, Float[Tensor, "B"]]:
+    """dy/du and d log p / du."""
+    t = schedule.at_log_snr(torch.tensor([-2 * u], dtype=torch.float64)).expand(len(y))
+    alpha, s = schedule.alpha_sigma(t)[0][0].item(), math.exp(u)
+    with torch.enable_grad():
+        y = y.detach().requires_grad_()
+        eps = denoise(alpha * y, t).eps
+        trace = _trace(eps, y, signs)
+    return s * eps.detach(), -s * trace
+
+
+def _trace(eps: State, y: State, signs: Signs | None) -> Float[Tensor, "B"]:
+    """Of d eps / d y: the mean of v . J v over the probes v, or the sum over all axes."""
+    vectors = signs
+    if vectors is None:
         dims = y[0].numel()
-        along = torch.eye(dims).to(y).view(dims, 1, *y.shape[1:]).expand(dims, *y.shape)
-    pulled = [torch.autograd.grad(eps, y, v, retain_graph=True)[0] for v in along]
-    each = torch.stack(
-        [(v * back).flatten(1).sum(1) for v, back in zip(along, pulled, strict=True)]
-    )
+        vectors = torch.eye(dims).to(y).view(dims, 1, *y.shape[1:]).expand(dims, *y.shape)
+    products = [(v * torch.autograd.grad(eps, y, v, retain_graph=True)[0]) for v in vectors]
+    each = torch.stack([product.flatten(1).sum(1) for product in products])
     return each.sum(0) if signs is None else each.mean(0)
 
 
 def bits_per_dim(log_p: Float[Tensor, "B"], dims: int, cell: float = 1.0) -> Float[Tensor, "B"]:
-    """-log2 of the density per dimension, for data counted in cells of this width: 2 / 255 for bytes brought to [-1, 1], where it is the
-    customary figure if the bytes were blurred evenly over their cells before."""
+    """-log2 of the density per dimension, for data counted in cells of this width.
+
+    For bytes in [-1, 1], dequantized uniformly, published code uses 2 / 256.
+    """
     return -(log_p / dims + math.log(cell)) / math.log(2)

@@ -1,9 +1,11 @@
-"""LoRA, low-rank adaptation: few trained numbers beside many frozen ones. The whole method is in this file; how other tools name it is in
-weights/lora.py.
+"""LoRA, low-rank adaptation: few trained numbers beside many frozen ones. The whole method is in
+this file; how other tools name it is in weights/lora.py.
 
-    y = W x + b + (alpha / r) B A x        W (out, in) is frozen; A (r, in) and B (out, r) are trained; B starts at zero
+    y = W x + b + (alpha / r) B A x        W (out, in) is frozen; A (r, in) and B (out, r) are
+trained; B starts at zero
 
-W moves only by a matrix of rank r ([1] section 4.1). For a convolution A has the layer's kernel and stride, and B is 1x1.
+W moves only by a matrix of rank r ([1] section 4.1). For a convolution A has the layer's kernel and
+stride, and B is 1x1.
 
     lora.add(model.unet, rank=4)                      # now only A and B are trainable
     lora.save(model, "style.safetensors")             # 3 MB for Stable Diffusion 1.5
@@ -11,8 +13,8 @@ W moves only by a matrix of rank r ([1] section 4.1). For a convolution A has th
     lora.merge(model), lora.unmerge(model)            # into the weights, and back to the bit
     lora.remove(model)
 
-A LoRA is a child of its layer, named "lora", and adds to the layer's output by a forward hook. So the networks' code knows nothing of it,
-and no tensor of theirs changes its name.
+A LoRA is a child of its layer, named "lora", and adds to the layer's output by a forward hook. So
+the networks' code knows nothing of it, and no tensor of theirs changes its name.
 
 [1] Hu et al. LoRA: Low-Rank Adaptation of Large Language Models. 2021. arXiv:2106.09685
 """
@@ -34,7 +36,8 @@ ATTENTION = ("q", "k", "v", "out")  # what [1] section 4.2 adapts, and most publ
 
 
 class LoRA(nn.Module):
-    """(alpha / r) B A x for one layer, times `scale`, a knob to turn while sampling. Trained in float32, computed in x's precision."""
+    """(alpha / r) B A x for one layer, times `scale`, a knob to turn while sampling. Trained in
+    float32, computed in x's precision."""
 
     def __init__(self, layer: Layer, rank: int, alpha: float):
         super().__init__()
@@ -80,7 +83,8 @@ def _added(layer: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
 
 
 def hang(module: nn.Module, pairs: Iterable[tuple[Layer, LoRA]]) -> None:
-    """Give each of these layers of the module its LoRA, and freeze the module but for all LoRAs in it."""
+    """Give each of these layers of the module its LoRA, and freeze the module but for all LoRAs in
+    it."""
     for layer, lora in pairs:
         layer.lora, lora.hook = lora, layer.register_forward_hook(_added)
     module.requires_grad_(False)
@@ -91,8 +95,9 @@ def hang(module: nn.Module, pairs: Iterable[tuple[Layer, LoRA]]) -> None:
 def add(
     module: nn.Module, rank: int, alpha: float | None = None, targets: Iterable[str] = ATTENTION
 ) -> list[str]:
-    """Give a LoRA to every linear layer and convolution whose name is one of the targets or ends in one ("q", "cross_attention.k",
-    "conv1"); all of the module but its LoRAs is frozen. alpha is the rank if left out. Returns the names of the layers."""
+    """Give a LoRA to every linear layer and convolution whose name is one of the targets or ends in
+    one ("q", "cross_attention.k", "conv1"); all of the module but its LoRAs is frozen. alpha is the
+    rank if left out. Returns the names of the layers."""
     if rank < 1:
         raise UserError(f"a LoRA of rank {rank}; the rank must be at least 1.")
     layers = chosen(module, tuple(targets))
@@ -142,7 +147,8 @@ def adapted(module: nn.Module) -> dict[str, Layer]:
 
 
 def state(module: nn.Module) -> dict[str, Tensor]:
-    """A and B of every LoRA under their names in the module's state_dict; load_state_dict(..., strict=False) takes them back."""
+    """A and B of every LoRA under their names in the module's state_dict; load_state_dict(...,
+    strict=False) takes them back."""
     return {
         f"{name}.lora.{half}": getattr(layer.lora, half).detach()
         for name, layer in adapted(module).items()
@@ -159,7 +165,8 @@ def scale(module: nn.Module, by: float) -> None:
 
 
 def merge(module: nn.Module) -> None:
-    """Add every LoRA to the weight of its layer: sampling costs nothing more. Until unmerge or remove the old weight is kept beside it."""
+    """Add every LoRA to the weight of its layer: sampling costs nothing more. Until unmerge or
+    remove the old weight is kept beside it."""
     for layer in adapted(module).values():
         if layer.lora.kept is None:
             layer.lora.kept = layer.weight.data
@@ -174,7 +181,8 @@ def unmerge(module: nn.Module) -> None:
 
 
 def remove(module: nn.Module) -> None:
-    """Take every LoRA away and make all parameters trainable again. Weights stay as they are: what was merged stays merged."""
+    """Take every LoRA away and make all parameters trainable again. Weights stay as they are: what
+    was merged stays merged."""
     for layer in adapted(module).values():
         layer.lora.hook.remove()
         del layer.lora
@@ -182,7 +190,8 @@ def remove(module: nn.Module) -> None:
 
 
 def merged_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state_dict that the module would have with every LoRA merged and removed; the module stays as it is."""
+    """The state_dict that the module would have with every LoRA merged and removed; the module
+    stays as it is."""
     whole = module.state_dict()
     for name, layer in adapted(module).items():
         for half in ("A", "B"):
@@ -200,15 +209,17 @@ class Loaded(NamedTuple):
 
 
 def save(model: nn.Module, file: str | Path, layout: str = "diffusers") -> Path:
-    """Write the LoRAs of a LatentDiffusion, as trained (without `scale`), with the names of "diffusers" or of "kohya"."""
+    """Write the LoRAs of a LatentDiffusion, as trained (without `scale`), with the names of
+    "diffusers" or of "kohya"."""
     from minidiff.checkpoints import lora
 
     return lora.save(model, file, layout)
 
 
 def load(model: nn.Module, file: str | Path, scale: float = 1.0) -> Loaded:
-    """Give a LatentDiffusion the LoRAs of a file, of diffusers', PEFT's or kohya's names; all else in it is frozen. Every tensor of the
-    file must find its place, or nothing is done; a file that changes nothing is warned of."""
+    """Give a LatentDiffusion the LoRAs of a file, of diffusers', PEFT's or kohya's names; all else
+    in it is frozen. Every tensor of the file must find its place, or nothing is done; a file that
+    changes nothing is warned of."""
     from minidiff.checkpoints import lora
 
     return lora.load(model, file, scale)

@@ -1,7 +1,9 @@
 """Write a file or a folder whole or not at all, and never over what somebody else put there.
 
-New content is made in a private folder beside its target, `.NAME.minidiff-XXXXXXXX`, reaches the disk (fsync), and is renamed into place. A private
-folder holds a lock file with our mark. The lock ends with its process, so that a later write tells the rest of a killed one from one that is at work.
+New content is made in a private folder beside its target, `.NAME.minidiff-XXXXXXXX`, reaches the
+disk (fsync), and is renamed into place. A private folder holds a lock file with our mark. The lock
+ends with its process, so that a later write tells the rest of a killed one from one that is at
+work.
 """
 
 import glob
@@ -30,7 +32,8 @@ Stranger = Callable[
 
 
 def check(path: str | Path, stranger: Stranger) -> None:
-    """Raise a UserError where writing to path would lose what is not ours. An empty folder is free."""
+    """Raise a UserError where writing to path would lose what is not ours. An empty folder is
+    free."""
     path = _real(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
@@ -49,7 +52,8 @@ def check_new(path: str | Path) -> None:
 
 
 def unsigned(path: Path) -> Path | None:
-    """A Stranger: a file is ours if our signature stands in its first or last 64 KB; a folder never is."""
+    """A Stranger: a file is ours if our signature stands in its first or last 64 KB; a folder never
+    is."""
     if not path.is_file():
         return path
     with path.open("rb") as file:
@@ -60,12 +64,14 @@ def unsigned(path: Path) -> Path | None:
 
 @contextmanager
 def write(path: str | Path, stranger: Stranger | None = None) -> Iterator[Path]:
-    """Give the path of a new file or folder, which the caller makes; then it takes the place of `path`, if nothing failed.
+    """Give the path of a new file or folder, which the caller makes; then it takes the place of
+    `path`, if nothing failed.
 
         with atomic.write("results.json") as new:
             new.write_text(...)
 
-    stranger: what of an existing `path` is not ours, see check(); without it whatever is there is replaced.
+    stranger: what of an existing `path` is not ours, see check(); without it whatever is there is
+    replaced.
     """
     path = _real(path)
     if stranger is not None:
@@ -95,7 +101,8 @@ def write(path: str | Path, stranger: Stranger | None = None) -> Iterator[Path]:
 
 
 def recover(path: str | Path) -> None:
-    """Clean up after writes to path that were killed; one killed between its two renames gets the old folder back."""
+    """Clean up after writes to path that were killed; one killed between its two renames gets the
+    old folder back."""
     path = _real(path)
     for private in path.parent.glob(f".{glob.escape(path.name)}.minidiff-????????"):
         try:

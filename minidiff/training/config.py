@@ -22,7 +22,8 @@ MACHINE = (
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The numbers of a run. A run is resumed with the same ones, except for those of the machine."""
+    """The numbers of a run. A run is resumed with the same ones, except for those of the
+    machine."""
 
     steps: int  # optimizer steps
     lr: float  # the peak learning rate
@@ -74,7 +75,8 @@ class TrainConfig:
             )
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then constant, or half a cosine down to zero ([1] eq. 5). step is counted from 0."""
+        """Linear warm-up, then constant, or half a cosine down to zero ([1] eq. 5). step is counted
+        from 0."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         if self.lr_schedule == "constant":

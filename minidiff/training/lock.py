@@ -26,8 +26,8 @@ BEYOND = (
 
 @contextmanager
 def locked(folder: Path | None) -> Iterator[None]:
-    """Nobody else may lock this folder meanwhile. The folder is made, and removed again if it is left empty. None locks nothing.
-    A UserError says which process holds the lock."""
+    """Nobody else may lock this folder meanwhile. The folder is made, and removed again if it is
+    left empty. None locks nothing. A UserError says which process holds the lock."""
     if folder is None:
         yield
         return

@@ -1,4 +1,5 @@
-"""Where NaN began. Numbers that are not finite spread to everything after them, so the first module that gives one is the one to know."""
+"""Where NaN began. Numbers that are not finite spread to everything after them, so the first module
+that gives one is the one to know."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +11,8 @@ from minidiff.errors import UserError
 
 
 class NonFiniteError(UserError):
-    """A number became NaN or infinite; the message names the weight, the module or the gradient where it began."""
+    """A number became NaN or infinite; the message names the weight, the module or the gradient
+    where it began."""
 
 
 class _FirstBad(Exception):
@@ -18,8 +20,9 @@ class _FirstBad(Exception):
 
 
 def first_bad(module: nn.Module, compute: Callable[[], object]) -> str | None:
-    """Call compute() and watch module: the first weight, or output of a submodule, that is not finite, in words. None if all are finite.
-    This looks at every output, so call it only after something went wrong."""
+    """Call compute() and watch module: the first weight, or output of a submodule, that is not
+    finite, in words. None if all are finite. This looks at every output, so call it only after
+    something went wrong."""
     for name, parameter in module.named_parameters():
         if not parameter.isfinite().all():
             return f'the weight "{name}" is not finite'
@@ -38,7 +41,8 @@ def first_bad(module: nn.Module, compute: Callable[[], object]) -> str | None:
 
 @torch.no_grad()
 def in_step(module: nn.Module, forward: Callable[[], object]) -> str:
-    """Where the numbers of a training step that are not finite begin, in words; forward() computes its loss again."""
+    """Where the numbers of a training step that are not finite begin, in words; forward() computes
+    its loss again."""
     if found := first_bad(module, forward):
         return found
     for name, parameter in module.named_parameters():

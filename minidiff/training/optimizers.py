@@ -1,7 +1,9 @@
-"""The optimizers by name. AdamW is PyTorch's; the one of 8-bit moments is bitsandbytes', which is imported only where it is asked for.
+"""The optimizers by name. AdamW is PyTorch's; the one of 8-bit moments is bitsandbytes', which is
+imported only where it is asked for.
 
 [1] Loshchilov, Hutter. Decoupled Weight Decay Regularization. 2019. arXiv:1711.05101
-[2] Dettmers, Lewis, Shleifer, Zettlemoyer. 8-bit Optimizers via Block-wise Quantization. 2022. arXiv:2110.02861
+[2] Dettmers, Lewis, Shleifer, Zettlemoyer. 8-bit Optimizers via Block-wise Quantization. 2022.
+    arXiv:2110.02861
 """
 
 import torch
@@ -23,7 +25,8 @@ def grouped(parameters: list[nn.Parameter], weight_decay: float) -> list[dict]:
 def named(
     name: str, groups: list[dict], lr: float, betas: tuple[float, float], device: torch.device
 ) -> torch.optim.Optimizer:
-    """adamw ([1], fused: one kernel for all tensors), or adamw8bit ([2]: two bytes of moments a weight in place of eight; on a GPU)."""
+    """adamw ([1], fused: one kernel for all tensors), or adamw8bit ([2]: two bytes of moments a
+    weight in place of eight; on a GPU)."""
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=device.type in ("cpu", "cuda"))
     if name != "adamw8bit":

@@ -1,6 +1,8 @@
-"""How a run goes on where it stopped: its checkpoints, its log, and signals that wait for the end of a step.
+"""How a run goes on where it stopped: its checkpoints, its log, and signals that wait for the end
+of a step.
 
-A checkpoint is a file such as checkpoint-000400.pt with its sha256 beside it; the last two are there. The log has a line for each step.
+A checkpoint is a file such as checkpoint-000400.pt with its sha256 beside it; the last two are
+there. The log has a line for each step.
 """
 
 import functools
@@ -51,7 +53,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 class Progress:
-    """What a run leaves in its folder, and finds there when it is resumed. Without a folder it does nothing."""
+    """What a run leaves in its folder, and finds there when it is resumed. Without a folder it does
+    nothing."""
 
     def __init__(
         self,
@@ -72,8 +75,9 @@ class Progress:
         self.whole: list[Path] = []  # the checkpoints to keep, the newest last
 
     def start(self, resume: bool) -> dict | None:
-        """Put everything back as it was; returns the numbers of the last step, None where a run begins. Without `resume` an earlier run's
-        checkpoints are removed, so that no later resume finds them."""
+        """Put everything back as it was; returns the numbers of the last step, None where a run
+        begins. Without `resume` an earlier run's checkpoints are removed, so that no later resume
+        finds them."""
         if self.folder is None:
             return None
         for rest in self.folder.glob(".*.minidiff-????????"):  # of a save that was killed
@@ -92,7 +96,8 @@ class Progress:
                 log.write(json.dumps(step) + "\n")
 
     def save(self, step: dict) -> None:
-        """All that resuming needs, written whole or not at all; then the oldest checkpoint goes. The numbers of the step are in it."""
+        """All that resuming needs, written whole or not at all; then the oldest checkpoint goes.
+        The numbers of the step are in it."""
         if self.folder is None:
             return
         state = {
@@ -174,7 +179,8 @@ class Progress:
 
 
 def read_checkpoint(file: Path) -> dict | None:
-    """The content of a checkpoint; None where the file is damaged or something else. It is numbers, and cannot run code."""
+    """The content of a checkpoint; None where the file is damaged or something else. It is numbers,
+    and cannot run code."""
     try:
         if _sum_of(file).exists() and _sum_of(file).read_bytes().split()[:1] != [
             _sha256(file).encode()
@@ -211,8 +217,9 @@ def read_log(folder: Path) -> list[dict]:
 
 
 class Signals:
-    """Ctrl-C and SIGTERM let the step finish, so that it can be saved; a second one interrupts at once. While the caller has a step that is
-    saved, there is nothing to wait for. Only the main thread can listen."""
+    """Ctrl-C and SIGTERM let the step finish, so that it can be saved; a second one interrupts at
+    once. While the caller has a step that is saved, there is nothing to wait for. Only the main
+    thread can listen."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -246,7 +253,8 @@ class Signals:
 
 
 def closed_at_exit(generator: Callable[..., Generator]) -> Callable[..., Generator]:
-    """Have what a generator function gives closed before Python takes its modules apart, if nobody has closed it."""
+    """Have what a generator function gives closed before Python takes its modules apart, if nobody
+    has closed it."""
 
     @functools.wraps(generator)
     def start(*args: object, **options: object) -> Generator:
@@ -264,7 +272,8 @@ def _close() -> None:
 
 
 def _interned(state: object) -> object:
-    """The same with one object for each equal key: pickle writes an object once, and a resumed run's file is to have the same bytes."""
+    """The same with one object for each equal key: pickle writes an object once, and a resumed
+    run's file is to have the same bytes."""
     if isinstance(state, dict):
         return {
             sys.intern(key) if isinstance(key, str) else key: _interned(value)

@@ -219,7 +219,7 @@ def test_consistency_training_is_distillation_from_the_exact_teacher_as_steps_sh
     def gradient(t, stride, teacher):
         times, n = torch.tensor([t, t - stride]), torch.zeros(len(x0), dtype=torch.long)
         each = consistency_loss(
-            student, student, schedule, x0, times, teacher=teacher, n=n, eps=eps
+            student, student, schedule, x0, times, teacher=teacher, n_eps=(n, eps)
         )
         return torch.autograd.grad((share * each).sum(), parameters)[0]
 
@@ -260,7 +260,7 @@ def test_a_guided_teachers_step_is_the_latent_consistency_models():
             consistent(student, schedule, z_s, times[n + 1]),
         )
     found = consistency_loss(
-        student, student, schedule, x0, times, guide(denoiser, context, null, 1 + w), n=n, eps=eps
+        student, student, schedule, x0, times, guide(denoiser, context, null, 1 + w), n_eps=(n, eps)
     )
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=0)
 

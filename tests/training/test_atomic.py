@@ -24,7 +24,9 @@ def foreign(path: Path) -> Path | None:
 
 
 def run(code: str, folder: Path) -> int:
-    before = "import os, signal, sys\nfrom pathlib import Path\nfrom minidiff.training import atomic\n"
+    before = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom minidiff.training import atomic\n"
+    )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.run(
         [sys.executable, "-c", before + code], cwd=folder, env=environment
