@@ -1,12 +1,9 @@
-"""From noise to data, and back: the sampling loop, its inversion, and the names of its steps.
+"""From noise to data: the sampling loop, and the names of its steps.
 
 A step moves x from time t to the cleaner time s; all of them are in steps.py. The loop owns the
 noise and the memory of multistep steps. It is a generator, so the caller plots, logs or stops:
 
     *chain, last = sample(denoise, schedule, x_T, steps=25, step=ddim())
-
-[1] Mokady et al. Null-text Inversion for Editing Real Images using Guided Diffusion Models. 2022.
-    arXiv:2211.09794
 """
 
 from collections.abc import Iterator, Sequence
@@ -136,35 +133,3 @@ def times_of(schedule: NoiseSchedule, steps: int | Times, spacing: str = "traili
         if not t > s:
             raise UserError(f"{s:g} follows {t:g} in the times; they must decrease.")
     return times
-
-
-@torch.no_grad()
-def invert(
-    denoise: Denoise,
-    schedule: NoiseSchedule,
-    x0: Float[Tensor, "B *dims"],
-    steps: int | Times,
-    spacing: str = "trailing",
-    rounds: int = 1,
-) -> Iterator[Frame]:
-    """From data to the noise that ddim() makes it from; yields steps + 1 frames, from clean to x_T.
-
-    DDIM's step from t to s is walked up: x_t = x_s + (alpha_t - alpha_s) x0 + (sigma_t - sigma_s)
-    eps with x0 and eps estimated at (x_t, t). That x_t is not known yet: it starts as x_s and is
-    improved `rounds` times; with more rounds this is nearer to the inverse of ddim(), where steps
-    are small.
-    """
-    if rounds < 1:
-        raise UserError(f"rounds is {rounds}; it must be at least 1.")
-    x, estimate = x0, x0
-    times = times_of(schedule, steps, spacing)
-    for s, t in pairwise(times.flip(0)):
-        yield Frame(s.item(), x, estimate)
-        alpha_s, sigma_s = schedule.alpha_sigma(s.clamp(min=schedule.final))
-        alpha_t, sigma_t = schedule.alpha_sigma(t)
-        x_t = x
-        for _ in range(rounds):
-            estimate, eps = denoise(x_t, t.expand(len(x)))
-            x_t = x + (alpha_t - alpha_s).item() * estimate + (sigma_t - sigma_s).item() * eps
-        x = x_t
-    yield Frame(times[0].item(), x, estimate)

@@ -1,10 +1,11 @@
-"""Training: one loop that knows nothing of diffusion. A DDPM, a VAE and a fine-tune are three loss functions, not three trainers.
+"""Training: one loop that knows nothing of diffusion. DDPM, VAE, fine-tune are loss functions.
 
     for step in train(loss_fn, module, batches, TrainConfig(steps=1000, lr=1e-3)):
-        ...                                     # a generator: the caller logs, plots, samples, stops
+        ...  # a generator: the caller logs, plots, samples, stops
 
-Everything random in step k follows from (seed, k): the batch, the noise, dropout. So a run that was killed and resumed
-ends, bit for bit, where an uninterrupted one would, with no random state to save. The room beside it is training/.
+Everything random in step k follows from (seed, k): the batch, the noise, dropout. So a resumed run
+ends, bit for bit, where an uninterrupted one would, with no random state to save. What the loop
+stands on is in training/.
 
 [1] Loshchilov, Hutter. Decoupled Weight Decay Regularization. 2019. arXiv:1711.05101
 [2] Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. arXiv:2006.11239
@@ -28,21 +29,11 @@ from minidiff.training.resume import Progress, Signals, closed_at_exit
 from minidiff.training.seeds import seed_of
 from minidiff.training.workers import workers
 
-__all__ = [
-    "BINS",
-    "EMA",
-    "Loss",
-    "LossFn",
-    "NonFiniteError",
-    "TrainConfig",
-    "TrainStep",
-    "by_bin",
-    "seed_of",
-    "train",
-]
+__all__ = ["BINS", "EMA", "Loss", "LossFn", "NonFiniteError", "TrainConfig", "TrainStep", "train"]
+__all__ += ["backward_all", "by_bin", "seed_of"]
 
-# "loss": of each example, what is minimised in the mean; "progress": where each lies in [0, 1] for the loss by noise level, if anywhere;
-# whatever else is named is reported by its mean.
+# "loss": of each example; its mean is minimized. "progress": where each example lies in [0, 1], for
+# the loss by noise level. The means of all other entries are reported.
 Loss = dict[str, Tensor]
 LossFn = Callable[[Any], Loss]  # of a batch of any kind
 BINS = 10
@@ -60,7 +51,7 @@ class TrainStep(NamedTuple):
 
 
 class EMA:
-    """Exponential moving average of a module's parameters ([2] section 4). Its decay is warmed up so that early averages are not noise."""
+    """Exponential moving average of a module's parameters ([2] section 4), its decay warmed up."""
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay, self.average = decay, copy.deepcopy(module).requires_grad_(False).eval()
@@ -68,7 +59,10 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """average <- d average + (1 - d) weights with d = min(decay, step / (step + 9)): at first a mean over the last tenth of the run."""
+        """average <- d average + (1 - d) weights, d = min(decay, step / (step + 9)).
+
+        So an early average is a mean over the last tenth of the run, and not noise.
+        """
         torch._foreach_lerp_(self.averages, self.weights, 1 - min(self.decay, step / (step + 9)))
 
 
@@ -82,16 +76,16 @@ def train(
     folder: Path | None = None,
     resume: bool = False,
 ) -> Iterator[TrainStep]:
-    """AdamW ([1]; optimizer "adamw8bit" keeps its moments in 8 bits) on module's trainable parameters; yields after every optimizer step.
+    """AdamW ([1]) on module's trainable parameters; yields after every optimizer step.
 
-    batches(k) iterates over batches from the k-th on, endlessly; config.accumulate of them make a step, config.threads of them at a time:
-    on a CPU, small networks share two cores far better by pictures than by operations. Then all that is random must come with the batch,
-    since threads that draw from one generator draw in any order. Where a machine wants smaller batches, batches() yields each in
-    config.pieces.
+    batches(k) iterates over batches from the k-th on, endlessly; config.accumulate of them make a
+    step. config.threads: compute this many at a time (CPU only); the loss must then draw no random
+    numbers. config.pieces: batches() yields each batch in so many pieces, for small machines.
 
-    With a folder, which is locked meanwhile, every step adds a line to log.jsonl, and a checkpoint is written every config.save_every
-    steps, at the end, and on Ctrl-C and SIGTERM. resume goes on from the newest one. It first yields the step of that checkpoint once
-    more, so that what the caller does after a step is done also where a kill came in between.
+    With a folder, which is locked meanwhile, every step adds a line to log.jsonl, and a checkpoint
+    is written every config.save_every steps, at the end, and on Ctrl-C and SIGTERM. resume: go on from
+    the newest checkpoint. Its step is yielded once more, because a kill may have come before the
+    caller was done with it.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     device, groups = parameters[0].device, optimizers.grouped(parameters, config.weight_decay)
@@ -99,9 +93,8 @@ def train(
     optimizer.zero_grad()  # whatever the caller left there
     forward = partial(_forward, loss_fn, device.type, config.autocast)
     with locked(folder), Signals() as signals, workers(config.threads) as pool:
-        progress = Progress(
-            folder, config.identity(), module, optimizer, None if ema is None else ema.average
-        )
+        averages = None if ema is None else ema.average
+        progress = Progress(folder, config.identity(), module, optimizer, averages)
         last = progress.start(resume)
         start = last["step"] if last else 0
         if last and last.keys() == set(TrainStep._fields):
@@ -124,19 +117,16 @@ def train(
             if not (loss.isfinite().all() and norm.isfinite()):
                 torch.manual_seed(seed_of(config.seed, step))
                 culprit = nonfinite.in_step(module, partial(list, map(forward, micro)))
-                raise NonFiniteError(
-                    f"step {step + 1}: {culprit}; lower the learning rate, or compute in float32."
-                )
+                remedy = "lower the learning rate, or compute in float32"
+                raise NonFiniteError(f"step {step + 1}: {culprit}; {remedy}.")
             nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
             optimizer.step()
             optimizer.zero_grad()
             if ema is not None:
                 ema.update(step + 1)
 
-            lr = optimizer.param_groups[0]["lr"]
-            done = TrainStep(
-                step + 1, loss.mean().item(), by_bin(loss, losses), lr, norm.item(), _means(losses)
-            )
+            lr, mean, bins = config.learning_rate(step), loss.mean().item(), by_bin(loss, losses)
+            done = TrainStep(step + 1, mean, bins, lr, norm.item(), _means(losses))
             progress.log(done._asdict())
             if done.step % config.save_every == 0 or done.step == config.steps or signals.received:
                 progress.save(done._asdict())
@@ -156,13 +146,11 @@ def backward_all(
     batches: list[Any],
     pool: ThreadPoolExecutor | None = None,
 ) -> list[Loss]:
-    """Add the gradients of the mean loss over all batches to .grad; returns what the loss function said of each, without gradients."""
+    """Add the gradients of the mean loss over all batches to .grad; returns the losses."""
     if pool is None:
         return [_backward(forward, len(batches), batch) for batch in batches]
-    losses = []
-    for loss, grads in pool.map(
-        partial(_gradients, forward, parameters, len(batches)), batches
-    ):  # in this order, whoever ends first
+    losses, gradients = [], partial(_gradients, forward, parameters, len(batches))
+    for loss, grads in pool.map(gradients, batches):  # in this order, whichever ends first
         losses.append(loss)
         for p, g in zip(parameters, grads, strict=True):
             if g is not None:
@@ -174,17 +162,15 @@ def by_bin(loss: Tensor, losses: list[Loss]) -> list[float | None]:
     """Mean loss in each tenth of [0, 1]."""
     if any(each.get("progress") is None for each in losses):
         return [None] * BINS
-    index = (
-        (torch.cat([each["progress"] for each in losses]).cpu() * BINS).long().clamp(0, BINS - 1)
-    )
+    progress = torch.cat([each["progress"] for each in losses]).cpu()
+    index = (progress * BINS).long().clamp(0, BINS - 1)
     return [loss[index == b].mean().item() if (index == b).any() else None for b in range(BINS)]
 
 
 def _means(losses: list[Loss]) -> dict[str, float]:
     names = [name for name in losses[0] if name not in ("loss", "progress")]
-    return {
-        name: torch.cat([each[name] for each in losses]).float().mean().item() for name in names
-    }
+    entries = {name: torch.cat([each[name] for each in losses]) for name in names}
+    return {name: values.float().mean().item() for name, values in entries.items()}
 
 
 def _forward(loss_fn: LossFn, device: str, autocast: torch.dtype | None, batch: Any) -> Loss:

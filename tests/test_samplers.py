@@ -10,6 +10,7 @@ from minidiff import schedules
 from minidiff.cli import options
 from minidiff.denoiser import Prediction
 from minidiff.errors import UserError
+from minidiff.methods.ddim_inversion import invert
 from minidiff.methods.exact import Mixture
 from minidiff.samplers import (
     SAMPLERS,
@@ -21,7 +22,6 @@ from minidiff.samplers import (
     dpmpp_2m_sde,
     euler_ancestral,
     heun,
-    invert,
     lcm,
     sample,
     unipc,

@@ -48,10 +48,8 @@ class Edit:
 
     def __post_init__(self) -> None:
         if not 0 < self.strength <= 1:
-            raise UserError(
-                f"strength is {self.strength:g}; it must be above 0 (the image stays) and at most 1 "
-                "(little of it does)."
-            )
+            limits = "above 0 (the image stays) and at most 1 (little of it does)"
+            raise UserError(f"strength is {self.strength:g}; it must be {limits}.")
 
     def paste(self, images: Images) -> Images:
         """The images inside the mask, and the given one, to the bit, outside."""

@@ -22,13 +22,9 @@ except ImportError:  # Windows: no locks, so the rest of a killed write stays wh
     fcntl = None
 
 LOCK = "minidiff.lock"
-MARK = b"minidiff writes a file or folder here and then renames it. If no minidiff runs, the next write removes this folder.\n"
-SIGNATURE = (
-    "made with minidiff"  # stands in what we write by a fixed name, near its beginning or its end
-)
-Stranger = Callable[
-    [Path], Path | None
-]  # of a path that exists: what in it we did not write, or None
+MARK = b"minidiff makes a file here and renames it. The next write removes what is left of it.\n"
+SIGNATURE = "made with minidiff"  # near the beginning or the end of what we write
+Stranger = Callable[[Path], Path | None]  # of a path that exists: what in it is not ours, or None
 
 
 def check(path: str | Path, stranger: Stranger) -> None:
@@ -38,16 +34,15 @@ def check(path: str | Path, stranger: Stranger) -> None:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if (other := stranger(path)) is not None:
-        raise UserError(
-            f"{other} was not written by minidiff, and would be lost; move it away, or choose another name for the output."
-        )
+        remedy = "move it away, or choose another name for the output"
+        raise UserError(f"{other} was not written by minidiff, and would be lost; {remedy}.")
 
 
 def check_new(path: str | Path) -> None:
     """Raise a UserError where something is there already."""
     if os.path.lexists(path):
         raise UserError(
-            f'"{path}" exists; nothing is written over it: name another place, or remove it.'
+            f'"{path}" exists and is not overwritten; name another place, or remove it.'
         )
 
 

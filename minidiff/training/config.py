@@ -12,12 +12,7 @@ from minidiff.errors import UserError
 from minidiff.training.optimizers import OPTIMIZERS
 
 LR_SCHEDULES = ("cosine", "constant")
-MACHINE = (
-    "pieces",
-    "threads",
-    "autocast",
-    "save_every",
-)  # what suits the machine, and is no part of what a run is
+MACHINE = ("pieces", "threads", "autocast", "save_every")  # what suits the machine, not the run
 
 
 @dataclass(frozen=True)

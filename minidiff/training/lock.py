@@ -19,9 +19,7 @@ except ImportError:  # Windows
     import msvcrt
 
 LOCK = ".minidiff-lock"
-BEYOND = (
-    2**20
-)  # Windows locks bytes, and locked ones cannot be read: lock one that is far from what the file says
+BEYOND = 2**20  # Windows cannot read a locked byte, so the locked one is beyond the text
 
 
 @contextmanager
@@ -55,9 +53,8 @@ def _taken(folder: Path) -> BinaryIO:
             file.seek(0)
             holder = _holder(file.read(1000))
             file.close()
-            raise UserError(
-                f"{folder}: {holder} is writing here; wait until it has ended, or choose another folder."
-            ) from error
+            remedy = "wait until it has ended, or choose another folder"
+            raise UserError(f"{folder}: {holder} is writing here; {remedy}.") from error
         except OSError as error:  # a file system without locks
             warnings.warn(
                 f"{folder} cannot be locked ({error.strerror}); start no second run there.",
@@ -69,10 +66,8 @@ def _taken(folder: Path) -> BinaryIO:
         file.close()  # its holder has just removed it: lock the new one
     file.truncate(0)
     now = datetime.now().isoformat(" ", "seconds")
-    file.write(
-        json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": now}).encode()
-        + b"\n"
-    )
+    holder = {"process": os.getpid(), "host": socket.gethostname(), "since": now}
+    file.write(json.dumps(holder).encode() + b"\n")
     file.flush()
     return file
 
@@ -87,9 +82,8 @@ def _lock(file: BinaryIO) -> None:
 
 def _holder(text: bytes) -> str:
     try:
-        said = json.loads(text)
-        return (
-            f"process {int(said['process'])} on {said['host']!a:.80}, since {said['since']!s:.19},"
-        )
+        holder = json.loads(text)
+        number, host, since = int(holder["process"]), holder["host"], holder["since"]
+        return f"process {number} on {host!a:.80}, since {since!s:.19},"
     except (ValueError, LookupError, TypeError):  # it is about to say who it is
         return "another run"

@@ -53,7 +53,5 @@ def in_step(module: nn.Module, forward: Callable[[], object]) -> str:
 
 def _look(name: str, _module: nn.Module, _inputs: tuple, output: object) -> None:
     if isinstance(output, Tensor) and not output.isfinite().all():
-        dtype = str(output.dtype).removeprefix("torch.")
-        raise _FirstBad(
-            f'the output of "{name or "the whole module"}" is the first that is not finite (in {dtype})'
-        )
+        dtype, name = str(output.dtype).removeprefix("torch."), name or "the whole module"
+        raise _FirstBad(f'the output of "{name}" is the first that is not finite (in {dtype})')

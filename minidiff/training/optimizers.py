@@ -32,13 +32,13 @@ def named(
     if name != "adamw8bit":
         raise UserError(f'no optimizer "{name}"; there is {", ".join(OPTIMIZERS)}.')
     if device.type != "cuda":
-        raise UserError(
-            f"adamw8bit computes on a GPU, and this is {device.type}; leave it out, or choose the device cuda."
-        )
+        remedy = "leave it out, or choose the device cuda"
+        raise UserError(f"adamw8bit computes on a GPU, and this is {device.type}; {remedy}.")
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
+        remedy = "pip install bitsandbytes, or leave it out"
         raise UserError(
-            "adamw8bit is of bitsandbytes, which is not installed; pip install bitsandbytes, or leave it out."
+            f"adamw8bit needs bitsandbytes, which is not installed; {remedy}."
         ) from error
     return AdamW8bit(groups, lr=lr, betas=betas)

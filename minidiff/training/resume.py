@@ -28,16 +28,9 @@ from minidiff.training import atomic
 
 KEPT = 2  # checkpoints: one, and one to fall back on
 BEFORE = "checkpoint.pt"  # the name in earlier versions
-UNREADABLE = (
-    OSError,
-    RuntimeError,
-    UnpicklingError,
-    EOFError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-)
+KINDS = {"step": int, "run": dict}
+UNREADABLE = (OSError, RuntimeError, UnpicklingError, EOFError, LookupError, ValueError, TypeError)
+UNREADABLE += (AttributeError,)
 _running: weakref.WeakSet[Generator] = weakref.WeakSet()
 
 
@@ -65,13 +58,8 @@ class Progress:
         ema: nn.Module | None,
     ):
         """run: what must be the same where a run goes on; ema: the averages."""
-        self.folder, self.run, self.module, self.optimizer, self.ema = (
-            folder,
-            run,
-            module,
-            optimizer,
-            ema,
-        )
+        self.folder, self.run = folder, run
+        self.module, self.optimizer, self.ema = module, optimizer, ema
         self.whole: list[Path] = []  # the checkpoints to keep, the newest last
 
     def start(self, resume: bool) -> dict | None:
@@ -100,12 +88,8 @@ class Progress:
         The numbers of the step are in it."""
         if self.folder is None:
             return
-        state = {
-            "step": step["step"],
-            "run": self.run,
-            "last": step,
-            "module": self.module.state_dict(),
-        }
+        state = {"step": step["step"], "run": self.run, "last": step}
+        state["module"] = self.module.state_dict()
         state["optimizer"] = _interned(self.optimizer.state_dict())
         state["ema"] = None if self.ema is None else self.ema.state_dict()
         file = self.folder / f"checkpoint-{step['step']:06d}.pt"
@@ -116,14 +100,10 @@ class Progress:
                 torch.save(state, new)
                 with atomic.write(_sum_of(file)) as beside:
                     beside.write_text(f"{_sha256(new)}  {file.name}\n", encoding="ascii")
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # torch's writer says RuntimeError where the disk is full
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer, on a full disk
             reason = f"step {step['step']} could not be saved ({str(error).splitlines()[0]})"
-            raise UserError(
-                f"{file}: {reason}; the checkpoint before it is whole. Make room, and resume the run."
-            ) from error
+            remedy = "the checkpoint before it is whole. Make room, and resume the run"
+            raise UserError(f"{file}: {reason}; {remedy}.") from error
         self.whole = [*(other for other in self.whole if other != file), file][-KEPT:]
         for other in set(checkpoints(self.folder)) - set(self.whole):
             _remove(other)
@@ -137,11 +117,10 @@ class Progress:
             damaged.append(file)
         names = " and ".join(map(str, damaged))
         if len(damaged) == len(files):
-            if damaged:
-                raise UserError(
-                    f"{names}: damaged, or no checkpoint of minidiff, and there is no other; start afresh in another folder."
-                )
-            return None
+            if not damaged:
+                return None
+            reason = "damaged, or no checkpoint of minidiff, and there is no other"
+            raise UserError(f"{names}: {reason}; start afresh in another folder.")
         self._put_back(file, state)
         if damaged:
             warnings.warn(
@@ -156,24 +135,19 @@ class Progress:
         for name, value in self.run.items():
             before = state["run"].get(name, value if old else None)
             if repr(before) != repr(value) and not (old and name == "accumulate"):
-                raise UserError(
-                    f"{file} is of a run with {name} {before}, not {value}; resume with that, or start in another folder."
-                )
+                remedy = "resume with that, or start in another folder"
+                raise UserError(f"{file} is of a run with {name} {before}, not {value}; {remedy}.")
         try:
             for saved, here in zip(
                 state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True
             ):
-                saved |= {
-                    name: here[name] for name in ("fused", "foreach") if name in here
-                }  # what suits this device
+                saved |= {name: here[name] for name in ("fused", "foreach") if name in here}
             self.module.load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.ema is not None:
                 self.ema.load_state_dict(state["ema"])
         except UNREADABLE as error:
-            line = (
-                str(error).splitlines()[:2][-1].strip()
-            )  # torch's first line is a heading where there are more
+            line = str(error).splitlines()[:2][-1].strip()  # the first of several is a heading
             advice = "resume with the settings it was made with, or start in another folder"
             raise UserError(f"{file} does not fit this run ({line}); {advice}.") from error
 
@@ -182,22 +156,16 @@ def read_checkpoint(file: Path) -> dict | None:
     """The content of a checkpoint; None where the file is damaged or something else. It is numbers,
     and cannot run code."""
     try:
-        if _sum_of(file).exists() and _sum_of(file).read_bytes().split()[:1] != [
-            _sha256(file).encode()
-        ]:
+        checksum = _sum_of(file).read_bytes().split()[:1] if _sum_of(file).exists() else None
+        if checksum is not None and checksum != [_sha256(file).encode()]:
             return None
         state = torch.load(file, map_location="cpu", weights_only=True)
     except UNREADABLE:
         return None
-    fits = isinstance(state, dict) and state.keys() >= {"step", "run", "module", "optimizer", "ema"}
-    return (
-        state
-        if fits
-        and isinstance(state["step"], int)
-        and isinstance(state["run"], dict)
-        and isinstance(state.get("last", {}), dict)
-        else None
-    )
+    if not (isinstance(state, dict) and state.keys() >= {*KINDS, "module", "optimizer", "ema"}):
+        return None
+    fits = all(isinstance(state[name], kind) for name, kind in KINDS.items())
+    return state if fits and isinstance(state.get("last", {}), dict) else None
 
 
 def cut_log(file: Path, count: int) -> None:
@@ -229,10 +197,7 @@ class Signals:
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) not in (
-                    signal.SIG_IGN,
-                    None,
-                ):  # who ignores it has a reason
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # ignored on purpose
                     self.before[number] = signal.signal(number, self._receive)
         return self
 

@@ -99,7 +99,7 @@ def test_progressive_loss_is_zero_at_its_target_and_weighs_by_truncated_snr():
     assert schedule.snr(times[0]) < 1e-8 < 1 and 0.01 <= found[0] < found[1] * 1.001
     assert progressive_loss(off, teacher, schedule, x0, times).shape == (2,)
     with pytest.raises(
-        UserError, match="4 steps of the teacher are not a whole number of strides of 3"
+        UserError, match="the teacher's 4 steps are not a whole number of 3 strides"
     ):
         progressive_loss(right, teacher, schedule, x0, times, stride=3)
 
@@ -187,7 +187,7 @@ def test_consistency_distillation_wants_the_exact_path_of_a_gaussian(schedule):
 
     def loss(student, steps):
         times, n = schedule.timesteps(steps), torch.full((len(x_T),), steps // 2)
-        how = {"n": n, "eps": x_T, "teacher": GAUSSIAN.denoiser(schedule)}
+        how = {"n_eps": (n, x_T), "teacher": GAUSSIAN.denoiser(schedule)}
         return consistency_loss(
             student,
             student,
@@ -370,7 +370,7 @@ def test_intervals_double_and_levels_are_lognormal():
         1280,
     ]
     assert [intervals(k, 3, 2, 4) for k in range(3)] == [2, 4, 4]
-    with pytest.raises(UserError, match="from 10 intervals to 1280 takes at least 8"):
+    with pytest.raises(UserError, match="10 to 1280 intervals take at least 8"):
         intervals(0, 7)
     sigma = schedules.Karras().timesteps(20)[:-1]
     found = lognormal(sigma)

@@ -27,7 +27,7 @@ def run(code: str, folder: Path) -> int:
     before = (
         "import os, signal, sys\nfrom pathlib import Path\nfrom minidiff.training import atomic\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.run(
         [sys.executable, "-c", before + code], cwd=folder, env=environment
     ).returncode

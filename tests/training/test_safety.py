@@ -17,14 +17,14 @@ from minidiff.finetuning.recorder.recorder import Recorder
 from minidiff.training.lock import LOCK, locked
 from tests.finetuning.test_loop import Recording, examples, moved, run, stop_at_4, tiny, weights
 
-TESTS = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def python(script, *args, **how):
     """A script in a process of its own."""
     command = [sys.executable, "-c", script, *map(str, args)]
     return subprocess.run(
-        command, cwd=TESTS, capture_output=True, text=True, timeout=120, check=False, **how
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, **how
     )
 
 
@@ -319,7 +319,7 @@ def test_killed_in_every_way_at_any_moment_leaves_the_files_of_an_uninterrupted_
     """Training, saving, measuring: every file is the same but for measured times, and there is nothing to clean up."""
     ended = subprocess.run(
         [sys.executable, "-c", KILLS, tmp_path, "20"],
-        cwd=TESTS,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=500,
