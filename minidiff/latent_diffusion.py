@@ -1,42 +1,26 @@
-"""Text-to-image latent diffusion: a VAE, a text tower and a denoiser put together, trained, sampled, saved and loaded. No new mathematics.
-
-A model folder holds model.json (kinds and numbers) and one safetensors file for each part.
+"""Text-to-image latent diffusion: a VAE, a text tower and a denoiser put together, trained and sampled. No new mathematics.
 
 [1] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. 2022. arXiv:2112.10752
 [2] Ho, Salimans. Classifier-Free Diffusion Guidance. 2022. arXiv:2207.12598
 """
 
-import json
-import os
-import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Shaped
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidiff import schedules
-from minidiff.checkpoints import files
-from minidiff.checkpoints.fill import empty, fill, precision_of
 from minidiff.data.folder import check_size
 from minidiff.denoiser import Denoiser, guide
 from minidiff.errors import UserError
 from minidiff.methods import editing
-from minidiff.methods.lora import merged_state
 from minidiff.samplers import SAMPLERS, Frame, by_name, sample
 from minidiff.steps import Step
-from minidiff.text import ClassLabels, CLIPText, Unconditional
 from minidiff.tiling import tiled
 from minidiff.training import finite
-from minidiff.unet import UNet
-from minidiff.vae import VAE, Pixels
-
-FORMAT = "minidiff 1"
-PARTS = {cls.__name__: cls for cls in (VAE, Pixels, CLIPText, ClassLabels, Unconditional, UNet)}
 
 
 class LatentDiffusion(nn.Module):
@@ -261,116 +245,33 @@ class LatentDiffusion(nn.Module):
         return torch.cat([self.vae.decode(z) for z in together])
 
     def save(self, path: str | Path) -> Path:
-        """Write the model folder beside its place, then rename: an interrupted save leaves the old folder as it was.
-        What LoRAs change is written into the weights."""
-        path = Path(path)
-        fresh, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
-        _finish_save(path)
-        for folder in (fresh, old):
-            shutil.rmtree(folder, ignore_errors=True)
-        fresh.mkdir(parents=True)
-        parts = {"vae": self.vae, "text": self.text, "unet": self.unet}
-        for name, part in parts.items():
-            save_file(
-                {k: v.contiguous() for k, v in merged_state(part).items()},
-                fresh / f"{name}.safetensors",
-            )
-        numbers = {
-            name: {"kind": type(part).__name__, **asdict(part.config)}
-            for name, part in parts.items()
-        }
-        how = {
-            "target": self.denoiser.target,
-            "weighting": self.denoiser.weighting,
-            "schedule": schedules.to_json(self.schedule),
-        }
-        settings = {
-            name: getattr(self, name)
-            for name in ("size", "dropout", "guidance", "sampler", "spacing")
-        }
-        whole = {"format": FORMAT, **settings, "denoiser": how, **numbers}
-        (fresh / "model.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-        if path.exists():
-            os.replace(path, old)
-        os.replace(fresh, path)
-        shutil.rmtree(old, ignore_errors=True)
-        return path
+        """Write the model folder (checkpoints/folder.py)."""
+        from minidiff.checkpoints import folder
+
+        return folder.save(self, path)
 
     @classmethod
     def load(
         cls,
         path: str | Path,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = torch.float32,
+        dtype: str | torch.dtype | None = torch.float32,
     ) -> "LatentDiffusion":
-        """Read a model folder, in this precision or as stored (None); every problem is a UserError that names the file."""
-        path = Path(path)
-        _finish_save(path)
-        if not path.is_dir():
-            raise UserError(
-                f'no model folder "{path}"; `minidiff quickstart` makes one, or pass --model FOLDER.'
-            )
-        if not (path / "model.json").is_file():
-            raise UserError(
-                f'"{path}" is no model folder: it has no model.json (a folder as written by `minidiff quickstart` has one).'
-            )
-        whole = files.read_json(path / "model.json")
-        try:
-            if whole["format"] != FORMAT:
-                raise ValueError(f'format "{whole["format"]}", but this version reads "{FORMAT}"')
-            parts = {name: _empty(whole[name]) for name in ("vae", "text", "unet")}
-            how = whole["denoiser"]
-            denoiser = Denoiser(
-                parts["unet"], schedules.from_json(how["schedule"]), how["target"], how["weighting"]
-            )
-            denoiser.schedule.timesteps(
-                1
-            )  # numbers of the wrong kind show now, not in the middle of a picture
-            how_to_sample = (
-                float(whole["guidance"]),
-                str(whole.get("sampler", "ddim")),
-                str(whole.get("spacing", "trailing")),
-            )
-            model = cls(
-                parts["vae"],
-                parts["text"],
-                denoiser,
-                int(whole["size"]),
-                float(whole["dropout"]),
-                *how_to_sample,
-            )
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RuntimeError,
-            ZeroDivisionError,
-        ) as error:
-            raise UserError(
-                f"{path / 'model.json'} is damaged ({type(error).__name__}: {error}); save the model again."
-            ) from error
-        for name, part in parts.items():
-            file = path / f"{name}.safetensors"
-            if not file.is_file():
-                raise UserError(
-                    f"{path} has no weights: {file.name} is missing; copy the whole folder, or save the model again."
-                )
-            fill(
-                part,
-                files.tensors(files.inside(path, file)),
-                f"{file} does not fit model.json",
-                precision_of(name, dtype),
-            )
-        return model.to(device).eval()
+        """Read a model folder (checkpoints/folder.py)."""
+        from minidiff.checkpoints import folder
 
+        return folder.load(path, device, dtype)
 
-def _finish_save(path: Path) -> None:
-    """A save that was killed between its two renames left the model under its old name: put it back."""
-    old = path.with_name(path.name + ".old")
-    if old.is_dir() and not path.exists():
-        os.replace(old, path)
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype | None = torch.float32,
+    ) -> "LatentDiffusion":
+        """Open anything that minidiff.load opens."""
+        from minidiff.checkpoints.load import load
 
+        return load(path, device, dtype)
 
-def _empty(numbers: dict) -> nn.Module:
-    return empty(PARTS[numbers["kind"]], {k: v for k, v in numbers.items() if k != "kind"})
+    save_pretrained = save

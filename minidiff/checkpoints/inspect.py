@@ -168,8 +168,7 @@ def _lora(state: dict[str, files.Stored]) -> Rows:
 
 def _ours(path: Path) -> Rows:
     """A folder of ours says everything; its networks are built, without memory, to see whether the tensors fit."""
-    from minidiff.checkpoints.fill import empty
-    from minidiff.latent_diffusion import FORMAT, PARTS
+    from minidiff.checkpoints.folder import FORMAT, network
 
     whole = files.read_json(path / "model.json")
     rows: Rows = [
@@ -186,7 +185,7 @@ def _ours(path: Path) -> Rows:
         rows.append(("resolution", f"{whole['size']} pixels"))
         for name in layouts.KINDS:
             numbers = {key: value for key, value in whole[name].items() if key != "kind"}
-            expected = empty(PARTS[whole[name]["kind"]], numbers).state_dict().keys()
+            expected = network(whole[name]).state_dict().keys()
             state = files.stored(files.inside(path, path / f"{name}.safetensors"))
             parameters, kinds = (
                 sum(value.numel() for value in state.values()),
