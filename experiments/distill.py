@@ -31,6 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import minidiff
+from minidiff.checkpoints import lora as lora_files
 from minidiff.cli.script import follow, last_loss, read_log, run, write_results
 from minidiff.data import critic
 from minidiff.data.world import World
@@ -506,9 +507,9 @@ def main(
     (out / "lcm_lora.safetensors").unlink(
         missing_ok=True
     )  # of a run that was interrupted while it was judged
-    file = lora.save(adapted, out / "lcm_lora.safetensors")
+    file = lora_files.save(adapted, out / "lcm_lora.safetensors")
     quick, low = minidiff.load(folder), minidiff.load(model)
-    loaded = lora.load(low, file)
+    loaded = lora_files.load(low, file)
     told = {objects: evaluate.held_out(world, captions, objects, seed) for objects in (1, 2)}
     found = [
         *measured(teacher, "teacher", TEACHER, told, seed),

@@ -18,7 +18,7 @@ from torch import Tensor
 from minidiff.checkpoints import files, names
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.methods.lora import Layer, Loaded, LoRA, adapted, check_free, ends, hang
+from minidiff.methods.lora import Layer, LoRA, adapted, check_free, ends, hang
 from minidiff.text import CLIPText
 from minidiff.unet import UNet
 
@@ -39,6 +39,13 @@ HALVES = {
     "diffusers": (".lora_A.weight", ".lora_B.weight"),
     "kohya": (".lora_down.weight", ".lora_up.weight"),
 }
+
+
+class Loaded(NamedTuple):
+    """What a file did to a model."""
+
+    layers: list[str]  # that it changes, as unet.encoder.0.attention.0.blocks.0.self_attention.q
+    moved: float  # ||after - before|| / ||before||, the U-Net's output on a fixed input
 
 
 class Place(NamedTuple):
@@ -131,7 +138,7 @@ def load(model: LatentDiffusion, file: str | Path, scale: float = 1.0) -> Loaded
             if scale == 0
             else "all its B are zero, as before training, or the U-Net's own output is"
         )
-        warnings.warn(f"{file.name} changes nothing: {why}", stacklevel=3)
+        warnings.warn(f"{file.name} changes nothing: {why}", stacklevel=2)
     return Loaded(list(ready), moved)
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from minidiff.checkpoints import lora as lora_files
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.methods import inversion, lora
+from minidiff.methods import inversion
 
 
 def kept(out: Path, step: int) -> Path:
@@ -47,7 +48,7 @@ def write(model: LatentDiffusion, method: str, out: Path, word: inversion.Word |
         if method == "lora":
             fresh = out / "fresh.safetensors"
             fresh.unlink(missing_ok=True)
-            os.replace(lora.save(model, fresh), place)
+            os.replace(lora_files.save(model, fresh), place)
         if word is not None:
             place = inversion.save(word.word, word.vector, out / "embedding.safetensors")
     except (OSError, SafetensorError) as error:
