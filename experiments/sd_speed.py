@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 
 from minidiff import schedules
-from minidiff.checkpoints.fill import DTYPES, empty
+from minidiff.checkpoints.folder import DTYPES, empty
 from minidiff.checkpoints.layouts import STABLE_DIFFUSION
 from minidiff.checkpoints.write import save_compvis, save_diffusers
 from minidiff.cli.script import pick_device, run, write_results

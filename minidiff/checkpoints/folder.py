@@ -1,7 +1,10 @@
-"""Our own format, the model folder: model.json (kinds and configs), and one safetensors file for each
-part. All in this file."""
+"""Our own format, the model folder: model.json (kinds and configs) and one safetensors file for each
+part. Also how tensors of any file come into a network: nothing is initialized, nothing is copied that
+need not be, and every tensor has its place."""
 
+import ctypes
 import json
+import mmap
 import os
 import shutil
 from dataclasses import asdict
@@ -9,11 +12,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from minidiff import schedules
 from minidiff.checkpoints import files
-from minidiff.checkpoints.fill import dtype_named, empty, fill, precision_of
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
@@ -26,6 +28,8 @@ FORMAT = "minidiff 1"
 KINDS = {cls.__name__: cls for cls in (VAE, Pixels, CLIPText, ClassLabels, Unconditional, UNet)}
 PARTS = ("vae", "text", "unet")
 SETTINGS = ("size", "dropout", "guidance", "sampler", "spacing")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ZeroDivisionError)
 
 
 def save(model: LatentDiffusion, path: str | Path) -> Path:
@@ -79,14 +83,7 @@ def load(
     whole = files.read_json(path / "model.json")
     try:
         model = _model(whole)
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        ZeroDivisionError,
-    ) as error:
+    except DAMAGED as error:
         raise UserError(
             f"{path / 'model.json'} is damaged ({type(error).__name__}: {error}); "
             "save the model again."
@@ -135,3 +132,81 @@ def _finish_save(path: Path) -> None:
     old = path.with_name(path.name + ".old")
     if old.is_dir() and not path.exists():
         os.replace(old, path)
+
+
+# Tensors into networks.
+
+
+def empty(network: type[nn.Module], config: dict) -> nn.Module:
+    """A network of this config whose tensors have shapes and no memory."""
+    with torch.device("meta"):
+        return network(network.Config(**config))
+
+
+def fill(
+    module: nn.Module, state: dict[str, Tensor], where: str, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """The module, holding these very tensors, or its parameters in another precision.
+
+    A tensor that is missing, left over, of another shape or kind, or not finite is a UserError that
+    names it, and the file: `where`. What is converted is used up: nobody may read `state` afterwards.
+    """
+    expected = module.state_dict()
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or extra:
+        kind, first = ("missing", missing[0]) if missing else ("left over", extra[0])
+        raise UserError(
+            f"{where}: {len(missing)} tensors are missing and {len(extra)} left over; "
+            f'the first {kind} is "{first}".'
+        )
+    state, parameters = dict(state), dict(module.named_parameters())
+    for name, value in state.items():
+        _check(value, expected[name].shape, f'{where}: "{name}"')
+        if dtype not in (None, value.dtype) and name in parameters:
+            state[name] = value.to(dtype)
+            _forget(value)
+    module.load_state_dict(state, assign=True)
+    return module.eval()
+
+
+def _check(value: Tensor, shape: torch.Size, where: str) -> None:
+    if value.shape != shape:
+        raise UserError(
+            f"{where} is {tuple(value.shape)}, where {tuple(shape)} would fit the other tensors."
+        )
+    if not value.is_floating_point():
+        kind = str(value.dtype).removeprefix("torch.")
+        raise UserError(f"{where} is made of {kind}; weights are floating-point numbers.")
+    if not value.sum(dtype=torch.promote_types(value.dtype, torch.float32)).isfinite():
+        raise UserError(
+            f"{where} holds numbers that are not finite (NaN or infinity); "
+            "training broke before it was saved."
+        )
+
+
+def _forget(value: Tensor) -> None:
+    """Tell the system that a tensor will not be read again. A map of a file then leaves memory at
+    once; without this, a file that is converted stands in memory whole beside the result."""
+    if not hasattr(mmap, "MADV_DONTNEED") or not value.is_contiguous():
+        return
+    madvise, page = getattr(ctypes.CDLL(None), "madvise", None), mmap.PAGESIZE
+    # Its whole pages: it shares the first and the last with other tensors.
+    first, end = -(-value.data_ptr() // page), (value.data_ptr() + value.nbytes) // page
+    if madvise is not None and end > first:
+        size = ctypes.c_size_t((end - first) * page)
+        madvise(ctypes.c_void_p(first * page), size, mmap.MADV_DONTNEED)
+
+
+def precision_of(part: str, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The precision of one part. In float16 the VAE stays in float32: Stable Diffusion's overflows
+    and gives black images."""
+    return torch.float32 if part == "vae" and dtype == torch.float16 else dtype
+
+
+def dtype_named(name: str | torch.dtype | None) -> torch.dtype | None:
+    """A torch.dtype, from its short name where it is one. None: as stored."""
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise UserError(f'no dtype "{name}"; there is {", ".join(DTYPES)}.')
+    return DTYPES[name]
