@@ -62,7 +62,8 @@ def load(
     minidiff (docs/box.md).
 
     dtype: torch's, or fp32, bf16, fp16; None keeps what is stored. target: what the U-Net predicts
-    ("eps", "v"), where the file does not say. vae, text, unet: take this part from another checkpoint.
+    ("eps", "v"), where the file does not say. vae, text, unet: take this part from another
+    checkpoint.
     """
     from minidiff.checkpoints.load import load
 

@@ -1,10 +1,10 @@
-"""Files of tensors and of settings, opened as data and never as programs: every check of a stranger's
-file is in this file.
+"""Files of tensors and of settings, opened as data and never as programs: every check of a
+stranger's file is in this file.
 
 A safetensors file is a length, a JSON header and bytes. `header` reads the first two without torch,
-in milliseconds whatever the file's size; tensors are memory maps, and what is not used is never read.
-A .ckpt or .bin is a zip of a pickle and raw storages; `weights_only` runs nothing in it. What is
-written is written `beside` its place first.
+in milliseconds whatever the file's size; tensors are memory maps, and what is not used is never
+read. A .ckpt or .bin is a zip of a pickle and raw storages; `weights_only` runs nothing in it. What
+is written is written `beside` its place first.
 """
 
 import contextlib
@@ -230,7 +230,8 @@ def _short(value: "Tensor") -> str:
 
 @contextlib.contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """A place beside the path, renamed to it at the end. Nothing is written over, and what fails leaves nothing."""
+    """A place beside the path, renamed to it at the end. Nothing is written over, and what fails
+    leaves nothing."""
     if path.exists():
         raise UserError(
             f'"{path}" exists; nothing is written over it: name another place, or remove it.'

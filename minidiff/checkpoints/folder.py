@@ -1,6 +1,6 @@
-"""Our own format, the model folder: model.json (kinds and configs) and one safetensors file for each
-part. Also how tensors of any file come into a network: nothing is initialized, nothing is copied that
-need not be, and every tensor has its place."""
+"""Our own format, the model folder: model.json (kinds and configs) and one safetensors file for
+each part. Also how tensors of any file come into a network: nothing is initialized, nothing is
+copied that need not be, and every tensor has its place."""
 
 import ctypes
 import json
@@ -33,8 +33,8 @@ DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ZeroDi
 
 
 def save(model: LatentDiffusion, path: str | Path) -> Path:
-    """Write the model folder beside its place, then rename: an interrupted save leaves the old folder
-    as it was. What LoRAs change is written into the weights."""
+    """Write the model folder beside its place, then rename: an interrupted save leaves the old
+    folder as it was. What LoRAs change is written into the weights."""
     path = Path(path)
     fresh, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
     _finish_save(path)
@@ -102,7 +102,8 @@ def load(
 
 
 def network(described: dict) -> nn.Module:
-    """A part as model.json describes it: its kind, and its config. Its tensors have no memory yet."""
+    """A part as model.json describes it: its kind, and its config. Its tensors have no memory
+    yet."""
     config = {key: value for key, value in described.items() if key != "kind"}
     return empty(KINDS[described["kind"]], config)
 
@@ -128,7 +129,8 @@ def _model(whole: dict) -> LatentDiffusion:
 
 
 def _finish_save(path: Path) -> None:
-    """A save that was killed between its two renames left the model under its old name: put it back."""
+    """A save that was killed between its two renames left the model under its old name: put it
+    back."""
     old = path.with_name(path.name + ".old")
     if old.is_dir() and not path.exists():
         os.replace(old, path)
@@ -149,7 +151,8 @@ def fill(
     """The module, holding these very tensors, or its parameters in another precision.
 
     A tensor that is missing, left over, of another shape or kind, or not finite is a UserError that
-    names it, and the file: `where`. What is converted is used up: nobody may read `state` afterwards.
+    names it, and the file: `where`. What is converted is used up: nobody may read `state`
+    afterwards.
     """
     expected = module.state_dict()
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())

@@ -19,8 +19,9 @@ SETTINGS = [
 
 
 def resolve(path: str | Path) -> Path:
-    """The path itself, or the folder of a repository such as stable-diffusion-v1-5/stable-diffusion-v1-5
-    in the cache. "box" is the model that ships with minidiff; a folder of that name is meant by its whole path."""
+    """The path itself, or the folder of a repository such as
+    stable-diffusion-v1-5/stable-diffusion-v1-5 in the cache. "box" is the model that ships with
+    minidiff; a folder of that name is meant by its whole path."""
     if str(path) == "box":
         return Path(__file__).parents[1] / "box"
     path = Path(path)

@@ -128,9 +128,8 @@ def _cannot(checkpoint: layouts.Checkpoint) -> list[str]:
     if channels == 9:
         reasons.append("draw from words alone: an inpainting U-Net needs an image and a mask")
     elif channels != 4:
-        reasons.append(
-            f"draw here: its U-Net takes {channels} channels, and only 4 and 9 (inpainting) are known"
-        )
+        known = "only 4 and 9 (inpainting) are known"
+        reasons.append(f"draw here: its U-Net takes {channels} channels, and {known}")
     if "text" in parts and parts["text"].config["width"] != context:
         width = parts["text"].config["width"]
         reasons.append(f"draw: its text encoder gives width {width}, its U-Net expects {context}")
@@ -138,8 +137,8 @@ def _cannot(checkpoint: layouts.Checkpoint) -> list[str]:
 
 
 def _differences(name: str, part: layouts.Part) -> tuple[list[str], list[str]]:
-    """The tensors that the network of this part has and the file lacks, and the other way round. All
-    but a complete published network is built for this, without memory."""
+    """The tensors that the network of this part has and the file lacks, and the other way round.
+    All but a complete published network is built for this, without memory."""
     if _hash(part.state) in COMPLETE.values():
         return [], []
     from minidiff.checkpoints.load import outline

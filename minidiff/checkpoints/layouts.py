@@ -1,5 +1,5 @@
-"""Checkpoints of Stable Diffusion 1.x and 2.x, in any layout, as three parts under our names. Without
-torch.
+"""Checkpoints of Stable Diffusion 1.x and 2.x, in any layout, as three parts under our names.
+Without torch.
 
 A layout is read the same way from tensors and from headers alone (`Stored`): loading reads the
 tensors, inspecting the headers.
@@ -218,7 +218,8 @@ def weight_files(stem: str, listed: list[str]) -> list[str]:
 
 
 def schedule_of(told: dict, notes: list[str]) -> tuple[dict, str, str]:
-    """The noise schedule, the target and the spacing of times that a scheduler_config.json names."""
+    """The noise schedule, the target and the spacing of times that a scheduler_config.json
+    names."""
     prediction = told.get("prediction_type", "epsilon")
     betas = told.get("beta_schedule", "linear")
     if prediction not in PREDICTIONS or betas not in ("linear", "scaled_linear"):
@@ -280,8 +281,8 @@ def _behind(state: State, prefixes: tuple[str, ...], bare: bool, starts: tuple[s
 
 
 def _add_unet(checkpoint: Checkpoint, weights: State, whole: State, file: Path) -> None:
-    """The U-Net, and what it tells of target and size. Where averaged weights stand beside live ones,
-    the average is taken; its names lost their dots."""
+    """The U-Net, and what it tells of target and size. Where averaged weights stand beside live
+    ones, the average is taken; its names lost their dots."""
     averages = {name: whole.get(AVERAGE + name.replace(".", "")) for name in weights}
     if all(value is not None for value in averages.values()):
         checkpoint.notes.append(

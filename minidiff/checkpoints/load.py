@@ -28,11 +28,12 @@ def load(
     text: str | Path | None = None,
     unet: str | Path | None = None,
 ) -> LatentDiffusion:
-    """The model at a path: a folder of ours, a diffusers folder, a single file of Stable Diffusion, or
-    a Hub id such as owner/name.
+    """The model at a path: a folder of ours, a diffusers folder, a single file of Stable Diffusion,
+    or a Hub id such as owner/name.
 
     dtype: torch's, or fp32, bf16, fp16; None keeps what is stored. target: what the U-Net predicts
-    ("eps", "v"), where the file does not say. vae, text, unet: take this part from another checkpoint.
+    ("eps", "v"), where the file does not say. vae, text, unet: take this part from another
+    checkpoint.
     """
     dtype, path = dtype_named(dtype), hub.resolve(path)
     others = {"vae": vae, "text": text, "unet": unet}
@@ -55,8 +56,8 @@ def load(
 
 
 def part(path: str | Path, name: str, dtype: str | torch.dtype | None = None) -> nn.Module:
-    """One network of a checkpoint: name is unet, vae or text. The file may hold this one alone; text
-    may be MODEL:TAG of open_clip, as in ViT-L-14:openai (TAG can be a file)."""
+    """One network of a checkpoint: name is unet, vae or text. The file may hold this one alone;
+    text may be MODEL:TAG of open_clip, as in ViT-L-14:openai (TAG can be a file)."""
     path, dtype = hub.resolve(path), dtype_named(dtype)
     if (path / "model.json").is_file():
         return getattr(folder.load(path, dtype=dtype), name)
@@ -113,8 +114,8 @@ def _stable_diffusion(
     if target is None:
         target = "v"
         warnings.warn(
-            f"{path.name}: nothing in it says whether it predicts v (768 pixels) or eps (base, 512); "
-            "v is assumed",
+            f"{path.name}: nothing in it says whether it predicts v (768 pixels) or "
+            "eps (base, 512); v is assumed",
             stacklevel=3,
         )
     schedule = schedules.Discrete(**(checkpoint.schedule or layouts.STABLE_DIFFUSION))

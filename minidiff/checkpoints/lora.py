@@ -1,8 +1,8 @@
-"""LoRA files as diffusers, PEFT and kohya write them: their names, their alpha, and what they do to a
-model.
+"""LoRA files as diffusers, PEFT and kohya write them: their names, their alpha, and what they do to
+a model.
 
-A layer has its published name there, behind a prefix. kohya writes "_" for every dot; only a list of
-the model's layers can undo that.
+A layer has its published name there, behind a prefix. kohya writes "_" for every dot; only a list
+of the model's layers can undo that.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Our parameter names and the published ones, as short tables: one for each layout, read both ways.
 
 A row pairs a piece of a published name with our piece for it; pieces begin and end at dots, {} is a
-number. Rows are applied from the top to get our names, and from the bottom, turned round, to get the
-published ones. None: a tensor with this piece in its name is dropped on purpose.
+number. Rows are applied from the top to get our names, and from the bottom, turned round, to get
+the published ones. None: a tensor with this piece in its name is dropped on purpose.
 """
 
 import re
@@ -109,7 +109,8 @@ VAE_OLD_ATTENTION: Table = [  # until diffusers 0.18
     ("proj_attn", "to_out.0"),
 ]
 
-CLIP_TRANSFORMERS: Table = [  # CLIPTextModel; files of before and after its prefix "text_model" went
+# CLIPTextModel; files of before and after its prefix "text_model" went.
+CLIP_TRANSFORMERS: Table = [
     ("position_ids", None),  # 0, 1, ..., 76
     ("text_projection", None),  # of use to the contrastive loss only
     ("logit_scale", None),
@@ -127,12 +128,12 @@ CLIP_TRANSFORMERS: Table = [  # CLIPTextModel; files of before and after its pre
     ("final_layer_norm", "norm_out"),
 ]
 
-# Networks of CompVis's layout, the single file. Its U-Net numbers its layers in the order in which they run.
+# Networks of CompVis's layout, the single file. Its U-Net numbers its layers in the order of use.
 
 
 def unet_compvis(attention: Sequence[bool] = (True, True, True, False), blocks: int = 2) -> Table:
-    """UNetModel. attention: which levels have transformers, finest first. blocks: the residual blocks
-    of a level."""
+    """UNetModel. attention: which levels have transformers, finest first. blocks: the residual
+    blocks of a level."""
     levels, layers, k = len(attention), [("input_blocks.0.0", "conv_in")], 1
     for level in range(levels):
         for i in range(blocks):
@@ -153,7 +154,7 @@ def unet_compvis(attention: Sequence[bool] = (True, True, True, False), blocks: 
         layers.append((f"output_blocks.{k}.0", f"decoder.{level}.residual.{i}"))
         if transformer:
             layers.append((f"output_blocks.{k}.1", f"decoder.{level}.attention.{i}"))
-        # Halving has a number of its own; doubling stands behind the last transformer, or in its place.
+        # Halving has a number of its own; doubling follows the last transformer, or replaces it.
         if i == blocks and level < levels - 1:
             up = f"output_blocks.{k}.{1 + transformer}.conv"
             layers.append((up, f"decoder.{level}.resample.conv"))
@@ -195,7 +196,7 @@ def vae_compvis(levels: int = 4) -> Table:
     ]
 
 
-# open_clip's text encoder, also in SD 2.x's single file. It has q, k and v in one matrix (see layouts).
+# open_clip's text encoder, also in SD 2.x's single file. q, k and v are one matrix (see layouts).
 CLIP_OPEN: Table = [
     ("attn_mask", None),
     ("text_projection", None),

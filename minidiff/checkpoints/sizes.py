@@ -1,8 +1,8 @@
 """A network's config from the shapes of its tensors. Without torch.
 
 Sizes come from the tensors, never from a file's name. What leaves no trace in them is assumed: how
-many heads share a width, and a text encoder's activation and padding (SD 1.x: OpenAI's CLIP; SD 2.x:
-OpenCLIP's ViT-H).
+many heads share a width, and a text encoder's activation and padding (SD 1.x: OpenAI's CLIP; SD
+2.x: OpenCLIP's ViT-H).
 """
 
 import re
@@ -58,7 +58,8 @@ def vae_config(shapes: Shapes) -> dict:
 
 
 def text_config(shapes: Shapes) -> dict:
-    """The arguments of TextConfig. Width 1024 is OpenCLIP's, any other OpenAI's: heads of 64 in both."""
+    """The arguments of TextConfig. Width 1024 is OpenCLIP's, any other OpenAI's: heads of 64 in
+    both."""
     vocabulary, width = _shape(shapes, "token_embedding.weight", 2)
     openclip = width == 1024
     return dict(

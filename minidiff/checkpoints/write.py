@@ -1,7 +1,8 @@
-"""A LatentDiffusion in the layouts that diffusers and the single-file tools open: the same tensors, in
-the same precision.
+"""A LatentDiffusion in the layouts that diffusers and the single-file tools open: the same tensors,
+in the same precision.
 
-What only minidiff has (pooled text, no GroupNorm, ...) those layouts cannot say; it is refused by name.
+What only minidiff has (pooled text, no GroupNorm, ...) those layouts cannot say; it is refused by
+name.
 """
 
 import json
@@ -33,7 +34,8 @@ LIBRARIES = {  # the folders of a diffusers pipeline, and the class that opens e
 
 
 def check(model: LatentDiffusion) -> None:
-    """That the model is a Stable Diffusion: everything in it has a place in the published layouts."""
+    """That the model is a Stable Diffusion: everything in it has a place in the published
+    layouts."""
     strange = _strange_networks(model)
     schedule = model.schedule
     if not isinstance(schedule, Discrete) or schedule.betas not in ("linear", "scaled_linear"):
@@ -238,8 +240,8 @@ def _transformers_text(model: LatentDiffusion) -> State:
 
 
 def save_compvis(model: LatentDiffusion, file: str | Path) -> Path:
-    """One file with CompVis's names, as the single-file tools open it. Written beside its place, then
-    renamed; it must not exist."""
+    """One file with CompVis's names, as the single-file tools open it. Written beside its place,
+    then renamed; it must not exist."""
     check(model)
     file = Path(file)
     if file.suffix != ".safetensors":
@@ -273,8 +275,8 @@ def _prefixed(prefix: str, state: State) -> State:
 
 
 def _openclip_text(model: LatentDiffusion) -> State:
-    """q, k and v in one matrix. SD 2.x does not run the last block, which loading drops: zeros stand
-    in its place."""
+    """q, k and v in one matrix. SD 2.x does not run the last block, which loading drops: zeros
+    stand in its place."""
     state, last = merged_state(model.text), model.text.config.layers
     for name in [name for name in state if name.startswith("blocks.0.")]:
         copy = name.replace("blocks.0.", f"blocks.{last}.")
