@@ -15,6 +15,9 @@ SETTINGS = [
     "*/config.json",
     "*/scheduler_config.json",
     "*/tokenizer_config.json",
+    "*/special_tokens_map.json",
+    "*/added_tokens.json",
+    "*/tokenizer.json",
 ]
 
 

@@ -24,6 +24,7 @@ Read = Callable[[Path], State]
 KINDS = {"unet": "U-Net", "vae": "VAE", "text": "text encoder"}
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 PADDING = {"<|endoftext|>": 49407, "!": 0}  # SD 1.x repeats the end, SD 2.x writes "!"
+PADDING_FILES = ("special_tokens_map.json", "tokenizer_config.json")  # the first counts
 STABLE_DIFFUSION = dict(betas="scaled_linear", T=1000, beta_1=0.00085, beta_T=0.012, final=1)
 UNET, VAE = ("model.diffusion_model.", "diffusion_model."), ("first_stage_model.",)
 AVERAGE = "model_ema.diffusion_model"
@@ -128,6 +129,7 @@ def _diffusers(folder: Path, reader: Read) -> Checkpoint:
         checkpoint.parts["unet"] = _diffusers_unet(folder / "unet", unet_json, reader)
         checkpoint.parts["vae"] = _diffusers_vae(folder / "vae", vae_json, reader)
         checkpoint.parts["text"] = transformers_text(encoder, tokenizer, reader)
+        checkpoint.notes += _own_words(tokenizer)
         factor = 2 ** (len(checkpoint.parts["vae"].config["channels"]) - 1)
         checkpoint.size = int(unet_json.get("sample_size", 64)) * factor
     except (TypeError, AttributeError, KeyError) as error:  # such as a number in place of a list
@@ -173,18 +175,41 @@ def transformers_text(folder: Path, tokenizer: Path, reader: Read) -> Part:
             f'{folder / "config.json"}: hidden_act "{activation}"; CLIP has quick_gelu or gelu.'
         )
     part.config.update(heads=told.get("num_attention_heads", 12), activation=activation)
-    if (tokenizer / "tokenizer_config.json").is_file():
-        part.config["pad"] = _padding(tokenizer / "tokenizer_config.json")
+    pad = _padding(tokenizer)
+    if pad is not None:
+        part.config["pad"] = pad
     return part
 
 
-def _padding(file: Path) -> int:
-    """The token that fills prompts up."""
-    token = files.read_json(files.inside(file.parents[1], file)).get("pad_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    if token not in PADDING:
-        raise UserError(f"{file}: pad_token is {token!r}; one of {', '.join(PADDING)} is expected.")
-    return PADDING[token]
+def _padding(tokenizer: Path) -> int | None:
+    """The token that fills prompts up. The two files differ in SD 2.x; the map of special tokens
+    counts."""
+    names = [name for name in PADDING_FILES if (tokenizer / name).is_file()]
+    for name in names:
+        token = _optional(tokenizer, name).get("pad_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is None and name != names[-1]:
+            continue
+        if token not in PADDING:
+            expected = f"one of {', '.join(PADDING)} is expected"
+            raise UserError(f"{tokenizer / name}: pad_token is {token!r}; {expected}.")
+        return PADDING[token]
+    return None
+
+
+def _own_words(tokenizer: Path) -> list[str]:
+    """A note for each word that was added to CLIP's vocabulary."""
+    decoder = _optional(tokenizer, "tokenizer_config.json").get("added_tokens_decoder") or {}
+    listed = _optional(tokenizer, "tokenizer.json").get("added_tokens") or []
+    words = {entry["content"] for entry in [*decoder.values(), *listed]}
+    words |= _optional(tokenizer, "added_tokens.json").keys()
+    words -= {"<|startoftext|>", *PADDING}
+    return [f'the tokenizer\'s own word "{word}" is not read' for word in sorted(words)]
+
+
+def _optional(folder: Path, name: str) -> dict:
+    file = folder / name
+    return files.read_json(files.inside(folder.parent, file)) if file.is_file() else {}
 
 
 def _weights(folder: Path, stem: str, reader: Read) -> tuple[State, Path]:
