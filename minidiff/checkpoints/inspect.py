@@ -1,4 +1,4 @@
-"""What a checkpoint is, told from names, shapes and settings alone: no tensor is read. Files of
+"""What a checkpoint is, from names, shapes and settings alone: no tensor is read. Files of
 safetensors with the published networks' names need no torch."""
 
 import hashlib

@@ -24,7 +24,6 @@ Read = Callable[[Path], State]
 KINDS = {"unet": "U-Net", "vae": "VAE", "text": "text encoder"}
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 PADDING = {"<|endoftext|>": 49407, "!": 0}  # SD 1.x repeats the end, SD 2.x writes "!"
-PADDING_FILES = ("special_tokens_map.json", "tokenizer_config.json")  # the first counts
 STABLE_DIFFUSION = dict(betas="scaled_linear", T=1000, beta_1=0.00085, beta_T=0.012, final=1)
 UNET, VAE = ("model.diffusion_model.", "diffusion_model."), ("first_stage_model.",)
 AVERAGE = "model_ema.diffusion_model"
@@ -144,37 +143,37 @@ def _json(folder: Path, name: str) -> dict:
     return files.read_json(files.inside(folder, folder / name))
 
 
-def _diffusers_unet(folder: Path, told: dict, reader: Read) -> Part:
+def _diffusers_unet(folder: Path, settings: dict, reader: Read) -> Part:
     state, file = _weights(folder, "diffusion_pytorch_model", reader)
     part = unet(state, str(file), names.UNET_DIFFUSERS)
     # "attention_head_dim" means the number of heads, too.
-    heads = told.get("num_attention_heads") or told.get("attention_head_dim", 8)
-    levels = len(told.get("block_out_channels", (320, 640, 1280, 1280)))
+    heads = settings.get("num_attention_heads") or settings.get("attention_head_dim", 8)
+    levels = len(settings.get("block_out_channels", (320, 640, 1280, 1280)))
     part.config["heads"] = tuple(heads) if isinstance(heads, list) else (heads,) * levels
-    part.config["groups"] = told.get("norm_num_groups", 32)
+    part.config["groups"] = settings.get("norm_num_groups", 32)
     return part
 
 
-def _diffusers_vae(folder: Path, told: dict, reader: Read) -> Part:
+def _diffusers_vae(folder: Path, settings: dict, reader: Read) -> Part:
     state, file = _weights(folder, "diffusion_pytorch_model", reader)
     state = names.to_ours(state, names.VAE_OLD_ATTENTION)
     part = vae(state, str(file), names.VAE_DIFFUSERS)
-    part.config["groups"] = told.get("norm_num_groups", 32)
-    return part._replace(latent_scale=float(told.get("scaling_factor", 0.18215)))
+    part.config["groups"] = settings.get("norm_num_groups", 32)
+    return part._replace(latent_scale=float(settings.get("scaling_factor", 0.18215)))
 
 
 def transformers_text(folder: Path, tokenizer: Path, reader: Read) -> Part:
     """CLIPTextModel as transformers saves it; a whole CLIPModel's image encoder is left out."""
-    told = files.read_json(files.inside(folder.parent, folder / "config.json"))
-    told = told.get("text_config") or told
+    settings = files.read_json(files.inside(folder.parent, folder / "config.json"))
+    settings = settings.get("text_config") or settings
     state, file = _weights(folder, "model", reader)
     part = text(_without(state, IMAGE_ENCODER), str(file), names.CLIP_TRANSFORMERS)
-    activation = told.get("hidden_act", "quick_gelu")
+    activation = settings.get("hidden_act", "quick_gelu")
     if activation not in ("quick_gelu", "gelu"):
         raise UserError(
             f'{folder / "config.json"}: hidden_act "{activation}"; CLIP has quick_gelu or gelu.'
         )
-    part.config.update(heads=told.get("num_attention_heads", 12), activation=activation)
+    part.config.update(heads=settings.get("num_attention_heads", 12), activation=activation)
     pad = _padding(tokenizer)
     if pad is not None:
         part.config["pad"] = pad
@@ -182,19 +181,18 @@ def transformers_text(folder: Path, tokenizer: Path, reader: Read) -> Part:
 
 
 def _padding(tokenizer: Path) -> int | None:
-    """The token that fills prompts up. The two files differ in SD 2.x; the map of special tokens
+    """The token that fills prompts up. The two files differ in SD 2.x: the map of special tokens
     counts."""
-    names = [name for name in PADDING_FILES if (tokenizer / name).is_file()]
-    for name in names:
-        token = _optional(tokenizer, name).get("pad_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        if token is None and name != names[-1]:
-            continue
-        if token not in PADDING:
-            expected = f"one of {', '.join(PADDING)} is expected"
-            raise UserError(f"{tokenizer / name}: pad_token is {token!r}; {expected}.")
-        return PADDING[token]
-    return None
+    settings = _optional(tokenizer, "tokenizer_config.json")
+    special = _optional(tokenizer, "special_tokens_map.json")
+    token = special.get("pad_token") or settings.get("pad_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is None and not settings:
+        return None
+    if token not in PADDING:
+        expected = f"one of {', '.join(PADDING)} is expected"
+        raise UserError(f"{tokenizer}/tokenizer_config.json: pad_token is {token!r}; {expected}.")
+    return PADDING[token]
 
 
 def _own_words(tokenizer: Path) -> list[str]:
@@ -242,11 +240,11 @@ def weight_files(stem: str, listed: list[str]) -> list[str]:
     return []
 
 
-def schedule_of(told: dict, notes: list[str]) -> tuple[dict, str, str]:
+def schedule_of(settings: dict, notes: list[str]) -> tuple[dict, str, str]:
     """The noise schedule, the target and the spacing of times that a scheduler_config.json
     names."""
-    prediction = told.get("prediction_type", "epsilon")
-    betas = told.get("beta_schedule", "linear")
+    prediction = settings.get("prediction_type", "epsilon")
+    betas = settings.get("beta_schedule", "linear")
     if prediction not in PREDICTIONS or betas not in ("linear", "scaled_linear"):
         raise UserError(
             f'scheduler_config.json: prediction_type "{prediction}" with beta_schedule "{betas}" '
@@ -254,13 +252,13 @@ def schedule_of(told: dict, notes: list[str]) -> tuple[dict, str, str]:
         )
     schedule = {
         "betas": betas,
-        "T": int(told.get("num_train_timesteps", 1000)),
-        "beta_1": float(told.get("beta_start", 1e-4)),
-        "beta_T": float(told.get("beta_end", 0.02)),
-        "zero_terminal_snr": bool(told.get("rescale_betas_zero_snr", False)),
-        "final": 0 if told.get("set_alpha_to_one", True) else 1,
+        "T": int(settings.get("num_train_timesteps", 1000)),
+        "beta_1": float(settings.get("beta_start", 1e-4)),
+        "beta_T": float(settings.get("beta_end", 0.02)),
+        "zero_terminal_snr": bool(settings.get("rescale_betas_zero_snr", False)),
+        "final": 0 if settings.get("set_alpha_to_one", True) else 1,
     }
-    spacing, offset = told.get("timestep_spacing", "leading"), told.get("steps_offset", 0)
+    spacing, offset = settings.get("timestep_spacing", "leading"), settings.get("steps_offset", 0)
     if spacing == "leading" and offset != 1:
         notes.append(f"steps_offset is {offset} there and 1 here, as Stable Diffusion's is")
     return schedule, PREDICTIONS[prediction], spacing

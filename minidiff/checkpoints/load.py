@@ -94,7 +94,11 @@ def _stable_diffusion(
 ) -> LatentDiffusion:
     """The parts of one checkpoint, or of several: others names the file of a part by the part."""
     checkpoint = layouts.read(path, files.tensors)
-    for note in [*checkpoint.notes, *_left_out(checkpoint)]:
+    notes, unknown = list(checkpoint.notes), checkpoint.unknown
+    if unknown:
+        left_out = f"{len(unknown)} tensors belong to no part and are left out"
+        notes.append(f'{left_out}; the first is "{unknown[0]}"')
+    for note in notes:
         warnings.warn(f"{path.name}: {note}", stacklevel=3)
     absent = [name for name in NETWORKS if name not in checkpoint.parts and name not in others]
     if absent:
@@ -127,15 +131,6 @@ def _stable_diffusion(
         guidance=7.5,
         spacing=checkpoint.spacing,
     )
-
-
-def _left_out(checkpoint: layouts.Checkpoint) -> list[str]:
-    unknown = checkpoint.unknown
-    if not unknown:
-        return []
-    return [
-        f'{len(unknown)} tensors belong to no part and are left out; the first is "{unknown[0]}"'
-    ]
 
 
 def _open_clip_text(name: str, tag: str) -> layouts.Part:

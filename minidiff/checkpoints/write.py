@@ -77,46 +77,46 @@ def _strange_networks(model: LatentDiffusion) -> list[str]:
 
 def unet_config(model: LatentDiffusion) -> dict:
     """config.json of UNet2DConditionModel."""
-    n = model.unet.config
-    cross = ["CrossAttn" if depth else "" for depth in n.depth]
-    heads = list(n.heads)
-    config = {
+    config = model.unet.config
+    cross = ["CrossAttn" if depth else "" for depth in config.depth]
+    heads = list(config.heads)
+    settings = {
         "_class_name": "UNet2DConditionModel",
         "sample_size": model.size // model.vae.factor,
-        "in_channels": n.in_channels,
-        "out_channels": n.out_channels,
-        "block_out_channels": list(n.channels),
-        "layers_per_block": n.blocks,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "block_out_channels": list(config.channels),
+        "layers_per_block": config.blocks,
         "down_block_types": [f"{kind}DownBlock2D" for kind in cross],
-        "mid_block_type": "UNetMidBlock2DCrossAttn" if n.middle else None,
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if config.middle else None,
         "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(cross)],
-        "cross_attention_dim": n.context_dim,
+        "cross_attention_dim": config.context_dim,
         # Their name for the number of heads.
         "attention_head_dim": heads[0] if len(set(heads)) == 1 else heads,
-        "norm_num_groups": n.groups,
-        "use_linear_projection": n.linear_projection,
+        "norm_num_groups": config.groups,
+        "use_linear_projection": config.linear_projection,
         "act_fn": "silu",
         "flip_sin_to_cos": True,
         "freq_shift": 0,
     }
-    if any(depth > 1 for depth in n.depth):
-        config["transformer_layers_per_block"] = [max(depth, 1) for depth in n.depth]
-    return config
+    if any(depth > 1 for depth in config.depth):
+        settings["transformer_layers_per_block"] = [max(depth, 1) for depth in config.depth]
+    return settings
 
 
 def vae_config(model: LatentDiffusion) -> dict:
     """config.json of AutoencoderKL."""
-    n, levels = model.vae.config, len(model.vae.config.channels)
+    config, levels = model.vae.config, len(model.vae.config.channels)
     return {
         "_class_name": "AutoencoderKL",
-        "in_channels": n.in_channels,
-        "out_channels": n.in_channels,
-        "latent_channels": n.latent_channels,
-        "block_out_channels": list(n.channels),
-        "layers_per_block": n.blocks,
+        "in_channels": config.in_channels,
+        "out_channels": config.in_channels,
+        "latent_channels": config.latent_channels,
+        "block_out_channels": list(config.channels),
+        "layers_per_block": config.blocks,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "norm_num_groups": n.groups,
+        "norm_num_groups": config.groups,
         "sample_size": model.size,
         "scaling_factor": float(f"{model.vae.latent_scale.item():.7g}"),  # a float32's digits
         "act_fn": "silu",
@@ -125,22 +125,22 @@ def vae_config(model: LatentDiffusion) -> dict:
 
 def text_config(model: LatentDiffusion) -> dict:
     """config.json of CLIPTextModel."""
-    n = model.text.config
+    config = model.text.config
     return {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
-        "hidden_size": n.width,
-        "intermediate_size": 4 * n.width,
-        "num_hidden_layers": n.layers,
-        "num_attention_heads": n.heads,
-        "hidden_act": n.activation,
-        "max_position_embeddings": n.context_length,
-        "vocab_size": n.vocabulary,
+        "hidden_size": config.width,
+        "intermediate_size": 4 * config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "hidden_act": config.activation,
+        "max_position_embeddings": config.context_length,
+        "vocab_size": config.vocabulary,
         "layer_norm_eps": 1e-05,
         "bos_token_id": END - 1,
         "eos_token_id": END,
         "pad_token_id": 1,
-        "projection_dim": n.width,
+        "projection_dim": config.width,
     }
 
 
