@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import minidiff
 from minidiff import pipeline
+from minidiff.checkpoints import lora as lora_files
 from minidiff.cli.script import follow, last_loss, read_log, run, write_results
 from minidiff.data import critic
 from minidiff.data.world import World
@@ -516,12 +517,10 @@ def main(
         copy.deepcopy(guided).half().save(out / "guided"),
     )
     file = out / "lcm_lora.safetensors"
-    with atomic.write(
-        file, atomic.unsigned
-    ) as new:  # it may be there, of a run that was interrupted while it was judged
-        lora.save(adapted, new)
+    with atomic.write(file, atomic.unsigned) as new:  # there may be one of an interrupted run
+        lora_files.save(adapted, new)
     quick, low = minidiff.load(folder), minidiff.load(model)
-    loaded = lora.load(low, file)
+    loaded = lora_files.load(low, file)
     told = {objects: evaluate.held_out(world, captions, objects, seed) for objects in (1, 2)}
     found = [
         *measured(teacher, "teacher", TEACHER, told, seed),

@@ -4,6 +4,14 @@ Names are imported when they are first used, so that `import minidiff` is instan
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from minidiff.latent_diffusion import LatentDiffusion
 
 _HOMES = {
     "UNet": "minidiff.unet",
@@ -40,14 +48,26 @@ _DOORS = {"plots": "minidiff.figures.plots", "lora": "minidiff.methods.lora"}
 __all__ = [*_HOMES, *_MODULES, *_DOORS, "load"]
 
 
-def load(path="box", device="cpu", dtype="fp32", **how):
-    """The model at a path, a LatentDiffusion ready to sample: a folder of ours, a diffusers folder,
-    a single file of Stable Diffusion, or a name on the Hugging Face Hub. "box" is the small model
-    that ships with minidiff (docs/box.md). dtype: fp32, bf16, fp16, or None for what is stored.
-    More in checkpoints/load.py."""
+def load(
+    path: "str | Path" = "box",
+    device: "str | torch.device" = "cpu",
+    dtype: "str | torch.dtype | None" = "fp32",
+    target: str | None = None,
+    vae: "str | Path | None" = None,
+    text: "str | Path | None" = None,
+    unet: "str | Path | None" = None,
+) -> "LatentDiffusion":
+    """The model at a path, ready to sample: a folder of ours, a diffusers folder, a single file of
+    Stable Diffusion, or a name on the Hugging Face Hub. "box" is the small model that ships with
+    minidiff (docs/box.md).
+
+    dtype: torch's, or fp32, bf16, fp16; None keeps what is stored. target: what the U-Net predicts
+    ("eps", "v"), where the file does not say. vae, text, unet: take this part from another
+    checkpoint.
+    """
     from minidiff.checkpoints.load import load
 
-    return load(path, device, dtype, **how)
+    return load(path, device, dtype, target, vae, text, unet)
 
 
 def __getattr__(name: str):

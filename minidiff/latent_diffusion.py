@@ -4,33 +4,20 @@
 [2] Ho, Salimans. Classifier-Free Diffusion Guidance. 2022. arXiv:2207.12598
 """
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Shaped
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minidiff import schedules
-from minidiff.checkpoints import files
-from minidiff.checkpoints.fill import empty, fill, precision_of
 from minidiff.denoiser import Denoise, Denoiser
 from minidiff.errors import UserError, choice
 from minidiff.guidance import guide
-from minidiff.methods.lora import merged_state
 from minidiff.options.sampling import SampleConfig, check_size
 from minidiff.samplers import SAMPLERS, Frame, Noise, Normal, by_name, sample, times_of
 from minidiff.steps import Step
-from minidiff.text import ClassLabels, CLIPText, Unconditional
-from minidiff.training import atomic
-from minidiff.unet import UNet
-from minidiff.vae import VAE, Pixels
-
-FORMAT = "minidiff 1"
-PARTS = {cls.__name__: cls for cls in (VAE, Pixels, CLIPText, ClassLabels, Unconditional, UNet)}
 
 Latents = Float[Tensor, "B Z h w"]
 DEFAULTS = SampleConfig()
@@ -176,123 +163,33 @@ class LatentDiffusion(nn.Module):
         return torch.cat([self.vae.decode(z) for z in together])
 
     def save(self, path: str | Path) -> Path:
-        """Write the model folder whole or not at all: an interrupted save leaves the old folder as it was. What LoRAs change is written into
-        the weights. A folder that is there is replaced only if it is a model folder with nothing else in it."""
-        path = Path(path)
-        parts = {"vae": self.vae, "text": self.text, "unet": self.unet}
-        numbers = {
-            name: {"kind": type(part).__name__, **asdict(part.config)}
-            for name, part in parts.items()
-        }
-        how = {
-            "target": self.denoiser.target,
-            "weighting": self.denoiser.weighting,
-            "schedule": schedules.to_json(self.schedule),
-        }
-        settings = {
-            name: getattr(self, name)
-            for name in ("size", "dropout", "guidance", "sampler", "spacing")
-        }
-        whole = {"format": FORMAT, **settings, "denoiser": how, **numbers}
-        with atomic.write(path, foreign) as new:
-            new.mkdir()
-            for name, part in parts.items():
-                save_file(
-                    {k: v.contiguous() for k, v in merged_state(part).items()},
-                    new / f"{name}.safetensors",
-                )
-            (new / "model.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-        return path
+        """Write the model folder (checkpoints/folder.py)."""
+        from minidiff.checkpoints import folder
+
+        return folder.save(self, path)
 
     @classmethod
     def load(
         cls,
         path: str | Path,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = torch.float32,
+        dtype: str | torch.dtype | None = torch.float32,
     ) -> "LatentDiffusion":
-        """Read a model folder, in this precision or as stored (None); every problem is a UserError
-        that names the file."""
-        path = Path(path)
-        if not path.exists():
-            atomic.recover(path)  # a save that was killed
-        if not path.is_dir():
-            raise UserError(
-                f'no model folder "{path}"; `minidiff quickstart` makes one, or pass --model FOLDER.'
-            )
-        if not (path / "model.json").is_file():
-            raise UserError(
-                f'"{path}" is no model folder: it has no model.json (a folder as written by `minidiff quickstart` has one).'
-            )
-        whole = files.read_json(path / "model.json")
-        try:
-            if whole["format"] != FORMAT:
-                raise ValueError(f'format "{whole["format"]}", but this version reads "{FORMAT}"')
-            parts = {name: _empty(whole[name]) for name in ("vae", "text", "unet")}
-            how = whole["denoiser"]
-            denoiser = Denoiser(
-                parts["unet"], schedules.from_json(how["schedule"]), how["target"], how["weighting"]
-            )
-            denoiser.schedule.timesteps(
-                1
-            )  # numbers of the wrong kind show now, not in the middle of a picture
-            how_to_sample = (
-                float(whole["guidance"]),
-                str(whole.get("sampler", "ddim")),
-                str(whole.get("spacing", "trailing")),
-            )
-            model = cls(
-                parts["vae"],
-                parts["text"],
-                denoiser,
-                int(whole["size"]),
-                float(whole["dropout"]),
-                *how_to_sample,
-            )
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RuntimeError,
-            ZeroDivisionError,
-        ) as error:
-            raise UserError(
-                f"{path / 'model.json'} is damaged ({type(error).__name__}: {error}); save the model again."
-            ) from error
-        for name, part in parts.items():
-            file = path / f"{name}.safetensors"
-            if not file.is_file():
-                raise UserError(
-                    f"{path} has no weights: {file.name} is missing; copy the whole folder, or save the model again."
-                )
-            fill(
-                part,
-                files.tensors(files.inside(path, file)),
-                f"{file} does not fit model.json",
-                precision_of(name, dtype),
-            )
-        return model.to(device).eval()
+        """Read a model folder (checkpoints/folder.py)."""
+        from minidiff.checkpoints import folder
 
+        return folder.load(path, device, dtype)
 
-def foreign(path: Path) -> Path | None:
-    """What in path is not a part of a model folder of ours; see atomic.Stranger."""
-    names = {"model.json", "vae.safetensors", "text.safetensors", "unet.safetensors"}
-    if not path.is_dir():
-        return path
-    for entry in sorted(path.iterdir()):
-        if entry.name not in names or not entry.is_file():
-            return entry
-    try:
-        whole = files.read_json(path / "model.json")
-    except (UserError, OSError):
-        return path
-    return (
-        None
-        if isinstance(whole, dict) and str(whole.get("format", "")).startswith("minidiff")
-        else path / "model.json"
-    )
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype | None = torch.float32,
+    ) -> "LatentDiffusion":
+        """Open anything that minidiff.load opens."""
+        from minidiff.checkpoints.load import load
 
+        return load(path, device, dtype)
 
-def _empty(numbers: dict) -> nn.Module:
-    return empty(PARTS[numbers["kind"]], {k: v for k, v in numbers.items() if k != "kind"})
+    save_pretrained = save

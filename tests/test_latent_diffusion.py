@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import minidiff
-from minidiff import latent_diffusion, pipeline, schedules
+from minidiff import pipeline, schedules
+from minidiff.checkpoints import folder as model_folder
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
@@ -146,7 +147,7 @@ def test_an_interrupted_save_leaves_the_old_folder_loadable(tmp_path, monkeypatc
         file.write_bytes(b"half")
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(latent_diffusion, "save_file", interrupted)
+        patch.setattr(model_folder, "save_file", interrupted)
         model(guidance=7.0).save(tmp_path / "m")
     assert torch.equal(pictures(minidiff.load(tmp_path / "m")), pictures(old))
     model(guidance=7.0).save(tmp_path / "m")

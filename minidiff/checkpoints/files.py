@@ -1,8 +1,10 @@
-"""Files of tensors and of settings, opened as data and never as programs: every check of a stranger's file is in this file.
+"""Files of tensors and of settings, opened as data and never as programs: every check of a
+stranger's file is in this file.
 
-A safetensors file is a length, a JSON header and bytes; `header` reads the first two without torch, in milliseconds whatever the
-file's size. Its tensors are memory maps: what is not used is never read. A .ckpt or .bin is a zip of a pickle and raw storages;
-`weights_only` runs nothing in it. What is written is written `beside` its place first.
+A safetensors file is a length, a JSON header and bytes. `header` reads the first two without torch,
+in milliseconds whatever the file's size; tensors are memory maps, and what is not used is never
+read. A .ckpt or .bin is a zip of a pickle and raw storages; `weights_only` runs nothing in it. What
+is written is written `beside` its place first.
 """
 
 import json
@@ -10,7 +12,7 @@ import math
 import re
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 from minidiff.errors import UserError
@@ -21,23 +23,16 @@ if TYPE_CHECKING:
 SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 MAX_JSON = 16 * 2**20  # bytes; a header of Stable Diffusion's 1,131 tensors takes 0.15 MB
 MAX_PICKLE = 64 * 2**20  # what describes tensors, without the tensors
-BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+# A class that Stable Diffusion's own .ckpt files name beside their tensors.
+CALLBACK = ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint")
 AGAIN = "fetch or copy it again"
 
 
 class Stored(NamedTuple):
-    """A tensor, as far as a file's header tells. It can be taken apart as tensors can, so that names and sizes are read alike from both."""
+    """A tensor, as far as a file's header tells. It has the few methods of tensors that reading a
+    layout needs, so that names and sizes are read alike from both."""
 
     dtype: str  # a key of BYTES
     shape: tuple[int, ...]
@@ -66,7 +61,8 @@ def checked(file: Path) -> Path:
 
 
 def inside(folder: Path, file: Path) -> Path:
-    """The file, unless a link leads out of the folder. A folder of Hugging Face's cache may link to the blobs beside it."""
+    """The file, unless a link leads out of the folder. A folder of Hugging Face's cache may link to
+    the blobs beside it."""
     if not file.exists():
         return file
     root, real = folder.resolve(), file.resolve()
@@ -78,6 +74,10 @@ def inside(folder: Path, file: Path) -> Path:
     return file
 
 
+def damaged(file: Path, why: str) -> UserError:
+    return UserError(f"{file} is damaged ({why}); {AGAIN}.")
+
+
 def read_json(file: Path) -> dict:
     """The object in a JSON file of reasonable size."""
     try:
@@ -86,65 +86,66 @@ def read_json(file: Path) -> dict:
             raise UserError(
                 f"{file} has {size / 2**20:.0f} MB; a file of settings has a few kilobytes."
             )
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file} is missing; {AGAIN}.") from None
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is damaged (not JSON: {error}); {AGAIN}.") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{file} is damaged (it should hold an object); {AGAIN}.")
-    return found
+        raise damaged(file, f"not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise damaged(file, "it should hold an object")
+    return content
 
 
 def header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """What a safetensors file says of its tensors, and its metadata. Whatever the header claims is compared with the file's length."""
-
-    def damaged(why: str) -> UserError:
-        return UserError(f"{file} is damaged ({why}); {AGAIN}.")
-
+    """A safetensors file's tensors and metadata, as its header has them. Whatever it claims is
+    compared with the file's length."""
     total = file.stat().st_size
     with open(file, "rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if total < 8 or length > total - 8:
-            raise damaged(f"its header should have {length} bytes, the file has {total}")
+            why = f"its header should have {length} bytes, the file has {total}"
+            raise damaged(file, why)
         if length > MAX_JSON:
-            raise damaged(f"its header has {length / 2**20:.0f} MB, where 1 is plenty")
+            raise damaged(file, f"its header has {length / 2**20:.0f} MB, where 1 is plenty")
         try:
-            found = json.loads(opened.read(length).decode("utf-8"))
-            metadata = found.pop("__metadata__", {}) if isinstance(found, dict) else None
+            content = json.loads(opened.read(length).decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            raise damaged(f"its header is not JSON: {error}") from error
-    if not isinstance(found, dict) or not isinstance(metadata, dict):
-        raise damaged("its header is no list of tensors")
+            raise damaged(file, f"its header is not JSON: {error}") from error
+    metadata = content.pop("__metadata__", {}) if isinstance(content, dict) else None
+    if not isinstance(metadata, dict):
+        raise damaged(file, "its header is no list of tensors")
     stored, spans = {}, []
-    for name, claim in found.items():
-        try:
-            dtype, shape, (begin, end) = (
-                claim["dtype"],
-                tuple(claim["shape"]),
-                claim["data_offsets"],
-            )
-            whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
-        except (TypeError, KeyError, ValueError) as error:
-            raise damaged(f'its header does not describe "{name}"') from error
-        if dtype not in BYTES:
-            raise UserError(
-                f'{file}: "{name}" is of type {dtype!r}; known here are {", ".join(BYTES)}.'
-            )
-        if not whole or end - begin != math.prod(shape) * BYTES[dtype] or end > total - 8 - length:
-            raise damaged(
-                f'"{name}", {dtype} of shape {list(shape)}, does not fit the bytes {begin} to {end} of {total - 8 - length}'
-            )
-        stored[name] = Stored(dtype, shape)
-        spans.append((begin, end))
+    for name, claim in content.items():
+        stored[name], span = _claimed(file, name, claim, total - 8 - length)
+        spans.append(span)
     spans.sort()
     if any(end > begin for (_, end), (begin, _) in pairwise(spans)):
-        raise damaged("two of its tensors share bytes")
+        raise damaged(file, "two of its tensors share bytes")
     return stored, metadata
 
 
+def _claimed(file: Path, name: str, claim: Any, total: int) -> tuple[Stored, tuple[int, int]]:
+    """One tensor of a header, and where its bytes begin and end among so many."""
+    try:
+        dtype, shape = claim["dtype"], tuple(claim["shape"])
+        begin, end = claim["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise damaged(file, f'its header does not describe "{name}"') from error
+    if not isinstance(dtype, str) or dtype not in BYTES:
+        raise UserError(
+            f'{file}: "{name}" is of type {dtype!r}; known here are {", ".join(BYTES)}.'
+        )
+    whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+    if not whole or end - begin != math.prod(shape) * BYTES[dtype] or end > total:
+        what = f'"{name}", {dtype} of shape {list(shape)}'
+        raise damaged(file, f"{what}, does not fit the bytes {begin} to {end} of {total}")
+    return Stored(dtype, shape), (begin, end)
+
+
 def metadata(file: Path) -> dict[str, str]:
-    """What a safetensors file says of itself; other files say nothing."""
+    """A safetensors file's metadata; other files have none."""
     return header(file)[1] if file.suffix == ".safetensors" else {}
 
 
@@ -161,47 +162,30 @@ def _safetensors(file: Path) -> "dict[str, Tensor]":
     try:
         return load_file(file)
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{file} is damaged ({_first_line(error)}); {AGAIN}.") from error
+        raise damaged(file, _first_line(error)) from error
 
 
 def _pickled(file: Path) -> "dict[str, Tensor]":
-    """The tensors of a zip as torch.save writes it since version 1.6, with or without "state_dict" around them."""
+    """The tensors of a zip as torch.save writes it since version 1.6, with or without "state_dict"
+    around them."""
     import pickle
 
     import torch
     from torch import Tensor
 
+    _check_archive(file)
+    module, name = CALLBACK
+    stub = type(name, (), {"__module__": module})  # has the name, and does nothing
     try:
-        with ZipFile(file) as archive:
-            entries = archive.infolist()
-    except (
-        BadZipFile,
-        OSError,
-        ValueError,
-        NotImplementedError,
-        RuntimeError,
-        OverflowError,
-    ) as error:
-        why = f"{file} is no archive of tensors: damaged, of before PyTorch 1.6, or a program in disguise"
-        raise UserError(f"{why}; ask for a .safetensors of it.") from error
-    described = sum(entry.file_size for entry in entries if entry.filename.endswith(".pkl"))
-    packed = any(entry.compress_type != ZIP_STORED for entry in entries)
-    if (
-        packed
-        or described > MAX_PICKLE
-        or sum(entry.file_size for entry in entries) > file.stat().st_size
-    ):
-        raise UserError(f"{file} unpacks to more than it holds; PyTorch writes no such file.")
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals([stub]):
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{file} holds more than tensors: code that would run when it is opened; ask for a .safetensors of it."
+            f"{file} holds more than tensors: code that would run when it is opened; "
+            "ask for a .safetensors of it."
         ) from error
-    except (
-        Exception
-    ) as error:  # a pickle is a program for a small machine: a mutated one can fail in any way
-        raise UserError(f"{file} is damaged ({_first_line(error)}); {AGAIN}.") from error
+    except Exception as error:  # a pickle is a program for a small machine: it can fail in any way
+        raise damaged(file, _first_line(error)) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if not isinstance(state, dict):
         raise UserError(f"{file} holds no dictionary of tensors.")
@@ -212,23 +196,37 @@ def _pickled(file: Path) -> "dict[str, Tensor]":
     }
 
 
+def _check_archive(file: Path) -> None:
+    """That a zip unpacks to no more than it holds."""
+    try:
+        with ZipFile(file) as archive:
+            entries = archive.infolist()
+    except (BadZipFile, OSError, ValueError, RuntimeError, OverflowError) as error:
+        raise UserError(
+            f"{file} is no archive of tensors: damaged, of before PyTorch 1.6, or a program in "
+            "disguise; ask for a .safetensors of it."
+        ) from error
+    described = sum(entry.file_size for entry in entries if entry.filename.endswith(".pkl"))
+    packed = any(entry.compress_type != ZIP_STORED for entry in entries)
+    unpacked = sum(entry.file_size for entry in entries)
+    if packed or described > MAX_PICKLE or unpacked > file.stat().st_size:
+        raise UserError(f"{file} unpacks to more than it holds; PyTorch writes no such file.")
+
+
 def stored(file: Path) -> dict[str, Stored]:
-    """What any file of tensors says of them; one that is a pickle must be opened for it."""
+    """Dtype and shape of every tensor of a file; a pickle must be opened for them."""
     if checked(file).suffix == ".safetensors":
         return header(file)[0]
-    short = {
-        "float64": "F64",
-        "float32": "F32",
-        "float16": "F16",
-        "bfloat16": "BF16",
-        "bool": "BOOL",
-        "uint8": "U8",
+    return {
+        name: Stored(_short(value), tuple(value.shape)) for name, value in _pickled(file).items()
     }
-    found = {}
-    for name, value in _pickled(file).items():
-        kind = str(value.dtype).removeprefix("torch.")
-        found[name] = Stored(short.get(kind, re.sub(r"^int", "I", kind)), tuple(value.shape))
-    return found
+
+
+def _short(value: "Tensor") -> str:
+    """A dtype as safetensors writes it."""
+    name = str(value.dtype).removeprefix("torch.")
+    short = {"bfloat16": "BF16", "bool": "BOOL", "uint8": "U8"}
+    return short.get(name, re.sub(r"^(f|i)[a-z]*", lambda match: match[1].upper(), name))
 
 
 def _first_line(error: BaseException) -> str:

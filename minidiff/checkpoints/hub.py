@@ -1,37 +1,36 @@
-"""Names on the Hugging Face Hub wherever a path is taken: what is needed is fetched once, into its cache; what is cached needs no network."""
+"""Names on the Hugging Face Hub wherever a path is taken: what is needed is fetched once, into its
+cache; what is cached needs no network."""
 
 import re
 from pathlib import Path
 
+from minidiff.checkpoints.layouts import weight_files
 from minidiff.errors import UserError
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-PARTS = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-}
+SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
+PARTS = dict(unet="diffusion_pytorch_model", vae="diffusion_pytorch_model", text_encoder="model")
 SETTINGS = [
     "model_index.json",
     "*/config.json",
     "*/scheduler_config.json",
     "*/tokenizer_config.json",
+    "*/special_tokens_map.json",
+    "*/added_tokens.json",
+    "*/tokenizer.json",
 ]
 
 
 def resolve(path: str | Path) -> Path:
-    """The path itself, or where the cache keeps a name such as stable-diffusion-v1-5/stable-diffusion-v1-5. "box" is the model that ships
-    with minidiff; a folder of that name is meant by its whole path."""
+    """The path itself, or the folder of a repository such as
+    stable-diffusion-v1-5/stable-diffusion-v1-5 in the cache. "box" is the model that ships with
+    minidiff; a folder of that name is meant by its whole path."""
     if str(path) == "box":
         return Path(__file__).parents[1] / "box"
     path = Path(path)
-    if (
-        path.exists()
-        or not REPOSITORY.fullmatch(path.as_posix())
-        or path.suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
-    ):
+    if path.exists() or path.suffix in SUFFIXES or not REPOSITORY.fullmatch(path.as_posix()):
         return path
-    if path.parent.is_dir():  # a folder that is here: a slip of the pen, not a name elsewhere
+    if path.parent.is_dir():  # a folder that is here: the rest is mistyped, not a name elsewhere
         return path
     return fetched(path.as_posix())
 
@@ -46,57 +45,56 @@ def fetched(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=SETTINGS + needed(listed)))
     except RepositoryNotFoundError:
         raise UserError(
-            f'"{name}" is neither a path here nor a repository on the Hugging Face Hub (a private one needs `hf auth login`).'
+            f'"{name}" is neither a path here nor a repository on the Hugging Face Hub '
+            "(a private one needs `hf auth login`)."
         ) from None
-    except Exception as error:  # no network, in whatever words the library's transport, which changes with its versions, has for it
+    except Exception as error:  # no network: each version's transport raises its own kind
         return _cached(name, error)
 
 
 def needed(listed: list[str]) -> list[str]:
-    """Of a repository's files, one spelling of each part's weights: safetensors before pickles, full precision before half."""
+    """Of a repository's files, one spelling of each part's weights."""
     chosen = []
     for part, stem in PARTS.items():
-        for variant in ("", r"\.fp16"):
-            for base, suffix in (
-                (stem, "safetensors"),
-                (stem if part != "text_encoder" else "pytorch_model", "bin"),
-            ):
-                pattern = rf"{part}/{base}({variant}(-\d+-of-\d+)?|(-\d+-of-\d+)?{variant})\.{suffix}(\.index{variant}\.json)?"
-                if found := [file for file in listed if re.fullmatch(pattern, file)]:
-                    chosen += found
-                    break
-            else:
-                continue
-            break
+        names = [file.removeprefix(f"{part}/") for file in listed if file.startswith(f"{part}/")]
+        chosen += [f"{part}/{name}" for name in weight_files(stem, names)]
     return chosen
 
 
 def _cached(name: str, error: Exception) -> Path:
-    from huggingface_hub import scan_cache_dir, snapshot_download
-    from huggingface_hub.errors import CacheNotFound, LocalEntryNotFoundError
+    """The repository's folder in the cache, where the Hub cannot be reached."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         folder = Path(snapshot_download(name, local_files_only=True))
     except LocalEntryNotFoundError:
-        try:
-            there = sorted(
-                repo.repo_id for repo in scan_cache_dir().repos if repo.repo_type == "model"
-            )
-        except CacheNotFound:
-            there = []
-        cached = f"the cache has {', '.join(there)}" if there else "the cache is empty"
         why = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(
-            f'"{name}" is no path here, and the Hub cannot be reached ({why}); {cached}.'
+            f'"{name}" is no path here, and the Hub cannot be reached ({why}); {_cache_content()}.'
         ) from None
-    parts = [
-        part
-        for part in PARTS
-        if not any((folder / part).glob("*.safetensors")) and not any((folder / part).glob("*.bin"))
-    ]
-    if parts or not (folder / "model_index.json").is_file():
-        absent = ", ".join(parts) or "model_index.json"
+    absent = [part for part in PARTS if not _has_weights(folder / part)]
+    if not absent and not (folder / "model_index.json").is_file():
+        absent = ["model_index.json"]
+    if absent:
         raise UserError(
-            f'"{name}" is only partly cached ({absent} missing), and the Hub cannot be reached; connect once to fetch the rest.'
+            f'"{name}" is only partly cached ({", ".join(absent)} missing), and the Hub cannot be '
+            "reached; connect once to fetch the rest."
         )
     return folder
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+
+
+def _cache_content() -> str:
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repositories = scan_cache_dir().repos
+    except CacheNotFound:
+        repositories = []
+    models = sorted(repo.repo_id for repo in repositories if repo.repo_type == "model")
+    return f"the cache has {', '.join(models)}" if models else "the cache is empty"

@@ -1,224 +1,225 @@
-"""What a checkpoint is, told from names, shapes and settings alone: no tensor is read, and torch is not needed for files of safetensors."""
+"""What a checkpoint is, from names, shapes and settings alone: no tensor is read. Files of
+safetensors with the published networks' names need no torch."""
 
+import hashlib
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
-from minidiff.checkpoints import files, layouts, names, sizes
+from minidiff.checkpoints import files, layouts, names
 from minidiff.errors import UserError
 
 Rows = list[tuple[str, str]]
-LISTED = {"unet": sizes.unet_names, "vae": sizes.vae_names, "text": sizes.text_names}
 WORDS = {
     "eps": "eps, the noise",
     "v": "v",
     "x0": "x0, the clean data",
-    None: "eps (base, 512) or v (768): no tensor says which; --target says it",
+    None: "eps (base, 512) or v (768): no tensor says which; name the target when it is loaded",
+}
+USES = {  # by the channels of the U-Net's input
+    4: "",
+    9: ", inpainting",
+    5: ", depth",
+    8: ", instructions (InstructPix2Pix)",
+    7: ", upscaling",
+}
+ENCODERS = {768: "OpenAI's ViT-L/14", 1024: "OpenCLIP's ViT-H/14"}
+COMPLETE = {  # of the published networks: what _hash gives for all their names
+    "U-Net of 1.x and 2.x": "98fb8441fe906cb1",
+    "VAE": "364ad53349a9dd74",
+    "ViT-L/14": "dcf9d66814d1b245",
+    "ViT-H/14 without its last block": "ed0ffccd584df66a",
 }
 
 
 def inspect(path: Path) -> Rows:
-    """Pairs of what and how, in the order to print them."""
+    """Pairs of a property and its description, in the order to print them."""
     if (path / "model.json").is_file():
         return _ours(path)
-    size = sum(
-        file.stat().st_size
-        for file in ([path] if path.is_file() else path.rglob("*"))
-        if file.is_file()
-    )
-    rows: Rows = [("file", f"{path}, {_short(size, 1000)}B")]
+    everything = [path] if path.is_file() else path.rglob("*")
+    size = sum(file.stat().st_size for file in everything if file.is_file())
+    rows: Rows = [("file", f"{path}, {_short(size)}B")]
     if path.is_file():
         state = files.stored(path)
-        if pairs := _lora(state):
-            return rows + pairs
-        if any(
-            name.startswith(("conditioner.embedders.", "label_emb.")) or ".label_emb." in name
-            for name in state
-        ):
-            return [
-                *rows,
-                ("layout", "CompVis"),
-                ("version", "Stable Diffusion XL"),
-                ("cannot", "be used here: versions 1.x and 2.x can"),
-            ]
-    found = layouts.read(path, files.stored)
-    rows += [
-        ("layout", found.layout + ("" if path.is_dir() else " single file")),
-        ("version", version(found)),
-    ]
-    if "unet" in found.parts:
-        rows.append(("predicts", WORDS.get(found.target, str(found.target))))
-        rows.append(
-            (
-                "resolution",
-                f"{found.size} pixels"
-                if found.size
-                else "512 or 768 pixels, as it predicts eps or v",
-            )
-        )
-        rows.append(
-            (
-                "averaged (EMA)",
-                next(
-                    (note for note in found.notes if "EMA" in note), "no, or not beside live ones"
-                ),
-            )
-        )
-    for name, what in layouts.KINDS.items():
-        rows.append((what, _described(name, found.parts[name]) if name in found.parts else "none"))
-    cannot = _cannot(found)
-    for name, part in found.parts.items():
-        expected = set(LISTED[name](part.numbers)) - {"latent_scale"}
-        for kind, keys in (
-            ("missing", expected - part.state.keys()),
-            ("extra", part.state.keys() - expected),
-        ):
-            rows.append((f"{layouts.KINDS[name]}, {kind} keys", _some(sorted(keys))))
+        if more := _lora(state) or _xl(state):
+            return rows + more
+    checkpoint = layouts.read(path, files.stored)
+    layout = checkpoint.layout + ("" if path.is_dir() else " single file")
+    rows += [("layout", layout), ("version", version(checkpoint))]
+    if "unet" in checkpoint.parts:
+        rows += _prediction(checkpoint)
+    for name, kind in layouts.KINDS.items():
+        part = checkpoint.parts.get(name)
+        rows.append((kind, "none" if part is None else _description(name, part)))
+    cannot = _cannot(checkpoint)
+    for name, part in checkpoint.parts.items():
+        kind = layouts.KINDS[name]
+        try:
+            missing, extra = _differences(name, part)
+        except UserError as error:
+            cannot.append(f"be loaded: {error}")
+            continue
+        for word, keys in (("missing", missing), ("extra", extra)):
+            rows.append((f"{kind}, {word} keys", _some(keys)))
             if keys:
-                cannot.append(
-                    f"be loaded: {len(keys)} keys of the {layouts.KINDS[name]} are {kind}"
-                )
-    rows.append(("keys of no part", _some(found.unknown)))
-    rows += [("note", note) for note in found.notes if "EMA" not in note]
+                cannot.append(f"be loaded: {len(keys)} keys of the {kind} are {word}")
+    rows.append(("keys of no part", _some(checkpoint.unknown)))
+    rows += [("note", note) for note in checkpoint.notes if "EMA" not in note]
     return rows + [("cannot", reason) for reason in cannot]
 
 
-def version(found: layouts.Checkpoint) -> str:
-    """Of Stable Diffusion, by the U-Net: projections are linear in 2.x, and what comes in beside the latents tells the use."""
-    if "unet" not in found.parts:
+def version(checkpoint: layouts.Checkpoint) -> str:
+    """Of Stable Diffusion, by the U-Net: projections are linear in 2.x, and the number of channels
+    beside the latents tells the use."""
+    if "unet" not in checkpoint.parts:
         return "unknown: no U-Net in it"
-    numbers = found.parts["unet"].numbers
-    name = "Stable Diffusion 2.x" if numbers["linear_projection"] else "Stable Diffusion 1.x"
-    use = {
-        4: "",
-        9: ", inpainting",
-        5: ", depth",
-        8: ", instructions (InstructPix2Pix)",
-        7: ", upscaling",
-    }
-    full = numbers["channels"] == (320, 640, 1280, 1280) and numbers["blocks"] == 2
-    other = use.get(numbers["in_channels"], f", {numbers['in_channels']} input channels")
-    return name + other + ("" if full else ", of other sizes (pruned or small)")
+    config = checkpoint.parts["unet"].config
+    name = "Stable Diffusion 2.x" if config["linear_projection"] else "Stable Diffusion 1.x"
+    channels = config["in_channels"]
+    full = config["channels"] == (320, 640, 1280, 1280) and config["blocks"] == 2
+    name += USES.get(channels, f", {channels} input channels")
+    return name if full else f"{name}, of other sizes (pruned or small)"
 
 
-def _described(name: str, part: layouts.Part) -> str:
-    n = part.numbers
-    parameters = sum(
-        value.numel() for value in part.state.values() if value.dtype.startswith(("F", "BF"))
-    )
-    kinds = Counter(value.dtype for value in part.state.values())
-    line = f"{_short(parameters, 1000)} parameters in {len(part.state)} tensors, {', '.join(kinds)}"
+def _prediction(checkpoint: layouts.Checkpoint) -> Rows:
+    size, averaged = checkpoint.size, [note for note in checkpoint.notes if "EMA" in note]
+    resolution = f"{size} pixels" if size else "512 or 768 pixels, as it predicts eps or v"
+    return [
+        ("predicts", WORDS.get(checkpoint.target, str(checkpoint.target))),
+        ("resolution", resolution),
+        ("averaged (EMA)", averaged[0] if averaged else "no, or not beside live ones"),
+    ]
+
+
+def _description(name: str, part: layouts.Part) -> str:
+    config = part.config
+    line = _counts(part.state)
     if name == "unet":
-        line += f"; widths {', '.join(map(str, n['channels']))}; {n['in_channels']} channels in; words of width {n['context_dim']}"
-        line += "" if n["middle"] else "; no middle"
-    elif name == "vae":
-        line += f"; {n['latent_channels']} latent channels, {2 ** (len(n['channels']) - 1)} times smaller, latent scale {n['latent_scale']:g}"
-    else:
-        tower = {768: "OpenAI's ViT-L/14", 1024: "OpenCLIP's ViT-H/14"}.get(
-            n["width"], f"width {n['width']}"
+        widths = ", ".join(map(str, config["channels"]))
+        line += f"; widths {widths}; {config['in_channels']} channels in"
+        line += f"; context of width {config['context_dim']}"
+        return line if config["middle"] else f"{line}; no middle"
+    if name == "vae":
+        factor = 2 ** (len(config["channels"]) - 1)
+        line += f"; {config['latent_channels']} latent channels, {factor} times smaller"
+        return f"{line}, latent scale {part.latent_scale:g}"
+    encoder = ENCODERS.get(config["width"], f"width {config['width']}")
+    line += f"; {encoder}: {config['layers']} blocks, {config['activation']}"
+    return f"{line}, {config['context_length']} tokens padded with {config['pad']}"
+
+
+def _counts(state: dict[str, files.Stored]) -> str:
+    numbers = [value.numel() for value in state.values() if value.dtype.startswith(("F", "BF"))]
+    dtypes = ", ".join(Counter(value.dtype for value in state.values())) or "none"
+    return f"{_short(sum(numbers))} parameters in {len(state)} tensors, {dtypes}"
+
+
+def _cannot(checkpoint: layouts.Checkpoint) -> list[str]:
+    parts, reasons = checkpoint.parts, []
+    absent = [kind for name, kind in layouts.KINDS.items() if name not in parts]
+    if absent:
+        missing = " and no ".join(absent)
+        reasons.append(
+            f"draw by itself: no {missing} in it; name other checkpoints for unet, vae or text"
         )
-        line += f"; {tower}: {n['layers']} blocks, {n['activation']}, {n['context_length']} tokens padded with {n['pad']}"
-    return line
-
-
-def _cannot(found: layouts.Checkpoint) -> list[str]:
-    absent = [what for name, what in layouts.KINDS.items() if name not in found.parts]
-    reasons = (
-        [
-            f"draw by itself: no {' and no '.join(absent)} in it; name others by --unet, --vae or --text"
-        ]
-        if absent
-        else []
-    )
-    if "unet" in found.parts:
-        numbers = found.parts["unet"].numbers
-        if numbers["in_channels"] == 9:
-            reasons.append("draw from words alone: an inpainting U-Net needs --image and --mask")
-        elif numbers["in_channels"] not in (4, 9):
-            reasons.append(
-                f"draw here: its U-Net takes {numbers['in_channels']} channels, and only 4 and 9 (inpainting) are known"
-            )
-        if "text" in found.parts and found.parts["text"].numbers["width"] != numbers["context_dim"]:
-            reasons.append(
-                f"draw: its text tower gives width {found.parts['text'].numbers['width']}, its U-Net expects {numbers['context_dim']}"
-            )
+    if "unet" not in parts:
+        return reasons
+    channels, context = parts["unet"].config["in_channels"], parts["unet"].config["context_dim"]
+    if channels == 9:
+        reasons.append("draw from words alone: an inpainting U-Net needs an image and a mask")
+    elif channels != 4:
+        known = "only 4 and 9 (inpainting) are known"
+        reasons.append(f"draw here: its U-Net takes {channels} channels, and {known}")
+    if "text" in parts and parts["text"].config["width"] != context:
+        width = parts["text"].config["width"]
+        reasons.append(f"draw: its text encoder gives width {width}, its U-Net expects {context}")
     return reasons
+
+
+def _differences(name: str, part: layouts.Part) -> tuple[list[str], list[str]]:
+    """The tensors that the network of this part has and the file lacks, and the other way round.
+    All but a complete published network is built for this, without memory."""
+    if _hash(part.state) in COMPLETE.values():
+        return [], []
+    from minidiff.checkpoints.load import outline
+
+    expected = outline(name, part).state_dict().keys() - {"latent_scale"}
+    return sorted(expected - part.state.keys()), sorted(part.state.keys() - expected)
+
+
+def _hash(names: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16]
 
 
 def _lora(state: dict[str, files.Stored]) -> Rows:
     """Low-rank weights: which naming, of what rank, for how many layers."""
     matches = ((names.LORA.fullmatch(name), value) for name, value in state.items())
-    found = {
-        match["layer"]: value
-        for match, value in matches
-        if match and match["half"] in ("A", "down")
-    }
-    if not found:
+    layers = {m["layer"]: value for m, value in matches if m and m["half"] in ("A", "down")}
+    if not layers:
         return []
-    kohya = any(name.startswith("lora_") for name in found)
-    ranks = Counter(value.shape[0] for value in found.values() if value.shape)
-    text = sum("text_encoder" in name or name.startswith("lora_te") for name in found)
+    kohya = any(name.startswith("lora_") for name in layers)
+    ranks = Counter(value.shape[0] for value in layers.values() if value.shape)
+    text = sum("text_encoder" in name or name.startswith("lora_te") for name in layers)
     return [
         ("layout", f"LoRA, {'kohya' if kohya else 'diffusers or PEFT'} names"),
         ("rank", ", ".join(f"{rank} ({count} layers)" for rank, count in sorted(ranks.items()))),
-        ("layers", f"{len(found) - text} of the U-Net, {text} of the text tower"),
+        ("layers", f"{len(layers) - text} of the U-Net, {text} of the text encoder"),
         ("dtype", ", ".join(Counter(value.dtype for value in state.values()))),
         ("cannot", "draw by itself: it changes a model that it was trained for"),
     ]
 
 
+def _xl(state: dict[str, files.Stored]) -> Rows:
+    starts = ("conditioner.embedders.", "label_emb.")
+    if not any(name.startswith(starts) or ".label_emb." in name for name in state):
+        return []
+    return [
+        ("layout", "CompVis"),
+        ("version", "Stable Diffusion XL"),
+        ("cannot", "be used here: versions 1.x and 2.x can"),
+    ]
+
+
 def _ours(path: Path) -> Rows:
-    """A folder of ours says everything; its networks are built, without memory, to see whether the tensors fit."""
-    from minidiff.checkpoints.fill import empty
-    from minidiff.latent_diffusion import FORMAT, PARTS
+    """A folder of ours says everything; its networks are built, without memory, to see whether the
+    tensors fit."""
+    from minidiff.checkpoints.folder import DAMAGED, FORMAT, network
 
     whole = files.read_json(path / "model.json")
-    rows: Rows = [
-        ("file", str(path)),
-        ("layout", f"minidiff folder ({whole.get('format')}, this version reads {FORMAT})"),
-    ]
+    layout = f"minidiff folder ({whole.get('format')}, this version reads {FORMAT})"
     try:
-        rows.append(
-            (
-                "predicts",
-                f"{whole['denoiser']['target']}; noise levels {whole['denoiser']['schedule']}",
-            )
-        )
-        rows.append(("resolution", f"{whole['size']} pixels"))
-        for name in layouts.KINDS:
-            numbers = {key: value for key, value in whole[name].items() if key != "kind"}
-            expected = empty(PARTS[whole[name]["kind"]], numbers).state_dict().keys()
-            state = files.stored(files.inside(path, path / f"{name}.safetensors"))
-            parameters, kinds = (
-                sum(value.numel() for value in state.values()),
-                Counter(value.dtype for value in state.values()),
-            )
-            line = f"{whole[name]['kind']}, {_short(parameters, 1000)} parameters in {len(state)} tensors, {', '.join(kinds) or 'none'}; {numbers}"
-            rows.append((layouts.KINDS[name], line))
-            rows.append(
-                (f"{layouts.KINDS[name]}, missing keys", _some(sorted(expected - state.keys())))
-            )
-            rows.append(
-                (f"{layouts.KINDS[name]}, extra keys", _some(sorted(state.keys() - expected)))
-            )
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        denoiser = whole["denoiser"]
+        rows: Rows = [
+            ("file", str(path)),
+            ("layout", layout),
+            ("predicts", f"{denoiser['target']}; noise levels {denoiser['schedule']}"),
+            ("resolution", f"{whole['size']} pixels"),
+        ]
+        networks = {name: network(whole[name]) for name in layouts.KINDS}
+    except DAMAGED as error:
         raise UserError(
             f"{path / 'model.json'} is damaged ({type(error).__name__}: {error}); {files.AGAIN}."
         ) from error
+    for name, kind in layouts.KINDS.items():
+        expected = networks[name].state_dict().keys()
+        state = files.stored(files.inside(path, path / f"{name}.safetensors"))
+        config = {key: value for key, value in whole[name].items() if key != "kind"}
+        rows.append((kind, f"{whole[name]['kind']}, {_counts(state)}; {config}"))
+        rows.append((f"{kind}, missing keys", _some(sorted(expected - state.keys()))))
+        rows.append((f"{kind}, extra keys", _some(sorted(state.keys() - expected))))
     return rows
 
 
 def _some(keys: list[str]) -> str:
-    return (
-        "none"
-        if not keys
-        else f"{len(keys)}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
-    )
+    if not keys:
+        return "none"
+    return f"{len(keys)}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
 
 
-def _short(number: float, thousand: int) -> str:
+def _short(number: float) -> str:
     """1.23 G, 456 M: three digits."""
     for unit in ("", "k", "M"):
-        if number < thousand:
+        if number < 1000:
             return f"{number:.3g} {unit}"
-        number /= thousand
+        number /= 1000
     return f"{number:.3g} G"

@@ -1,9 +1,13 @@
-"""Checkpoints of Stable Diffusion 1.x and 2.x, whatever their layout, as the same three parts under our names. Without torch.
+"""Checkpoints of Stable Diffusion 1.x and 2.x, in any layout, as three parts under our names.
+Without torch.
 
-A layout is read the same way from tensors and from headers alone (`Stored`): loading does the one, inspecting the other.
+A layout is read the same way from tensors and from headers alone (`Stored`): loading reads the
+tensors, inspecting the headers.
 
-    diffusers      a folder with model_index.json, and one folder each for U-Net, VAE, text tower, tokenizer and scheduler
-    CompVis        a single file; its three networks stand behind prefixes. Files of one network alone have none
+    diffusers   a folder with model_index.json, and one folder each for U-Net, VAE, text encoder,
+                tokenizer and scheduler
+    CompVis     a single file: its three networks stand behind prefixes. A file of one network alone
+                may have none
 """
 
 import re
@@ -17,350 +21,339 @@ from minidiff.errors import UserError
 
 State = dict  # by name: Tensor or Stored
 Read = Callable[[Path], State]
-KINDS = {"unet": "U-Net", "vae": "VAE", "text": "text tower"}
+KINDS = {"unet": "U-Net", "vae": "VAE", "text": "text encoder"}
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-STABLE_DIFFUSION = {
-    "betas": "scaled_linear",
-    "T": 1000,
-    "beta_1": 0.00085,
-    "beta_T": 0.012,
-    "final": 1,
-}
-UNET, AVERAGE, VAE = (
-    ("model.diffusion_model.", "diffusion_model."),
-    "model_ema.diffusion_model",
-    "first_stage_model.",
-)
-TEXT_1, TEXT_2 = "cond_stage_model.transformer.", "cond_stage_model.model."
+PADDING = {"<|endoftext|>": 49407, "!": 0}  # SD 1.x repeats the end, SD 2.x writes "!"
+STABLE_DIFFUSION = dict(betas="scaled_linear", T=1000, beta_1=0.00085, beta_T=0.012, final=1)
+UNET, VAE = ("model.diffusion_model.", "diffusion_model."), ("first_stage_model.",)
+AVERAGE = "model_ema.diffusion_model"
+TEXT_1, TEXT_2 = ("cond_stage_model.transformer.",), ("cond_stage_model.model.",)
+IMAGE_ENCODER = ("vision_model.", "visual_projection.")  # of a whole CLIPModel; not needed
 
 
 class Part(NamedTuple):
     """One network, before it is built."""
 
     state: State  # by our names
-    numbers: dict  # the arguments of UNet, VAE or CLIPText
+    config: dict  # the arguments of UNetConfig, VAEConfig or TextConfig
     where: str  # the file, for messages
+    latent_scale: float = 0.18215  # of a VAE
 
 
 @dataclass
 class Checkpoint:
-    """What a folder or file holds. None stands for what it does not say."""
+    """What a folder or file holds. None: it does not say."""
 
     layout: str
     parts: dict[str, Part] = field(default_factory=dict)  # by a key of KINDS
-    schedule: dict | None = None  # the numbers of schedules.Discrete
+    schedule: dict | None = None  # the arguments of schedules.Discrete
     target: str | None = None
     spacing: str = "leading"
-    size: int | None = None  # side of the training pictures in pixels
-    notes: list[str] = field(default_factory=list)  # what was decided on the way
+    size: int | None = None  # side of the training images in pixels
+    notes: list[str] = field(default_factory=list)  # what was chosen or ignored
     unknown: list[str] = field(default_factory=list)  # names of tensors that belong to no part
 
 
 def read(path: Path, reader: Read) -> Checkpoint:
     """The checkpoint at a path: `reader` opens a file of tensors, as files.tensors does."""
-    if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise UserError(
-                f'"{path}" is no checkpoint: neither model.json (ours) nor model_index.json (diffusers) is in it.'
-            )
-        return _diffusers(path, reader)
-    return _single_file(path, reader)
+    if not path.is_dir():
+        return _single_file(path, reader)
+    if not (path / "model_index.json").is_file():
+        raise UserError(
+            f'"{path}" is no checkpoint: neither model.json (ours) nor model_index.json '
+            "(diffusers) is in it."
+        )
+    return _diffusers(path, reader)
 
 
-def _shapes(state: State) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in state.items()}
+# One network.
 
 
-def unet(state: State, where: str, table: names.Table, **known) -> Part:
-    """`known`: numbers that a configuration tells, which tensors do not."""
+def unet(state: State, where: str, table: names.Table) -> Part:
     state = names.to_ours(state, table)
-    return Part(state, _numbers(sizes.unet_numbers, state, where) | known, where)
+    return Part(state, _config(sizes.unet_config, state, where), where)
 
 
-def vae(state: State, where: str, table: names.Table, **known) -> Part:
-    """CompVis's attention, and diffusers' of old, are convolutions of size 1: the same numbers with two axes more."""
+def vae(state: State, where: str, table: names.Table) -> Part:
+    """The attention of CompVis, and of old diffusers files, is made of 1x1 convolutions: the same
+    weights with two axes more."""
     state = names.to_ours(state, table)
-    state = {
-        name: value.flatten(1) if ".attention." in name and value.ndim == 4 else value
-        for name, value in state.items()
-    }
-    return Part(state, _numbers(sizes.vae_numbers, state, where) | known, where)
+    for name, value in state.items():
+        if ".attention." in name and value.ndim == 4:
+            state[name] = value.flatten(1)
+    return Part(state, _config(sizes.vae_config, state, where), where)
 
 
-def text(state: State, where: str, table: names.Table, penultimate: bool = False, **known) -> Part:
+def text(state: State, where: str, table: names.Table, penultimate: bool = False) -> Part:
     """penultimate: leave out the last block, whose output SD 2.x does not use."""
-    state = names.to_ours(
-        {name.removeprefix("text_model."): value for name, value in state.items()}, table
-    )
+    state = {name.removeprefix("text_model."): value for name, value in state.items()}
+    state = names.to_ours(state, table)
     for name in [name for name in state if ".qkv." in name]:
-        for piece, part in zip("qkv", state.pop(name).chunk(3), strict=True):
-            state[name.replace(".qkv.", f".{piece}.")] = part
-    numbers = _numbers(sizes.text_numbers, state, where) | known
+        for letter, value in zip("qkv", state.pop(name).chunk(3), strict=True):
+            state[name.replace(".qkv.", f".{letter}.")] = value
+    config = _config(sizes.text_config, state, where)
     if penultimate:
-        numbers["layers"] -= 1
-        state = {
-            name: value
-            for name, value in state.items()
-            if not name.startswith(f"blocks.{numbers['layers']}.")
-        }
-    return Part(state, numbers, where)
+        config["layers"] -= 1
+        state = _without(state, (f"blocks.{config['layers']}.",))
+    return Part(state, config, where)
 
 
-def _numbers(count: Callable[[sizes.Shapes], dict], state: State, where: str) -> dict:
+def _config(count: Callable[[sizes.Shapes], dict], state: State, where: str) -> dict:
     try:
-        return count(_shapes(state))
+        return count({name: tuple(value.shape) for name, value in state.items()})
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
-# A folder of diffusers.
+def _without(state: State, prefixes: tuple[str, ...]) -> State:
+    return {name: value for name, value in state.items() if not name.startswith(prefixes)}
 
 
-def _piece(folder: Path, stem: str, reader: Read) -> tuple[State, Path]:
-    """The tensors of one part: one file or the pieces an index lists; safetensors first, full precision first."""
-    for variant in ("", ".fp16"):
-        for suffix in (".safetensors", ".bin"):
-            base = stem if suffix == ".safetensors" or "diffusion" in stem else "pytorch_model"
-            file, index = (
-                folder / f"{base}{variant}{suffix}",
-                folder / f"{base}{suffix}.index{variant}.json",
-            )
-            if file.is_file():
-                return reader(files.inside(folder.parent, file)), file
-            if index.is_file():
-                mapped = files.read_json(files.inside(folder.parent, index)).get("weight_map")
-                pieces = (
-                    sorted({str(piece) for piece in mapped.values()})
-                    if isinstance(mapped, dict)
-                    else []
-                )
-                if not pieces or any(Path(piece).name != piece for piece in pieces):
-                    raise UserError(
-                        f'{index} should have a "weight_map" that names files of its own folder.'
-                    )
-                state = {
-                    name: value
-                    for piece in pieces
-                    for name, value in reader(files.inside(folder.parent, folder / piece)).items()
-                }
-                return state, index
-    raise UserError(
-        f"{folder} has no weights: no {stem}.safetensors, nor any other spelling of it."
-    )
+# A folder of diffusers. Its JSON files say what tensors do not: heads, groups, activation, padding,
+# latent scale, target, spacing.
 
 
 def _diffusers(folder: Path, reader: Read) -> Checkpoint:
-    """Its configurations tell what tensors do not: heads, groups, activation, padding, scale, target, spacing."""
-
-    def config(*piece: str) -> dict:
-        return files.read_json(files.inside(folder, folder.joinpath(*piece)))
-
-    kind = config("model_index.json").get("_class_name", "StableDiffusionPipeline")
-    if not str(kind).startswith("StableDiffusion") or "XL" in str(kind) or "3" in str(kind):
+    kind = str(_json(folder, "model_index.json").get("_class_name", "StableDiffusionPipeline"))
+    if not kind.startswith("StableDiffusion") or "XL" in kind or "3" in kind:
         raise UserError(f"{folder} is a {kind}; Stable Diffusion 1.x and 2.x are read here.")
-    found = Checkpoint("diffusers")
-    of = {part: config(part, "config.json") for part in ("unet", "vae", "text_encoder")}
+    checkpoint = Checkpoint("diffusers")
+    unet_json, vae_json = _json(folder, "unet/config.json"), _json(folder, "vae/config.json")
+    _json(folder, "text_encoder/config.json")
     try:
-        found.schedule, found.target, found.spacing = schedule_of(
-            config("scheduler", "scheduler_config.json"), found.notes
+        checkpoint.schedule, checkpoint.target, checkpoint.spacing = schedule_of(
+            _json(folder, "scheduler/scheduler_config.json"), checkpoint.notes
         )
-
-        state, file = _piece(folder / "unet", "diffusion_pytorch_model", reader)
-        heads = of["unet"].get("num_attention_heads") or of["unet"].get(
-            "attention_head_dim", 8
-        )  # by the second name, too, their number is meant
-        levels = len(of["unet"].get("block_out_channels", (320, 640, 1280, 1280)))
-        known = {
-            "heads": tuple(heads) if isinstance(heads, list) else (heads,) * levels,
-            "groups": of["unet"].get("norm_num_groups", 32),
-        }
-        found.parts["unet"] = unet(state, str(file), names.UNET_DIFFUSERS, **known)
-
-        state, file = _piece(folder / "vae", "diffusion_pytorch_model", reader)
-        known = {
-            "groups": of["vae"].get("norm_num_groups", 32),
-            "latent_scale": float(of["vae"].get("scaling_factor", 0.18215)),
-        }
-        found.parts["vae"] = vae(
-            names.to_ours(state, names.VAE_OLD_ATTENTION), str(file), names.VAE_DIFFUSERS, **known
-        )
-
-        found.parts["text"] = transformers_tower(
-            folder / "text_encoder", folder / "tokenizer", reader
-        )
-        found.size = int(of["unet"].get("sample_size", 64)) * 2 ** (
-            len(found.parts["vae"].numbers["channels"]) - 1
-        )
-    except (
-        TypeError,
-        AttributeError,
-        KeyError,
-    ) as error:  # a number where a list should be, and the like
+        encoder, tokenizer = folder / "text_encoder", folder / "tokenizer"
+        checkpoint.parts["unet"] = _diffusers_unet(folder / "unet", unet_json, reader)
+        checkpoint.parts["vae"] = _diffusers_vae(folder / "vae", vae_json, reader)
+        checkpoint.parts["text"] = transformers_text(encoder, tokenizer, reader)
+        checkpoint.notes += _own_words(tokenizer)
+        factor = 2 ** (len(checkpoint.parts["vae"].config["channels"]) - 1)
+        checkpoint.size = int(unet_json.get("sample_size", 64)) * factor
+    except (TypeError, AttributeError, KeyError) as error:  # such as a number in place of a list
         raise UserError(
-            f"{folder}: a configuration is damaged ({type(error).__name__}: {error}); {files.AGAIN}."
+            f"{folder}: a configuration is damaged ({type(error).__name__}: {error}); "
+            f"{files.AGAIN}."
         ) from error
-    return found
+    return checkpoint
 
 
-def transformers_tower(folder: Path, tokenizer: Path, reader: Read) -> Part:
-    """CLIPTextModel as transformers saves it; a whole CLIPModel's picture tower is left aside."""
-    config = files.read_json(files.inside(folder.parent, folder / "config.json"))
-    config = config.get("text_config") or config
-    state, file = _piece(folder, "model", reader)
-    state = {
-        name: value
-        for name, value in state.items()
-        if not name.startswith(("vision_model.", "visual_projection."))
-    }
-    known = {
-        "heads": config.get("num_attention_heads", 12),
-        "activation": config.get("hidden_act", "quick_gelu"),
-    }
-    if known["activation"] not in ("quick_gelu", "gelu"):
+def _json(folder: Path, name: str) -> dict:
+    return files.read_json(files.inside(folder, folder / name))
+
+
+def _diffusers_unet(folder: Path, settings: dict, reader: Read) -> Part:
+    state, file = _weights(folder, "diffusion_pytorch_model", reader)
+    part = unet(state, str(file), names.UNET_DIFFUSERS)
+    # "attention_head_dim" means the number of heads, too.
+    heads = settings.get("num_attention_heads") or settings.get("attention_head_dim", 8)
+    levels = len(settings.get("block_out_channels", (320, 640, 1280, 1280)))
+    part.config["heads"] = tuple(heads) if isinstance(heads, list) else (heads,) * levels
+    part.config["groups"] = settings.get("norm_num_groups", 32)
+    return part
+
+
+def _diffusers_vae(folder: Path, settings: dict, reader: Read) -> Part:
+    state, file = _weights(folder, "diffusion_pytorch_model", reader)
+    state = names.to_ours(state, names.VAE_OLD_ATTENTION)
+    part = vae(state, str(file), names.VAE_DIFFUSERS)
+    part.config["groups"] = settings.get("norm_num_groups", 32)
+    return part._replace(latent_scale=float(settings.get("scaling_factor", 0.18215)))
+
+
+def transformers_text(folder: Path, tokenizer: Path, reader: Read) -> Part:
+    """CLIPTextModel as transformers saves it; a whole CLIPModel's image encoder is left out."""
+    settings = files.read_json(files.inside(folder.parent, folder / "config.json"))
+    settings = settings.get("text_config") or settings
+    state, file = _weights(folder, "model", reader)
+    part = text(_without(state, IMAGE_ENCODER), str(file), names.CLIP_TRANSFORMERS)
+    activation = settings.get("hidden_act", "quick_gelu")
+    if activation not in ("quick_gelu", "gelu"):
         raise UserError(
-            f'{folder / "config.json"}: hidden_act "{known["activation"]}"; CLIP\'s towers have quick_gelu or gelu.'
+            f'{folder / "config.json"}: hidden_act "{activation}"; CLIP has quick_gelu or gelu.'
         )
-    if (tokenizer / "tokenizer_config.json").is_file():
-        known["pad"] = _padding(tokenizer / "tokenizer_config.json")
-    return text(state, str(file), names.CLIP_TRANSFORMERS, **known)
+    part.config.update(heads=settings.get("num_attention_heads", 12), activation=activation)
+    pad = _padding(tokenizer)
+    if pad is not None:
+        part.config["pad"] = pad
+    return part
 
 
-def _padding(file: Path) -> int:
-    """The token that fills prompts up: SD 1.x repeats the end, SD 2.x writes "!", which is token 0."""
-    token = files.read_json(files.inside(file.parents[1], file)).get("pad_token")
+def _padding(tokenizer: Path) -> int | None:
+    """The token that fills prompts up. The two files differ in SD 2.x: the map of special tokens
+    counts."""
+    settings = _optional(tokenizer, "tokenizer_config.json")
+    special = _optional(tokenizer, "special_tokens_map.json")
+    token = special.get("pad_token") or settings.get("pad_token")
     token = token.get("content") if isinstance(token, dict) else token
-    known = {"<|endoftext|>": 49407, "!": 0}
-    if token not in known:
-        raise UserError(f"{file}: pad_token is {token!r}; one of {', '.join(known)} is expected.")
-    return known[token]
+    if token is None and not settings:
+        return None
+    if token not in PADDING:
+        expected = f"one of {', '.join(PADDING)} is expected"
+        raise UserError(f"{tokenizer}/tokenizer_config.json: pad_token is {token!r}; {expected}.")
+    return PADDING[token]
 
 
-def schedule_of(config: dict, notes: list[str]) -> tuple[dict, str, str]:
-    """The noise levels, the target and the spacing of times that a scheduler_config.json names."""
-    prediction, betas = (
-        config.get("prediction_type", "epsilon"),
-        config.get("beta_schedule", "linear"),
-    )
+def _own_words(tokenizer: Path) -> list[str]:
+    """A note for each word that was added to CLIP's vocabulary."""
+    decoder = _optional(tokenizer, "tokenizer_config.json").get("added_tokens_decoder") or {}
+    listed = _optional(tokenizer, "tokenizer.json").get("added_tokens") or []
+    words = {entry["content"] for entry in [*decoder.values(), *listed]}
+    words |= _optional(tokenizer, "added_tokens.json").keys()
+    words -= {"<|startoftext|>", *PADDING}
+    return [f'the tokenizer\'s own word "{word}" is not read' for word in sorted(words)]
+
+
+def _optional(folder: Path, name: str) -> dict:
+    file = folder / name
+    return files.read_json(files.inside(folder.parent, file)) if file.is_file() else {}
+
+
+def _weights(folder: Path, stem: str, reader: Read) -> tuple[State, Path]:
+    """The tensors of one part, and the first of its files."""
+    listed = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+    chosen = [name for name in weight_files(stem, listed) if not name.endswith(".json")]
+    if not chosen:
+        raise UserError(
+            f"{folder} has no weights: no {stem}.safetensors, nor any other spelling of it."
+        )
+    state: State = {}
+    for name in chosen:
+        state |= reader(files.inside(folder.parent, folder / name))
+    return state, folder / chosen[0]
+
+
+def weight_files(stem: str, listed: list[str]) -> list[str]:
+    """One spelling of a part's weights among the names of a folder: full precision before half,
+    safetensors before pickles. It is one file, or pieces with their index."""
+    stems = {"safetensors": stem, "bin": "pytorch_model" if stem == "model" else stem}
+    for variant in ("", ".fp16"):
+        for suffix, base in stems.items():
+            if (single := f"{base}{variant}.{suffix}") in listed:
+                return [single]
+            v = re.escape(variant)
+            piece = rf"{base}({v}-\d+-of-\d+|-\d+-of-\d+{v})\.{suffix}"
+            index = rf"{base}\.{suffix}\.index{v}\.json"
+            if pieces := [name for name in listed if re.fullmatch(f"{piece}|{index}", name)]:
+                return pieces
+    return []
+
+
+def schedule_of(settings: dict, notes: list[str]) -> tuple[dict, str, str]:
+    """The noise schedule, the target and the spacing of times that a scheduler_config.json
+    names."""
+    prediction = settings.get("prediction_type", "epsilon")
+    betas = settings.get("beta_schedule", "linear")
     if prediction not in PREDICTIONS or betas not in ("linear", "scaled_linear"):
         raise UserError(
-            f'scheduler_config.json: prediction_type "{prediction}" with beta_schedule "{betas}" is not known here.'
+            f'scheduler_config.json: prediction_type "{prediction}" with beta_schedule "{betas}" '
+            "is not known here."
         )
-    numbers = {
+    schedule = {
         "betas": betas,
-        "T": int(config.get("num_train_timesteps", 1000)),
-        "beta_1": float(config.get("beta_start", 1e-4)),
-        "beta_T": float(config.get("beta_end", 0.02)),
-        "zero_terminal_snr": bool(config.get("rescale_betas_zero_snr", False)),
-        "final": 0 if config.get("set_alpha_to_one", True) else 1,
+        "T": int(settings.get("num_train_timesteps", 1000)),
+        "beta_1": float(settings.get("beta_start", 1e-4)),
+        "beta_T": float(settings.get("beta_end", 0.02)),
+        "zero_terminal_snr": bool(settings.get("rescale_betas_zero_snr", False)),
+        "final": 0 if settings.get("set_alpha_to_one", True) else 1,
     }
-    spacing = config.get("timestep_spacing", "leading")
-    if spacing == "leading" and config.get("steps_offset", 0) != 1:
-        notes.append(
-            f"steps_offset is {config.get('steps_offset', 0)} there and 1 here, as Stable Diffusion's is"
-        )
-    return numbers, PREDICTIONS[prediction], spacing
+    spacing, offset = settings.get("timestep_spacing", "leading"), settings.get("steps_offset", 0)
+    if spacing == "leading" and offset != 1:
+        notes.append(f"steps_offset is {offset} there and 1 here, as Stable Diffusion's is")
+    return schedule, PREDICTIONS[prediction], spacing
 
 
-# A single file.
-
-
-def _under(state: State, *prefixes: str) -> State:
-    """What stands behind the first of the prefixes that occurs."""
-    for prefix in prefixes:
-        if found := {
-            name.removeprefix(prefix): value
-            for name, value in state.items()
-            if name.startswith(prefix)
-        }:
-            return found
-    return {}
-
-
-def _unet_table(state: State) -> names.Table:
-    """The table for this U-Net: how many levels and blocks it has, and which levels have transformers, is told by its numbering."""
-    if any(name.startswith("down_blocks.") for name in state):
-        return names.UNET_DIFFUSERS
-    numbered = [name.split(".") for name in state if name.startswith("input_blocks.")]
-    total = 1 + max((int(name[1]) for name in numbered if name[1].isdecimal()), default=0)
-    levels = 1 + sum(name.endswith(".0.op.weight") for name in state)
-    blocks = total // levels - 1
-    return names.unet_compvis(
-        [
-            f"input_blocks.{1 + level * (blocks + 1)}.1.norm.weight" in state
-            for level in range(levels)
-        ],
-        blocks,
-    )
+# A single file. It may hold fewer than three networks, or one without a prefix ("bare").
 
 
 def _single_file(file: Path, reader: Read) -> Checkpoint:
-    """Where averaged weights stand beside live ones, the average is taken. A file may hold fewer than three networks, or a bare one."""
-    state, found = reader(file), Checkpoint("CompVis")
-    others = [name for name in state if not name.startswith((*UNET, VAE, TEXT_1, TEXT_2))]
+    state, checkpoint = reader(file), Checkpoint("CompVis")
+    others = _without(state, (*UNET, *VAE, *TEXT_1, *TEXT_2))
     bare = len(others) == len(state)
-    found.unknown = (
-        [] if bare else sorted(names.to_ours(dict.fromkeys(others), names.COMPVIS_DROPPED))
-    )
-
-    def network(prefixes: tuple[str, ...], starts: tuple[str, ...]) -> State:
-        part = (
-            state
-            if bare and any(name.startswith(starts) for name in state)
-            else _under(state, *prefixes)
-        )
-        return names.to_ours(part, names.COMPVIS_DROPPED)
-
-    if live := network(UNET, ("input_blocks.", "down_blocks.")):
-        averages = {
-            name: state.get(AVERAGE + name.replace(".", "")) for name in live
-        }  # their names lost their dots
-        if not bare and all(value is not None for value in averages.values()):
-            found.notes.append(
-                "live and averaged (EMA) weights of the U-Net are in it; the averaged are taken"
-            )
-            live = averages
-        found.parts["unet"] = unet(live, str(file), _unet_table(live))
-        found.schedule = dict(STABLE_DIFFUSION)
-        if not found.parts["unet"].numbers[
-            "linear_projection"
-        ]:  # SD 2.x has; it predicts v at 768 pixels and eps at 512: no tensor says which
-            found.target, found.size = "eps", 512
-        _said(files.metadata(file), found)
-    if autoencoder := network((VAE,), ("encoder.down", "decoder.up")):
-        levels = len(
-            {name.split(".")[2] for name in autoencoder if name.startswith("encoder.down.")}
-        )
-        old = names.to_ours(autoencoder, names.VAE_OLD_ATTENTION)
-        found.parts["vae"] = (
-            vae(autoencoder, str(file), names.vae_compvis(levels))
-            if levels
-            else vae(old, str(file), names.VAE_DIFFUSERS)
-        )
-    if tower := network((TEXT_2,), ("transformer.resblocks.",)):
-        words = {name: value for name, value in tower.items() if not name.startswith("visual.")}
-        second = (
-            not bare or tower["token_embedding.weight"].shape[-1] == 1024
-        )  # else a file of another tower than SD 2.x's
-        known = {"penultimate": True, "activation": "gelu", "pad": 0} if second else {}
-        found.parts["text"] = text(words, str(file), names.CLIP_OPEN, **known)
-    elif tower := network((TEXT_1,), ("text_model.", "encoder.layers.")):
-        words = {
-            name: value
-            for name, value in tower.items()
-            if not name.startswith(("vision_model.", "visual_projection."))
-        }
-        found.parts["text"] = text(words, str(file), names.CLIP_TRANSFORMERS)
-    if not found.parts:
+    if not bare:
+        checkpoint.unknown = sorted(names.to_ours(others, names.COMPVIS_DROPPED))
+    if weights := _behind(state, UNET, bare, ("input_blocks.", "down_blocks.")):
+        _add_unet(checkpoint, weights, {} if bare else state, file)
+    if weights := _behind(state, VAE, bare, ("encoder.down", "decoder.up")):
+        checkpoint.parts["vae"] = _compvis_vae(weights, str(file))
+    if weights := _behind(state, TEXT_2, bare, ("transformer.resblocks.",)):
+        checkpoint.parts["text"] = _openclip_text(weights, str(file), bare)
+    elif weights := _behind(state, TEXT_1, bare, ("text_model.", "encoder.layers.")):
+        weights = _without(weights, IMAGE_ENCODER)
+        checkpoint.parts["text"] = text(weights, str(file), names.CLIP_TRANSFORMERS)
+    if not checkpoint.parts:
         raise UserError(
-            f'{file} holds no part of Stable Diffusion; its first tensor is "{min(state, default="none")}".'
+            f"{file} holds no part of Stable Diffusion; "
+            f'its first tensor is "{min(state, default="none")}".'
         )
-    return found
+    return checkpoint
 
 
-def _said(metadata: dict[str, str], found: Checkpoint) -> None:
+def _behind(state: State, prefixes: tuple[str, ...], bare: bool, starts: tuple[str, ...]) -> State:
+    """A network's tensors, without the first of the prefixes that occurs. In a bare file: all, if
+    there is a name with one of these starts."""
+    if bare and any(name.startswith(starts) for name in state):
+        return names.to_ours(state, names.COMPVIS_DROPPED)
+    for prefix in prefixes:
+        inside = [name for name in state if name.startswith(prefix)]
+        if inside:
+            part = {name.removeprefix(prefix): state[name] for name in inside}
+            return names.to_ours(part, names.COMPVIS_DROPPED)
+    return {}
+
+
+def _add_unet(checkpoint: Checkpoint, weights: State, whole: State, file: Path) -> None:
+    """The U-Net, and what it tells of target and size. Where averaged weights stand beside live
+    ones, the average is taken; its names lost their dots."""
+    averages = {name: whole.get(AVERAGE + name.replace(".", "")) for name in weights}
+    if all(value is not None for value in averages.values()):
+        checkpoint.notes.append(
+            "live and averaged (EMA) weights of the U-Net are in it; the averaged are taken"
+        )
+        weights = averages
+    part = checkpoint.parts["unet"] = unet(weights, str(file), _unet_table(weights))
+    checkpoint.schedule = dict(STABLE_DIFFUSION)
+    # SD 2.x predicts v at 768 pixels and eps at 512: no tensor says which.
+    if not part.config["linear_projection"]:
+        checkpoint.target, checkpoint.size = "eps", 512
+    _add_modelspec(checkpoint, files.metadata(file))
+
+
+def _unet_table(state: State) -> names.Table:
+    """The table for this U-Net: its numbering tells how many levels and blocks it has, and which
+    levels have transformers."""
+    if any(name.startswith("down_blocks.") for name in state):
+        return names.UNET_DIFFUSERS
+    numbers = [name.split(".")[1] for name in state if name.startswith("input_blocks.")]
+    total = 1 + max((int(number) for number in numbers if number.isdecimal()), default=0)
+    levels = 1 + sum(name.endswith(".0.op.weight") for name in state)
+    blocks = total // levels - 1
+    firsts = [1 + level * (blocks + 1) for level in range(levels)]
+    return names.unet_compvis([f"input_blocks.{k}.1.norm.weight" in state for k in firsts], blocks)
+
+
+def _compvis_vae(state: State, where: str) -> Part:
+    numbers = {name.split(".")[2] for name in state if name.startswith("encoder.down.")}
+    if numbers:
+        return vae(state, where, names.vae_compvis(len(numbers)))
+    return vae(names.to_ours(state, names.VAE_OLD_ATTENTION), where, names.VAE_DIFFUSERS)
+
+
+def _openclip_text(state: State, where: str, bare: bool) -> Part:
+    """A bare file may hold another text encoder than SD 2.x's, whose width is 1024."""
+    embedding = state.get("token_embedding.weight")
+    second = not bare or (embedding is not None and tuple(embedding.shape[1:]) == (1024,))
+    part = text(_without(state, ("visual.",)), where, names.CLIP_OPEN, penultimate=second)
+    if second:
+        part.config.update(activation="gelu", pad=0)
+    return part
+
+
+def _add_modelspec(checkpoint: Checkpoint, metadata: dict[str, str]) -> None:
     """Stability's ModelSpec, where a file carries it."""
-    target = {"epsilon": "eps", "v": "v", "v_prediction": "v"}.get(
-        metadata.get("modelspec.prediction_type", "")
-    )
+    targets = {"epsilon": "eps", "v": "v", "v_prediction": "v"}
+    prediction = metadata.get("modelspec.prediction_type", "")
     size = re.fullmatch(r"(\d{2,4})x\d{2,4}", str(metadata.get("modelspec.resolution")))
-    found.target, found.size = target or found.target, int(size[1]) if size else found.size
+    checkpoint.target = targets.get(prediction, checkpoint.target)
+    checkpoint.size = int(size[1]) if size else checkpoint.size

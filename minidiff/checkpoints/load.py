@@ -4,10 +4,11 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from minidiff import schedules
-from minidiff.checkpoints import files, hub, layouts, towers
-from minidiff.checkpoints.fill import dtype_named, empty, fill, precision_of
+from minidiff.checkpoints import files, folder, hub, layouts, names
+from minidiff.checkpoints.folder import dtype_named, empty, fill, precision_of
 from minidiff.denoiser import TARGETS, Denoiser
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
@@ -23,104 +24,139 @@ def load(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = "fp32",
     target: str | None = None,
-    **others: str | Path | None,
+    vae: str | Path | None = None,
+    text: str | Path | None = None,
+    unet: str | Path | None = None,
 ) -> LatentDiffusion:
-    """The model at a path: a folder of ours, a diffusers folder, a single file of Stable Diffusion, or a Hub id such as owner/name.
+    """The model at a path: a folder of ours, a diffusers folder, a single file of Stable Diffusion,
+    or a Hub id such as owner/name.
 
-    dtype: fp32, bf16, fp16, or None for what is stored. target: what the U-Net predicts ("eps", "v"), where the file does not say.
-    others: vae=PATH, text=PATH or unet=PATH take this part from another checkpoint.
+    dtype: torch's, or fp32, bf16, fp16; None keeps what is stored. target: what the U-Net predicts
+    ("eps", "v"), where the file does not say. vae, text, unet: take this part from another
+    checkpoint.
     """
     dtype, path = dtype_named(dtype), hub.resolve(path)
-    if unknown := others.keys() - NETWORKS.keys():
-        raise UserError(f'no part "{min(unknown)}"; there is {", ".join(NETWORKS)}.')
+    others = {"vae": vae, "text": text, "unet": unet}
     others = {name: place for name, place in others.items() if place is not None}
-    if not path.is_file() and not (path / "model_index.json").is_file():
-        model = LatentDiffusion.load(path, dtype=dtype)
-        if target not in (None, model.denoiser.target):
-            raise UserError(
-                f"{path} says itself what it predicts, {model.denoiser.target}; leave target out (--target)."
-            )
-        for name, place in others.items():
-            setattr(
-                model.denoiser if name == "unet" else model,
-                "network" if name == "unet" else name,
-                part(place, name, dtype),
-            )
-        model.check_widths()
-    else:
-        model = _composed(path, target, others, dtype)
+    if path.is_file() or (path / "model_index.json").is_file():
+        return _stable_diffusion(path, target, others, dtype).to(device).eval()
+    model = folder.load(path, dtype=dtype)
+    if target not in (None, model.denoiser.target):
+        raise UserError(
+            f"{path} says itself what it predicts, {model.denoiser.target}; leave target out."
+        )
+    if vae is not None:
+        model.vae = part(vae, "vae", dtype)
+    if text is not None:
+        model.text = part(text, "text", dtype)
+    if unet is not None:
+        model.denoiser.network = part(unet, "unet", dtype)
+    model.check_widths()
     return model.to(device).eval()
 
 
-def part(path: str | Path, name: str, dtype: torch.dtype | None = None) -> torch.nn.Module:
-    """One network of a checkpoint: name is unet, vae or text. The file may hold this one alone; text may be MODEL:TAG of open_clip."""
-    path = hub.resolve(path)
+def part(path: str | Path, name: str, dtype: str | torch.dtype | None = None) -> nn.Module:
+    """One network of a checkpoint: name is unet, vae or text. The file may hold this one alone;
+    text may be MODEL:TAG of open_clip, as in ViT-L-14:openai (TAG can be a file)."""
+    path, dtype = hub.resolve(path), dtype_named(dtype)
     if (path / "model.json").is_file():
-        model = LatentDiffusion.load(path, dtype=dtype)
-        return {"unet": model.unet, "vae": model.vae, "text": model.text}[name]
-    if name == "text":
-        return _built(name, towers.text_part(path), dtype)
+        return getattr(folder.load(path, dtype=dtype), name)
+    if name == "text" and ":" in str(path) and not path.exists():
+        return _built(name, _open_clip_text(*str(path).split(":", 1)), dtype)
+    if name == "text" and path.is_dir() and not (path / "model_index.json").is_file():
+        return _built(name, layouts.transformers_text(path, path, files.tensors), dtype)
     parts = layouts.read(path, files.tensors).parts
     if name not in parts:
         raise UserError(f"{path} has no {layouts.KINDS[name]}.")
     return _built(name, parts[name], dtype)
 
 
-def _built(name: str, found: layouts.Part, dtype: torch.dtype | None) -> torch.nn.Module:
-    """A VAE's latent scale is a tensor with us, and a number or nothing in other layouts."""
+def outline(name: str, part: layouts.Part) -> nn.Module:
+    """The network of a part, whose tensors have shapes and no memory."""
     try:
-        module = empty(
-            NETWORKS[name], {k: v for k, v in found.numbers.items() if k != "latent_scale"}
-        )
-    except (
-        ValueError,
-        TypeError,
-        ZeroDivisionError,
-        KeyError,
-        RuntimeError,
-    ) as error:  # numbers that no network can have
+        return empty(NETWORKS[name], part.config)
+    except (ValueError, TypeError, ZeroDivisionError, KeyError, RuntimeError) as error:
         raise UserError(
-            f"{found.where}: no {layouts.KINDS[name]} has such sizes ({error})."
+            f"{part.where}: no {layouts.KINDS[name]} has such sizes ({error})."
         ) from error
-    scale = {"latent_scale": torch.tensor(found.numbers["latent_scale"])} if name == "vae" else {}
-    return fill(module, found.state | scale, found.where, precision_of(name, dtype))
 
 
-def _composed(
+def _built(name: str, part: layouts.Part, dtype: torch.dtype | None) -> nn.Module:
+    """A VAE's latent scale is a tensor with us, and a number or nothing in other layouts."""
+    state, module = part.state, outline(name, part)
+    if name == "vae":
+        state = state | {"latent_scale": torch.tensor(part.latent_scale)}
+    return fill(module, state, part.where, precision_of(name, dtype))
+
+
+def _stable_diffusion(
     path: Path, target: str | None, others: dict[str, str | Path], dtype: torch.dtype | None
 ) -> LatentDiffusion:
-    """Stable Diffusion, of the parts of one checkpoint, or of several."""
-    found = layouts.read(path, files.tensors)
-    for note in found.notes:
+    """The parts of one checkpoint, or of several: others names the file of a part by the part."""
+    checkpoint = layouts.read(path, files.tensors)
+    notes, unknown = list(checkpoint.notes), checkpoint.unknown
+    if unknown:
+        left_out = f"{len(unknown)} tensors belong to no part and are left out"
+        notes.append(f'{left_out}; the first is "{unknown[0]}"')
+    for note in notes:
         warnings.warn(f"{path.name}: {note}", stacklevel=3)
-    if found.unknown:
-        left = f'{len(found.unknown)} tensors belong to no part and are left out; the first is "{found.unknown[0]}"'
-        warnings.warn(f"{path.name}: {left}", stacklevel=3)
-    absent = [name for name in NETWORKS if name not in found.parts and name not in others]
+    absent = [name for name in NETWORKS if name not in checkpoint.parts and name not in others]
     if absent:
-        missing, option = " and no ".join(layouts.KINDS[name] for name in absent), absent[0]
+        missing = " and no ".join(layouts.KINDS[name] for name in absent)
         raise UserError(
-            f"{path} has no {missing}; name a checkpoint that has one, as in {option}=PATH (--{option} PATH)."
+            f"{path} has no {missing}; name a checkpoint that has one, as in {absent[0]}=PATH."
         )
-    modules = {}
+    networks = {}
     for name in NETWORKS:
-        modules[name] = (
-            part(others[name], name, dtype)
-            if name in others
-            else _built(name, found.parts[name], dtype)
-        )
+        if name in others:
+            networks[name] = part(others[name], name, dtype)
+        else:
+            networks[name] = _built(name, checkpoint.parts[name], dtype)
     if target is not None and target not in TARGETS:
         raise UserError(f'no target "{target}"; there is {", ".join(TARGETS)}.')
-    target = target or found.target
+    target = target or checkpoint.target
     if target is None:
         target = "v"
         warnings.warn(
-            f"{path.name}: nothing in it says whether it predicts v (768 pixels) or eps (base, 512); v is assumed",
+            f"{path.name}: nothing in it says whether it predicts v (768 pixels) or "
+            "eps (base, 512); v is assumed",
             stacklevel=3,
         )
-    schedule = schedules.Discrete(**(found.schedule or layouts.STABLE_DIFFUSION))
-    size = found.size or (768 if target == "v" else 512)
-    denoiser = Denoiser(modules["unet"], schedule, target)
+    schedule = schedules.Discrete(**(checkpoint.schedule or layouts.STABLE_DIFFUSION))
     return LatentDiffusion(
-        modules["vae"], modules["text"], denoiser, size, guidance=7.5, spacing=found.spacing
+        networks["vae"],
+        networks["text"],
+        Denoiser(networks["unet"], schedule, target),
+        checkpoint.size or (768 if target == "v" else 512),
+        guidance=7.5,
+        spacing=checkpoint.spacing,
     )
+
+
+def _open_clip_text(name: str, tag: str) -> layouts.Part:
+    """A text encoder fetched by open_clip, into its cache. OpenAI's weights, and models whose
+    configuration says so, need QuickGELU."""
+    import open_clip
+
+    if name not in open_clip.list_models():
+        raise UserError(
+            f'open_clip knows no model "{name}"; SD 1.x reads ViT-L-14:openai, '
+            "SD 2.x ViT-H-14:laion2b_s32b_b79k."
+        )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if tag not in tags and not Path(tag).is_file():
+        raise UserError(
+            f'open_clip has no weights "{tag}" of {name}; there is {", ".join(tags) or "none"}, '
+            "or a file."
+        )
+    try:
+        model = open_clip.create_model(name, pretrained=tag)
+    except Exception as error:  # no network, or a damaged download: whatever the transport raises
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{name}:{tag} cannot be had: {type(error).__name__}: {why}.") from error
+    quick = tag == "openai" or bool((open_clip.get_model_config(name) or {}).get("quick_gelu"))
+    state = model.state_dict()
+    state = {key: value for key, value in state.items() if not key.startswith("visual.")}
+    part = layouts.text(state, f"{name}:{tag}", names.CLIP_OPEN, penultimate=name == "ViT-H-14")
+    part.config["activation"] = "quick_gelu" if quick else "gelu"
+    return part

@@ -1,8 +1,8 @@
-"""Our parameter names and the published ones, as short tables. Each table is all there is to one layout, and reads both ways.
+"""Our parameter names and the published ones, as short tables: one for each layout, read both ways.
 
-A row pairs a piece of a published name with the piece of ours that stands in its place; pieces begin and end at dots, {} is a number.
-Rows are applied from the top to come to our names, and from the bottom, turned round, to come back. None in place of ours: a tensor
-with this piece in its name is dropped on purpose.
+A row pairs a piece of a published name with our piece for it; pieces begin and end at dots, {} is a
+number. Rows are applied from the top to get our names, and from the bottom, turned round, to get
+the published ones. None: a tensor with this piece in its name is dropped on purpose.
 """
 
 import re
@@ -21,25 +21,29 @@ def _pattern(piece: str) -> re.Pattern[str]:
 
 def _renamed(state: dict[str, T], table: Table) -> dict[str, T]:
     dropped = [_pattern(old) for old, new in table if new is None]
-    rows = []
-    for old, new in table:
-        if new is not None:
-            for number in range(1, new.count("{}") + 1):
-                new = new.replace("{}", rf"\g<{number}>", 1)
-            rows.append((_pattern(old), new))
-    result, meant = {}, {}
-    for name, value in state.items():
-        if any(pattern.search(name) for pattern in dropped):
+    rows = [(_pattern(old), _replacement(new)) for old, new in table if new is not None]
+    renamed: dict[str, T] = {}
+    originals: dict[str, str] = {}
+    for original, value in state.items():
+        if any(pattern.search(original) for pattern in dropped):
             continue
-        new = name
+        name = original
         for pattern, replacement in rows:
-            new = pattern.sub(replacement, new)
-        if new in result:
+            name = pattern.sub(replacement, name)
+        if name in renamed:
             raise UserError(
-                f'"{name}" and "{meant[new]}" both mean "{new}"; a checkpoint holds one of the two.'
+                f'"{original}" and "{originals[name]}" both mean "{name}"; '
+                "a checkpoint holds one of the two."
             )
-        result[new], meant[new] = value, name
-    return result
+        renamed[name], originals[name] = value, original
+    return renamed
+
+
+def _replacement(piece: str) -> str:
+    """The k-th {} is the k-th number of the other piece."""
+    for k in range(1, piece.count("{}") + 1):
+        piece = piece.replace("{}", rf"\g<{k}>", 1)
+    return piece
 
 
 def to_ours(state: dict[str, T], table: Table) -> dict[str, T]:
@@ -49,9 +53,8 @@ def to_ours(state: dict[str, T], table: Table) -> dict[str, T]:
 
 def to_published(state: dict[str, T], table: Table) -> dict[str, T]:
     """The same tensors under the published names."""
-    return _renamed(
-        state, [(ours, published) for published, ours in reversed(table) if ours is not None]
-    )
+    back = [(ours, published) for published, ours in reversed(table) if ours is not None]
+    return _renamed(state, back)
 
 
 # Networks of diffusers' layout.
@@ -79,10 +82,8 @@ UNET_DIFFUSERS: Table = [  # UNet2DConditionModel
     ("up_blocks.{}.upsamplers.0", "decoder.{}.resample"),
     ("up_blocks.{}.resnets", "decoder.{}.residual"),
     ("up_blocks.{}.attentions", "decoder.{}.attention"),
-    (
-        "time_embedding.linear_1",
-        "time.0",
-    ),  # below time_emb_proj: on the way back "time.0" must go first
+    # Below time_emb_proj: on the way back "time.0" must go first.
+    ("time_embedding.linear_1", "time.0"),
     ("time_embedding.linear_2", "time.2"),
 ]
 
@@ -101,14 +102,15 @@ VAE_DIFFUSERS: Table = [  # AutoencoderKL
     ("decoder.up_blocks.{}.upsamplers.0", "decoder.levels.{}.resample"),
     ("decoder.up_blocks.{}.resnets", "decoder.levels.{}.residual"),
 ]
-VAE_OLD_ATTENTION: Table = [
+VAE_OLD_ATTENTION: Table = [  # until diffusers 0.18
     ("query", "to_q"),
     ("key", "to_k"),
     ("value", "to_v"),
     ("proj_attn", "to_out.0"),
-]  # until diffusers 0.18
+]
 
-CLIP_TRANSFORMERS: Table = [  # CLIPTextModel; files of before and after its prefix "text_model" went
+# CLIPTextModel; files of before and after its prefix "text_model" went.
+CLIP_TRANSFORMERS: Table = [
     ("position_ids", None),  # 0, 1, ..., 76
     ("text_projection", None),  # of use to the contrastive loss only
     ("logit_scale", None),
@@ -126,18 +128,17 @@ CLIP_TRANSFORMERS: Table = [  # CLIPTextModel; files of before and after its pre
     ("final_layer_norm", "norm_out"),
 ]
 
-# Networks of CompVis's layout, the single file. Its U-Net numbers its layers in the order in which they run.
+# Networks of CompVis's layout, the single file. Its U-Net numbers its layers in the order of use.
 
 
 def unet_compvis(attention: Sequence[bool] = (True, True, True, False), blocks: int = 2) -> Table:
-    """UNetModel; `attention` says which levels have transformers, finest first, and `blocks` is the residual blocks a level."""
+    """UNetModel. attention: which levels have transformers, finest first. blocks: the residual
+    blocks of a level."""
     levels, layers, k = len(attention), [("input_blocks.0.0", "conv_in")], 1
     for level in range(levels):
         for i in range(blocks):
-            layers += [
-                (f"input_blocks.{k}.0", f"encoder.{level}.residual.{i}"),
-                (f"input_blocks.{k}.1", f"encoder.{level}.attention.{i}"),
-            ]
+            layers.append((f"input_blocks.{k}.0", f"encoder.{level}.residual.{i}"))
+            layers.append((f"input_blocks.{k}.1", f"encoder.{level}.attention.{i}"))
             k += 1
         if level < levels - 1:
             layers.append((f"input_blocks.{k}.0.op", f"encoder.{level}.resample.conv"))
@@ -153,18 +154,14 @@ def unet_compvis(attention: Sequence[bool] = (True, True, True, False), blocks: 
         layers.append((f"output_blocks.{k}.0", f"decoder.{level}.residual.{i}"))
         if transformer:
             layers.append((f"output_blocks.{k}.1", f"decoder.{level}.attention.{i}"))
-        if (
-            i == blocks and level < levels - 1
-        ):  # halving has a number of its own; doubling stands behind the last transformer, or in its place
-            layers.append(
-                (f"output_blocks.{k}.{1 + transformer}.conv", f"decoder.{level}.resample.conv")
-            )
+        # Halving has a number of its own; doubling follows the last transformer, or replaces it.
+        if i == blocks and level < levels - 1:
+            up = f"output_blocks.{k}.{1 + transformer}.conv"
+            layers.append((up, f"decoder.{level}.resample.conv"))
     return [
         *layers,
-        (
-            "time_embed",
-            "time",
-        ),  # above the residual blocks' "time": on the way back theirs must go first
+        # Above the residual blocks' "time": on the way back theirs must go first.
+        ("time_embed", "time"),
         ("residual.{}.in_layers.0", "residual.{}.norm1"),
         ("residual.{}.in_layers.2", "residual.{}.conv1"),
         ("residual.{}.emb_layers.1", "residual.{}.time"),
@@ -178,15 +175,12 @@ def unet_compvis(attention: Sequence[bool] = (True, True, True, False), blocks: 
 
 
 def vae_compvis(levels: int = 4) -> Table:
-    """AutoencoderKL of so many levels. Its attention is made of 1x1 convolutions: the same numbers, two axes more."""
+    """AutoencoderKL of so many levels. Its attention is made of 1x1 convolutions: two axes more."""
     decoder: Table = []
     for level in range(levels):  # numbered from the finest, though it runs from the coarsest
-        decoder.append(
-            (f"decoder.up.{levels - 1 - level}.block", f"decoder.levels.{level}.residual")
-        )
-        decoder.append(
-            (f"decoder.up.{levels - 1 - level}.upsample", f"decoder.levels.{level}.resample")
-        )
+        up = f"decoder.up.{levels - 1 - level}"
+        decoder.append((f"{up}.block", f"decoder.levels.{level}.residual"))
+        decoder.append((f"{up}.upsample", f"decoder.levels.{level}.resample"))
     return [
         ("encoder.down.{}.block", "encoder.levels.{}.residual"),
         ("encoder.down.{}.downsample", "encoder.levels.{}.resample"),
@@ -202,7 +196,8 @@ def vae_compvis(levels: int = 4) -> Table:
     ]
 
 
-CLIP_OPEN: Table = [  # open_clip's text tower, also in SD 2.x's single file. It keeps q, k and v in one matrix (see layouts)
+# open_clip's text encoder, also in SD 2.x's single file. q, k and v are one matrix (see layouts).
+CLIP_OPEN: Table = [
     ("attn_mask", None),
     ("text_projection", None),
     ("logit_scale", None),
@@ -218,52 +213,22 @@ CLIP_OPEN: Table = [  # open_clip's text tower, also in SD 2.x's single file. It
     ("ln_final", "norm_out"),
 ]
 
-COMPVIS_DROPPED: Table = [  # beside the three networks: the noise levels as buffers, averages (see layouts), and what only training needs
-    *(
-        (piece, None)
-        for piece in (
-            "betas",
-            "alphas_cumprod",
-            "alphas_cumprod_prev",
-            "sqrt_alphas_cumprod",
-            "sqrt_one_minus_alphas_cumprod",
-        )
-    ),
-    *(
-        (piece, None)
-        for piece in (
-            "log_one_minus_alphas_cumprod",
-            "sqrt_recip_alphas_cumprod",
-            "sqrt_recipm1_alphas_cumprod",
-            "logvar",
-        )
-    ),
-    *(
-        (piece, None)
-        for piece in (
-            "posterior_variance",
-            "posterior_log_variance_clipped",
-            "posterior_mean_coef1",
-            "posterior_mean_coef2",
-        )
-    ),
-    *(
-        (piece, None)
-        for piece in (
-            "lvlb_weights",
-            "model_ema",
-            "loss",
-            "scale_factor",
-            "cond_stage_model.logit_scale",
-        )
-    ),
-]
+# Beside the three networks: the noise schedule as buffers, averages (see layouts), and what only
+# training needs.
+_BUFFERS = """
+    betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod
+    log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod logvar
+    posterior_variance posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2
+    lvlb_weights model_ema loss scale_factor cond_stage_model.logit_scale
+"""
+COMPVIS_DROPPED: Table = [(piece, None) for piece in _BUFFERS.split()]
 
 # Low-rank weights. Which layer, and which half: A and down are the same, and so are B and up.
 
 LORA = re.compile(
     r"(?P<layer>.+?)"
-    r"(?:(?:\.lora_|[._]lora\.|\.lora_linear_layer\.)(?P<half>A|B|down|up)(?:\.default(?:_\d+)?)?\.weight|(?:[._]lora)?\.(?P<alpha>alpha))"
+    r"(?:(?:\.lora_|[._]lora\.|\.lora_linear_layer\.)(?P<half>A|B|down|up)"
+    r"(?:\.default(?:_\d+)?)?\.weight|(?:[._]lora)?\.(?P<alpha>alpha))"
 )
 LORA_OLD: Table = [  # until diffusers 0.22 they belonged to the attention, not to its layers
     *((f"processor.to_{piece}", f"to_{piece}") for piece in "qkv"),

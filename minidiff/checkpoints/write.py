@@ -1,6 +1,8 @@
-"""A LatentDiffusion in the layouts that diffusers and the single-file tools open: the same tensors, in the same precision.
+"""A LatentDiffusion in the layouts that diffusers and the single-file tools open: the same tensors,
+in the same precision.
 
-What only minidiff has (pooled text, GroupNorm left out, ...) those layouts cannot say, and is refused by name.
+What only minidiff has (pooled text, no GroupNorm, ...) those layouts cannot say; it is refused by
+name.
 """
 
 import json
@@ -23,48 +25,52 @@ from minidiff.vae import VAE
 State = dict[str, Tensor]
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 PADDING = {END: "<|endoftext|>", 0: "!"}
+LIBRARIES = {  # the folders of a diffusers pipeline, and the class that opens each
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "scheduler": ("diffusers", "DDIMScheduler"),
+}
 
 
 def check(model: LatentDiffusion) -> None:
-    """That the model is a Stable Diffusion: everything in it has a place in the published layouts."""
-    unet, vae, text, schedule = model.unet, model.vae, model.text, model.schedule
-    kinds = isinstance(unet, UNet) and isinstance(vae, VAE) and isinstance(text, CLIPText)
-    strange = (
-        []
-        if kinds
-        else [
-            f"{type(part).__name__}"
-            for part in (unet, vae, text)
-            if not isinstance(part, UNet | VAE | CLIPText)
-        ]
-    )
-    if kinds:
-        expected = {"pooled": False, "scale_shift": False, "ff_mult": 4}
-        strange += [
-            f"{name}={getattr(unet.config, name)} in the U-Net"
-            for name, value in expected.items()
-            if getattr(unet.config, name) != value
-        ]
-        strange += ["words_only in the text tower"] if text.config.words_only else []
-        strange += [f"padding with token {text.pad}"] if text.pad not in PADDING else []
-        strange += (
-            [f"a vocabulary of {text.config.vocabulary}"]
-            if text.config.vocabulary != END + 1
-            else []
-        )
-        strange += [
-            f"{name} without GroupNorm"
-            for name, part in (("a U-Net", unet), ("a VAE", vae))
-            if not part.config.groups
-        ]
+    """That the model is a Stable Diffusion: everything in it has a place in the published
+    layouts."""
+    strange = _strange_networks(model)
+    schedule = model.schedule
     if not isinstance(schedule, Discrete) or schedule.betas not in ("linear", "scaled_linear"):
         strange.append(f"the schedule {getattr(schedule, 'betas', type(schedule).__name__)}")
     if model.denoiser.target not in PREDICTIONS:
         strange.append(f"the target {model.denoiser.target}")
     if strange:
         raise UserError(
-            f"this model cannot be written for other tools; what they have no word for: {', '.join(strange)}. Use --to minidiff."
+            "this model cannot be written for other tools; what they have no word for: "
+            f"{', '.join(strange)}. Save it as a model folder of minidiff."
         )
+
+
+def _strange_networks(model: LatentDiffusion) -> list[str]:
+    unet, vae, text = model.unet, model.vae, model.text
+    others = [part for part in (unet, vae, text) if not isinstance(part, UNet | VAE | CLIPText)]
+    if others:
+        return [type(part).__name__ for part in others]
+    strange = []
+    for name, usual in (("pooled", False), ("scale_shift", False), ("ff_mult", 4)):
+        value = getattr(unet.config, name)
+        if value != usual:
+            strange.append(f"{name}={value} in the U-Net")
+    if text.config.words_only:
+        strange.append("words_only in the text encoder")
+    if text.pad not in PADDING:
+        strange.append(f"padding with token {text.pad}")
+    if text.config.vocabulary != END + 1:
+        strange.append(f"a vocabulary of {text.config.vocabulary}")
+    if not unet.config.groups:
+        strange.append("a U-Net without GroupNorm")
+    if not vae.config.groups:
+        strange.append("a VAE without GroupNorm")
+    return strange
 
 
 # diffusers
@@ -72,73 +78,70 @@ def check(model: LatentDiffusion) -> None:
 
 def unet_config(model: LatentDiffusion) -> dict:
     """config.json of UNet2DConditionModel."""
-    n = model.unet.config
-    cross = ["CrossAttn" if depth else "" for depth in n.depth]
-    heads = list(n.heads)
-    config = {
+    config = model.unet.config
+    cross = ["CrossAttn" if depth else "" for depth in config.depth]
+    heads = list(config.heads)
+    settings = {
         "_class_name": "UNet2DConditionModel",
         "sample_size": model.size // model.vae.factor,
-        "in_channels": n.in_channels,
-        "out_channels": n.out_channels,
-        "block_out_channels": list(n.channels),
-        "layers_per_block": n.blocks,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "block_out_channels": list(config.channels),
+        "layers_per_block": config.blocks,
         "down_block_types": [f"{kind}DownBlock2D" for kind in cross],
-        "mid_block_type": "UNetMidBlock2DCrossAttn" if n.middle else None,
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if config.middle else None,
         "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(cross)],
-        "cross_attention_dim": n.context_dim,
-        "attention_head_dim": heads[0]
-        if len(set(heads)) == 1
-        else heads,  # their name for the number of heads
-        "norm_num_groups": n.groups,
-        "use_linear_projection": n.linear_projection,
+        "cross_attention_dim": config.context_dim,
+        # Their name for the number of heads.
+        "attention_head_dim": heads[0] if len(set(heads)) == 1 else heads,
+        "norm_num_groups": config.groups,
+        "use_linear_projection": config.linear_projection,
         "act_fn": "silu",
         "flip_sin_to_cos": True,
         "freq_shift": 0,
     }
-    if any(depth > 1 for depth in n.depth):
-        config["transformer_layers_per_block"] = [max(depth, 1) for depth in n.depth]
-    return config
+    if any(depth > 1 for depth in config.depth):
+        settings["transformer_layers_per_block"] = [max(depth, 1) for depth in config.depth]
+    return settings
 
 
 def vae_config(model: LatentDiffusion) -> dict:
     """config.json of AutoencoderKL."""
-    n, levels = model.vae.config, len(model.vae.config.channels)
+    config, levels = model.vae.config, len(model.vae.config.channels)
     return {
         "_class_name": "AutoencoderKL",
-        "in_channels": n.in_channels,
-        "out_channels": n.in_channels,
-        "latent_channels": n.latent_channels,
-        "block_out_channels": list(n.channels),
-        "layers_per_block": n.blocks,
+        "in_channels": config.in_channels,
+        "out_channels": config.in_channels,
+        "latent_channels": config.latent_channels,
+        "block_out_channels": list(config.channels),
+        "layers_per_block": config.blocks,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "norm_num_groups": n.groups,
+        "norm_num_groups": config.groups,
         "sample_size": model.size,
-        "scaling_factor": float(
-            f"{model.vae.latent_scale.item():.7g}"
-        ),  # the digits that a float32 has
+        "scaling_factor": float(f"{model.vae.latent_scale.item():.7g}"),  # a float32's digits
         "act_fn": "silu",
     }
 
 
 def text_config(model: LatentDiffusion) -> dict:
     """config.json of CLIPTextModel."""
-    n = model.text.config
+    config = model.text.config
     return {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
-        "hidden_size": n.width,
-        "intermediate_size": 4 * n.width,
-        "num_hidden_layers": n.layers,
-        "num_attention_heads": n.heads,
-        "hidden_act": n.activation,
-        "max_position_embeddings": n.context_length,
-        "vocab_size": n.vocabulary,
+        "hidden_size": config.width,
+        "intermediate_size": 4 * config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "hidden_act": config.activation,
+        "max_position_embeddings": config.context_length,
+        "vocab_size": config.vocabulary,
         "layer_norm_eps": 1e-05,
         "bos_token_id": END - 1,
         "eos_token_id": END,
         "pad_token_id": 1,
-        "projection_dim": n.width,
+        "projection_dim": config.width,
     }
 
 
@@ -161,18 +164,18 @@ def scheduler_config(model: LatentDiffusion) -> dict:
 
 
 def tokenizer_files(pad: int, length: int) -> dict[str, str]:
-    """CLIP's byte-pair vocabulary as transformers' CLIPTokenizer reads it, from the one that open_clip carries."""
-    ours = tokenizer()
-    vocabulary = {word: index for word, index in ours.encoder.items() if index < END - 1}
+    """CLIP's byte-pair vocabulary as transformers' CLIPTokenizer reads it, from open_clip's."""
+    clip = tokenizer()
+    vocabulary = {word: index for word, index in clip.encoder.items() if index < END - 1}
     vocabulary |= {"<|startoftext|>": END - 1, "<|endoftext|>": END}
-    ranked = sorted(ours.bpe_ranks, key=ours.bpe_ranks.get)
+    merges = [" ".join(pair) for pair in sorted(clip.bpe_ranks, key=clip.bpe_ranks.get)]
     special = {
         "bos_token": "<|startoftext|>",
         "eos_token": "<|endoftext|>",
         "unk_token": "<|endoftext|>",
         "pad_token": PADDING[pad],
     }
-    how = {
+    config = special | {
         "tokenizer_class": "CLIPTokenizer",
         "model_max_length": length,
         "do_lower_case": True,
@@ -181,134 +184,111 @@ def tokenizer_files(pad: int, length: int) -> dict[str, str]:
     }
     return {
         "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
-        "merges.txt": "\n".join(["#version: 0.2", *(" ".join(pair) for pair in ranked)]) + "\n",
+        "merges.txt": "\n".join(["#version: 0.2", *merges]) + "\n",
         "special_tokens_map.json": json.dumps(special),
-        "tokenizer_config.json": json.dumps(special | how, indent=2),
+        "tokenizer_config.json": json.dumps(config, indent=2),
+    }
+
+
+def model_index(model: LatentDiffusion) -> dict:
+    """model_index.json: which class opens which folder."""
+    inpainting = model.unet.config.in_channels == 9
+    absent = ("safety_checker", "feature_extractor", "image_encoder")
+    return {
+        "_class_name": f"StableDiffusion{'Inpaint' if inpainting else ''}Pipeline",
+        "_diffusers_version": "0.30.0",
+        "requires_safety_checker": False,
+        **LIBRARIES,
+        **dict.fromkeys(absent, (None, None)),
     }
 
 
 def save_diffusers(model: LatentDiffusion, folder: str | Path) -> Path:
-    """A folder that StableDiffusionPipeline.from_pretrained opens. Written beside its place, then renamed; it must not exist."""
+    """A folder that StableDiffusionPipeline.from_pretrained opens. Written beside its place, then
+    renamed; it must not exist."""
     check(model)
-    parts = {
-        "unet": ("diffusers", "UNet2DConditionModel"),
-        "vae": ("diffusers", "AutoencoderKL"),
-        "text_encoder": ("transformers", "CLIPTextModel"),
-    }
-    whole = parts | {
-        "tokenizer": ("transformers", "CLIPTokenizer"),
-        "scheduler": ("diffusers", "DDIMScheduler"),
-    }
-    kind = (
-        "StableDiffusionInpaintPipeline"
-        if model.unet.config.in_channels == 9
-        else "StableDiffusionPipeline"
-    )
-    absent = {
-        part: (None, None) for part in ("safety_checker", "feature_extractor", "image_encoder")
-    }
-    index = {
-        "_class_name": kind,
-        "_diffusers_version": "0.30.0",
-        "requires_safety_checker": False,
-        **whole,
-        **absent,
-    }
+    unet = names.to_published(merged_state(model.unet), names.UNET_DIFFUSERS)
+    vae = names.to_published(_vae_state(model), names.VAE_DIFFUSERS)
     atomic.check_new(folder)
     with atomic.write(folder) as new:
-        for part in whole:
+        for part in LIBRARIES:
             (new / part).mkdir(parents=True)
-        for part, config in (
-            ("unet", unet_config(model)),
-            ("vae", vae_config(model)),
-            ("text_encoder", text_config(model)),
-        ):
-            _write_json(new / part / "config.json", config)
+        _write_json(new / "unet" / "config.json", unet_config(model))
+        _write_json(new / "vae" / "config.json", vae_config(model))
+        _write_json(new / "text_encoder" / "config.json", text_config(model))
         _write_json(new / "scheduler" / "scheduler_config.json", scheduler_config(model))
         for name, content in tokenizer_files(model.text.pad, model.text.context_length).items():
             (new / "tokenizer" / name).write_text(content, encoding="utf-8")
-        _save(
-            names.to_published(merged_state(model.unet), names.UNET_DIFFUSERS),
-            new / "unet" / "diffusion_pytorch_model.safetensors",
-        )
-        _save(
-            names.to_published(_vae_state(model), names.VAE_DIFFUSERS),
-            new / "vae" / "diffusion_pytorch_model.safetensors",
-        )
+        _save(unet, new / "unet" / "diffusion_pytorch_model.safetensors")
+        _save(vae, new / "vae" / "diffusion_pytorch_model.safetensors")
         _save(_transformers_text(model), new / "text_encoder" / "model.safetensors")
-        _write_json(new / "model_index.json", index)
+        _write_json(new / "model_index.json", model_index(model))
     return Path(folder)
 
 
 def _vae_state(model: LatentDiffusion) -> State:
-    return {
-        name: value for name, value in merged_state(model.vae).items() if name != "latent_scale"
-    }
+    state = merged_state(model.vae)
+    return {name: value for name, value in state.items() if name != "latent_scale"}
 
 
 def _transformers_text(model: LatentDiffusion) -> State:
     state = names.to_published(merged_state(model.text), names.CLIP_TRANSFORMERS)
-    state["embeddings.position_ids"] = torch.arange(model.text.context_length)[
-        None
-    ]  # published files list them
-    return {f"text_model.{name}": value for name, value in state.items()}
+    # Published files list the positions.
+    state["embeddings.position_ids"] = torch.arange(model.text.context_length)[None]
+    return _prefixed("text_model", state)
 
 
 # CompVis
 
 
 def save_compvis(model: LatentDiffusion, file: str | Path) -> Path:
-    """One file with CompVis's names, as the single-file tools open it. Written beside its place, then renamed; it must not exist."""
+    """One file with CompVis's names, as the single-file tools open it. Written beside its place,
+    then renamed; it must not exist."""
     check(model)
     file = Path(file)
     if file.suffix != ".safetensors":
         raise UserError(f"{file} should end in .safetensors; pickles are not written.")
-    n = model.unet.config
-    unet = names.to_published(
-        merged_state(model.unet), names.unet_compvis([d > 0 for d in n.depth], n.blocks)
+    config, target = model.unet.config, model.denoiser.target
+    unet_table = names.unet_compvis([depth > 0 for depth in config.depth], config.blocks)
+    vae_table = names.vae_compvis(len(model.vae.config.channels))
+    vae = names.to_published(_vae_state(model), vae_table)
+    for name, value in vae.items():
+        if ".attn_1." in name and value.ndim == 2:
+            vae[name] = value[..., None, None]
+    whole = _prefixed(
+        "model.diffusion_model", names.to_published(merged_state(model.unet), unet_table)
     )
-    vae = names.to_published(_vae_state(model), names.vae_compvis(len(model.vae.config.channels)))
-    vae = {
-        name: value[..., None, None] if ".attn_1." in name and value.ndim == 2 else value
-        for name, value in vae.items()
-    }
+    whole |= _prefixed("first_stage_model", vae)
     if model.text.config.activation == "gelu":  # SD 2.x
-        text = {
-            f"cond_stage_model.model.{name}": value for name, value in _openclip_text(model).items()
-        }
+        whole |= _prefixed("cond_stage_model.model", _openclip_text(model))
     else:
-        text = {
-            f"cond_stage_model.transformer.{name}": value
-            for name, value in _transformers_text(model).items()
-        }
-    whole = {f"model.diffusion_model.{name}": value for name, value in unet.items()}
-    whole |= {f"first_stage_model.{name}": value for name, value in vae.items()} | text
-    said = {
-        "prediction_type": {"eps": "epsilon"}.get(model.denoiser.target, model.denoiser.target),
-        "resolution": f"{model.size}x{model.size}",
+        whole |= _prefixed("cond_stage_model.transformer", _transformers_text(model))
+    metadata = {  # no tensor tells eps from v
+        "modelspec.prediction_type": "epsilon" if target == "eps" else target,
+        "modelspec.resolution": f"{model.size}x{model.size}",
     }
     atomic.check_new(file)
     with atomic.write(file) as new:
-        _save(
-            whole, new, {f"modelspec.{name}": value for name, value in said.items()}
-        )  # no tensor tells eps from v
+        _save(whole, new, metadata)
     return file
 
 
+def _prefixed(prefix: str, state: State) -> State:
+    return {f"{prefix}.{name}": value for name, value in state.items()}
+
+
 def _openclip_text(model: LatentDiffusion) -> State:
-    """q, k and v in one matrix. The last block, which SD 2.x does not run, was dropped when it was read: zeros stand in its place."""
+    """q, k and v in one matrix. SD 2.x does not run the last block, which loading drops: zeros
+    stand in its place."""
     state, last = merged_state(model.text), model.text.config.layers
-    state |= {
-        name.replace("blocks.0.", f"blocks.{last}."): torch.zeros_like(value)
-        for name, value in state.items()
-        if "blocks.0." in name
-    }
+    for name in [name for name in state if name.startswith("blocks.0.")]:
+        copy = name.replace("blocks.0.", f"blocks.{last}.")
+        state[copy] = torch.zeros_like(state[name])
     for block in range(last + 1):
         for kind in ("weight", "bias"):
-            place = f"blocks.{block}.attention."
-            state[f"{place}qkv.{kind}"] = torch.cat(
-                [state.pop(f"{place}{piece}.{kind}") for piece in "qkv"]
-            )
+            place = f"blocks.{block}.attention"
+            qkv = [state.pop(f"{place}.{piece}.{kind}") for piece in "qkv"]
+            state[f"{place}.qkv.{kind}"] = torch.cat(qkv)
     return names.to_published(state, names.CLIP_OPEN)
 
 
@@ -317,8 +297,5 @@ def _write_json(file: Path, content: dict) -> None:
 
 
 def _save(state: State, file: Path, metadata: dict[str, str] | None = None) -> None:
-    save_file(
-        {name: value.contiguous() for name, value in state.items()},
-        file,
-        {"format": "pt", **(metadata or {})},
-    )
+    state = {name: value.contiguous() for name, value in state.items()}
+    save_file(state, file, {"format": "pt", **(metadata or {})})

@@ -97,10 +97,11 @@ def parsed_loras(loras: tuple[str, ...]) -> list[tuple[Path, float]]:
 
 def put_in(diffusion, loras: list[tuple[Path, float]]) -> None:
     """Merge LoRAs into the weights for good, one after the other, and say what each did."""
+    from minidiff.checkpoints import lora as lora_files
     from minidiff.methods import lora
 
     for file, scale in loras:
-        found = lora.load(diffusion, file, scale)
+        found = lora_files.load(diffusion, file, scale)
         lora.merge(diffusion)
         lora.remove(diffusion)
         print(f"{file}: {len(found.layers)} layers, probe moved by {100 * found.moved:.2g} %")

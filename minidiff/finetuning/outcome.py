@@ -5,10 +5,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from minidiff import latent_diffusion
+from minidiff.checkpoints import folder
+from minidiff.checkpoints import lora as lora_files
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.methods import inversion, lora
+from minidiff.methods import inversion
 from minidiff.training import atomic
 
 
@@ -42,7 +43,7 @@ def foreign(path: Path) -> Path | None:
     ):
         return path
     owners = {
-        "model": latent_diffusion.foreign,
+        "model": folder.foreign,
         "lora.safetensors": atomic.unsigned,
         "embedding.safetensors": atomic.unsigned,
     }
@@ -67,7 +68,7 @@ def write(model: LatentDiffusion, method: str, out: Path, word: inversion.Word |
             return
         if method == "lora":
             with atomic.write(place, atomic.unsigned) as new:
-                lora.save(model, new)
+                lora_files.save(model, new)
         if word is not None:
             place = inversion.save(word.word, word.vector, out / "embedding.safetensors")
     except (OSError, SafetensorError) as error:

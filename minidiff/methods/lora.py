@@ -1,5 +1,6 @@
-"""LoRA, low-rank adaptation: few trained numbers beside many frozen ones. The whole method is in
-this file; how other tools name it is in weights/lora.py.
+"""LoRA, low-rank adaptation: few trained numbers beside many frozen ones.
+
+checkpoints/lora.py reads and writes the files.
 
     y = W x + b + (alpha / r) B A x        W (out, in) is frozen; A (r, in) and B (out, r) are
 trained; B starts at zero
@@ -8,8 +9,6 @@ W moves only by a matrix of rank r ([1] section 4.1). For a convolution A has th
 stride, and B is 1x1.
 
     lora.add(model.unet, rank=4)                      # now only A and B are trainable
-    lora.save(model, "style.safetensors")             # 3 MB for Stable Diffusion 1.5
-    lora.load(model, "style.safetensors", scale=0.8)
     lora.merge(model), lora.unmerge(model)            # into the weights, and back to the bit
     lora.remove(model)
 
@@ -21,8 +20,6 @@ the networks' code knows nothing of it, and no tensor of theirs changes its name
 
 import math
 from collections.abc import Iterable
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -199,27 +196,3 @@ def merged_state(module: nn.Module) -> dict[str, Tensor]:
         if layer.lora.kept is None:
             whole[f"{name}.weight"] = layer.lora.merged(layer.weight)
     return whole
-
-
-class Loaded(NamedTuple):
-    """What a file did to a model."""
-
-    layers: list[str]  # that it changes, as unet.encoder.0.attention.0.blocks.0.self_attention.q
-    moved: float  # ||after - before|| / ||before||, the U-Net's output on a fixed input
-
-
-def save(model: nn.Module, file: str | Path, layout: str = "diffusers") -> Path:
-    """Write the LoRAs of a LatentDiffusion, as trained (without `scale`), with the names of
-    "diffusers" or of "kohya"."""
-    from minidiff.checkpoints import lora
-
-    return lora.save(model, file, layout)
-
-
-def load(model: nn.Module, file: str | Path, scale: float = 1.0) -> Loaded:
-    """Give a LatentDiffusion the LoRAs of a file, of diffusers', PEFT's or kohya's names; all else
-    in it is frozen. Every tensor of the file must find its place, or nothing is done; a file that
-    changes nothing is warned of."""
-    from minidiff.checkpoints import lora
-
-    return lora.load(model, file, scale)

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minidiff import schedules
+from minidiff.checkpoints.folder import foreign
 from minidiff.cli.script import peak_memory_gb, write_results
 from minidiff.data import critic
 from minidiff.data.world import World
@@ -32,7 +33,7 @@ from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.evaluation import bench as evaluate
 from minidiff.figures import chains, plots
-from minidiff.latent_diffusion import LatentDiffusion, foreign
+from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.recipes import reading
 from minidiff.samplers import Normal
 from minidiff.text import CLIPText, TextConfig

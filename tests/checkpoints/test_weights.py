@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from minidiff.checkpoints import names, sizes
+from minidiff.checkpoints.inspect import COMPLETE, _differences, _hash
+from minidiff.checkpoints.layouts import Part
 from minidiff.errors import UserError
 from minidiff.text import clip_vit_l14, openclip_vit_h14
 from minidiff.unet import UNet, UNetConfig, unet_sd1, unet_sd2
@@ -47,20 +49,23 @@ def test_tables_read_both_ways(build, table, count):
     assert list(back) == list(ours) and all(back[name] is ours[name] for name in ours)
 
 
+@pytest.mark.parametrize("build", [unet_sd1, unet_sd2, vae_sd, clip_vit_l14, openclip_vit_h14])
+def test_published_networks_are_known_to_be_complete_by_their_names(build):
+    whole = state(build)
+    assert _hash(whole) in COMPLETE.values()
+    assert _hash(list(whole)[1:]) not in COMPLETE.values()
+
+
 @pytest.mark.parametrize(
-    "build, read, listed",
-    [
-        (unet_sd1, sizes.unet_numbers, sizes.unet_names),
-        (unet_sd2, sizes.unet_numbers, sizes.unet_names),
-        (pruned, sizes.unet_numbers, sizes.unet_names),
-        (vae_sd, sizes.vae_numbers, sizes.vae_names),
-        (clip_vit_l14, sizes.text_numbers, sizes.text_names),
-        (openclip_vit_h14, sizes.text_numbers, sizes.text_names),
-    ],
+    "build, name", [(pruned, "unet"), (unet_sd2, "unet"), (vae_sd, "vae"), (clip_vit_l14, "text")]
 )
-def test_the_tensors_of_a_network_are_known_without_building_it(build, read, listed):
-    found = shapes(build)
-    assert sorted(name for name in listed(read(found)) if name != "latent_scale") == sorted(found)
+def test_missing_and_extra_tensors_are_named(build, name):
+    read = {"unet": sizes.unet_config, "vae": sizes.vae_config, "text": sizes.text_config}[name]
+    whole = state(build)
+    assert _differences(name, Part(whole, read(shapes(build)), "file")) == ([], [])
+    lost = next(key for key in whole if key.endswith("bias"))
+    changed = {key: value for key, value in whole.items() if key != lost} | {"more.bias": None}
+    assert _differences(name, Part(changed, read(shapes(build)), "file")) == ([lost], ["more.bias"])
 
 
 def test_two_tensors_with_one_name_are_named():
@@ -75,10 +80,10 @@ def test_two_tensors_with_one_name_are_named():
 
 
 @pytest.mark.parametrize("build", [unet_sd1, lambda: unet_sd1(9), unet_sd2, pruned])
-def test_unet_numbers_come_back_from_shapes(build):
+def test_unet_configs_come_back_from_shapes(build):
     with torch.device("meta"):
         expected = asdict(build().config)
-    found = sizes.unet_numbers(shapes(build))
+    found = sizes.unet_config(shapes(build))
     assert found == {
         name: tuple(v) if isinstance(v, list) else v
         for name, v in expected.items()
@@ -86,26 +91,24 @@ def test_unet_numbers_come_back_from_shapes(build):
     }
 
 
-def test_vae_and_text_numbers_come_back_from_shapes():
+def test_vae_and_text_configs_come_back_from_shapes():
     for build, read in (
-        (vae_sd, sizes.vae_numbers),
-        (clip_vit_l14, sizes.text_numbers),
-        (openclip_vit_h14, sizes.text_numbers),
+        (vae_sd, sizes.vae_config),
+        (clip_vit_l14, sizes.text_config),
+        (openclip_vit_h14, sizes.text_config),
     ):
         with torch.device("meta"):
             expected = asdict(build().config)
         found = read(shapes(build))
-        assert found == {name: value for name, value in expected.items() if name in found} | {
-            k: found[k] for k in ("latent_scale",) if k in found
-        }
+        assert found == {name: value for name, value in expected.items() if name in found}
 
 
 def test_what_cannot_be_read_is_named():
     some = shapes(lambda: UNet(UNetConfig(4, 4, (8, 8), 1, (1, 1), (1, 1), 8, groups=4)))
-    sizes.unet_numbers(some)
+    sizes.unet_config(some)
     with pytest.raises(UserError, match=r'tensor "conv_in.weight" is missing'):
-        sizes.unet_numbers({k: v for k, v in some.items() if k != "conv_in.weight"})
+        sizes.unet_config({k: v for k, v in some.items() if k != "conv_in.weight"})
     with pytest.raises(UserError, match=r'"conv_in.weight" has shape \[8\]; it should have 4 axes'):
-        sizes.unet_numbers({**some, "conv_in.weight": (8,)})
+        sizes.unet_config({**some, "conv_in.weight": (8,)})
     with pytest.raises(UserError, match=r'"encoder" is numbered \[1\]'):
-        sizes.unet_numbers({k: v for k, v in some.items() if not k.startswith("encoder.0")})
+        sizes.unet_config({k: v for k, v in some.items() if not k.startswith("encoder.0")})

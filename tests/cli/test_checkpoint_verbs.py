@@ -58,12 +58,12 @@ def test_inspect_says_the_same_of_every_layout(sd, ran, tmp_path, second):
         rows(ran("inspect", path).out)
         for path in (tmp_path / "m.safetensors", folder, tmp_path / "m.ckpt")
     ]
-    for part in ("U-Net", "VAE", "text tower", "version"):
+    for part in ("U-Net", "VAE", "text encoder", "version"):
         assert said[0][part] == said[1][part] == said[2][part]
     assert ("2.x" if second else "1.x") in said[0]["version"]
     assert said[1]["layout"] == "diffusers" and ("either" not in said[0]["predicts"])
     assert said[2]["predicts"] == (
-        "eps (base, 512) or v (768): no tensor says which; --target says it"
+        "eps (base, 512) or v (768): no tensor says which; name the target when it is loaded"
         if second
         else "eps, the noise"
     )
@@ -95,14 +95,14 @@ def test_inspect_of_parts_and_versions(sd, ran, single, tmp_path):
     }
     save_file(unet, tmp_path / "unet.safetensors")
     assert (
-        "draw by itself: no VAE and no text tower in it"
+        "draw by itself: no VAE and no text encoder in it"
         in ran("inspect", tmp_path / "unet.safetensors").out
     )
     inpainting = write.save_diffusers(sd(channels=9), tmp_path / "inpainting")
     said = ran("inspect", inpainting).out
     assert (
         "1.x, inpainting" in said
-        and "draw from words alone: an inpainting U-Net needs --image and --mask" in said
+        and "draw from words alone: an inpainting U-Net needs an image and a mask" in said
     )
     averaged = {
         "model_ema.diffusion_model" + name.removeprefix(layouts.UNET[0]).replace(".", ""): value + 1

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from minidiff import load, schedules
+from minidiff.checkpoints import lora as lora_files
 from minidiff.data.latents import Example
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
@@ -312,7 +313,7 @@ def test_lora_trains_a_and_b_alone_and_writes_what_load_reads(tmp_path):
     before = weights(model)
     run(tmp_path, model, method="lora", rank=2)
     assert moved(before, model) and all(".lora." in name for name in moved(before, model))
-    assert lora.load(fresh, tmp_path / "lora.safetensors").moved > 0
+    assert lora_files.load(fresh, tmp_path / "lora.safetensors").moved > 0
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([100, 900])
     for a, b in zip(
         model.denoiser(x, t, model.text.encode(NAMES)),
@@ -387,7 +388,7 @@ def test_the_weights_that_advice_goes_back_to_are_kept(method, tmp_path):
     if method == "full":
         found = LatentDiffusion.load(folder / "model")
     else:
-        lora.load(found, folder / "lora.safetensors")
+        lora_files.load(found, folder / "lora.safetensors")
     assert all(torch.equal(value, trained(found)[name]) for name, value in seen[4].items())
     assert any(not torch.equal(value, seen[6][name]) for name, value in seen[4].items())
     model, likes[6] = tiny(), 6

@@ -7,7 +7,7 @@ from PIL import Image
 
 import minidiff
 from minidiff import pipeline, schedules
-from minidiff.checkpoints.fill import DTYPES
+from minidiff.checkpoints.folder import DTYPES
 from minidiff.errors import UserError
 from minidiff.methods import editing
 from minidiff.methods.editing import Edit, edited
@@ -254,7 +254,7 @@ def test_generate_from_parts_of_several_files(ran, refused, model, tmp_path):
     }
     save_file(unet, tmp_path / "unet.safetensors")
     how = ["--steps", 2, "--size", 16]
-    assert "has no VAE and no text tower" in refused(
+    assert "has no VAE and no text encoder" in refused(
         "generate",
         "an apple",
         "--model",

@@ -12,6 +12,7 @@ from torch import nn
 
 import minidiff
 from minidiff import schedules
+from minidiff.checkpoints import lora as lora_files
 from minidiff.checkpoints import names, write
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
@@ -218,8 +219,8 @@ def test_files_there_and_back(sd, model, ran, tmp_path, layout):
     layers = with_lora(model)
     expected = output(model)
     lora.scale(model, 0.3)  # a knob of sampling: not saved
-    file = lora.save(model, tmp_path / "l.safetensors", layout)
-    found = lora.load(other, file)
+    file = lora_files.save(model, tmp_path / "l.safetensors", layout)
+    found = lora_files.load(other, file)
     assert sorted(found.layers) == sorted(layers) and found.moved > 0.01
     torch.testing.assert_close(
         output(other), expected, rtol=1e-4, atol=1e-5
@@ -231,15 +232,15 @@ def test_files_there_and_back(sd, model, ran, tmp_path, layout):
         f"3 ({len(layers)} layers)" in said
         and f"{'kohya' if layout == 'kohya' else 'diffusers or PEFT'} names" in said
     )
-    again = sd(), lora.load(randomized(sd()), file, scale=0.5)
+    again = sd(), lora_files.load(randomized(sd()), file, scale=0.5)
     assert again[1].layers == found.layers
     with pytest.raises(UserError, match="exists; nothing is written over it"):
-        lora.save(other, file)
+        lora_files.save(other, file)
 
 
 def test_kohya_keeps_alpha(model, tmp_path):
     with_lora(model, alpha=1.0)
-    file = lora.save(model, tmp_path / "l.safetensors", "kohya")
+    file = lora_files.save(model, tmp_path / "l.safetensors", "kohya")
     stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
     state = load_file(file)
     assert state[f"{stem}.alpha"] == 1 and state[f"{stem}.lora_down.weight"].shape == (3, 32)
@@ -249,7 +250,7 @@ def test_kohya_keeps_alpha(model, tmp_path):
     )
     assert state["lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight"].shape == (3, 32, 3, 3)
     lora.remove(model)
-    lora.load(model, file)
+    lora_files.load(model, file)
     assert {layer.lora.alpha for layer in lora.adapted(model).values()} == {1.0}
 
 
@@ -313,7 +314,7 @@ def test_every_spelling_is_read(model, tmp_path, kind):
             ),
         }
     save_file(state, tmp_path / "l.safetensors")
-    found = lora.load(model, tmp_path / "l.safetensors")
+    found = lora_files.load(model, tmp_path / "l.safetensors")
     q, out = (
         f"unet.encoder.0.attention.0.blocks.0.self_attention.{piece}" for piece in ("q", "out")
     )
@@ -344,7 +345,7 @@ def peft_file(folder, metadata=None, name="l.safetensors"):
 )
 def test_alpha_from_the_metadata(model, tmp_path, config, q, k):
     said = {f"unet.{key}": value for key, value in config.items()}
-    lora.load(
+    lora_files.load(
         model, peft_file(tmp_path, {"lora_adapter_metadata": json.dumps(said)} if said else None)
     )
     attention = model.unet.encoder[0].attention[0].blocks[0].self_attention
@@ -353,19 +354,19 @@ def test_alpha_from_the_metadata(model, tmp_path, config, q, k):
 
 def test_alpha_from_pefts_own_folder(model, tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 12, "r": 4}')
-    lora.load(model, peft_file(tmp_path, name="adapter_model.safetensors"))
+    lora_files.load(model, peft_file(tmp_path, name="adapter_model.safetensors"))
     assert model.unet.encoder[0].attention[0].blocks[0].self_attention.q.lora.alpha == 12
 
 
 def test_a_lora_that_does_nothing_is_said(model, tmp_path):
     lora.add(model.unet, 2)
-    file = lora.save(model, tmp_path / "l.safetensors")
+    file = lora_files.save(model, tmp_path / "l.safetensors")
     lora.remove(model)
     with pytest.warns(UserWarning, match="changes nothing: all its B are zero"):
-        assert lora.load(model, file).moved == 0
+        assert lora_files.load(model, file).moved == 0
     lora.remove(model)
     with pytest.warns(UserWarning, match="changes nothing: its scale is 0"):
-        lora.load(model, peft_file(tmp_path, name="other.safetensors"), scale=0)
+        lora_files.load(model, peft_file(tmp_path, name="other.safetensors"), scale=0)
 
 
 STEM = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -444,7 +445,7 @@ def test_files_that_do_not_fit_are_refused_whole(model, tmp_path, state, metadat
     )
     save_file(good | state, tmp_path / "l.safetensors", metadata)
     with pytest.raises(UserError, match=complaint) as refused:
-        lora.load(model, tmp_path / "l.safetensors")
+        lora_files.load(model, tmp_path / "l.safetensors")
     assert "l.safetensors" in str(refused.value) and "\n" not in str(refused.value)
     assert not lora.adapted(model) and all(p.requires_grad for p in model.parameters())
 
@@ -457,10 +458,10 @@ def test_what_else_is_refused(model, tmp_path):
     with pytest.raises(UserError, match="the rank must be at least 1"):
         lora.add(model.unet, 0)
     with pytest.raises(UserError, match=r"0 of the model's 0 LoRAs.*lora\.add"):
-        lora.save(model, tmp_path / "l.safetensors")
+        lora_files.save(model, tmp_path / "l.safetensors")
     lora.add(model.vae, 1, targets=["conv1"])
     with pytest.raises(UserError, match="only LoRAs of a U-Net or a CLIPText have names in files"):
-        lora.save(model, tmp_path / "l.safetensors")
+        lora_files.save(model, tmp_path / "l.safetensors")
     lora.remove(model)
     lora.add(model.unet, 1)
     with pytest.raises(UserError, match="has a LoRA already"):
@@ -468,11 +469,11 @@ def test_what_else_is_refused(model, tmp_path):
     with pytest.raises(
         UserError, match='no layout "peft" of LoRA files; there is diffusers, kohya'
     ):
-        lora.save(model, tmp_path / "l.safetensors", "peft")
+        lora_files.save(model, tmp_path / "l.safetensors", "peft")
     with pytest.raises(UserError, match=r"should end in \.safetensors"):
-        lora.save(model, tmp_path / "l.pt")
+        lora_files.save(model, tmp_path / "l.pt")
     with pytest.raises(UserError, match='no file "'):
-        lora.load(model, tmp_path / "nowhere.safetensors")
+        lora_files.load(model, tmp_path / "nowhere.safetensors")
     assert not list(tmp_path.iterdir())
 
 
@@ -490,14 +491,14 @@ def test_a_model_without_text_has_loras_too(tmp_path):
     lora.add(model.unet, 2, targets=["pool", "time.0", "cross_attention.out"])
     for value in lora.state(model).values():
         value.normal_()
-    file = lora.save(model, tmp_path / "l.safetensors", "kohya")
+    file = lora_files.save(model, tmp_path / "l.safetensors", "kohya")
     x, before = (
         torch.randn(1, 3, 8, 8),
         {name: value.clone() for name, value in lora.state(model).items()},
     )
     expected = model.unet(x, torch.tensor([0.3]), model.text.encode(["cat"]))
     lora.remove(model)
-    assert lora.load(model, file).moved > 0
+    assert lora_files.load(model, file).moved > 0
     assert all(torch.equal(value, before[name]) for name, value in lora.state(model).items())
     assert torch.equal(model.unet(x, torch.tensor([0.3]), model.text.encode(["cat"])), expected)
 
@@ -509,7 +510,7 @@ def test_generate_with_loras(ran, refused, model, tmp_path):
     """What each file did is said, and what was drawn with is written into the picture; two stand on top of one another."""
     where = model.save(tmp_path / "m")
     with_lora(model)
-    first = lora.save(model, tmp_path / "first.safetensors")
+    first = lora_files.save(model, tmp_path / "first.safetensors")
     second = peft_file(tmp_path, name="second.safetensors")
 
     def drawn(name, *args):
@@ -558,7 +559,7 @@ def test_generate_with_loras(ran, refused, model, tmp_path):
 def test_convert_with_a_lora(ran, model, tmp_path):
     where = model.save(tmp_path / "m")
     layers = with_lora(model)
-    file = lora.save(model, tmp_path / "l.safetensors", "kohya")
+    file = lora_files.save(model, tmp_path / "l.safetensors", "kohya")
     lora.scale(model, 0.8)
     expected = output(model)
     said = ran(

@@ -269,11 +269,9 @@ def test_parts(pipeline, tmp_path):
         tmp_path / "unet.ckpt", target=minidiff.load(folder).denoiser.target, **how
     )
     agrees(model, theirs)
-    with pytest.raises(
-        UserError, match=r"unet.ckpt has no VAE and no text tower; .* \(--vae PATH\)"
-    ):
+    with pytest.raises(UserError, match=r"unet.ckpt has no VAE and no text encoder; .* vae=PATH"):
         minidiff.load(tmp_path / "unet.ckpt")
-    with pytest.raises(UserError, match=r"vae.ckpt has no text tower"):
+    with pytest.raises(UserError, match=r"vae.ckpt has no text encoder"):
         minidiff.load(folder, text=tmp_path / "vae.ckpt")
     ours = minidiff.load(
         minidiff.load(folder).save(tmp_path / "ours"),

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minidiff.checkpoints import write
-from minidiff.checkpoints.fill import empty, fill
+from minidiff.checkpoints.folder import empty, fill
 from minidiff.checkpoints.load import load
 from minidiff.checkpoints.names import UNET_DIFFUSERS, to_ours
 from minidiff.layers import timestep_embedding

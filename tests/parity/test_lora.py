@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 import minidiff
 from minidiff import samplers
+from minidiff.checkpoints import lora as lora_files
 from minidiff.checkpoints import names
 from minidiff.methods import lora
 
@@ -71,7 +72,7 @@ def test_what_is_trained_here_draws_there(both, tmp_path, layout):
     trained(model, alpha=2.0)
     expected = ours(model)
     assert abs(expected - bare).max() > 0.02
-    pipe.load_lora_weights(lora.save(model, tmp_path / "l.safetensors", layout))
+    pipe.load_lora_weights(lora_files.save(model, tmp_path / "l.safetensors", layout))
     assert abs(theirs(pipe) - expected).max() < TOLERANCE
     lora.merge(model)
     assert abs(ours(model) - expected).max() < TOLERANCE
@@ -131,7 +132,7 @@ def test_what_is_made_there_draws_here(both, tmp_path, kind, alpha):
     assert (kind == "peft") == (said is not None) and (
         said is None or json.loads(said)["unet.lora_alpha"] == alpha
     )
-    found = lora.load(model, file)
+    found = lora_files.load(model, file)
     assert (
         len(found.layers) == sum(not key.endswith("alpha") for key in keys) // 2
         and found.moved > 0.01
@@ -142,7 +143,7 @@ def test_what_is_made_there_draws_here(both, tmp_path, kind, alpha):
 def test_scale(both, tmp_path):
     pipe, model = both
     trained(model, alpha=4.0)
-    pipe.load_lora_weights(lora.save(model, tmp_path / "l.safetensors"), adapter_name="l")
+    pipe.load_lora_weights(lora_files.save(model, tmp_path / "l.safetensors"), adapter_name="l")
     pipe.set_adapters("l", 0.6)
     full = ours(model)
     lora.scale(model, 0.6)

@@ -1,0 +1,218 @@
+"""Our own format, the model folder: model.json (kinds and configs) and one safetensors file for
+each part. Also how tensors of any file come into a network: nothing is initialized, nothing is
+copied that need not be, and every tensor has its place."""
+
+import ctypes
+import json
+import mmap
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minidiff import schedules
+from minidiff.checkpoints import files
+from minidiff.denoiser import Denoiser
+from minidiff.errors import UserError
+from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.methods.lora import merged_state
+from minidiff.text import ClassLabels, CLIPText, Unconditional
+from minidiff.training import atomic
+from minidiff.unet import UNet
+from minidiff.vae import VAE, Pixels
+
+FORMAT = "minidiff 1"
+KINDS = {cls.__name__: cls for cls in (VAE, Pixels, CLIPText, ClassLabels, Unconditional, UNet)}
+PARTS = ("vae", "text", "unet")
+SETTINGS = ("size", "dropout", "guidance", "sampler", "spacing")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ZeroDivisionError)
+
+
+def save(model: LatentDiffusion, path: str | Path) -> Path:
+    """Write the model folder whole or not at all; what LoRAs change is written into the weights.
+
+    An existing folder is replaced only if it is a model folder with nothing else in it.
+    """
+    path = Path(path)
+    parts = {name: getattr(model, name) for name in PARTS}
+    whole = {
+        "format": FORMAT,
+        **{name: getattr(model, name) for name in SETTINGS},
+        "denoiser": {
+            "target": model.denoiser.target,
+            "weighting": model.denoiser.weighting,
+            "schedule": schedules.to_json(model.schedule),
+        },
+        **{n: {"kind": type(part).__name__, **asdict(part.config)} for n, part in parts.items()},
+    }
+    with atomic.write(path, foreign) as new:
+        new.mkdir()
+        for name, part in parts.items():
+            state = {key: value.contiguous() for key, value in merged_state(part).items()}
+            save_file(state, new / f"{name}.safetensors")
+        (new / "model.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def foreign(path: Path) -> Path | None:
+    """What in path is not a part of a model folder; see atomic.Stranger."""
+    names = {"model.json", *(f"{name}.safetensors" for name in PARTS)}
+    if not path.is_dir():
+        return path
+    for entry in sorted(path.iterdir()):
+        if entry.name not in names or not entry.is_file():
+            return entry
+    try:
+        whole = files.read_json(path / "model.json")
+    except (UserError, OSError):
+        return path
+    ours = isinstance(whole, dict) and str(whole.get("format", "")).startswith("minidiff")
+    return None if ours else path / "model.json"
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = torch.float32,
+) -> LatentDiffusion:
+    """Read a model folder, in this precision or as stored (None). Every problem is a UserError that
+    names the file."""
+    path, dtype = Path(path), dtype_named(dtype)
+    if not path.exists():
+        atomic.recover(path)  # a save that was killed
+    if not path.is_dir():
+        raise UserError(
+            f'no model folder "{path}"; `minidiff quickstart` makes one, or name another model.'
+        )
+    if not (path / "model.json").is_file():
+        raise UserError(
+            f'"{path}" is no model folder: it has no model.json (`minidiff quickstart` writes one).'
+        )
+    whole = files.read_json(path / "model.json")
+    try:
+        model = _model(whole)
+    except DAMAGED as error:
+        raise UserError(
+            f"{path / 'model.json'} is damaged ({type(error).__name__}: {error}); "
+            "save the model again."
+        ) from error
+    for name in PARTS:
+        file = path / f"{name}.safetensors"
+        if not file.is_file():
+            raise UserError(
+                f"{path} has no weights: {file.name} is missing; copy the whole folder, "
+                "or save the model again."
+            )
+        state = files.tensors(files.inside(path, file))
+        where = f"{file} does not fit model.json"
+        fill(getattr(model, name), state, where, precision_of(name, dtype))
+    return model.to(device).eval()
+
+
+def network(described: dict) -> nn.Module:
+    """A part as model.json describes it: its kind, and its config. Its tensors have no memory
+    yet."""
+    config = {key: value for key, value in described.items() if key != "kind"}
+    return empty(KINDS[described["kind"]], config)
+
+
+def _model(whole: dict) -> LatentDiffusion:
+    """The model that model.json describes, without weights."""
+    if whole["format"] != FORMAT:
+        raise ValueError(f'format "{whole["format"]}", but this version reads "{FORMAT}"')
+    vae, text, unet = (network(whole[name]) for name in PARTS)
+    described = whole["denoiser"]
+    schedule = schedules.from_json(described["schedule"])
+    schedule.timesteps(1)  # values of the wrong kind fail here, not in the middle of an image
+    return LatentDiffusion(
+        vae,
+        text,
+        Denoiser(unet, schedule, described["target"], described["weighting"]),
+        int(whole["size"]),
+        float(whole["dropout"]),
+        float(whole["guidance"]),
+        str(whole.get("sampler", "ddim")),
+        str(whole.get("spacing", "trailing")),
+    )
+
+
+# Tensors into networks.
+
+
+def empty(network: type[nn.Module], config: dict) -> nn.Module:
+    """A network of this config whose tensors have shapes and no memory."""
+    with torch.device("meta"):
+        return network(network.Config(**config))
+
+
+def fill(
+    module: nn.Module, state: dict[str, Tensor], where: str, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """The module, holding these very tensors, or its parameters in another precision.
+
+    A tensor that is missing, left over, of another shape or kind, or not finite is a UserError that
+    names it, and the file: `where`. What is converted is used up: nobody may read `state`
+    afterwards.
+    """
+    expected = module.state_dict()
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or extra:
+        kind, first = ("missing", missing[0]) if missing else ("left over", extra[0])
+        raise UserError(
+            f"{where}: {len(missing)} tensors are missing and {len(extra)} left over; "
+            f'the first {kind} is "{first}".'
+        )
+    state, parameters = dict(state), dict(module.named_parameters())
+    for name, value in state.items():
+        _check(value, expected[name].shape, f'{where}: "{name}"')
+        if dtype not in (None, value.dtype) and name in parameters:
+            state[name] = value.to(dtype)
+            _forget(value)
+    module.load_state_dict(state, assign=True)
+    return module.eval()
+
+
+def _check(value: Tensor, shape: torch.Size, where: str) -> None:
+    if value.shape != shape:
+        raise UserError(
+            f"{where} is {tuple(value.shape)}, where {tuple(shape)} would fit the other tensors."
+        )
+    if not value.is_floating_point():
+        kind = str(value.dtype).removeprefix("torch.")
+        raise UserError(f"{where} is made of {kind}; weights are floating-point numbers.")
+    if not value.sum(dtype=torch.promote_types(value.dtype, torch.float32)).isfinite():
+        raise UserError(
+            f"{where} holds numbers that are not finite (NaN or infinity); "
+            "training broke before it was saved."
+        )
+
+
+def _forget(value: Tensor) -> None:
+    """Tell the system that a tensor will not be read again. A map of a file then leaves memory at
+    once; without this, a file that is converted stands in memory whole beside the result."""
+    if not hasattr(mmap, "MADV_DONTNEED") or not value.is_contiguous():
+        return
+    madvise, page = getattr(ctypes.CDLL(None), "madvise", None), mmap.PAGESIZE
+    # Its whole pages: it shares the first and the last with other tensors.
+    first, end = -(-value.data_ptr() // page), (value.data_ptr() + value.nbytes) // page
+    if madvise is not None and end > first:
+        size = ctypes.c_size_t((end - first) * page)
+        madvise(ctypes.c_void_p(first * page), size, mmap.MADV_DONTNEED)
+
+
+def precision_of(part: str, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The precision of one part. In float16 the VAE stays in float32: Stable Diffusion's overflows
+    and gives black images."""
+    return torch.float32 if part == "vae" and dtype == torch.float16 else dtype
+
+
+def dtype_named(name: str | torch.dtype | None) -> torch.dtype | None:
+    """A torch.dtype, from its short name where it is one. None: as stored."""
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise UserError(f'no dtype "{name}"; there is {", ".join(DTYPES)}.')
+    return DTYPES[name]
