@@ -28,7 +28,7 @@ from minidiff.errors import UserError
 from minidiff.evaluation.classifier import Classifier
 from minidiff.evaluation.metrics import Moments, frechet
 from minidiff.figures import plots
-from minidiff.figures.plots import COLOURS, _panels, _save, _style
+from minidiff.figures.curves import COLOURS, new_figure, save, style
 from minidiff.train import train
 
 Pictures = UInt8[Tensor, "N 3 32 32"]
@@ -98,8 +98,8 @@ def accuracy(
 
 def plot(found: dict[str, float], path: Path) -> Path:
     """Distance against the strength of each distortion, above the floor."""
-    with _style():
-        figure, (axis,) = _panels(1, width=4.5, height=3.2)
+    with style():
+        figure, (axis,) = new_figure(1, width=4.5, height=3.2)
         for name, colour, mark in zip(DISTORTIONS, COLOURS, "os^", strict=False):
             levels = DISTORTIONS[name][1]
             axis.loglog(
@@ -116,7 +116,7 @@ def plot(found: dict[str, float], path: Path) -> Path:
         axis.xaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_major_formatter("{x:g}")
         axis.legend()
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def main(

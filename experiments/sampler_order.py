@@ -17,7 +17,7 @@ from torch import Tensor
 from minidiff import schedules
 from minidiff.cli.script import run, write_results
 from minidiff.errors import UserError
-from minidiff.figures.plots import COLOURS, _panels, _save, _style
+from minidiff.figures.curves import COLOURS, new_figure, save, style
 from minidiff.methods.exact import Mixture
 from minidiff.samplers import by_name, sample
 
@@ -81,8 +81,8 @@ def order(counts: tuple[int, ...], errors: list[float]) -> float:
 
 def plot(panels: dict[str, dict[str, tuple[list[int], list[float], float]]], path: Path) -> Path:
     """A panel for each kind of error, a line for each sampler: (evaluations, errors, order)."""
-    with _style():
-        figure, axes = _panels(len(panels), width=3.6, height=3.2)
+    with style():
+        figure, axes = new_figure(len(panels), width=3.6, height=3.2)
         colours = iter(COLOURS)
         for axis, (title, lines) in zip(axes, panels.items(), strict=True):
             for (name, (evaluations, errors, p)), mark in zip(lines.items(), "os^D", strict=False):
@@ -99,7 +99,7 @@ def plot(panels: dict[str, dict[str, tuple[list[int], list[float], float]]], pat
             axis.yaxis.set_major_formatter("{x:g}")
             axis.minorticks_off()
             axis.legend(loc="lower left")
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def main(

@@ -22,6 +22,7 @@ from minidiff import schedules
 from minidiff.cli.script import follow, last_loss, read_log, run, write_results
 from minidiff.denoiser import Denoiser
 from minidiff.figures import plots
+from minidiff.figures.curves import Panel
 from minidiff.layers import timestep_embedding
 from minidiff.methods.exact import Mixture
 from minidiff.samplers import ddim, sample
@@ -185,12 +186,12 @@ def main(
     print(
         plots.points(
             [
-                {"title": "exact draws", "points": truth},
-                {"title": f"exact score at t = {field_at}", "arrows": (grid, scores["exact"])},
-                {"title": f"learnt score at t = {field_at}", "arrows": (grid, scores["learnt"])},
-                {"title": "learnt draws", "points": chains["learnt"][-1].x},
-                {"title": "exact DDIM paths", "paths": paths["exact"]},
-                {"title": "learnt DDIM paths", "paths": paths["learnt"]},
+                Panel("exact draws", points=truth),
+                Panel(f"exact score at t = {field_at}", arrows=(grid, scores["exact"])),
+                Panel(f"learnt score at t = {field_at}", arrows=(grid, scores["learnt"])),
+                Panel("learnt draws", points=chains["learnt"][-1].x),
+                Panel("exact DDIM paths", paths=paths["exact"]),
+                Panel("learnt DDIM paths", paths=paths["learnt"]),
             ],
             out / "toy_2d.png",
         )
