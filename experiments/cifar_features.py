@@ -25,7 +25,7 @@ from minidiff.cli.script import follow, last_loss, read_log, run, write_results
 from minidiff.data.cifar10 import cifar10
 from minidiff.data.folder import ClassFolder, load_all, to_model
 from minidiff.errors import UserError
-from minidiff.evaluation.classifier import Classifier
+from minidiff.evaluation.features import Classifier
 from minidiff.evaluation.metrics import Moments, frechet
 from minidiff.figures import plots
 from minidiff.figures.curves import COLOURS, new_figure, save, style

@@ -1,4 +1,6 @@
-"""COCO's files become a captioned folder: the right pictures, the caption with the words, the same bytes for the same seed, nothing half-written."""
+"""COCO's files become a captioned folder: the right pictures, the caption with the words, the same
+bytes for the same seed, nothing half-written.
+"""
 
 import http.server
 import json
@@ -177,7 +179,8 @@ def test_a_line_has_all_that_coco_says(make, files):
 
 
 @pytest.mark.parametrize("words, found", [
-    ("apple,bowl", {1: {0, 2}, 2: {1}}),  # 2's first caption has pineapples; 3's words stand in two captions
+    # 2's first caption has pineapples; 3's words stand in two captions
+    ("apple,bowl", {1: {0, 2}, 2: {1}}),
     (" APPLE , bowls ", {}),
     ("apples", {2: {1}}),
     ("a", {1: {0, 1, 2}, 2: {0, 1}, 3: {1}, 4: {0, 1}, 9: {0}}),  # not "as", not inside a word

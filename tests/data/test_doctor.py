@@ -1,4 +1,6 @@
-"""Each trap makes exactly its finding appear, a clean folder gives none, doctor and loader agree on every folder, and no folder is too broken."""
+"""Each trap makes exactly its finding appear, a clean folder gives none, doctor and loader agree on
+every folder, and no folder is too broken.
+"""
 
 import json
 import os
@@ -237,7 +239,9 @@ def test_each_trap_makes_exactly_its_finding_appear(clean, tmp_path, trap, k, ch
 
 
 def agree(folder, report):
-    """The loader takes exactly the folders in which the doctor found no error, and says the first of them."""
+    """The loader takes exactly the folders in which the doctor found no error, and says the first
+    of them.
+    """
     try:
         data = CaptionedFolder(folder)
         said = None
@@ -312,7 +316,9 @@ def test_another_caption_column(clean):
 
 
 def test_near_duplicates_and_what_is_none(clean):
-    """Edits that nobody would take for another picture are found; no two of fifty pictures are taken for one another, nor are plain colours."""
+    """Edits that nobody would take for another picture are found; no two of fifty pictures are
+    taken for one another, nor are plain colours.
+    """
     for k in range(6, 50):
         image(k).save(clean / f"{k}.png")
     for name in ("red", "blue"):

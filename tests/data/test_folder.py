@@ -1,4 +1,6 @@
-"""Pictures of every kind come out as upright RGB on white, and every fault of a data folder is one line that says where and what to do."""
+"""Pictures of every kind come out as upright RGB on white, and every fault of a data folder is one
+line that says where and what to do.
+"""
 
 import json
 import re

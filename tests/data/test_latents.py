@@ -1,4 +1,6 @@
-"""Caches of latents and captions: the key forgets nothing, nothing is computed twice, and a file that is damaged or cannot be written is survived."""
+"""Caches of latents and captions: the key forgets nothing, nothing is computed twice, and a file
+that is damaged or cannot be written is survived.
+"""
 
 import resource
 import warnings
@@ -61,7 +63,9 @@ def key_of(vae, path, folder, size=SIZE):
 
 
 def test_latents_are_those_of_the_picture_and_of_its_mirror(vae, paths, tmp_path):
-    """With and without a folder, encoded and read back: the same bits, on their own and among others."""
+    """With and without a folder, encoded and read back: the same bits, on their own and among
+    others.
+    """
     want = [vae.encode(to_model(load_picture(path, SIZE))[None])[0] for path in paths]
     mirrors = [vae.encode(to_model(load_picture(path, SIZE))[None].flip(-1))[0] for path in paths]
     for folder in (None, tmp_path / "c", tmp_path / "c"):
@@ -136,7 +140,9 @@ def test_another_format_version_is_another_key(vae, paths, tmp_path, monkeypatch
 
 
 def test_numbers_that_no_weight_shows_are_in_the_key():
-    """Padding, activation and what is blanked draw other pictures from the same weights; so does a network of another kind."""
+    """Padding, activation and what is blanked draw other pictures from the same weights; so does a
+    network of another kind.
+    """
     ways = [{}, {"pad": 0}, {"activation": "gelu"}, {"words_only": True}, {"heads": 4}]
     assert len({cache.fingerprint(tower(**how)) for how in ways}) == len(ways)
     assert cache.fingerprint(Pixels(3)) != cache.fingerprint(Pixels(4))
@@ -156,7 +162,9 @@ def test_a_lora_is_in_the_key(text):
 
 
 def test_contexts(text, tmp_path):
-    """The empty caption is always among them; each caption once; another tower or caption is another key."""
+    """The empty caption is always among them; each caption once; another tower or caption is
+    another key.
+    """
     for folder in (None, tmp_path, tmp_path):
         got = contexts(text, ["a cat", "a dog", "a cat"], folder)
         assert list(got) == ["", "a cat", "a dog"]
@@ -201,7 +209,10 @@ def test_a_damaged_file_is_made_anew(vae, paths, tmp_path, how):
 
 
 def test_a_full_disk(vae, paths, tmp_path):
-    """One clear line, no half file, and the cache of before whole. Files of this process may not grow beyond 4 kB for a moment."""
+    """One clear line, no half file, and the cache of before whole.
+
+    Files of this process may not grow beyond 4 kB for a moment.
+    """
     encoded(vae, paths[:1], [SIZE], tmp_path)
     before = (tmp_path / "latents.safetensors").read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
