@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from minidiff.cli.script import run, write_results
-from minidiff.data.folder import load_picture, to_model
+from minidiff.data.folder import load_image, to_model
 from minidiff.data.world import World
 from minidiff.errors import UserError
 from minidiff.figures import chains, plots
@@ -60,7 +60,7 @@ def main(
             f"--columns is {columns}; it must be at least 2, one for data and one for noise."
         )
     picture = (
-        to_model(load_picture(image, size))[None]
+        to_model(load_image(image, size))[None]
         if image
         else World(size).batch(1, seed, objects=2)[0]
     )

@@ -17,7 +17,7 @@ import minidiff
 from minidiff import schedules
 from minidiff.cli import script
 from minidiff.data import critic
-from minidiff.data.folder import load_picture, to_uint8
+from minidiff.data.folder import load_image, to_uint8
 from minidiff.data.world import World
 from minidiff.errors import UserError
 from minidiff.evaluation import features
@@ -251,7 +251,7 @@ def test_the_feature_network_that_ships_sees_distortions(real_data):
     """The stronger noise, blur or tint, the farther; real pictures are nearest. Of 500 pictures on each side: the table in docs has 10,000."""
     tiles = {}
     for part in ("train", "test"):
-        mosaic = load_picture(real_data / "cifar10" / f"{part}_0.webp")[:, :320]
+        mosaic = load_image(real_data / "cifar10" / f"{part}_0.webp")[:, :320]
         tiles[part] = (
             mosaic.unflatten(1, (10, 32))
             .unflatten(3, (100, 32))
@@ -588,7 +588,7 @@ def test_stable_diffusion_line_by_line(sd, tmp_path, capsys):
     generator = torch.Generator().manual_seed(3)
     how = {"steps": 7, "guidance": 7.5, "negative": "a bowl", "generator": generator}
     expected = minidiff.load(folder).generate(["an apple"], **how)[0]
-    assert torch.equal(load_picture(tmp_path / "out" / "picture.png"), to_uint8(expected))
+    assert torch.equal(load_image(tmp_path / "out" / "picture.png"), to_uint8(expected))
     sd_generate.main(out=tmp_path / "trace")
     assert (
         "859.52 M" in capsys.readouterr().out and not (tmp_path / "trace" / "picture.png").exists()

@@ -28,7 +28,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from minidiff.data.folder import Fault, load_picture, pictures_in
+from minidiff.data.folder import Fault, images_in, load_image
 from minidiff.errors import UserError
 
 PAUSES = (0, 1, 4)  # seconds before each try to fetch a picture
@@ -54,7 +54,7 @@ class Shape:
         if self == Shape():
             shutil.copyfile(source, to)
             return
-        image = Image.fromarray(load_picture(source).permute(1, 2, 0).numpy())
+        image = Image.fromarray(load_image(source).permute(1, 2, 0).numpy())
         side = self.pixels or min(image.size)
         if self.crop == "centre":
             image = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
@@ -250,7 +250,7 @@ def write(
         raise UserError("no --images; name the folder of COCO's pictures, or pass --download.")
     if images is not None and not images.is_dir():
         raise UserError(f"--images {images}: no such folder.")
-    files = pictures_in(images) if images else []
+    files = images_in(images) if images else []
     there = {path.name: path for path in reversed(files)}
     captioned = {picture_name(source, i) for i, own in source.captions.items() if own}
     counts = source.counts + Counter(
@@ -326,7 +326,7 @@ def sound(
             counts[GONE] += 1
             continue
         try:
-            pixels = load_picture(path)
+            pixels = load_image(path)
         except Fault as fault:
             tqdm.write(f"left out: {fault}", file=sys.stderr)
             counts[DAMAGED] += 1

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from minidiff.data.buckets import batches, bucket, cut, shapes
-from minidiff.data.folder import load_picture
+from minidiff.data.folder import load_image
 
 
 def test_the_sizes_of_stable_diffusion():
@@ -76,7 +76,7 @@ def test_what_is_cut_away(tmp_path):
     picture = Image.new("L", (256, 192))
     picture.putdata([x for _ in range(192) for x in range(256)])
     picture.save(tmp_path / "a.png")
-    loaded = load_picture(tmp_path / "a.png", (192, 192))
+    loaded = load_image(tmp_path / "a.png", (192, 192))
     assert 1 - (loaded.max() - loaded.min() + 1).item() / 256 == pytest.approx(
         cut(256, 192, (192, 192)), abs=1 / 256
     )

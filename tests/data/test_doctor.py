@@ -22,7 +22,7 @@ from PIL import Image, ImageEnhance
 from minidiff.cli.main import main
 from minidiff.data.doctor import examine as doctor
 from minidiff.data.doctor.traps import TRAPS, near_duplicates
-from minidiff.data.folder import CaptionedFolder, ClassFolder, load_picture
+from minidiff.data.folder import CaptionedFolder, ClassFolder, load_image
 from minidiff.errors import UserError
 
 META = "metadata.jsonl"
@@ -246,7 +246,7 @@ def agree(folder, report):
         data = CaptionedFolder(folder)
         said = None
         for path in dict.fromkeys(data.paths):
-            load_picture(path)
+            load_image(path)
     except UserError as error:
         said = str(error)
     assert said == (report.errors[0].what if report.errors else None)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from minidiff.data import folder as loader
 from minidiff.data.doctor.traps import JUNK, ROOM, TRAPS, Picture, Row, Seen, look
-from minidiff.data.folder import Fault, pictures_in
+from minidiff.data.folder import Fault, images_in
 from minidiff.errors import UserError
 from minidiff.figures import plots
 from minidiff.text import token_ids
@@ -59,9 +59,9 @@ def examine(
     if layout not in LAYOUTS:
         raise UserError(f'no layout "{layout}"; there is {", ".join(LAYOUTS)}.')
     loader.check_size(size, 8)
-    folder = loader.existing(folder)
+    folder = loader.check_folder(folder)
     findings: list[Finding] = []
-    there = pictures_in(folder)
+    there = images_in(folder)
     if layout == "captions":
         rows = captioned_rows(folder, there, caption_column, findings)
     else:
@@ -124,9 +124,9 @@ def captioned_rows(
 
     lines = unless_fault(str(folder), lambda: list(loader.metadata_lines(folder)))
     for where, line in lines or []:
-        if (row := unless_fault(where, loader.row_of, where, line)) is None:
+        if (row := unless_fault(where, loader.parse_row, where, line)) is None:
             continue
-        path = unless_fault(where, loader.picture_of, folder, where, row, known)
+        path = unless_fault(where, loader.image_of, folder, where, row, known)
         caption = unless_fault(where, loader.caption_of, where, row, caption_column)
         name = row.get("file_name")
         name = (
@@ -314,7 +314,7 @@ def sheet(seen: Seen, path: Path, seed: int) -> list[Path]:
     chosen = [
         rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), min(SHEET, len(rows))))
     ]
-    pictures = loader.to_model(torch.stack([loader.load_picture(row.path, 200) for row in chosen]))
+    pictures = loader.to_model(torch.stack([loader.load_image(row.path, 200) for row in chosen]))
     captions = [
         printable(Path(row.name).name if row.caption is None else row.caption) for row in chosen
     ]

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from PIL import Image
 
-from minidiff.data.folder import inside, load_picture
+from minidiff.data.folder import inside, load_image
 from minidiff.text import token_ids, tokenizer
 
 ROOM = 75  # tokens of a caption that CLIP reads: 77 with start and end
@@ -91,7 +91,7 @@ class Trap(NamedTuple):
 
 def look(path: Path) -> Picture:
     """Read a picture as training will, or raise the loader's Fault."""
-    pixels = load_picture(path).permute(1, 2, 0).numpy()
+    pixels = load_image(path).permute(1, 2, 0).numpy()
     with Image.open(path) as file:
         deep = (
             file.mode.startswith("I") or re.search(r";16[BLN]", str(file.tile)) is not None
