@@ -59,7 +59,7 @@ def test_the_network_of_cifar10_ships_and_is_small():
 
 
 def test_attributes_say_what_the_critic_sees():
-    seen = critic.Seen("square", "blue", "large", 0.25, 0.75, 0.2)
+    seen = critic.ReadThing("square", "blue", "large", 0.25, 0.75, 0.2)
     found = features.attributes(critic.Reading("gray", (seen,))).tolist()
     shapes, colours = len(set(critic.WORDS.values())), len(critic.COLOURS)
     first = 1 + len(critic.BACKGROUNDS)
