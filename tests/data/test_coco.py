@@ -13,6 +13,7 @@ from PIL import Image
 
 from minidiff.cli.main import main
 from minidiff.data import coco
+from minidiff.data.coco_config import CocoConfig
 from minidiff.data.folder import CaptionedFolder
 from minidiff.errors import UserError
 
@@ -190,12 +191,13 @@ def test_a_line_has_all_that_coco_says(make, files):
 def test_all_words_in_one_caption_as_whole_words(files, words, found):
     from minidiff.cli.options import words as split
 
+    config = CocoConfig((files / "captions.json",), files / "images", contains=tuple(split(words)))
     if not found:
         with pytest.raises(UserError, match="no caption has all of the words"):
-            coco.read((files / "captions.json",), split(words))
+            coco.read(config)
         return
-    source = coco.read((files / "captions.json",), split(words))
-    assert source.wanted == sorted(found)
+    source = coco.read(config)
+    assert source.matches == sorted(found)
     for (
         i,
         indices,
@@ -260,7 +262,7 @@ def test_by_category(make, refused, files):
         *instances, "--category", "aple"
     )
     assert 'no category "x"; there is apple, bowl.' in refused(*instances, "--category", "x")
-    assert "--category needs --instances" in refused("--category", "bowl")
+    assert "category needs instances" in refused("--category", "bowl")
     assert "captions.json: not a COCO file such as instances_val2017.json" in refused(
         "--instances", files / "captions.json", "--category", "bowl"
     )
@@ -361,14 +363,14 @@ def test_what_cannot_be(refused, files):
         "instances.json: not a COCO file such as captions_val2017.json (KeyError: 'caption')"
         in refused(annotations=files / "instances.json")
     )
-    assert "no --images; name the folder" in refused(images=())
+    assert "no images; name the folder" in refused(images=())
     assert "no such folder" in refused(images=("--images", files / "nowhere"))
     assert "none of the 5 pictures that were asked for is in" in refused(
         images=("--images", picture(files / "other/a.jpg", 0).parent)
     )
-    assert 'no crop "center"; --crop is centre or none.' in refused("--crop", "center")
-    assert "--pixels is 0; it must be at least 1." in refused("--pixels", 0)
-    assert "--size is 0; it must be at least 1." in refused("--size", 0)
+    assert 'no crop "center"; crop is centre or none.' in refused("--crop", "center")
+    assert "pixels is 0; it must be at least 1." in refused("--pixels", 0)
+    assert "size is 0; it must be at least 1." in refused("--size", 0)
     for i in (1, 2, 3, 4):
         (files / f"images/00{i}.jpg").write_bytes(b"broken")
     assert (
@@ -386,7 +388,7 @@ def test_nothing_is_left_when_it_ends_in_the_middle(files, make, monkeypatch, ca
             raise KeyboardInterrupt
         args[2].write_bytes(b"half")
 
-    monkeypatch.setattr(coco.Shape, "save", save)
+    monkeypatch.setattr(coco, "save_image", save)
     with pytest.raises(SystemExit) as end:
         make()
     assert end.value.code == 130 and len(saved) == 3
@@ -454,7 +456,7 @@ def test_download_without_a_network_is_one_line(refused, server):
     server.shutdown()
     server.server_close()
     assert (
-        "cannot be fetched ([Errno 111] Connection refused); --download needs the network: without it,"
+        "cannot be fetched ([Errno 111] Connection refused); downloading needs the network: without it,"
         in refused("--download", images=())
     )
 
@@ -472,11 +474,10 @@ def test_only_the_web_is_fetched_from(files, tmp_path):
 
 def test_real_annotations(real_data, tmp_path):
     folder = real_data / "coco"
-    source = coco.read(
-        (folder / "captions_val2017.json", folder / "captions_train2017_subset.json"), []
-    )
+    files = folder / "captions_val2017.json", folder / "captions_train2017_subset.json"
+    source = coco.read(CocoConfig(files, folder / "images", size=200))
     assert len(source.captions) == 5026 and source.counts == {"captions seen before": 7}
-    selection = coco.write(source, folder / "images", tmp_path / "all", 200, coco.Shape())
+    selection = coco.write(source, tmp_path / "all")
     assert (
         selection["pictures"] == 111
         and selection["left out"]["captioned pictures that are not in --images"] == 4915
@@ -497,10 +498,9 @@ def test_real_annotations(real_data, tmp_path):
 
 
 def test_real_apples_in_a_bowl(real_data, tmp_path):
-    source = coco.read((real_data / "coco/captions_val2017.json",), ["apple", "bowl"])
-    coco.write(
-        source, real_data / "coco/images", tmp_path / "apples", 100, coco.Shape("centre", 64)
-    )
+    files, images = (real_data / "coco/captions_val2017.json",), real_data / "coco/images"
+    config = CocoConfig(files, images, contains=("apple", "bowl"), crop="centre", pixels=64)
+    coco.write(coco.read(config), tmp_path / "apples")
     data = CaptionedFolder(tmp_path / "apples")
     assert (
         len(data) == 1
