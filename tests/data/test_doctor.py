@@ -348,7 +348,7 @@ def test_near_duplicates_and_what_is_none(clean):
         "large.png": "3.png",
         "near.png": "5.png",
     }  # a grey copy shares the shape, not the look
-    assert list(near_duplicates(report.seen, chunk=7)) == list(near_duplicates(report.seen))
+    assert list(near_duplicates(report.data, chunk=7)) == list(near_duplicates(report.data))
 
 
 def test_an_animated_gif_has_a_palette_too(clean):
