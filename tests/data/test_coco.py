@@ -39,7 +39,7 @@ def picture(path, seed, size=(40, 30)):
 
 @pytest.fixture
 def files(tmp_path):
-    """Annotations, instances and a folder of pictures in which 9 is missing and 7 has no caption."""
+    """Annotations, instances and a folder of images, of which 9 is missing and 7 has no caption."""
     images = [
         {
             "id": i,
@@ -144,10 +144,16 @@ def test_a_line_has_all_that_coco_says(make, files):
     rows, selection, said = make()
     assert [row["coco_id"] for row in rows] == [1, 2, 3, 4]
     assert rows[0] | {"text": "", "text_index": 0} == {
-        "file_name": "images/001.jpg", "text": "", "text_index": 0, "coco_id": 1,
+        "file_name": "images/001.jpg",
+        "text": "",
+        "text_index": 0,
+        "coco_id": 1,
         "captions": ["A red apple in a Bowl.", "A fruit.", "An apple and a bowl of soup."],
-        "license": "Attribution License", "license_url": "http://by", "source_url": "http://f/1", "coco_url": "http://c/1",
-    }  # fmt: skip
+        "license": "Attribution License",
+        "license_url": "http://by",
+        "source_url": "http://f/1",
+        "coco_url": "http://c/1",
+    }
     assert [row["license_url"] for row in rows] == [
         "http://by",
         "http://sa",
@@ -165,9 +171,12 @@ def test_a_line_has_all_that_coco_says(make, files):
     assert selection["pictures"] == 4 and selection["captions"] == 9
     assert selection["licenses"] == {"Attribution License": 2, "ShareAlike": 1, "unknown": 1}
     assert selection["left out"] == {
-        "captions seen before": 1, "empty captions": 1, "captions without a picture": 1,
-        "captioned pictures that are not in --images": 1, "pictures without captions": 1,
-    }  # fmt: skip
+        "captions seen before": 1,
+        "empty captions": 1,
+        "captions without a picture": 1,
+        "captioned pictures that are not in --images": 1,
+        "pictures without captions": 1,
+    }
     assert said.out.splitlines()[:3] == [
         str(files / "out/metadata.jsonl"),
         str(files / "out/selection.json"),
@@ -179,15 +188,18 @@ def test_a_line_has_all_that_coco_says(make, files):
     )
 
 
-@pytest.mark.parametrize("words, found", [
-    # 2's first caption has pineapples; 3's words stand in two captions
-    ("apple,bowl", {1: {0, 2}, 2: {1}}),
-    (" APPLE , bowls ", {}),
-    ("apples", {2: {1}}),
-    ("a", {1: {0, 1, 2}, 2: {0, 1}, 3: {1}, 4: {0, 1}, 9: {0}}),  # not "as", not inside a word
-    ("green apple", {2: {1}}),
-    ("a.ple", {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, found",
+    [
+        # 2's first caption has pineapples; 3's words stand in two captions
+        ("apple,bowl", {1: {0, 2}, 2: {1}}),
+        (" APPLE , bowls ", {}),
+        ("apples", {2: {1}}),
+        ("a", {1: {0, 1, 2}, 2: {0, 1}, 3: {1}, 4: {0, 1}, 9: {0}}),  # not "as", not inside a word
+        ("green apple", {2: {1}}),
+        ("a.ple", {}),
+    ],
+)
 def test_all_words_in_one_caption_as_whole_words(files, words, found):
     from minidiff.cli.options import words as split
 
@@ -268,12 +280,15 @@ def test_by_category(make, refused, files):
     )
 
 
-@pytest.mark.parametrize("options, size", [
-    (["--crop", "centre"], (30, 30)),
-    (["--pixels", 15], (20, 15)),
-    (["--pixels", 60], (80, 60)),
-    (["--crop", "centre", "--pixels", 16], (16, 16)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, size",
+    [
+        (["--crop", "centre"], (30, 30)),
+        (["--pixels", 15], (20, 15)),
+        (["--pixels", 60], (80, 60)),
+        (["--crop", "centre", "--pixels", 16], (16, 16)),
+    ],
+)
 def test_crop_and_pixels(make, files, options, size):
     said = make(*options)[2]
     assert ("enlarged: 4 to --pixels 60" in said.out) == (size == (80, 60))
@@ -342,16 +357,22 @@ def test_a_folder_that_is_there_is_left_alone(files, make, capsys):
     assert before == sorted((path, path.read_bytes()) for path in (files / "out").rglob("*.*"))
 
 
-@pytest.mark.parametrize("content, said", [
-    ("{", "not a COCO file such as captions_val2017.json (JSONDecodeError"),
-    ("[]", "not a COCO file"),
-    ("{}", "(KeyError: 'annotations'); it needs images, and annotations with captions."),
-    ('{"images": [], "annotations": [3]}', "not a COCO file"),
-    ('{"images": [], "annotations": []}', "the annotations hold no captions; name a captions_*.json of COCO."),
-    ('{"images": [{"id": 1}], "annotations": []}', "(KeyError: 'file_name')"),
-    ("[" * 100_000, "(RecursionError"),
-    ("\xff\xfe", "not a COCO file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("{", "not a COCO file such as captions_val2017.json (JSONDecodeError"),
+        ("[]", "not a COCO file"),
+        ("{}", "(KeyError: 'annotations'); it needs images, and annotations with captions."),
+        ('{"images": [], "annotations": [3]}', "not a COCO file"),
+        (
+            '{"images": [], "annotations": []}',
+            "the annotations hold no captions; name a captions_*.json of COCO.",
+        ),
+        ('{"images": [{"id": 1}], "annotations": []}', "(KeyError: 'file_name')"),
+        ("[" * 100_000, "(RecursionError"),
+        ("\xff\xfe", "not a COCO file"),
+    ],
+)
 def test_annotations_that_are_none(refused, files, content, said):
     (files / "bad.json").write_bytes(content.encode("latin-1"))
     assert said in refused(annotations=files / "bad.json")
@@ -374,8 +395,8 @@ def test_what_cannot_be(refused, files):
     for i in (1, 2, 3, 4):
         (files / f"images/00{i}.jpg").write_bytes(b"broken")
     assert (
-        "nothing to write: all of the 4 pictures that were asked for are left out: 4 damaged pictures."
-        in refused()
+        "nothing to write: all of the 4 pictures that were asked for are left "
+        "out: 4 damaged pictures." in refused()
     )
 
 
@@ -456,8 +477,8 @@ def test_download_without_a_network_is_one_line(refused, server):
     server.shutdown()
     server.server_close()
     assert (
-        "cannot be fetched ([Errno 111] Connection refused); downloading needs the network: without it,"
-        in refused("--download", images=())
+        "cannot be fetched ([Errno 111] Connection refused); downloading needs "
+        "the network: without it," in refused("--download", images=())
     )
 
 

@@ -212,5 +212,6 @@ if __name__ == "__main__":  # the figures of docs/world.md
         counts = [deceived(size, split, bad, kind) for bad in (False, True) for kind in KINDS]
         accepted, total = (sum(column) for column in zip(*counts, strict=True))
         print(
-            f"{size}x{size} {split:9} clean {clean:.2%}  spoilt {spoilt:.2%}  wrong captions accepted {accepted} of {total}"
+            f"{size}x{size} {split:9} clean {clean:.2%}  spoilt {spoilt:.2%}  wrong "
+            f"captions accepted {accepted} of {total}"
         )

@@ -246,7 +246,8 @@ GOOD = {"file_name": "a.png", "text": "x"}
     [
         (
             {"file_name": "a.png", "caption": "x"},
-            'no column "text"; found "file_name", "caption". Rename it, or pass --caption-column caption.',
+            'no column "text"; found "file_name", "caption". Rename it, or pass '
+            "--caption-column caption.",
         ),
         (
             {"url": "u", "caption": "x", "file_name": "a.png"},
@@ -254,12 +255,14 @@ GOOD = {"file_name": "a.png", "text": "x"}
         ),
         (
             {"file_name": "a.png", "Text": "x"},
-            'no column "text"; found "file_name", "Text". Rename it, or pass --caption-column Text.',
+            'no column "text"; found "file_name", "Text". Rename it, or pass '
+            "--caption-column Text.",
         ),
         ({"file_name": "a.png", "id": 3}, 'no column "text"; found "file_name", "id". Add it.'),
         (
             {},
-            'no column "file_name"; found nothing. Add it, with the picture\'s path inside the folder.',
+            'no column "file_name"; found nothing. Add it, with the picture\'s '
+            "path inside the folder.",
         ),
         (
             {"filename": "a.png", "text": "x"},
@@ -279,7 +282,8 @@ GOOD = {"file_name": "a.png", "text": "x"}
         ),
         (
             "{'file_name': 'a.png'}",
-            "not JSON (Expecting property name enclosed in double quotes at column 2); write one object a line, ",
+            "not JSON (Expecting property name enclosed in double quotes at column "
+            "2); write one object a line, ",
         ),
         ('["a.png", "x"]', "not a JSON object; write one object a line, "),
         ({"file_name": "A.png", "text": "x"}, 'picture "A.png" is missing; did you mean "a.png"?'),

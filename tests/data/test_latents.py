@@ -124,7 +124,7 @@ def test_a_changed_weight_of_the_vae_is_another_key(vae, paths, tmp_path):
 
 
 def test_another_precision_of_the_same_weights_is_another_key(vae, text, tmp_path):
-    """Numbers that bfloat16 holds exactly, so that only the precision they are computed in differs."""
+    """Numbers that bfloat16 holds exactly: only the precision they are computed in differs."""
     for network in (vae, text):
         kept = [
             latents.fingerprint(network.to(dtype))
