@@ -5,6 +5,7 @@ doctor calls the same functions. What the loader takes, but you may not have mea
 a note, from the table in traps.py.
 """
 
+import itertools
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,15 +21,8 @@ import torch
 from tqdm import tqdm
 
 from minidiff.data import folder as loader
-from minidiff.data.doctor.traps import (
-    JUNK,
-    ROOM,
-    TRAPS,
-    Entry,
-    Folder,
-    ImageInfo,
-    examine_image,
-)
+from minidiff.data.doctor import traps
+from minidiff.data.doctor.traps import TRAPS, Entry, Folder, ImageInfo, examine_image
 from minidiff.data.folder import Fault, images_in
 from minidiff.errors import UserError
 from minidiff.figures import plots
@@ -124,23 +119,14 @@ def _captioned(
     A line may have two faults, its image and its caption; the loader stops at the first.
     """
     entries: list[Entry] = []
-    budget = iter(range(20))  # suggesting a name is slow: only for the first missing images
-
-    def candidates() -> list[Path]:
-        return paths if next(budget, None) is not None else []
-
-    def checked(where: str, function: Callable, *args: object):
-        """What the loader's function returns; None, and a finding, if it raises a Fault."""
-        try:
-            return function(*args)
-        except Fault as fault:
-            findings.append(Finding("error", fault.trap, where, str(fault)))
-
+    # Suggesting a name is slow: only the first 20 missing images get one.
+    candidates = itertools.repeat(paths, 20)
+    checked = partial(_checked, findings)
     lines = checked(str(folder), lambda: list(loader.metadata_lines(folder)))
     for where, line in lines or []:
         if (row := checked(where, loader.parse_row, where, line)) is None:
             continue
-        path = checked(where, loader.image_of, folder, where, row, candidates)
+        path = checked(where, loader.image_of, folder, where, row, lambda: next(candidates, []))
         caption = checked(where, loader.caption_of, where, row, caption_column)
         name = row.get("file_name")
         if path:
@@ -151,12 +137,19 @@ def _captioned(
     return entries
 
 
+def _checked(findings: list[Finding], where: str, function: Callable, *args: object) -> object:
+    """What the loader's function returns; None, and a finding, if it raises a Fault."""
+    try:
+        return function(*args)
+    except Fault as fault:
+        findings.append(Finding("error", fault.trap, where, str(fault)))
+        return None
+
+
 def _classes(folder: Path, findings: list[Finding]) -> list[Entry]:
     """The images of all classes; the caption is the name of the class."""
-    try:
-        data = loader.ClassFolder(folder)
-    except Fault as fault:
-        findings.append(Finding("error", fault.trap, str(folder), str(fault)))
+    data = _checked(findings, str(folder), loader.ClassFolder, folder)
+    if data is None:
         return []
     names = [os.path.relpath(path, folder) for path in data.paths]
     rows = zip(names, names, data.paths, data.captions, strict=True)
@@ -185,7 +178,7 @@ def _names(folder: Path) -> Iterator[str]:
         folders.sort()
         paths = (os.path.join(place, name) for name in folders + files)
         yield from sorted(os.path.relpath(path, folder) for path in paths)
-        folders[:] = [name for name in folders if name not in JUNK]
+        folders[:] = [name for name in folders if name not in traps.JUNK]
 
 
 def _summary(data: Folder, findings: list[Finding]) -> dict[str, object]:
@@ -200,7 +193,7 @@ def _summary(data: Folder, findings: list[Finding]) -> dict[str, object]:
         "different captions": len(set(captions)),
         "shorter side in pixels": _spread(sides),
         "tokens of a caption": _spread(tokens),
-        f"captions over {ROOM} tokens": sum(count > ROOM for count in tokens),
+        f"captions over {traps.ROOM} tokens": sum(count > traps.ROOM for count in tokens),
     } | {
         trap: sum(finding.trap == trap for finding in findings)
         for trap in ("the same picture twice", "near-duplicate")
@@ -257,10 +250,10 @@ def as_text(report: Report, examples: int = 3) -> str:
 def verdict(report: Report) -> str:
     """Why the folder cannot be trained on, in one line, with the first fault in full."""
     groups = _by_trap(report.errors)
-    traps = ", ".join(f"{trap}: {len(group)}" for (_, trap), group in groups.items())
+    counts = ", ".join(f"{trap}: {len(group)}" for (_, trap), group in groups.items())
     first = report.errors[0]
     advice = f"; {_advice(first.trap)}" if _advice(first.trap) else ""
-    return printable(f"cannot be trained on ({traps}): {first.what}{advice}")
+    return printable(f"cannot be trained on ({counts}): {first.what}{advice}")
 
 
 def printable(text: str) -> str:
