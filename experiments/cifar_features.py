@@ -1,7 +1,7 @@
 """Features for CIFAR-10: a small classifier, and distances of distorted images in its features.
 
     python experiments/cifar_features.py                     # downloads CIFAR-10
-    python experiments/cifar_features.py --data cifar10      # cifar10/train/<class>/<name>.png, test
+    python experiments/cifar_features.py --data cifar10     # cifar10/train/<class>/<name>.png, test
 
 Minutes on one core. The features are the mean over places before the last layer. A Fréchet distance
 in them is not an FID. Writes cifar10_resnet.safetensors (float16; a copy ships in
