@@ -1,12 +1,15 @@
-"""Features for CIFAR-10: a small classifier, in minutes of one core, and what distances in its features say of distorted pictures.
+"""Features for CIFAR-10: a small classifier, and distances of distorted images in its features.
 
-    python experiments/cifar_features.py                                  # downloads CIFAR-10
-    python experiments/cifar_features.py --data cifar10                   # or has it as cifar10/train/<class>/<name>.png and cifar10/test/...
+    python experiments/cifar_features.py                     # downloads CIFAR-10
+    python experiments/cifar_features.py --data cifar10     # cifar10/train/<class>/<name>.png, test
 
-The features are the mean over places before the last layer. A Fréchet distance in them is not an FID. Writes cifar10_resnet.safetensors (float16; a
-copy ships in minidiff/networks), distances.png, loss.png and results.json. Ctrl-C saves; --resume goes on, bit for bit.
+Minutes on one core. The features are the mean over places before the last layer. A Fréchet distance
+in them is not an FID. Writes cifar10_resnet.safetensors (float16; a copy ships in
+minidiff/networks), distances.png, loss.png and results.json. Ctrl-C saves; --resume goes on, bit
+for bit.
 
-[1] Heusel et al. GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium. 2017. arXiv:1706.08500 (figure 3: distortions)
+[1] Heusel et al. GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
+    Equilibrium. 2017. arXiv:1706.08500 (figure 3: distortions)
 """
 
 from collections.abc import Callable
@@ -24,10 +27,10 @@ from minidiff.cli.script import follow, last_loss, read_log, run, write_results
 from minidiff.data.cifar10 import cifar10
 from minidiff.data.folder import ClassFolder, load_all, to_model
 from minidiff.errors import UserError
-from minidiff.evaluation.classifier import Classifier
+from minidiff.evaluation.features import Classifier
 from minidiff.evaluation.metrics import Moments, frechet
 from minidiff.figures import plots
-from minidiff.figures.plots import COLOURS, _panels, _save, _style
+from minidiff.figures.curves import COLOURS, new_figure, save, style
 from minidiff.train import Loss, TrainConfig, train
 from minidiff.training import atomic
 
@@ -72,7 +75,9 @@ def moments(
 
 
 def distances(network: Classifier, train: Pictures, test: Pictures, n: int) -> dict[str, float]:
-    """The Fréchet distance of n training pictures to n others, to as many test pictures, and to those others distorted."""
+    """The Fréchet distance of n training pictures to n others, to as many test pictures, and to
+    those others distorted.
+    """
     real, others = moments(network, train[:n]), train[n : 2 * n]
     found = {
         "floor": frechet(moments(network, others), real),
@@ -98,8 +103,8 @@ def accuracy(
 
 def plot(found: dict[str, float], path: Path) -> Path:
     """Distance against the strength of each distortion, above the floor."""
-    with _style():
-        figure, (axis,) = _panels(1, width=4.5, height=3.2)
+    with style():
+        figure, (axis,) = new_figure(1, width=4.5, height=3.2)
         for name, colour, mark in zip(DISTORTIONS, COLOURS, "os^", strict=False):
             levels = DISTORTIONS[name][1]
             axis.loglog(
@@ -116,7 +121,7 @@ def plot(found: dict[str, float], path: Path) -> Path:
         axis.xaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_major_formatter("{x:g}")
         axis.legend()
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def main(
@@ -134,7 +139,7 @@ def main(
     """Train the classifier, and measure what its features see.
 
     Args:
-        data: a folder with train/<class>/ and test/<class>/; left out, CIFAR-10 is downloaded into ./data.
+        data: a folder with train/<class>/ and test/<class>/. Default: CIFAR-10, in ./data.
         out: folder for everything written.
         epochs: how often every training picture is seen.
         batch: pictures a step.
@@ -156,7 +161,8 @@ def main(
     classes = sorted(set(names))
     if 2 * n > len(images):
         raise UserError(
-            f"--n is {n}, but there are {len(images)} training pictures; pass --n {len(images) // 2} or less."
+            f"--n is {n}, but there are {len(images)} training pictures; "
+            f"pass --n {len(images) // 2} or less."
         )
     index = {name: k for k, name in enumerate(classes)}
 
@@ -209,9 +215,8 @@ def main(
         seed=seed,
     )
     print(write_results(out, **made, **right, frechet=found, loss=last_loss(log), **speed))
-    print(
-        f"test accuracy {right['test_accuracy']:.3f}; Fréchet distance {', '.join(f'{name} {distance:.3g}' for name, distance in found.items())}"
-    )
+    listed = ", ".join(f"{name} {distance:.3g}" for name, distance in found.items())
+    print(f"test accuracy {right['test_accuracy']:.3f}; Fréchet distance {listed}")
 
 
 if __name__ == "__main__":

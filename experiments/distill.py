@@ -37,7 +37,7 @@ from minidiff.data import critic
 from minidiff.data.world import World
 from minidiff.denoiser import Denoiser
 from minidiff.evaluation import bench as evaluate
-from minidiff.figures import plots
+from minidiff.figures import curves, plots
 from minidiff.guidance import guide
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods import lora
@@ -350,13 +350,13 @@ def plot(rows: list[dict], shown: dict[str, Float[Tensor, "B 3 H W"]], path: Pat
     """Left, accuracy against evaluations, a line for each model and sampler; right, the same captions and noise in many and few steps."""
     import matplotlib.figure
 
-    with plots._style():
+    with curves.style():
         sheet = matplotlib.figure.Figure((8.0, 3.2), layout="constrained")
         axis, *strips = sheet.subplot_mosaic(
             [["plot", str(k)] for k in range(len(shown))], width_ratios=(1, 1)
         ).values()
         lines = dict.fromkeys((row["model"], row["sampler"]) for row in rows)
-        for line, colour, mark in zip(lines, plots.COLOURS, "osD^v", strict=False):
+        for line, colour, mark in zip(lines, curves.COLOURS, "osD^v", strict=False):
             some = sorted(
                 (row["evaluations"], row["mean"])
                 for row in rows
@@ -397,7 +397,7 @@ def plot(rows: list[dict], shown: dict[str, Float[Tensor, "B 3 H W"]], path: Pat
             )
             strip.set_ylabel(name, rotation=0, ha="right", va="center")
             strip.set(xticks=[], yticks=[])
-        return plots._save(sheet, path)
+        return curves.save(sheet, path)
 
 
 def main(

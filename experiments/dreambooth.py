@@ -25,7 +25,7 @@ from torch import Tensor
 from minidiff import load, pipeline
 from minidiff.cli.script import run, write_results
 from minidiff.data import critic
-from minidiff.data.folder import Pictures
+from minidiff.data.folder import CaptionedImages
 from minidiff.data.world import BACKGROUNDS, RELATIONS, SIZES, Scene, Thing, World
 from minidiff.evaluation import bench as evaluate
 from minidiff.figures import plots
@@ -134,7 +134,7 @@ def second_folder(
 
 
 def taught(
-    way: str, subject: Path, classes: Pictures, out: Path, steps: int | None, seed: int
+    way: str, subject: Path, classes: CaptionedImages, out: Path, steps: int | None, seed: int
 ) -> LatentDiffusion:
     """The box after this way of teaching it."""
     model, method = (

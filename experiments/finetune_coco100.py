@@ -38,7 +38,7 @@ from minidiff.data.latents import Example
 from minidiff.errors import UserError
 from minidiff.evaluation import metrics
 from minidiff.evaluation.features import pixels
-from minidiff.figures import plots
+from minidiff.figures import curves, plots
 from minidiff.finetuning.groups import Group, split
 from minidiff.finetuning.loop import finetune
 from minidiff.finetuning.recorder.recorder import Recorder
@@ -114,10 +114,10 @@ def adapt_vae(
 
 def losses(records: list[dict], path: Path) -> Path:
     """Train and validation loss at the same fixed t and noise, from the flight recorder, by the step; and by the tenth of t at both ends."""
-    with plots._style():
+    with curves.style():
         sheet = matplotlib.figure.Figure((7.5, 2.8), layout="constrained")
         by_step, by_tenth = sheet.subplots(1, 2)
-        for name, colour in (("train", plots.COLOURS[0]), ("validation", plots.COLOURS[1])):
+        for name, colour in (("train", curves.COLOURS[0]), ("validation", curves.COLOURS[1])):
             mean = [sum(record[name]) / len(record[name]) for record in records]
             by_step.plot(
                 [record["step"] for record in records], mean, ".-", color=colour, label=name
@@ -139,7 +139,7 @@ def losses(records: list[dict], path: Path) -> Path:
         by_tenth.set(xlabel="t / T", title="by noise level", ylim=(0, None))
         for axis in (by_step, by_tenth):
             axis.legend()
-        return plots._save(sheet, path)
+        return curves.save(sheet, path)
 
 
 def memorised(

@@ -1,10 +1,11 @@
-"""How fast a picture drowns: the forward chain of one picture under several noise schedules, with the same noise in every row.
+"""The forward chain of one image under several noise schedules, with the same noise in every row.
 
     python experiments/forward_chain.py [--image PICTURE.jpg] [--schedules linear cosine flow]
 
-Seconds. Writes forward_chain.png (a row for each schedule, a column for each t), schedules.png (the curves behind it) and results.json; prints
-the signal-to-noise ratio along each chain, and where signal and noise are equal. Look at the right half of the linear row: most of its
-steps are spent where nothing can be seen any more, which is why the cosine schedule was made.
+Seconds. Writes forward_chain.png (a row for each schedule, a column for each t), schedules.png (the
+curves behind it) and results.json. Prints the signal-to-noise ratio along each chain, and where
+signal and noise are equal. Look at the right half of the linear row: most of its steps are spent
+where the image is invisible, which is why the cosine schedule was made.
 """
 
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Literal
 import torch
 
 from minidiff.cli.script import run, write_results
-from minidiff.data.folder import load_picture, to_model
+from minidiff.data.folder import load_image, to_model
 from minidiff.data.world import World
 from minidiff.errors import UserError
 from minidiff.figures import chains, plots
@@ -60,7 +61,7 @@ def main(
             f"--columns is {columns}; it must be at least 2, one for data and one for noise."
         )
     picture = (
-        to_model(load_picture(image, size))[None]
+        to_model(load_image(image, size))[None]
         if image
         else World(size).batch(1, seed, objects=2)[0]
     )
@@ -75,7 +76,8 @@ def main(
         )
         rows[name] = alpha * picture + sigma * eps
 
-        # Read the ratio off a thousand times; signal and noise are equal where its logarithm is nearest to 0.
+        # Read the ratio off a thousand times; signal and noise are equal where its logarithm is
+        # nearest to 0.
         times = schedule.timesteps(1000).flip(0)
         snr = schedule.snr(times)
         equal = schedule.progress(times)[snr.log().abs().argmin()].item()

@@ -1,10 +1,11 @@
-"""How fast samplers approach the right answer, where it is known: error against evaluations of the denoiser, and the order of each method.
+"""The order of each sampler: its error, where the truth is known, against evaluations.
 
     python experiments/sampler_order.py [--schedule flow] [--spacing trailing]
 
-Seconds. Writes sampler_order.png and results.json, and prints the fitted orders. Left, the deterministic samplers: three Gaussians in the
-plane, whose denoiser is exact, and the distance from where the true path of each noise ends. Right, those that draw noise, which have
-no path: one Gaussian, and the error of the variance of what they draw, found without sampling.
+Seconds. Writes sampler_order.png and results.json, and prints the fitted orders. Left, the
+deterministic samplers: three Gaussians in the plane, whose denoiser is exact, and the distance from
+the end of the true path of each noise. Right, the samplers that draw noise and so have no path: one
+Gaussian, and the error of the variance of the samples, computed without sampling.
 """
 
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from minidiff import schedules
 from minidiff.cli.script import run, write_results
 from minidiff.errors import UserError
-from minidiff.figures.plots import COLOURS, _panels, _save, _style
+from minidiff.figures.curves import COLOURS, new_figure, save, style
 from minidiff.methods.exact import Mixture
 from minidiff.samplers import by_name, sample
 
@@ -54,8 +55,11 @@ def ends(
 def variance(
     name: str, schedule: schedules.NoiseSchedule, spacing: str, steps: int, seed: int
 ) -> float:
-    """Of what a stochastic sampler draws. On Gaussian data a chain is linear in its noises, x = c_T x_T + sum_k c_k z_k, and twice as many
-    chains as there are coefficients tell what they are."""
+    """The variance of a stochastic sampler's samples.
+
+    On Gaussian data a chain is linear in its noises, x = c_T x_T + sum_k c_k z_k. Twice as many
+    chains as coefficients determine these.
+    """
     times, chains = schedule.timesteps(steps, spacing), 2 * (steps + 1)
     alpha, sigma = schedule.alpha_sigma(times[0])
     generator = torch.Generator().manual_seed(seed)
@@ -76,8 +80,8 @@ def order(counts: tuple[int, ...], errors: list[float]) -> float:
 
 def plot(panels: dict[str, dict[str, tuple[list[int], list[float], float]]], path: Path) -> Path:
     """A panel for each kind of error, a line for each sampler: (evaluations, errors, order)."""
-    with _style():
-        figure, axes = _panels(len(panels), width=3.6, height=3.2)
+    with style():
+        figure, axes = new_figure(len(panels), width=3.6, height=3.2)
         colours = iter(COLOURS)
         for axis, (title, lines) in zip(axes, panels.items(), strict=True):
             for (name, (evaluations, errors, p)), mark in zip(lines.items(), "os^D", strict=False):
@@ -94,7 +98,7 @@ def plot(panels: dict[str, dict[str, tuple[list[int], list[float], float]]], pat
             axis.yaxis.set_major_formatter("{x:g}")
             axis.minorticks_off()
             axis.legend(loc="lower left")
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def main(

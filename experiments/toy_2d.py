@@ -1,10 +1,11 @@
-"""A diffusion whose right answer is known: a density in the plane with its exact score, and beside it what a small network learns of both.
+"""A diffusion with a known answer: a density in the plane, its exact score, and a learnt one.
 
     python experiments/toy_2d.py [--density ring]
 
-A minute on one CPU core. Writes toy_2d.png (draws, score fields and sampling paths, exact and learnt), loss.png and results.json.
-The exact denoiser is an oracle: with the same sampler and the same noise, what differs between the halves of the figure is the network.
-The distances it prints stand beside their floor, the distance between two exact draws of the same size.
+A minute on one CPU core. Writes toy_2d.png (draws, score fields and sampling paths, exact and
+learnt), loss.png and results.json. The exact denoiser is an oracle: with the same sampler and the
+same noise, only the network differs between the halves of the figure. Distances are printed beside
+their floor, the distance between two exact draws of the same size.
 """
 
 import math
@@ -22,6 +23,7 @@ from minidiff import schedules
 from minidiff.cli.script import follow, last_loss, read_log, run, write_results
 from minidiff.denoiser import Denoiser
 from minidiff.figures import plots
+from minidiff.figures.curves import Panel
 from minidiff.layers import timestep_embedding
 from minidiff.methods.exact import Mixture
 from minidiff.samplers import ddim, sample
@@ -41,7 +43,9 @@ def ring(u: Float[Tensor, "K"]) -> Float[Tensor, "K 2"]:
 
 
 class Curve(Mixture):
-    """64 equal Gaussians along a curve, scaled to zero mean and unit variance: everything about it is known in closed form."""
+    """64 equal Gaussians along a curve, scaled to zero mean and unit variance: everything about it
+    is known in closed form.
+    """
 
     def __init__(self, density: str, std: float = 0.08):
         centres = {"moons": moons, "ring": ring}[density](
@@ -55,7 +59,9 @@ class Curve(Mixture):
         return super().draw(n, generator).float()
 
     def strays(self, x: Float[Tensor, "N 2"]) -> float:
-        """The share of points more than 4 standard deviations from every centre: of exact draws, at most exp(-8) = 0.0003."""
+        """The share of points more than 4 standard deviations from every centre: of exact draws, at
+        most exp(-8) = 0.0003.
+        """
         return (
             (torch.cdist(x.double(), self.means).min(dim=1).values > 4 * self.std[0, 0])
             .double()
@@ -65,7 +71,9 @@ class Curve(Mixture):
 
 
 class MLP(nn.Module):
-    """Waves of x and of t through four hidden layers: from the bare numbers, a network learns the broad shape and blurs the rest."""
+    """Waves of x and of t through four hidden layers: from the bare numbers, a network learns the
+    broad shape and blurs the rest.
+    """
 
     def __init__(self, width: int):
         super().__init__()
@@ -83,7 +91,9 @@ class MLP(nn.Module):
 
 
 def energy_distance(x: Float[Tensor, "N 2"], y: Float[Tensor, "M 2"]) -> float:
-    """2 E|x - y| - E|x - x'| - E|y - y'|: zero only where two distributions are the same (Székely & Rizzo 2013)."""
+    """2 E|x - y| - E|x - x'| - E|y - y'|: zero only where two distributions are the same (Székely &
+    Rizzo 2013).
+    """
     return (
         2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean()
     ).item()
@@ -123,9 +133,8 @@ def main(
     ema = EMA(denoiser, decay=0.999)
 
     def batches(start: int) -> Iterator[Tensor]:
-        for k in count(
-            start
-        ):  # training seeds its noise with steps from 0 up; data made from the same seeds would be correlated with it
+        # Training seeds its noise with steps from 0 up; equal seeds would correlate data and noise.
+        for k in count(start):
             yield mixture.draw(batch, torch.Generator().manual_seed(seed_of(seed, -1 - k)))
 
     def loss(x0: Tensor) -> Loss:
@@ -165,7 +174,8 @@ def main(
             ((learnt - exact).pow(2).sum() / exact.pow(2).sum()).sqrt().item()
         )
 
-    # Draw the fields on a grid, as far as x_t comes: beyond, no network has ever been shown anything.
+    # Draw the fields on a grid, as far as x_t comes: beyond, no network has ever been shown
+    # anything.
     alpha, sigma = (scale.item() for scale in schedule.alpha_sigma(torch.tensor(field_at)))
     grid = torch.cartesian_prod(torch.linspace(-3, 3, 31), torch.linspace(-3, 3, 31))
     grid = grid[torch.cdist(grid, alpha * truth + sigma * x_T).min(dim=1).values < 0.1]
@@ -177,12 +187,12 @@ def main(
     print(
         plots.points(
             [
-                {"title": "exact draws", "points": truth},
-                {"title": f"exact score at t = {field_at}", "arrows": (grid, scores["exact"])},
-                {"title": f"learnt score at t = {field_at}", "arrows": (grid, scores["learnt"])},
-                {"title": "learnt draws", "points": chains["learnt"][-1].x},
-                {"title": "exact DDIM paths", "paths": paths["exact"]},
-                {"title": "learnt DDIM paths", "paths": paths["learnt"]},
+                Panel("exact draws", points=truth),
+                Panel(f"exact score at t = {field_at}", arrows=(grid, scores["exact"])),
+                Panel(f"learnt score at t = {field_at}", arrows=(grid, scores["learnt"])),
+                Panel("learnt draws", points=chains["learnt"][-1].x),
+                Panel("exact DDIM paths", paths=paths["exact"]),
+                Panel("learnt DDIM paths", paths=paths["learnt"]),
             ],
             out / "toy_2d.png",
         )

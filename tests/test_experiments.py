@@ -17,7 +17,7 @@ import minidiff
 from minidiff import pipeline, schedules
 from minidiff.cli import script
 from minidiff.data import critic
-from minidiff.data.folder import load_picture, to_uint8
+from minidiff.data.folder import load_image, to_uint8
 from minidiff.data.world import World
 from minidiff.errors import Terminated, UserError
 from minidiff.evaluation import features, sweep
@@ -252,7 +252,7 @@ def test_the_feature_network_that_ships_sees_distortions(real_data):
     """The stronger noise, blur or tint, the farther; real pictures are nearest. Of 500 pictures on each side: the table in docs has 10,000."""
     tiles = {}
     for part in ("train", "test"):
-        mosaic = load_picture(real_data / "cifar10" / f"{part}_0.webp")[:, :320]
+        mosaic = load_image(real_data / "cifar10" / f"{part}_0.webp")[:, :320]
         tiles[part] = (
             mosaic.unflatten(1, (10, 32))
             .unflatten(3, (100, 32))
@@ -589,7 +589,7 @@ def test_stable_diffusion_line_by_line(sd, tmp_path, capsys):
     written(tmp_path / "out", "trace.txt", "picture.png", "chain.png", "results.json")
     config = SampleConfig(steps=7, guidance=7.5, negative="a bowl", seed=3)
     expected = pipeline.generate(minidiff.load(folder), ["an apple"], config)[0]
-    assert torch.equal(load_picture(tmp_path / "out" / "picture.png"), to_uint8(expected))
+    assert torch.equal(load_image(tmp_path / "out" / "picture.png"), to_uint8(expected))
     sd_generate.main(out=tmp_path / "trace")
     assert (
         "859.52 M" in capsys.readouterr().out and not (tmp_path / "trace" / "picture.png").exists()

@@ -48,20 +48,24 @@ def coco(
     """
     options.check_out(out)
     options.check_seed(seed)
-    options.check_positive("--size", size)
-    if pixels is not None:
-        options.check_positive("--pixels", pixels)
     options.pick_device(device)
     from minidiff.data import coco
+    from minidiff.data.coco_config import CocoConfig
 
-    if not annotations:
-        raise UserError(
-            "no --annotations; name a COCO caption file, such as captions_val2017.json."
-        )
-    shape = coco.Shape(crop, pixels)
+    config = CocoConfig(
+        annotations=annotations,
+        images=images,
+        size=size,
+        contains=tuple(options.words(contains)),
+        category=tuple(options.words(category)),
+        instances=instances,
+        crop=crop,
+        pixels=pixels,
+        download=download,
+        seed=seed,
+    )
     coco.check_new(out)
-    source = coco.read(annotations, options.words(contains), instances, options.words(category))
-    selection = coco.write(source, images, out, size, shape, download, seed)
+    selection = coco.write(coco.read(config), out)
     print(out / "metadata.jsonl", out / "selection.json", coco.summary(selection), sep="\n")
 
 

@@ -221,9 +221,9 @@ def parsed_size(size: str | None) -> tuple[int, int] | None:
 
 def pictured(file: Path, shape: tuple[int, int] | None, diffusion):
     """The picture to begin from, (1, 3, H, W) in [-1, 1]: of the size asked for, or its shorter side as the model was trained at."""
-    from minidiff.data.folder import load_picture, to_model
+    from minidiff.data.folder import load_image, to_model
 
-    picture = load_picture(file)
+    picture = load_image(file)
     if shape is None:
         multiple, (height, width) = (
             diffusion.vae.factor * diffusion.unet.multiple,
@@ -233,14 +233,14 @@ def pictured(file: Path, shape: tuple[int, int] | None, diffusion):
         shape = tuple(
             max(multiple, round(side * scale / multiple) * multiple) for side in (height, width)
         )
-    return to_model(load_picture(file, shape))[None]
+    return to_model(load_image(file, shape))[None]
 
 
 def white(file: Path, height: int, width: int):
     """The mask, (1, 1, H, W): 1 where the picture is lighter than grey."""
-    from minidiff.data.folder import load_picture
+    from minidiff.data.folder import load_image
 
-    mask = (load_picture(file, (height, width)).float().mean(0) > 127).float()[None, None]
+    mask = (load_image(file, (height, width)).float().mean(0) > 127).float()[None, None]
     if not mask.any():
         raise UserError(f"{file}: nothing in it is white; paint white what is to be drawn anew.")
     return mask

@@ -198,7 +198,7 @@ def recorded(
     """The flight recorder: the subject, its class, and what has nothing to do with it."""
     import torch
 
-    from minidiff.data.folder import load_picture, to_model
+    from minidiff.data.folder import load_image, to_model
     from minidiff.finetuning.dreambooth import expand
     from minidiff.finetuning.recorder.recorder import Recorder
 
@@ -209,7 +209,7 @@ def recorded(
     )
     shown = torch.stack(
         [
-            to_model(load_picture(path, min(diffusion.size, THUMBNAIL)))
+            to_model(load_image(path, min(diffusion.size, THUMBNAIL)))
             for path in dict.fromkeys(data.paths)
         ]
     )

@@ -231,7 +231,7 @@ def recorded(
     """The flight recorder of a fine-tune: a caption that is trained on, one that is not, and a prompt that should stay as it is."""
     import torch
 
-    from minidiff.data.folder import load_picture, to_model
+    from minidiff.data.folder import load_image, to_model
     from minidiff.finetuning.recorder.recorder import Recorder
 
     prompts = (
@@ -240,6 +240,6 @@ def recorded(
         | {"unrelated": unrelated}
     )
     shown = torch.stack(
-        [to_model(load_picture(path, min(diffusion.size, THUMBNAIL))) for path in pictures]
+        [to_model(load_image(path, min(diffusion.size, THUMBNAIL))) for path in pictures]
     )
     return Recorder(diffusion, out, prompts, shown, held_out, training, **how)

@@ -37,13 +37,13 @@ def forward(
     options.pick_device(device)
     import torch
 
-    from minidiff.data.folder import load_picture, to_model
+    from minidiff.data.folder import load_image, to_model
     from minidiff.data.world import World
     from minidiff.figures import chains
 
     noises = named_schedule(schedule)
     picture = (
-        to_model(load_picture(image, size)[None])
+        to_model(load_image(image, size)[None])
         if image
         else World(size).batch(1, seed, objects=2)[0]
     )

@@ -1,9 +1,11 @@
-"""Pictures of many shapes in one training: buckets of like aspect ratio, and batches that hold one size each. All in this file.
+"""Images of many shapes in one training: buckets of similar aspect ratio, one size in each batch.
 
-A picture that is cut to a square loses its sides, and a model trained on such learns cut-off heads ([1]). So each picture goes to the size
-nearest its own shape among those of about equal area, which cost about equal memory and time; what sticks out of that is cut away.
+An image cut to a square loses its sides, and a model trained on squares learns cut-off heads ([1]).
+So each image goes to the size nearest its own shape, among sizes of about equal area, which cost
+about equal memory and time. Only what sticks out of that size is cut away.
 
-[1] NovelAI. NovelAI Improvements on Stable Diffusion: Aspect Ratio Bucketing. 2022. github.com/NovelAI/novelai-aspect-ratio-bucketing
+[1] NovelAI. NovelAI Improvements on Stable Diffusion: Aspect Ratio Bucketing. 2022.
+    github.com/NovelAI/novelai-aspect-ratio-bucketing
 """
 
 import math
@@ -15,63 +17,64 @@ from itertools import count
 
 @lru_cache
 def shapes(area: int, multiple: int) -> list[tuple[int, int]]:
-    """All sizes (height, width) of multiples of `multiple`: for every side from half to twice the square's, the longest other side that keeps
-    within the area ([1]; a first side of the height, then of the width)."""
+    """All sizes (height, width) in multiples of `multiple` that nearly fill the area.
+
+    For each side from half to twice the square's, the other side is the longest that keeps within
+    the area ([1]), once as the width and once as the height. Raises ValueError if nothing fits.
+    """
     side = math.isqrt(area)
     if side < multiple:
         raise ValueError(f"an area of {area} has no room for a side of {multiple}")
-    found = set()
+    sizes = set()
     for first in range(multiple, 2 * side + 1, multiple):
         second = area // first // multiple * multiple
         if side <= 2 * first and side <= 2 * second <= 4 * side:
-            found |= {(first, second), (second, first)}
-    return sorted(found)
+            sizes |= {(first, second), (second, first)}
+    return sorted(sizes)
 
 
 def bucket(width: int, height: int, area: int, multiple: int) -> tuple[int, int]:
-    """The (height, width) for a picture: the nearest aspect ratio by its logarithm, so that a picture and the same on its side go alike."""
-    wanted = math.log(width / height)
-    return min(
-        shapes(area, multiple),
-        key=lambda shape: (
-            round(abs(math.log(shape[1] / shape[0]) - wanted), 9),
-            -math.prod(shape),
-        ),
-    )
+    """The size (height, width) for an image: nearest in aspect ratio, then largest.
+
+    Ratios are compared by their logarithms, so an image and the same image on its side go alike.
+    """
+    sizes, ratio = shapes(area, multiple), math.log(width / height)
+    distances = {(h, w): round(abs(math.log(w / h) - ratio), 9) for h, w in sizes}
+    return min(sizes, key=lambda size: (distances[size], -math.prod(size)))
 
 
 def cut(width: int, height: int, size: tuple[int, int]) -> float:
-    """The share of a picture's pixels that is lost when it is scaled to cover a size (height, width) and the centre is cut out."""
+    """The share of an image's pixels lost when it is scaled to cover a size and cut in the centre.
+
+    size: (height, width).
+    """
     ratio = (width / height) / (size[1] / size[0])
     return 1 - min(ratio, 1 / ratio)
 
 
 def batches(sizes: list[tuple[int, int]], batch: int, seed: int, start: int) -> Iterator[list[int]]:
-    """Batches start, start + 1, ... as indices into `sizes`, endlessly; those of one batch are of one size, and batch k follows from
-    (sizes, batch, seed, k) alone.
+    """Yield batches start, start + 1, ... without end, as indices into `sizes`.
 
-    In every epoch each picture is met once, in an order of its own. What does not fill a batch is filled up with others of the same size,
-    met once more (a size of fewer pictures than a batch has meets all of them as often): so every batch costs the same.
+    All images of a batch have one size. Batch k follows from (sizes, batch, seed, k) alone. Each
+    epoch has an order of its own and meets every image once. A batch that is not full takes more
+    images of its size a second time (or oftener, if there are few), so all batches cost the same.
     """
     members: dict[tuple[int, int], list[int]] = {}
     for i, size in enumerate(sizes):
         members.setdefault(size, []).append(i)
-    per_epoch = sum(-(-len(alike) // batch) for alike in members.values())
-    planned, plan = None, []
-    for k in count(start):
-        epoch, place = divmod(k, per_epoch)
-        if epoch != planned:
-            planned, plan = (
-                epoch,
-                _plan(list(members.values()), batch, random.Random(f"{seed} {epoch}")),
-            )
-        yield plan[place]
+    per_epoch = sum(math.ceil(len(alike) / batch) for alike in members.values())
+    first, skip = divmod(start, per_epoch)
+    for epoch in count(first):
+        plan = _plan(list(members.values()), batch, random.Random(f"{seed} {epoch}"))
+        yield from plan[skip:]
+        skip = 0
 
 
-def _plan(members: list[list[int]], batch: int, dice: random.Random) -> list[list[int]]:
+def _plan(members: list[list[int]], batch: int, rng: random.Random) -> list[list[int]]:
+    """The batches of an epoch."""
     plan = []
     for alike in members:
-        order = dice.sample(alike, len(alike))
+        order = rng.sample(alike, len(alike))
         for first in range(0, len(order), batch):
             plan.append([order[i % len(order)] for i in range(first, first + batch)])
-    return dice.sample(plan, len(plan))
+    return rng.sample(plan, len(plan))

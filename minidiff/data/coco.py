@@ -1,8 +1,10 @@
-"""A captioned folder out of COCO's files: reading annotations, choosing pictures and captions, fetching and writing, are all in this file.
+"""A captioned folder from COCO's files: choose images and captions, download and write them.
 
-pycocotools reads the annotations. What is written is the folder that folder.py and Hugging Face's image-folder loader read.
+pycocotools reads the annotations. The written folder is what folder.py and Hugging Face's
+image-folder loader read.
 
-[1] Chen et al. Microsoft COCO Captions: Data Collection and Evaluation Server. 2015. arXiv:1504.00325
+[1] Chen et al. Microsoft COCO Captions: Data Collection and Evaluation Server. 2015.
+    arXiv:1504.00325
 """
 
 import contextlib
@@ -19,8 +21,8 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
@@ -28,122 +30,93 @@ from pathlib import Path
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from minidiff.data.folder import Fault, load_picture, pictures_in
+from minidiff.data.coco_config import CocoConfig
+from minidiff.data.folder import Fault, images_in, load_image
 from minidiff.errors import UserError
 from minidiff.training import atomic
 
-PAUSES = (0, 1, 4)  # seconds before each try to fetch a picture
-GONE, DAMAGED, SEEN = (
-    "pictures that are not at their address",
-    "damaged pictures",
-    "pictures seen before",
-)
-
-
-@dataclass
-class Shape:
-    """What is done to a picture. With neither a crop nor a number of pixels, its file is copied as it is."""
-
-    crop: str = "none"  # or centre: the middle square
-    pixels: int | None = None  # of the shorter side
-
-    def __post_init__(self):
-        if self.crop not in ("centre", "none"):
-            raise UserError(f'no crop "{self.crop}"; --crop is centre or none.')
-
-    def save(self, source: Path, to: Path) -> None:
-        if self == Shape():
-            shutil.copyfile(source, to)
-            return
-        image = Image.fromarray(load_picture(source).permute(1, 2, 0).numpy())
-        side = self.pixels or min(image.size)
-        if self.crop == "centre":
-            image = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
-        else:
-            image = image.resize(
-                [round(side * length / min(image.size)) for length in image.size],
-                Image.Resampling.LANCZOS,
-            )
-        image.save(to, quality=95, subsampling=0)
+PAUSES = (0, 1, 4)  # seconds before each try to download an image
+GONE, DAMAGED = "pictures that are not at their address", "damaged pictures"
+REPEATED = "pictures seen before"
 
 
 @dataclass
 class Source:
-    """What the annotation files say."""
+    """The content of the annotation files, and the choice of images.
 
-    about: dict[
-        int, dict
-    ]  # COCO's record of a picture by its id: file_name, coco_url, flickr_url, and here license_name and license_url
-    captions: dict[int, list[str]]  # by picture, in the files' order
-    words: list[str]
-    wanted: list[int]  # the captioned pictures that have the words and show the categories
-    counts: Counter  # what was met on the way
-    settings: dict[str, object]
+    about: by an image's id, COCO's file_name, coco_url and flickr_url, and license_name and
+        license_url.
+    captions: by an image's id, in the order of the files.
+    matches: the ids of the images that have the words and show the categories.
+    counts: what was left out.
+    """
+
+    config: CocoConfig
+    about: dict[int, dict[str, str]] = field(default_factory=dict)
+    captions: dict[int, list[str]] = field(default_factory=dict)
+    matches: list[int] = field(default_factory=list)
+    counts: Counter = field(default_factory=Counter)
+
+    def file_name(self, i: int) -> str:
+        """The name of an image's file, without folders: annotations must not say where to write."""
+        return Path(self.about[i]["file_name"]).name
 
 
-def read(
-    annotations: tuple[Path, ...],
-    words: list[str],
-    instances: Path | None = None,
-    categories: list[str] | None = None,
-) -> Source:
-    """Read caption files, and choose the pictures of which one caption has all the words, and that show all the categories."""
-    about: dict[int, dict] = {}
-    captions: dict[int, list[str]] = {}
-    counts: Counter = Counter()
-    for path in annotations:
-        with coco_file(
-            path, "captions_val2017.json", "images, and annotations with captions"
-        ) as index:
-            licenses = {
-                one["id"]: {"license_name": one["name"], "license_url": one["url"]}
-                for one in index.dataset.get("licenses", [])
-            }
-            for i, image in index.imgs.items():
-                unknown = {"license_name": "unknown", "license_url": "unknown"}
-                urls = {url: str(image.get(url, "")) for url in ("coco_url", "flickr_url")}
-                about[int(i)] = (
-                    {"file_name": str(image["file_name"])}
-                    | urls
-                    | licenses.get(image.get("license"), unknown)
-                )
-            for i, found in index.imgToAnns.items():
-                for caption in (one_line(one["caption"]) for one in found):
-                    before = captions.setdefault(int(i), [])
-                    if int(i) in about and caption and caption not in before:
-                        before.append(caption)
-                    else:
-                        what = (
-                            "empty captions"
-                            if not caption
-                            else "captions seen before"
-                            if caption in before
-                            else "captions without a picture"
-                        )
-                        counts[what] += 1
-    wanted = sorted(i for i, own in captions.items() if any(has(caption, words) for caption in own))
-    if not wanted:
-        raise UserError(no_such_words(captions, words))
-    if categories:
-        wanted = sorted(set(wanted) & showing(instances, categories))
-    settings = {
-        "annotations": [path.name for path in annotations],
-        "contains": words,
-        "category": categories or [],
+def read(config: CocoConfig) -> Source:
+    """Read the annotation files and choose the images that fit the config."""
+    source = Source(config)
+    needs = "images, and annotations with captions"
+    for path in config.annotations:
+        with coco_file(path, "captions_val2017.json", needs) as index:
+            _add(source, index)
+    for i, captions in source.captions.items():
+        if any(has(caption, config.contains) for caption in captions):
+            source.matches.append(i)
+    if not source.matches:
+        raise UserError(_no_such_words(source.captions, config.contains))
+    if config.category:
+        source.matches = list(set(source.matches) & _showing(config.instances, config.category))
+    source.matches.sort()
+    return source
+
+
+def _add(source: Source, index) -> None:
+    """Add a pycocotools COCO: its images, its captions, and counts of captions left out."""
+    licenses = {
+        one["id"]: {"license_name": one["name"], "license_url": one["url"]}
+        for one in index.dataset.get("licenses", [])
     }
-    return Source(about, captions, words, wanted, counts, settings)
+    unknown = {"license_name": "unknown", "license_url": "unknown"}
+    for i, image in index.imgs.items():
+        urls = {url: str(image.get(url, "")) for url in ("coco_url", "flickr_url")}
+        terms = licenses.get(image.get("license"), unknown)
+        source.about[int(i)] = {"file_name": str(image["file_name"])} | urls | terms
+    for i, annotations in index.imgToAnns.items():
+        captions = source.captions.setdefault(int(i), [])
+        for caption in (one_line(one["caption"]) for one in annotations):
+            if not caption:
+                source.counts["empty captions"] += 1
+            elif caption in captions:
+                source.counts["captions seen before"] += 1
+            elif int(i) not in source.about:
+                source.counts["captions without a picture"] += 1
+            else:
+                captions.append(caption)
 
 
 @contextlib.contextmanager
 def coco_file(path: Path, example: str, needs: str):  # yields a pycocotools COCO
-    """An annotation file with its index; whatever is not as it should be, in the file or in the block, is one line."""
+    """Open an annotation file with its index.
+
+    Whatever is wrong with it, also where it is used, is raised as one line.
+    """
     from pycocotools.coco import COCO
 
     try:
         index = COCO()
         index.dataset = json.loads(path.read_bytes())
         for number, one in enumerate(index.dataset["annotations"]):
-            one.setdefault("id", number)  # the index asks for it, nobody else does
+            one.setdefault("id", number)  # only the index needs ids
         with contextlib.redirect_stdout(io.StringIO()):  # it reports to stdout
             index.createIndex()
         yield index
@@ -157,12 +130,15 @@ def coco_file(path: Path, example: str, needs: str):  # yields a pycocotools COC
 
 
 def one_line(caption: str) -> str:
-    """On one line, and without the halves of characters that JSON can hold and UTF-8 cannot."""
+    """The caption on one line, without halves of characters (valid in JSON, not in UTF-8)."""
     return " ".join(caption.split()).encode("utf-8", "replace").decode()
 
 
-def has(caption: str, words: list[str]) -> bool:
-    """All words, as whole words, upper and lower case alike; of three letters or more also with the s or es of a plural."""
+def has(caption: str, words: Sequence[str]) -> bool:
+    """Whether a caption has all words, in upper or lower case.
+
+    Words of three letters or more also match with a plural's s or es.
+    """
     return all(
         re.search(
             rf"(?<!\w){re.escape(word)}{'(?:e?s)?' if len(word) > 2 else ''}(?!\w)", caption, re.I
@@ -171,124 +147,105 @@ def has(caption: str, words: list[str]) -> bool:
     )
 
 
-def no_such_words(captions: dict[int, list[str]], words: list[str]) -> str:
+def _no_such_words(captions: dict[int, list[str]], words: Sequence[str]) -> str:
+    """The message if no caption has all words, with counts and suggestions."""
     if not any(captions.values()):
         return "the annotations hold no captions; name a captions_*.json of COCO."
     counts = {
         word: sum(any(has(caption, [word]) for caption in own) for own in captions.values())
         for word in words
     }
-    said = ", ".join(f'"{word}" in those of {count} pictures' for word, count in counts.items())
-    known = Counter(
-        word
-        for own in captions.values()
-        for caption in own
-        for word in re.findall(r"\w+", caption.lower())
-    )
-    nears = [
-        difflib.get_close_matches(word.lower(), known)
-        for word, count in counts.items()
-        if not count
-    ]
-    close = [max(near, key=known.__getitem__) for near in nears if near]  # the most usual of three
-    return f"no caption has all of the words: {said}; " + (
-        f"perhaps you meant {', '.join(close)}." if close else "ask for fewer at once."
-    )
+    each = ", ".join(f'"{word}" in those of {count} pictures' for word, count in counts.items())
+    every = (caption.lower() for own in captions.values() for caption in own)
+    frequency = Counter(word for caption in every for word in re.findall(r"\w+", caption))
+    missing = [word.lower() for word, count in counts.items() if not count]
+    nears = [difflib.get_close_matches(word, frequency) for word in missing]
+    close = [max(near, key=frequency.__getitem__) for near in nears if near]
+    advice = f"perhaps you meant {', '.join(close)}." if close else "ask for fewer at once."
+    return f"no caption has all of the words: {each}; {advice}"
 
 
-def showing(instances: Path | None, categories: list[str]) -> set[int]:
-    """The ids of the pictures that show all these."""
-    if instances is None:
-        raise UserError(
-            "--category needs --instances: the COCO file that says what is where, such as instances_val2017.json."
-        )
-    with coco_file(
-        instances, "instances_val2017.json", "images, categories, and annotations with category_id"
-    ) as index:
+def _showing(instances: Path, categories: Sequence[str]) -> set[int]:
+    """The ids of the images that show all categories."""
+    needs = "images, categories, and annotations with category_id"
+    with coco_file(instances, "instances_val2017.json", needs) as index:
         names = {category["name"]: category["id"] for category in index.dataset["categories"]}
         for name in categories:
             if name not in names:
                 near = difflib.get_close_matches(name, names, 1)
                 advice = f"perhaps you meant {near[0]}" if near else f"there is {', '.join(names)}"
                 raise UserError(f'{instances}: no category "{name}"; {advice}.')
-        found = set(index.getImgIds(catIds=[names[name] for name in categories]))
-    return found
+        return set(index.getImgIds(catIds=[names[name] for name in categories]))
 
 
 # Writing.
 
 
 def check_new(out: Path) -> None:
+    """Refuse to write where something is."""
     if os.path.lexists(out):
         raise UserError(f"--out {out} is there already; name a new folder, or remove that one.")
 
 
-def write(
-    source: Source,
-    images: Path | None,
-    out: Path,
-    size: int,
-    shape: Shape,
-    download: bool = False,
-    seed: int = 0,
-) -> dict[str, object]:
-    """Write `size` of the wanted pictures, or as many as there are, and return what selection.json holds. Which pictures, follows from the seed;
-    which caption is a picture's text, from the seed and the picture alone."""
-    if images is None and not download:
-        raise UserError("no --images; name the folder of COCO's pictures, or pass --download.")
-    if images is not None and not images.is_dir():
-        raise UserError(f"--images {images}: no such folder.")
-    files = pictures_in(images) if images else []
-    there = {path.name: path for path in reversed(files)}
-    captioned = {picture_name(source, i) for i, own in source.captions.items() if own}
+def write(source: Source, out: Path) -> dict[str, object]:
+    """Write the images and their captions; return the content of selection.json.
+
+    There are as many images as the config asks for, or as there are. The seed determines which; the
+    seed and the image alone determine which of its captions is its text.
+    """
+    config = source.config
+    files = images_in(config.images) if config.images else []
+    by_name = {path.name: path for path in reversed(files)}
+    captioned = {source.file_name(i) for i, own in source.captions.items() if own}
+    absent = 0 if config.download else len(captioned - by_name.keys())
     counts = source.counts + Counter(
         {
-            "captioned pictures that are not in --images": 0
-            if download
-            else len(captioned - there.keys()),
-            "pictures without captions": len(there.keys() - captioned),
-            "pictures of the same name": len(files) - len(there),
+            "captioned pictures that are not in --images": absent,
+            "pictures without captions": len(by_name.keys() - captioned),
+            "pictures of the same name": len(files) - len(by_name),
         }
     )
-    order = [i for i in source.wanted if download or picture_name(source, i) in there]
+    order = [i for i in source.matches if config.download or source.file_name(i) in by_name]
     if not order:
-        wanted = f"none of the {len(source.wanted)} pictures that were asked for is in {images}"
         raise UserError(
-            f"{wanted}; the names must be those in the annotations, or pass --download."
+            f"none of the {len(source.matches)} pictures that were asked for is in "
+            f"{config.images}; the names must be those in the annotations, or set download."
         )
-    random.Random(seed).shuffle(order)
+    random.Random(config.seed).shuffle(order)
 
-    rows, enlarged = [], 0
+    rows, enlarged, total = [], 0, min(config.size, len(order))
     check_new(out)
     with (
         atomic.write(out) as new,
-        tqdm(desc="pictures", total=min(size, len(order)), unit="", leave=False) as bar,
+        tqdm(desc="pictures", total=total, unit="", leave=False) as bar,
     ):
         (new / "images").mkdir(parents=True)
-        for i, path, shorter in islice(sound(source, order, there, new / "fetched", counts), size):
-            shape.save(path, new / "images" / picture_name(source, i))
-            enlarged += shorter < (shape.pixels or 0)
-            rows.append(row(source, i, seed))
+        readable = _readable(source, order, by_name, new / "fetched", counts)
+        for i, path, shorter in islice(readable, config.size):
+            save_image(config, path, new / "images" / source.file_name(i))
+            enlarged += shorter < (config.pixels or 0)
+            rows.append(row(source, i, config.seed))
             bar.update()
         if not rows:
-            met = ", ".join(
-                f"{counts[what]} {what}" for what in (GONE, DAMAGED, SEEN) if counts[what]
-            )
+            reasons = (GONE, DAMAGED, REPEATED)
+            left_out = ", ".join(f"{counts[what]} {what}" for what in reasons if counts[what])
             raise UserError(
-                f"nothing to write: all of the {len(order)} pictures that were asked for are left out: {met}."
+                f"nothing to write: all of the {len(order)} pictures that were asked for are "
+                f"left out: {left_out}."
             )
         rows.sort(key=lambda one: one["coco_id"])
-        how = {"crop": shape.crop, "pixels": shape.pixels, "seed": seed, "asked for": size}
-        found = {
+        selection = {
+            "annotations": [path.name for path in config.annotations],
+            "contains": config.contains,
+            "category": config.category,
+            "crop": config.crop,
+            "pixels": config.pixels,
+            "seed": config.seed,
+            "asked for": config.size,
             "pictures": len(rows),
             "captions": sum(len(one["captions"]) for one in rows),
             "enlarged": enlarged,
             "left out": dict(+counts),
-        }
-        selection = {
-            **source.settings,
-            **how,
-            **found,
             "licenses": dict(Counter(one["license"] for one in rows).most_common()),
         }
         (new / "fetched").unlink(missing_ok=True)
@@ -301,55 +258,73 @@ def write(
     return selection
 
 
-def sound(
-    source: Source, order: list[int], there: dict[str, Path], fetched: Path, counts: Counter
+def save_image(config: CocoConfig, source: Path, to: Path) -> None:
+    """Crop and scale an image as the config says; with neither, copy its file as it is."""
+    if config.crop == "none" and config.pixels is None:
+        shutil.copyfile(source, to)
+        return
+    image = Image.fromarray(load_image(source).permute(1, 2, 0).numpy())
+    side, lanczos = config.pixels or min(image.size), Image.Resampling.LANCZOS
+    if config.crop == "centre":
+        image = ImageOps.fit(image, (side, side), lanczos)
+    else:
+        sides = [round(side * length / min(image.size)) for length in image.size]
+        image = image.resize(sides, lanczos)
+    image.save(to, quality=95, subsampling=0)
+
+
+def _readable(
+    source: Source, order: list[int], by_name: dict[str, Path], download: Path, counts: Counter
 ) -> Iterator[tuple[int, Path, int]]:
-    """Yield id, file and shorter side of each picture that can be read and was not seen before; the others are counted."""
-    seen: set[bytes | str] = set()
+    """Yield id, file and shorter side of each image that can be read, each image once.
+
+    The others are counted. Images that are not in `by_name` are downloaded, all to one file.
+    """
+    used: set[bytes | str] = set()
     for i in order:
-        name = picture_name(source, i)
-        path = there.get(name) or fetch(source.about[i]["coco_url"], fetched)
+        name = source.file_name(i)
+        path = by_name.get(name) or fetch(source.about[i]["coco_url"], download)
         if path is None:
             counts[GONE] += 1
             continue
         try:
-            pixels = load_picture(path)
+            pixels = load_image(path)
         except Fault as fault:
             tqdm.write(f"left out: {fault}", file=sys.stderr)
             counts[DAMAGED] += 1
             continue
         digest = hashlib.sha256(pixels.numpy().tobytes()).digest()
-        if name in seen or digest in seen:
-            counts[SEEN] += 1
+        if name in used or digest in used:
+            counts[REPEATED] += 1
             continue
-        seen |= {name, digest}
+        used |= {name, digest}
         yield i, path, min(pixels.shape[1:])
 
 
-def picture_name(source: Source, i: int) -> str:
-    """The file's name without folders: an annotation file must not say where to write."""
-    return Path(source.about[i]["file_name"]).name
-
-
 def row(source: Source, i: int, seed: int) -> dict[str, object]:
-    """A line of metadata.jsonl. People wrote five captions to a picture, [1]; `text` is one that has the words, and text_index says which."""
-    about, captions = source.about[i], source.captions[i]
-    k = random.Random(f"{seed} {i}").choice(
-        [k for k, caption in enumerate(captions) if has(caption, source.words)]
-    )
-    line = {
-        "file_name": f"images/{picture_name(source, i)}",
+    """A line of metadata.jsonl.
+
+    People wrote five captions for each image, [1]. `text` is one that has the words, and
+    `text_index` says which.
+    """
+    about, captions, words = source.about[i], source.captions[i], source.config.contains
+    matching = [k for k, caption in enumerate(captions) if has(caption, words)]
+    k = random.Random(f"{seed} {i}").choice(matching)
+    return {
+        "file_name": f"images/{source.file_name(i)}",
         "text": captions[k],
         "text_index": k,
         "captions": captions,
         "coco_id": i,
+        "license": about["license_name"],
+        "license_url": about["license_url"],
+        "source_url": about["flickr_url"],
+        "coco_url": about["coco_url"],
     }
-    urls = {"source_url": about["flickr_url"], "coco_url": about["coco_url"]}
-    return line | {"license": about["license_name"], "license_url": about["license_url"]} | urls
 
 
 def fetch(url: str, to: Path) -> Path | None:
-    """The file at an address, or None if that is not there. Without a network there is nothing to do but to say so."""
+    """Download a file; None if it is not at its address. Raises UserError without a network."""
     if not url.startswith(("http://", "https://")):  # not file://
         return None
     for pause in PAUSES:
@@ -363,27 +338,24 @@ def fetch(url: str, to: Path) -> Path | None:
         except OSError as error:
             reason = getattr(error, "reason", error)
     raise UserError(
-        f"{url}: cannot be fetched ({reason}); --download needs the network: without it, name a folder of pictures with --images."
+        f"{url}: cannot be fetched ({reason}); downloading needs the network: without it, "
+        "name a folder of images."
     )
 
 
 def summary(selection: dict) -> str:
-    """What is printed at the end."""
-    words = (
-        " that has " + ", ".join(f'"{word}"' for word in selection["contains"])
-        if selection["contains"]
-        else ""
-    )
+    """The selection as lines to print."""
+    words = ", ".join(f'"{word}"' for word in selection["contains"])
+    text = f"a picture's text is one of its own{f' that has {words}' if words else ''}"
     left_out, licenses = (
         ", ".join(f"{count} {what}" for what, count in selection[name].items())
         for name in ("left out", "licenses")
     )
+    enlarged = f"{selection['enlarged']} to --pixels {selection['pixels']}"
     lines = {
         "pictures": f"{selection['pictures']} of {selection['asked for']} asked for",
-        "captions": f"{selection['captions']}; a picture's text is one of its own{words}, chosen by seed {selection['seed']}",
-        "enlarged": f"{selection['enlarged']} to --pixels {selection['pixels']}"
-        if selection["enlarged"]
-        else "",
+        "captions": f"{selection['captions']}; {text}, chosen by seed {selection['seed']}",
+        "enlarged": enlarged if selection["enlarged"] else "",
         "left out": left_out or "nothing",
         "licences": licenses,
     }

@@ -1,14 +1,15 @@
-"""Pictures from disk: reading one picture, folders of captions, folders of classes, and the step from bytes to [-1, 1], are all in this file.
+"""Images from disk: one image, folders with captions, folders of classes, and bytes as floats.
 
-A captioned folder follows the Hugging Face image-folder convention, one line a picture:
+A captioned folder follows the Hugging Face image-folder convention, with one line for each image:
 
     DIR/metadata.jsonl      {"file_name": "images/apple.png", "text": "a red apple"}
     DIR/images/apple.png
 
-A class folder is the older layout, DIR/<class>/<any name>.png; there the name of the class is the caption.
+A class folder is the older layout, DIR/<class>/<any name>.png; the name of the class is the
+caption.
 
-What cannot be trained on is decided in this file alone, and raised as a Fault by whatever meets it first; the data doctor (doctor.py) asks the
-same functions about every line and every picture.
+This file alone decides what cannot be trained on. It raises a Fault at the first; the data doctor
+(doctor/) calls the same functions on every line and every image.
 """
 
 import codecs
@@ -31,38 +32,37 @@ from tqdm import tqdm
 from minidiff.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-CAPTION_NAMES = (
-    "text",
-    "caption",
-    "prompt",
-    "description",
-    "captions",
-)  # what people call the column, for a better suggestion
+# Usual names of the caption column, for suggestions.
+CAPTION_NAMES = ("text", "caption", "prompt", "description", "captions")
 _EXAMPLE = '{"file_name": "a.png", "text": "a caption"}'
 
 
 class Fault(UserError):
-    """Data that cannot be trained on; `trap` is what the doctor calls a fault of this kind."""
+    """Data that cannot be trained on; `trap` is the data doctor's name for such faults."""
 
     def __init__(self, trap: str, message: str):
         super().__init__(message)
         self.trap = trap
 
 
-def to_model(pictures: UInt8[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
+def to_model(images: UInt8[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
     """Bytes 0..255 to floats in [-1, 1]."""
-    return pictures.float() / 127.5 - 1
+    return images.float() / 127.5 - 1
 
 
-def to_uint8(pictures: Float[Tensor, "*dims"]) -> UInt8[Tensor, "*dims"]:
-    """Floats in [-1, 1] to the nearest byte: the exact inverse of `to_model`; what lies outside is clamped."""
-    return ((pictures.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+def to_uint8(images: Float[Tensor, "*dims"]) -> UInt8[Tensor, "*dims"]:
+    """Floats in [-1, 1], clamped, to the nearest byte: the exact inverse of `to_model`."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def load_picture(
+def load_image(
     path: str | Path, size: int | tuple[int, int] | None = None
 ) -> UInt8[Tensor, "3 H W"]:
-    """Any picture as upright RGB on white; with a size (a side, or height and width), it is scaled to cover that and the centre is cut out."""
+    """Read an image file of any kind as upright RGB on white.
+
+    size: a side, or (height, width); the image is scaled to cover it and cut in the centre.
+    Raises Fault if there is no such file or Pillow cannot read it.
+    """
     if not os.path.isfile(path):
         raise Fault("missing picture", f"{path}: no such picture")
     advice = "replace it, or take it out of the data"
@@ -73,9 +73,8 @@ def load_picture(
             image = _rgb(ImageOps.exif_transpose(file))
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise Fault(
-            "unreadable picture", f"{path}: not a readable picture ({reason}); {advice}"
-        ) from None
+        message = f"{path}: not a readable picture ({reason}); {advice}"
+        raise Fault("unreadable picture", message) from None
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
@@ -83,35 +82,35 @@ def load_picture(
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(
-        "I"
-    ):  # 16-bit grey: Pillow's own conversion does not scale every such mode
-        image = Image.fromarray(
-            (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8)
-        )
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's conversion does not scale all such modes
+        grey = (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255)
+        image = Image.fromarray(grey.astype(np.uint8))
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range: save it with 8 or 16 bits")
-    if image.has_transparency_data:  # alpha, or one colour of a palette declared transparent
+    if image.has_transparency_data:  # alpha, or one transparent colour of a palette
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def pictures_in(folder: str | Path) -> list[Path]:
-    """Every picture below the folder, sorted; hidden files and folders (.DS_Store, ._x.png, .ipynb_checkpoints) and other files are skipped."""
-    found = []
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def images_in(folder: str | Path) -> list[Path]:
+    """Every image file below the folder, sorted.
+
+    Hidden files and folders (.DS_Store, ._x.png, .ipynb_checkpoints) and other files are skipped.
+    """
+    paths = []
     for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
-        found += [
-            Path(place, name)
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
-        ]
-    return sorted(found)
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        paths += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in paths if path.suffix.lower() in SUFFIXES)
 
 
-class Pictures(Dataset):
-    """Picture files with one caption each; they are read when asked for."""
+class CaptionedImages(Dataset):
+    """Image files with one caption each; a file is read when it is asked for."""
 
     def __init__(self, paths: list[Path], captions: list[str], size: int | None = None):
         self.paths, self.captions, self.size = paths, captions, size
@@ -120,38 +119,41 @@ class Pictures(Dataset):
         return len(self.paths)
 
     def __getitem__(self, i: int) -> tuple[UInt8[Tensor, "3 H W"], str]:
-        return load_picture(self.paths[i], self.size), self.captions[i]
+        return load_image(self.paths[i], self.size), self.captions[i]
 
 
-class CaptionedFolder(Pictures):
-    """DIR/metadata.jsonl says which pictures and which captions. Of a list of captions the first is taken; to use
-    all of them, give the picture one line per caption."""
+class CaptionedFolder(CaptionedImages):
+    """The images and captions of DIR/metadata.jsonl.
+
+    Of a list of captions the first is taken; to use all, give the image one line for each caption.
+    """
 
     def __init__(self, folder: str | Path, size: int | None = None, caption_column: str = "text"):
-        folder = existing(folder)
+        folder = check_folder(folder)
         paths, captions = [], []
         for where, line in metadata_lines(folder):
-            row = row_of(where, line)
-            paths.append(picture_of(folder, where, row, lambda: pictures_in(folder)))
+            row = parse_row(where, line)
+            paths.append(image_of(folder, where, row, lambda: images_in(folder)))
             captions.append(caption_of(where, row, caption_column))
         super().__init__(paths, captions, size)
 
 
-class ClassFolder(Pictures):
-    """DIR/<class>/<picture>: `classes` are the sorted names of the folders that hold pictures, `labels` one index into them per picture."""
+class ClassFolder(CaptionedImages):
+    """The images of DIR/<class>/<name>, with the name of the class as the caption.
+
+    classes: the sorted names of the folders that hold images.
+    labels: for each image, the index of its class.
+    """
 
     def __init__(self, folder: str | Path, size: int | None = None):
-        folder = existing(folder)
+        folder = check_folder(folder)
         by_class = class_folders(folder)
         if not by_class:
-            hint = (
-                "put the pictures of each class into a folder of its own"
-                if pictures_in(folder)
-                else "there are no pictures below it"
-            )
-            raise Fault(
-                "no class folders", f"{folder}: no class folders (DIR/<class>/<name>.png); {hint}"
-            )
+            hint = "there are no pictures below it"
+            if images_in(folder):
+                hint = "put the pictures of each class into a folder of its own"
+            message = f"{folder}: no class folders (DIR/<class>/<name>.png); {hint}"
+            raise Fault("no class folders", message)
         self.classes = list(by_class)
         self.labels = [label for label, paths in enumerate(by_class.values()) for _ in paths]
         paths = [path for paths in by_class.values() for path in paths]
@@ -159,33 +161,35 @@ class ClassFolder(Pictures):
 
 
 def load_all(
-    dataset: Pictures, size: int, limit: int | None = None
+    dataset: CaptionedImages, size: int, limit: int | None = None
 ) -> tuple[UInt8[Tensor, "N 3 S S"], list[str]]:
-    """Everything in memory, for small sets; a limit takes that many, spread evenly, so that every class of a sorted folder has its share."""
+    """Load a small set into memory: images and captions.
+
+    limit: take at most so many, spread evenly: every class of a sorted folder has its share.
+    """
     count = len(dataset) if limit is None else min(limit, len(dataset))
-    chosen = [i * len(dataset) // count for i in range(count)]
-    pictures = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    indices = [i * len(dataset) // count for i in range(count)]
+    images = torch.empty(count, 3, size, size, dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-        loaded = pool.map(lambda i: load_picture(dataset.paths[i], size), chosen)
-        for k, picture in enumerate(tqdm(loaded, "reading pictures", count, unit="", leave=False)):
-            pictures[k] = picture
-    return pictures, [dataset.captions[i] for i in chosen]
+        loaded = pool.map(lambda i: load_image(dataset.paths[i], size), indices)
+        for k, image in enumerate(tqdm(loaded, "reading pictures", count, unit="", leave=False)):
+            images[k] = image
+    return images, [dataset.captions[i] for i in indices]
 
 
-# Reading metadata.jsonl: every complaint names the file and the line.
+# metadata.jsonl: every Fault names the file and the line.
 
 
 def metadata_lines(folder: Path) -> Iterator[tuple[str, bytes]]:
     """Yield ("DIR/metadata.jsonl, line 3", that line); blank lines are skipped."""
     path = folder / "metadata.jsonl"
     if not path.is_file():
-        raise Fault("no metadata.jsonl", f"{path}: not found; {_instead(folder)}")
+        raise Fault("no metadata.jsonl", f"{path}: not found; {_advice_without_metadata(folder)}")
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise Fault(
-            "no metadata.jsonl", f"{path}: {error.strerror}; check its permissions"
-        ) from None
+        message = f"{path}: {error.strerror}; check its permissions"
+        raise Fault("no metadata.jsonl", message) from None
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise Fault("not UTF-8", f"{path}: this is UTF-16; save the file as UTF-8")
     empty = True
@@ -197,150 +201,139 @@ def metadata_lines(folder: Path) -> Iterator[tuple[str, bytes]]:
         raise Fault("no metadata.jsonl", f"{path}: empty; write one object a line, {_EXAMPLE}")
 
 
-def row_of(where: str, line: bytes) -> dict:
-    """The object on a line."""
+def parse_row(where: str, line: bytes) -> dict:
+    """The JSON object of a line."""
+    advice = f"write one object a line, {_EXAMPLE}"
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        message = f"{where}: not UTF-8 (byte {line[error.start]:#x} at column {error.start + 1}); save the file as UTF-8"
+        byte = f"byte {line[error.start]:#x} at column {error.start + 1}"
+        message = f"{where}: not UTF-8 ({byte}); save the file as UTF-8"
         raise Fault("not UTF-8", message) from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # also numbers of thousands of digits, and brackets within brackets within ...
-        reason = (
-            f"{error.msg} at column {error.colno}"
-            if isinstance(error, json.JSONDecodeError)
-            else str(error).split(";")[0]
-        )
-        raise Fault(
-            "not JSON", f"{where}: not JSON ({reason}); write one object a line, {_EXAMPLE}"
-        ) from None
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg} at column {error.colno}"
+        raise Fault("not JSON", f"{where}: not JSON ({reason}); {advice}") from None
+    # Numbers of thousands of digits, and very deep nesting.
+    except (ValueError, RecursionError) as error:
+        reason = str(error).split(";")[0]
+        raise Fault("not JSON", f"{where}: not JSON ({reason}); {advice}") from None
     if not isinstance(row, dict):
-        raise Fault("not JSON", f"{where}: not a JSON object; write one object a line, {_EXAMPLE}")
+        raise Fault("not JSON", f"{where}: not a JSON object; {advice}")
     return row
 
 
-def _quoted(name: str) -> str:
+def _quote(name: str) -> str:
     return json.dumps(name, ensure_ascii=False)
 
 
-def _shown(value: object) -> str:
-    """A wrong value, short; what may be nested beyond what can be printed is only named."""
-    return (
-        f"a {type(value).__name__}"
-        if value and isinstance(value, dict | list)
-        else json.dumps(value)[:60]
-    )
+def _describe(value: object) -> str:
+    """A wrong value in short; lists and dicts by their type, as printing may fail on deep ones."""
+    if value and isinstance(value, dict | list):
+        return f"a {type(value).__name__}"
+    return json.dumps(value)[:60]
 
 
 def _column(where: str, row: dict, column: str) -> object:
+    """The value of a column. If it is missing, raise a Fault that names the likely column."""
     if column in row:
         return row[column]
-    others = [
-        name for name, value in row.items() if name != "file_name" and isinstance(value, str | list)
-    ]
-    close = difflib.get_close_matches(column, row if column == "file_name" else others, 1)
-    best = (
-        close[0]
-        if close
-        else next((name for name in (*CAPTION_NAMES, *others) if name in others), None)
-    )
-    found = ", ".join(_quoted(name) for name in row) or "nothing"
-    advice = "Add it"
+    names = ", ".join(map(_quote, row)) or "nothing"
+    trap, advice = f"no {'caption' if column != 'file_name' else column} column", "Add it"
     if column == "file_name":
+        close = difflib.get_close_matches(column, row, 1)
         advice = (
-            f"Rename {_quoted(close[0])}"
+            f"Rename {_quote(close[0])}"
             if close
             else "Add it, with the picture's path inside the folder"
         )
-    elif best:
-        advice = f"Rename it, or pass --caption-column {best}"
-    trap = "no file_name column" if column == "file_name" else "no caption column"
-    raise Fault(trap, f"{where}: no column {_quoted(column)}; found {found}. {advice}.")
+    else:
+        others = [k for k, v in row.items() if k != "file_name" and isinstance(v, str | list)]
+        close = difflib.get_close_matches(column, others, 1)
+        close += [name for name in (*CAPTION_NAMES, *others) if name in others]
+        if close:
+            advice = f"Rename it, or pass --caption-column {close[0]}"
+    raise Fault(trap, f"{where}: no column {_quote(column)}; found {names}. {advice}.")
 
 
 def caption_of(where: str, row: dict, column: str) -> str:
     """The caption in a row; of a list, the first."""
     value = _column(where, row, column)
     first = value[0] if isinstance(value, list) and value else value
+    problem = None
     if not isinstance(first, str):
-        message = f"{where}: column {_quoted(column)} holds {_shown(value)}, not a caption; write a string, or a list of strings"
-        raise Fault("not a caption", message)
-    if re.search("[\ud800-\udfff]", first):  # JSON can write them, and no tokenizer can read them
-        raise Fault(
-            "not a caption",
-            f"{where}: column {_quoted(column)} holds half a character, {first[:60]!a}; write the caption anew",
-        )
+        problem = f"{_describe(value)}, not a caption; write a string, or a list of strings"
+    elif re.search("[\ud800-\udfff]", first):  # valid in JSON, but no tokenizer can read it
+        problem = f"half a character, {first[:60]!a}; write the caption anew"
+    if problem:
+        raise Fault("not a caption", f"{where}: column {_quote(column)} holds {problem}")
     return first
 
 
-def picture_of(folder: Path, where: str, row: dict, known: Callable[[], list[Path]]) -> Path:
-    """The picture that a row names. `known` lists those there are, and is asked for a better name only if this one is wrong."""
+def image_of(folder: Path, where: str, row: dict, candidates: Callable[[], list[Path]]) -> Path:
+    """The path of the image that a row names.
+
+    candidates: lists the images in the folder; called only to suggest a name for a missing one.
+    """
     name = _column(where, row, "file_name")
     if not isinstance(name, str) or not name:
-        raise Fault(
-            "no file_name column",
-            f'{where}: "file_name" holds {_shown(name)}; write the path of a picture inside the folder',
-        )
+        advice = "write the path of a picture inside the folder"
+        message = f'{where}: "file_name" holds {_describe(name)}; {advice}'
+        raise Fault("no file_name column", message)
     path = folder / name
     if not inside(folder, path):
-        raise Fault(
-            "outside the folder",
-            f'{where}: "file_name" {_quoted(name)} points outside the folder; copy the picture into {folder}',
-        )
+        advice = f"points outside the folder; copy the picture into {folder}"
+        raise Fault("outside the folder", f'{where}: "file_name" {_quote(name)} {advice}')
     if not os.path.isfile(path):
-        near = difflib.get_close_matches(
-            name, [p.relative_to(folder).as_posix() for p in known()], 1
-        )
+        names = [p.relative_to(folder).as_posix() for p in candidates()]
+        near = difflib.get_close_matches(name, names, 1)
         hint = (
-            f"did you mean {_quoted(near[0])}?" if near else "add the picture, or take the line out"
+            f"did you mean {_quote(near[0])}?" if near else "add the picture, or take the line out"
         )
-        raise Fault("missing picture", f"{where}: picture {_quoted(name[:200])} is missing; {hint}")
+        raise Fault("missing picture", f"{where}: picture {_quote(name[:200])} is missing; {hint}")
     return path
 
 
 def inside(folder: Path, path: Path) -> bool:
-    """Whether the path, its links followed, stays in the folder; so does one that cannot be followed."""
+    """Whether the path, with its links resolved, stays in the folder.
+
+    True too for what cannot be resolved: too long a name, a NUL in it, or links in a circle.
+    """
     try:
         return path.resolve().is_relative_to(folder.resolve())
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ):  # too long to be a name, a NUL in it, links in a circle
+    except (OSError, ValueError, RuntimeError):
         return True
 
 
-def existing(folder: str | Path) -> Path:
+def check_folder(folder: str | Path) -> Path:
+    """The folder as a Path; UserError if it is missing or empty."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(
-            f"{folder}: {'this is a file; pass the folder it lies in' if folder.exists() else 'no such folder'}"
-        )
+        file = "this is a file; pass the folder it lies in"
+        raise UserError(f"{folder}: {file if folder.exists() else 'no such folder'}")
     if not any(folder.iterdir()):
         raise UserError(
-            f"{folder}: the folder is empty; put pictures and a metadata.jsonl there, or one folder of pictures per class"
+            f"{folder}: the folder is empty; put pictures and a metadata.jsonl there, "
+            "or one folder of pictures per class"
         )
     return folder
 
 
 def class_folders(folder: Path) -> dict[str, list[Path]]:
-    below = sorted(
-        place
-        for place in folder.iterdir()
-        if place.is_dir() and not place.name.startswith(".") and place.name != "__MACOSX"
-    )
-    return {place.name: paths for place in below if (paths := pictures_in(place))}
+    """The images of each folder in this one, by the folder's name; folders without are left out."""
+    folders = sorted(p for p in folder.iterdir() if p.is_dir() and not _is_hidden(p.name))
+    return {place.name: paths for place in folders if (paths := images_in(place))}
 
 
-def _instead(folder: Path) -> str:
-    """What to do about a folder without metadata.jsonl depends on what is there."""
+def _advice_without_metadata(folder: Path) -> str:
+    """What to do about a folder without metadata.jsonl, by what is there instead."""
     if (folder / "metadata.csv").is_file():
         return f"metadata.csv is not read; write the same as one JSON object a line, {_EXAMPLE}"
     if nested := sorted(folder.glob("*/metadata.jsonl")):
         return f"there is {nested[0]}; pass the folder it lies in"
     if classes := class_folders(folder):
         names = ", ".join(list(classes)[:3]) + (", ..." if len(classes) > 3 else "")
-        return f"there are folders of pictures ({names}): load it as class folders if those are classes, or write one line a picture, {_EXAMPLE}"
+        return (
+            f"there are folders of pictures ({names}): load it as class folders if those are "
+            f"classes, or write one line a picture, {_EXAMPLE}"
+        )
     return f"write one line a picture there, {_EXAMPLE}"

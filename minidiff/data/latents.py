@@ -1,10 +1,12 @@
-"""Latents and text embeddings, computed once and kept on disk: what training would otherwise compute again at every step. All in this file.
+"""Latents and text embeddings, computed once and stored on disk for training.
 
-A cache is one safetensors file in a folder: latents.safetensors, contexts.safetensors. The name of an entry is its key, the SHA-256 of all it
-was computed from: the bytes of the picture, its size and whether it is mirrored, or the caption; and of the network its numbers and every
-weight. So what has changed has another key and is computed anew, and nothing has to be asked of dates or names of files.
+A cache is one safetensors file: latents.safetensors or contexts.safetensors. The name of an entry
+is its key, the SHA-256 of all it was computed from: the bytes of the image, its size and whether it
+is mirrored, or the caption; and the network's config and every weight. What has changed has another
+key, so dates and names of files do not matter.
 
-Entries are computed one at a time: what is in one then follows from its key, to the bit, whatever else was missing with it.
+Entries are computed one at a time. So an entry follows from its key, to the bit, whatever else was
+missing with it.
 """
 
 import hashlib
@@ -12,6 +14,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,76 +26,81 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidiff.checkpoints import files
-from minidiff.data.folder import load_picture, to_model
+from minidiff.data.folder import load_image, to_model
 from minidiff.errors import UserError
 from minidiff.methods.lora import merged_state
 from minidiff.training import atomic
 
-VERSION = "minidiff cache 1"  # another one wherever entries are computed otherwise, as by another way to scale pictures
+VERSION = "minidiff cache 1"  # change it when entries are computed in another way
 
 
 class Example(NamedTuple):
-    """A picture as training sees it."""
+    """An image as training uses it."""
 
     latents: Float[Tensor, "Z h w"]
     caption: str
 
 
 @torch.no_grad()
-def encoded(
+def encode_images(
     vae: nn.Module,
     paths: list[Path],
     sizes: list[tuple[int, int]],
     folder: Path | None,
     flip: bool = False,
 ) -> list[Float[Tensor, "Z h w"]]:
-    """The latents of each picture, scaled to cover its size (height, width) and cut in the centre; on the CPU.
+    """Encode images, each scaled to cover its size (height, width) and cut in the centre.
 
-    flip: after those of all pictures come those of their mirror images, so that captions * 2 go with them.
-    folder: where latents.safetensors is kept; None keeps nothing.
+    folder: where latents.safetensors is stored; None stores nothing. The results are on the CPU.
+    flip: the latents of all mirror images follow those of all images, as captions * 2 do.
     """
-    of_vae, where = fingerprint(vae), next(vae.parameters(), torch.empty(0)).device
+    of_vae = fingerprint(vae)
     contents = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths]
-
-    def encode(path: Path, size: tuple[int, int], mirrored: bool) -> Tensor:
-        picture = to_model(load_picture(path, size))[None].to(where)
-        latents = vae.encode(picture.flip(-1) if mirrored else picture)[0].cpu()
-        if not latents.isfinite().all():
-            raise UserError(
-                f"{path}: its latents are not finite; load the VAE in float32 or bfloat16."
-            )
-        return latents
-
-    wanted = {}
-    keys = []
+    keys, arguments = [], {}
     for mirrored in (False, True) if flip else (False,):
         for path, size, content in zip(paths, sizes, contents, strict=True):
             keys.append(_key(of_vae, content, *size, mirrored))
-            wanted[keys[-1]] = path, size, mirrored
-    found = _served("latents", folder, wanted, encode, "encoding pictures")
-    return [found[key] for key in keys]
+            arguments[keys[-1]] = path, size, mirrored
+    encode = partial(_encode_image, vae)
+    entries = _entries("latents", folder, arguments, encode, "encoding pictures")
+    return [entries[key] for key in keys]
+
+
+def _encode_image(
+    vae: nn.Module, path: Path, size: tuple[int, int], mirrored: bool
+) -> Float[Tensor, "Z h w"]:
+    device = next(vae.parameters(), torch.empty(0)).device
+    image = to_model(load_image(path, size))[None].to(device)
+    latents = vae.encode(image.flip(-1) if mirrored else image)[0].cpu()
+    if not latents.isfinite().all():
+        raise UserError(f"{path}: its latents are not finite; load the VAE in float32 or bfloat16.")
+    return latents
 
 
 @torch.no_grad()
-def contexts(
+def encode_captions(
     text: nn.Module, captions: list[str], folder: Path | None
 ) -> dict[str, Float[Tensor, "L D"]]:
-    """What the text tower says of each caption, and of "", which captions are dropped to; on the CPU. folder: where contexts.safetensors is kept."""
+    """Encode each caption, and "" for dropped captions, by the text encoder; on the CPU.
+
+    folder: where contexts.safetensors is stored; None stores nothing.
+    """
     of_text = fingerprint(text)
     keys = {caption: _key(of_text, caption) for caption in dict.fromkeys(["", *captions])}
-    wanted = {key: (caption,) for caption, key in keys.items()}
-    found = _served(
-        "contexts",
-        folder,
-        wanted,
-        lambda caption: text.encode([caption])[0].cpu(),
-        "encoding captions",
+    arguments, encode = (
+        {key: (caption,) for caption, key in keys.items()},
+        partial(_encode_caption, text),
     )
-    return {caption: found[key] for caption, key in keys.items()}
+    entries = _entries("contexts", folder, arguments, encode, "encoding captions")
+    return {caption: entries[key] for caption, key in keys.items()}
+
+
+def _encode_caption(text: nn.Module, caption: str) -> Float[Tensor, "L D"]:
+    return text.encode([caption])[0].cpu()
 
 
 def fingerprint(network: nn.Module) -> str:
-    """One word for all that a network computes with: its kind, its numbers, and every weight with its precision, LoRAs included."""
+    """A hash of all that a network computes with: class, config, and weights with LoRAs merged."""
     digest = hashlib.sha256(
         repr((type(network).__name__, sorted(asdict(network.config).items()))).encode()
     )
@@ -110,26 +118,29 @@ def _bytes(value: Tensor) -> memoryview:
     return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _served(
+def _entries(
     name: str,
     folder: Path | None,
-    wanted: dict[str, tuple],
+    arguments: dict[str, tuple],
     encode: Callable[..., Tensor],
     title: str,
 ) -> dict[str, Tensor]:
-    """An entry for each key: from the file if it has it, else encode(*wanted[key]). Then the file holds these entries and no others;
-    where it ends early, by Ctrl-C or by a damaged picture, those that were ready."""
+    """Return an entry for each key: from the file, or else encode(*arguments[key]).
+
+    Afterwards the file holds these entries and no others. If computing ends early, by Ctrl-C or by
+    a damaged image, the file holds those that were ready.
+    """
     file = None if folder is None else folder / f"{name}.safetensors"
-    kept = {} if file is None else _read(file)
-    found = {key: kept[key] for key in wanted if key in kept}
-    missing = [key for key in wanted if key not in kept]
+    stored = {} if file is None else _read(file)
+    entries = {key: stored[key] for key in arguments if key in stored}
+    missing = [key for key in arguments if key not in stored]
     try:
         for key in tqdm(missing, title, unit="", leave=False, disable=not missing):
-            found[key] = encode(*wanted[key])
+            entries[key] = encode(*arguments[key])
     finally:
-        if file is not None and found.keys() != kept.keys():
-            _write(file, found)
-    return found
+        if file is not None and entries.keys() != stored.keys():
+            _write(file, entries)
+    return entries
 
 
 def _checksum(entries: dict[str, Tensor]) -> str:
@@ -140,7 +151,7 @@ def _checksum(entries: dict[str, Tensor]) -> str:
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    """The entries of a file as memory maps, which take no memory until they are read; none of a file that is not whole."""
+    """The entries of a file as memory maps; none, with a warning, if the file is damaged."""
     if not file.exists():
         return {}
     atomic.check(file, foreign)
@@ -148,10 +159,10 @@ def _read(file: Path) -> dict[str, Tensor]:
         entries = files.tensors(file)
         if files.metadata(file).get("checksum") == _checksum(entries):
             return entries
-        why = "its bytes are not those that were written"
+        reason = "its bytes are not those that were written"
     except UserError as error:
-        why = str(error).rstrip(".")
-    warnings.warn(f"{file} is made anew: {why}", stacklevel=2)
+        reason = str(error).rstrip(".")
+    warnings.warn(f"{file} is made anew: {reason}", stacklevel=2)
     return {}
 
 
@@ -164,7 +175,7 @@ def foreign(file: Path) -> Path | None:
 
 
 def _write(file: Path, entries: dict[str, Tensor]) -> None:
-    """Written beside its place, then renamed: who reads meanwhile, and what was mapped before, sees the old file whole."""
+    """Write whole or not at all: other readers and open memory maps keep the old file."""
     try:
         with atomic.write(file, foreign) as new:
             save_file(
@@ -176,5 +187,6 @@ def _write(file: Path, entries: dict[str, Tensor]) -> None:
         size = sum(value.nbytes for value in entries.values()) / 1e6
         why = " ".join(str(error).split())
         raise UserError(
-            f"{file}: {size:.1f} MB cannot be written ({why}); free some space, or name another folder."
+            f"{file}: {size:.1f} MB cannot be written ({why}); "
+            "free some space, or name another folder."
         ) from error

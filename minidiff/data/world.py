@@ -1,8 +1,9 @@
-"""The built-in world: an endless, seeded supply of captioned pictures of simple things is drawn, described and split all in this file.
+"""The built-in world: an endless, seeded supply of captioned images of simple things.
 
-A picture shows one or two flat-coloured things on a plain background. Every attribute is known, so a picture can be checked
-against its caption exactly (critic.py), and whole combinations of attributes can be kept away from training (split_of).
-Pixel coordinates: x to the right, y down; lengths in a thing's own frame are in units of its radius.
+An image shows one or two flat-coloured things on a plain background. Every attribute is known, so
+an image can be checked against its caption exactly (critic.py), and whole combinations of
+attributes can be held out of training (split_of). Pixel coordinates: x to the right, y down.
+Lengths in a thing's own frame are in units of its radius.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import random
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from minidiff.errors import UserError
@@ -38,11 +39,9 @@ RELATIONS = ("above", "below", "left of", "right of")
 INVERSE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 SPLITS = ("train", "held-out")
 
-RADIUS = {"small": (0.130, 0.145), "large": (0.205, 0.220)}  # in units of the picture's side
-MARGIN, GAP = (
-    0.025,
-    0.07,
-)  # to the picture's edge and between two things: 4 * 0.22 + 2 * MARGIN + GAP = 1, so two large ones just fit
+RADIUS = {"small": (0.130, 0.145), "large": (0.205, 0.220)}  # in units of the image's side
+# To the edge and between two things. Two large things just fit: 4 * 0.22 + 2 * MARGIN + GAP = 1.
+MARGIN, GAP = 0.025, 0.07
 COLOUR_JITTER = 0.03  # at most, in each channel
 
 
@@ -62,7 +61,7 @@ class Scene:
     relation: str | None = None
 
 
-# Shapes: signed distance to the outline, negative inside. Each fills the box [-1, 1]^2 or nearly so.
+# Shapes: signed distance to the outline, negative inside. Each about fills the box [-1, 1]^2.
 
 
 def circle(x: Tensor, y: Tensor) -> Tensor:
@@ -93,7 +92,7 @@ def ring(x: Tensor, y: Tensor) -> Tensor:
 
 
 def star(x: Tensor, y: Tensor) -> Tensor:
-    """Five points, one up: mirrors fold the plane onto half a point, whose outline is one straight edge."""
+    """Five points, one up. Mirrors fold the plane onto half a point with one straight edge."""
     outer, inner = 1.05, 0.47
     c, s = math.cos(math.radians(36)), math.sin(math.radians(36))
     x, y = x.abs(), 0.095 - y  # centre the box, turn y up
@@ -105,7 +104,7 @@ def star(x: Tensor, y: Tensor) -> Tensor:
 
 
 def heart(x: Tensor, y: Tensor) -> Tensor:
-    """Two discs and the tangents from them to the tip; `lean` is the angle of the tangents' normals."""
+    """Two discs, and the tangents from them to the tip (lean: the angle of their normals)."""
     lean = math.radians(40)
     nx, ny = math.cos(lean), math.sin(lean)
     radius = 1 / (1 + nx)
@@ -117,45 +116,44 @@ SHAPES = {f.__name__: f for f in (circle, square, triangle, diamond, cross, ring
 
 
 def split_of(scene: Scene) -> str:
-    """The one split that this whole combination of attributes belongs to: about a fifth is held out, chosen by a stable hash."""
+    """The split of this combination of attributes; a stable hash holds out about a fifth."""
     things, relation = scene.things, scene.relation
     if relation in ("below", "right of"):  # "A below B" is the same combination as "B above A"
         things, relation = things[::-1], INVERSE[relation]
-    canonical = "; ".join(
-        [f"{t.size} {t.colour} {t.shape}" for t in things] + [str(relation), scene.background]
-    )
+    attributes = [f"{t.size} {t.colour} {t.shape}" for t in things]
+    canonical = "; ".join([*attributes, str(relation), scene.background])
     return "held-out" if hashlib.sha256(canonical.encode()).digest()[0] % 5 == 0 else "train"
 
 
 class World:
-    """Scenes, their captions and their pictures. A world can know only some of the shapes, colours and backgrounds."""
+    """Scenes, their captions and their images, of all or some shapes, colours and backgrounds.
+
+    size: the side of the images in pixels, at least 32.
+    """
 
     def __init__(
         self,
         size: int = 64,
-        shapes=tuple(SHAPES),
-        colours=tuple(COLOURS),
-        backgrounds=tuple(BACKGROUNDS),
+        shapes: tuple[str, ...] = tuple(SHAPES),
+        colours: tuple[str, ...] = tuple(COLOURS),
+        backgrounds: tuple[str, ...] = tuple(BACKGROUNDS),
     ):
-        for what, names, known in (
-            ("shape", shapes, SHAPES),
-            ("colour", colours, COLOURS),
-            ("background", backgrounds, BACKGROUNDS),
+        tables = {"shape": SHAPES, "colour": COLOURS, "background": BACKGROUNDS}
+        for names, (kind, table) in zip(
+            (shapes, colours, backgrounds), tables.items(), strict=True
         ):
-            if not names or set(names) - set(known):
+            if not names or set(names) - set(table):
                 raise UserError(
-                    f"World: each {what} must be one of {', '.join(known)}; got {', '.join(names) or 'none'}."
+                    f"World: each {kind} must be one of {', '.join(table)}; "
+                    f"got {', '.join(names) or 'none'}."
                 )
         if size < 32:
             raise UserError(
-                f"World: pictures of {size} pixels are too small to tell the shapes apart; use a size of 32 or more."
+                f"World: pictures of {size} pixels are too small to tell the shapes apart; "
+                "use a size of 32 or more."
             )
-        self.size, self.shapes, self.colours, self.backgrounds = (
-            size,
-            tuple(shapes),
-            tuple(colours),
-            tuple(backgrounds),
-        )
+        self.size, self.shapes = size, tuple(shapes)
+        self.colours, self.backgrounds = tuple(colours), tuple(backgrounds)
 
     def scene(
         self,
@@ -164,7 +162,10 @@ class World:
         split: str | None = "train",
         two_objects: float = 0.5,
     ) -> Scene:
-        """Draw attributes until they belong to `split` (None: any); `objects` None: two with probability `two_objects`, else one."""
+        """Draw attributes until they belong to `split` (None: any split).
+
+        objects: 1 or 2; default: 2 with probability `two_objects`, else 1.
+        """
         if split not in (None, *SPLITS):
             raise UserError(f'World: split must be "train", "held-out" or None, not "{split}".')
         if objects not in (None, 1, 2):
@@ -175,148 +176,150 @@ class World:
                 Thing(rng.choice(self.shapes), rng.choice(self.colours), rng.choice(SIZES))
                 for _ in range(count)
             )
-            scene = Scene(
-                things, rng.choice(self.backgrounds), rng.choice(RELATIONS) if count == 2 else None
-            )
-            told_apart = len({(t.shape, t.colour) for t in things}) == count
-            if told_apart and split in (None, split_of(scene)):
+            background = rng.choice(self.backgrounds)
+            scene = Scene(things, background, rng.choice(RELATIONS) if count == 2 else None)
+            distinct = len({(thing.shape, thing.colour) for thing in things}) == count
+            if distinct and split in (None, split_of(scene)):
                 return scene
         raise UserError(
-            f"World: no {split} scene of {count} object(s) with so few shapes, colours and backgrounds; allow more of them."
+            f"World: no {split} scene of {count} object(s) with so few shapes, colours and "
+            "backgrounds; allow more of them."
         )
 
     def caption(self, scene: Scene, rng: random.Random, full: bool = False) -> str:
-        """Say what is to be seen. Sizes (1 in 5) and the background (1 in 2) may go unsaid, unless `full`."""
+        """Describe the scene. Sizes (1 in 5) and the background (1 in 2) may be omitted.
 
-        def article(phrase):
-            return ("an " if phrase[0] in "aeiou" else "a ") + phrase
-
-        def describe(thing):
-            said = full or rng.random() < 0.8
-            size = rng.choices((thing.size, *SYNONYMS[thing.size]), (8, 1, 1))[0]
-            form = rng.random()
-            if form < 0.10:
-                return article(
-                    f"{size} {thing.shape} in {thing.colour}"
-                    if said
-                    else f"{thing.shape} in {thing.colour}"
-                )
-            if form < 0.15 and len(scene.things) == 1:
-                return article(
-                    f"{thing.shape} that is {size} and {thing.colour}"
-                    if said
-                    else f"{thing.shape} that is {thing.colour}"
-                )
-            return article(
-                f"{size} {thing.colour} {thing.shape}" if said else f"{thing.colour} {thing.shape}"
-            )
-
+        full: omit nothing.
+        """
         things, relation = scene.things, scene.relation
         if relation and rng.random() < 0.5:
             things, relation = things[::-1], INVERSE[relation]
         if relation in ("left of", "right of") and rng.random() < 0.75:
             relation = f"to the {relation}"
-        text = f" {relation} ".join(describe(thing) for thing in things)
-        text = (
-            rng.choices(("", "there is ", "a picture of ", "an image of "), (6, 2, 1, 1))[0] + text
-        )
+        phrases = [_describe(thing, rng, full, alone=len(things) == 1) for thing in things]
+        text = f" {relation} ".join(phrases)
+        opening = rng.choices(("", "there is ", "a picture of ", "an image of "), (6, 2, 1, 1))[0]
         if full or rng.random() < 0.5:
-            text += rng.choice(
-                (f" on {article(scene.background)} background", f" on {scene.background}")
-            )
-        return text
+            background = _article(scene.background)
+            text += rng.choice((f" on {background} background", f" on {scene.background}"))
+        return opening + text
 
     def draw(self, scenes: list[Scene], rng: random.Random) -> Float[Tensor, "B 3 H W"]:
-        """Anti-aliased pictures in [-1, 1]; `rng` chooses the positions, the exact sizes and the exact colours."""
+        """Draw anti-aliased images in [-1, 1]; `rng` chooses exact positions, sizes and colours."""
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
-
-        def uniform(*shape):
-            return torch.rand(shape, generator=generator)
-
-        def jittered(table, names):
-            return (
-                torch.tensor([table[name] for name in names])
-                + COLOUR_JITTER * (2 * uniform(len(names), 3) - 1)
-            ).clamp(0, 1)
-
-        things = [
-            thing for scene in scenes for thing in (scene.things * 2)[:2]
-        ]  # a lone thing fills both places: one shape for all tensors
+        # A lone thing fills both places, so that all scenes share one shape of tensors.
+        things = [thing for scene in scenes for thing in (scene.things * 2)[:2]]
         lone = torch.tensor([len(scene.things) == 1 for scene in scenes])
 
         low, high = torch.tensor([RADIUS[thing.size] for thing in things]).view(-1, 2, 2).unbind(-1)
-        radius = low + (high - low) * uniform(*low.shape)
-        centre = self._place(scenes, radius, lone, uniform)
-        colour = jittered(COLOURS, [thing.colour for thing in things]).view(-1, 2, 3)
-        background = jittered(BACKGROUNDS, [scene.background for scene in scenes])
+        radius = low + (high - low) * torch.rand(low.shape, generator=generator)
+        centre = _place(scenes, radius, lone, generator)
+        colour = _jitter(COLOURS, [thing.colour for thing in things], generator).view(-1, 2, 3)
+        background = _jitter(BACKGROUNDS, [scene.background for scene in scenes], generator)
 
-        pixels = (torch.arange(self.size) + 0.5) / self.size
-        inside = self._coverage(things, lone, centre.flatten(0, 1), radius.flatten(), pixels).view(
-            -1, 2, 1, self.size, self.size
-        )
-        picture = background[:, :, None, None].expand(-1, -1, self.size, self.size)
+        coverage = self._coverage(things, lone, centre.flatten(0, 1), radius.flatten())
+        inside = coverage.view(-1, 2, 1, self.size, self.size)
+        image = background[:, :, None, None].expand(-1, -1, self.size, self.size)
         for k in (0, 1):
-            picture = torch.lerp(picture, colour[:, k, :, None, None], inside[:, k])
-        return picture * 2 - 1
+            image = torch.lerp(image, colour[:, k, :, None, None], inside[:, k])
+        return image * 2 - 1
 
-    def _place(
-        self, scenes, radius: Float[Tensor, "B 2"], lone, uniform
-    ) -> Float[Tensor, "B 2 xy"]:
-        """Centres, in units of the side: clear of the edge, clear of each other, and clearly more apart along the relation than across it."""
-        B = len(scenes)
-        room = 1 - 2 * MARGIN - 2 * radius
-        alone = (
-            MARGIN + radius[..., None] + room[..., None] * uniform(B, 2, 2)
-        )  # each anywhere by itself
-        spare = (
-            1 - 2 * MARGIN - GAP - 2 * radius.sum(1)
-        )  # what is left along the relation when both stand as close as allowed
-        shares = uniform(B, 3) + 1e-6
-        before, between, _ = (spare[:, None] * shares / shares.sum(1, keepdim=True)).unbind(1)
-        first = MARGIN + radius[:, 0] + before
-        second = first + radius.sum(1) + GAP + between
-        across = alone[:, 0, 1]
-        beside = across + (second - first) * 0.4 * (2 * uniform(B) - 1)
-        beside = torch.minimum(
-            torch.maximum(beside, MARGIN + radius[:, 1]), 1 - MARGIN - radius[:, 1]
-        )
-        pair = torch.stack(
-            [torch.stack([first, across], 1), torch.stack([second, beside], 1)], 1
-        )  # things[0] left of things[1]
-        vertical = torch.tensor([scene.relation in ("above", "below") for scene in scenes])
-        backward = torch.tensor([scene.relation in ("below", "right of") for scene in scenes])
-        pair = torch.where(vertical[:, None, None], pair.flip(2), pair)
-        pair = torch.where(
-            backward[:, None, None], 1 - pair, pair
-        )  # turned about the middle of the picture
-        return torch.where(lone[:, None, None], alone, pair)
+    def _coverage(
+        self,
+        things: list[Thing],
+        lone: Bool[Tensor, "B"],
+        centre: Float[Tensor, "N xy"],
+        radius: Float[Tensor, "N"],
+    ) -> Float[Tensor, "N H W"]:
+        """The share of each pixel that a thing covers.
 
-    def _coverage(self, things, lone, centre, radius, pixels) -> Float[Tensor, "N H W"]:
-        """How much of every pixel each thing covers: the signed distance in pixels, clipped to half a pixel either side."""
+        It is the signed distance in pixels, clipped to half a pixel on either side.
+        """
+        pixels = (torch.arange(self.size) + 0.5) / self.size
         inside = torch.zeros(len(things), self.size, self.size)
         absent = {2 * k + 1 for k in lone.nonzero().flatten().tolist()}
-        for name in SHAPES:
+        for name, signed_distance in SHAPES.items():
             group = [k for k, thing in enumerate(things) if thing.shape == name and k not in absent]
             if group:
                 scale = 1 / radius[group, None]
                 x, y = ((pixels - centre[group, axis, None]) * scale for axis in (0, 1))
-                distance = SHAPES[name](x[:, None, :], y[:, :, None]) * (
-                    radius[group, None, None] * self.size
-                )
+                distance = signed_distance(x[:, None, :], y[:, :, None])
+                distance = distance * (radius[group, None, None] * self.size)
                 inside[group] = (0.5 - distance).clamp(0, 1)
         return inside
 
     def batch(
         self,
         n: int,
-        seed,
+        seed: object,
         objects: int | None = None,
         split: str | None = "train",
         full: bool = False,
         two_objects: float = 0.5,
     ) -> tuple[Float[Tensor, "B 3 H W"], list[str], list[Scene]]:
-        """`n` pictures, captions and scenes: a pure function of the arguments, so that no data need ever be stored."""
+        """Draw n images with captions and scenes; the arguments alone determine them.
+
+        objects, split, two_objects: as in `scene`. full: as in `caption`.
+        """
         rng = random.Random(str(seed))
         scenes = [self.scene(rng, objects, split, two_objects) for _ in range(n)]
         captions = [self.caption(scene, rng, full) for scene in scenes]
         return self.draw(scenes, rng), captions, scenes
+
+
+def _article(phrase: str) -> str:
+    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
+
+
+def _describe(thing: Thing, rng: random.Random, full: bool, alone: bool) -> str:
+    """A phrase for a thing, such as "a tiny ring in blue"."""
+    with_size = full or rng.random() < 0.8
+    size = rng.choices((thing.size, *SYNONYMS[thing.size]), (8, 1, 1))[0]
+    form, start = rng.random(), f"{size} " if with_size else ""
+    if form < 0.10:
+        return _article(f"{start}{thing.shape} in {thing.colour}")
+    if form < 0.15 and alone:
+        size = f"{size} and " if with_size else ""
+        return _article(f"{thing.shape} that is {size}{thing.colour}")
+    return _article(f"{start}{thing.colour} {thing.shape}")
+
+
+def _jitter(
+    table: dict[str, tuple[float, float, float]], names: list[str], generator: torch.Generator
+) -> Float[Tensor, "N rgb"]:
+    """Colours by name, each a little off."""
+    noise = 2 * torch.rand(len(names), 3, generator=generator) - 1
+    return (torch.tensor([table[name] for name in names]) + COLOUR_JITTER * noise).clamp(0, 1)
+
+
+def _place(
+    scenes: list[Scene],
+    radius: Float[Tensor, "B 2"],
+    lone: Bool[Tensor, "B"],
+    generator: torch.Generator,
+) -> Float[Tensor, "B 2 xy"]:
+    """Centres in units of the side, clear of the edge and of each other.
+
+    Two things are clearly farther apart along their relation than across it.
+    """
+    B = len(scenes)
+    room = 1 - 2 * MARGIN - 2 * radius
+    anywhere = torch.rand(B, 2, 2, generator=generator)
+    alone = MARGIN + radius[..., None] + room[..., None] * anywhere
+    # The room left along the relation when both things stand as close as allowed.
+    spare = 1 - 2 * MARGIN - GAP - 2 * radius.sum(1)
+    shares = torch.rand(B, 3, generator=generator) + 1e-6
+    before, between, _ = (spare[:, None] * shares / shares.sum(1, keepdim=True)).unbind(1)
+    first = MARGIN + radius[:, 0] + before
+    second = first + radius.sum(1) + GAP + between
+    across = alone[:, 0, 1]
+    beside = across + (second - first) * 0.4 * (2 * torch.rand(B, generator=generator) - 1)
+    lowest, highest = MARGIN + radius[:, 1], 1 - MARGIN - radius[:, 1]
+    beside = torch.minimum(torch.maximum(beside, lowest), highest)
+    # things[0] left of things[1]; then turned for the other relations.
+    pair = torch.stack([torch.stack([first, across], 1), torch.stack([second, beside], 1)], 1)
+    vertical = torch.tensor([scene.relation in ("above", "below") for scene in scenes])
+    backward = torch.tensor([scene.relation in ("below", "right of") for scene in scenes])
+    pair = torch.where(vertical[:, None, None], pair.flip(2), pair)
+    pair = torch.where(backward[:, None, None], 1 - pair, pair)
+    return torch.where(lone[:, None, None], alone, pair)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from minidiff import pipeline
 from minidiff.data import critic
-from minidiff.data.folder import CaptionedFolder, Pictures, load_all, to_model
+from minidiff.data.folder import CaptionedFolder, CaptionedImages, load_all, to_model
 from minidiff.data.world import Scene, World
 from minidiff.errors import UserError
 from minidiff.evaluation import features, metrics
@@ -166,7 +166,7 @@ def of_folder(
     def shown() -> Batches:
         for i in range(0, len(data), AT_ONCE):
             pictures, captions = load_all(
-                Pictures(data.paths[i : i + AT_ONCE], data.captions[i : i + AT_ONCE]), size
+                CaptionedImages(data.paths[i : i + AT_ONCE], data.captions[i : i + AT_ONCE]), size
             )
             yield to_model(pictures), captions
 

@@ -1,11 +1,16 @@
-"""From pictures to features: the networks that a distance between pictures can be measured in, in this file. Four are always there, offline.
+"""From images to features: the networks in which distances between images are measured.
 
-A distance says what its features see and nothing else: small pixels see where colours are, a random network sees texture, the critic sees
-attributes, a classifier of CIFAR-10 what tells its ten classes apart. Pictures are (B, 3, H, W) in [-1, 1], of any one size.
+A distance shows only what its features show. Small pixels show where colours are, a random network
+texture, the critic attributes, a classifier of CIFAR-10 what tells its ten classes apart. All but
+Inception's and CLIP's are always there, offline. Images are (B, 3, H, W) in [-1, 1], of any size.
 
-[1] Naeem et al. Reliable Fidelity and Diversity Metrics for Generative Models. 2020. arXiv:2002.09797 (section 5: random networks)
-[2] Heusel et al. GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium. 2017. arXiv:1706.08500
-[3] Hessel et al. CLIPScore: A Reference-free Evaluation Metric for Image Captioning. 2021. arXiv:2104.08718
+[1] Naeem et al. Reliable Fidelity and Diversity Metrics for Generative Models. 2020.
+    arXiv:2002.09797 (section 5: random networks)
+[2] Heusel et al. GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
+    Equilibrium. 2017. arXiv:1706.08500
+[3] Hessel et al. CLIPScore: A Reference-free Evaluation Metric for Image Captioning. 2021.
+    arXiv:2104.08718
+[4] He et al. Deep Residual Learning for Image Recognition. 2016. arXiv:1512.03385
 """
 
 import math
@@ -18,28 +23,32 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from minidiff.data import critic
 from minidiff.data.folder import to_uint8
 from minidiff.errors import UserError
-from minidiff.evaluation.classifier import Classifier
+from minidiff.layers import ResBlock
 
-Pictures = Float[Tensor, "B 3 H W"]
-SIDE = 32  # what the random network sees, whatever the size
+Images = Float[Tensor, "B 3 H W"]
+SIDE = 32  # the side that the random network and the classifier see
 WIDTHS = (3, 32, 64, 64)
+GROUPS = 8  # group norm: an image's features do not depend on its batch
 INCEPTION, CIFAR10 = "inception-v3-compat", "cifar10-resnet"
 
 
-def pixels(pictures: Pictures) -> Float[Tensor, "B 192"]:
+def pixels(images: Images) -> Float[Tensor, "B 192"]:
     """Mean colours of 8 x 8 patches."""
-    return F.adaptive_avg_pool2d(pictures, 8).flatten(1)
+    return F.adaptive_avg_pool2d(images, 8).flatten(1)
 
 
-def random_conv(pictures: Pictures) -> Float[Tensor, "B 128"]:
-    """Three convolutions with random weights, seed 0, each halving the side; then mean and spread of each channel. [1] recommends random
-    weights where pictures are far from the photographs that pretrained networks know."""
-    x = F.adaptive_avg_pool2d(pictures, SIDE)
+def random_conv(images: Images) -> Float[Tensor, "B 128"]:
+    """Mean and standard deviation of each channel after three random convolutions (seed 0).
+
+    Each convolution halves the side. [1] recommends random weights for images that are far from the
+    photographs that pretrained networks know.
+    """
+    x = F.adaptive_avg_pool2d(images, SIDE)
     for weight in _random_weights():
         x = F.leaky_relu(F.conv2d(x, weight.to(x), stride=2, padding=1), 0.2)
     return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1)
@@ -55,16 +64,16 @@ def _random_weights() -> list[Float[Tensor, "out in 3 3"]]:
 
 
 def attributes(reading: critic.Reading) -> Float[Tensor, "D"]:
-    """What the critic sees, as numbers: the background, and of the two largest things shape, colour, size and place; how many things there are."""
-    things = [*reading.things, None, None][:2]
+    """The critic's reading of an image as numbers.
+
+    They are: the count of things; the background; shape, colour, place and size of the two largest
+    things. Radii reach 1/4, so they are taken four times to weigh as much as the others.
+    """
     numbers = [float(len(reading.things)), *_one_hot(reading.background, critic.BACKGROUNDS)]
-    for thing in things:
-        numbers += _one_hot(thing and thing.shape, dict.fromkeys(critic.WORDS.values())) + _one_hot(
-            thing and thing.colour, critic.COLOURS
-        )
-        numbers += (
-            [thing.x, thing.y, 4 * thing.radius] if thing else [0.0] * 3
-        )  # radii up to 1/4: as large as the others
+    for thing in [*reading.things, None, None][:2]:
+        numbers += _one_hot(thing and thing.shape, dict.fromkeys(critic.WORDS.values()))
+        numbers += _one_hot(thing and thing.colour, critic.COLOURS)
+        numbers += [thing.x, thing.y, 4 * thing.radius] if thing else [0.0] * 3
     return torch.tensor(numbers)
 
 
@@ -72,34 +81,60 @@ def _one_hot(name: str | None, names: dict) -> list[float]:
     return [float(name == other) for other in names]
 
 
-def critic_attributes(pictures: Pictures) -> Float[Tensor, "B D"]:
-    """For pictures of the built-in world: `attributes` of each."""
-    return torch.stack([attributes(critic.read(picture)) for picture in pictures])
+def critic_attributes(images: Images) -> Float[Tensor, "B D"]:
+    """`attributes` of each image of the built-in world."""
+    return torch.stack([attributes(critic.read(image)) for image in images])
+
+
+class Classifier(nn.Module):
+    """A small residual classifier of 32x32 images, used for its features.
+
+    A residual block ([4]) at each of 16x16, 8x8 and 4x4; the mean over places gives the features,
+    and one linear layer the logits.
+    """
+
+    def __init__(self, classes: int, channels: tuple[int, ...] = (32, 64, 128)):
+        super().__init__()
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), ResBlock(b, b, groups=GROUPS))
+            for a, b in pairwise((3, *channels))
+        )
+        self.norm = nn.GroupNorm(GROUPS, channels[-1])
+        self.out = nn.Linear(channels[-1], classes)
+
+    def features(self, images: Images) -> Float[Tensor, "B D"]:
+        h = images
+        for stage in self.stages:
+            h = stage(h)
+        return F.silu(self.norm(h)).mean((2, 3))
+
+    def forward(self, images: Images) -> Float[Tensor, "B K"]:
+        """The logit of each class."""
+        return self.out(self.features(images))
 
 
 @torch.no_grad()
-def cifar10(pictures: Pictures) -> Float[Tensor, "B 128"]:
-    """What a small classifier of CIFAR-10 has before its last layer; networks/README.md is its card. For small photographs."""
-    return _cifar10().features(F.adaptive_avg_pool2d(pictures.cpu(), SIDE))
+def cifar10(images: Images) -> Float[Tensor, "B 128"]:
+    """Features of a `Classifier` of CIFAR-10, for small photographs; see networks/README.md."""
+    return _cifar10().features(F.adaptive_avg_pool2d(images.cpu(), SIDE))
 
 
 @cache
-def _cifar10() -> torch.nn.Module:
+def _cifar10() -> Classifier:
     network = Classifier(10)
-    network.load_state_dict(
-        load_file(Path(__file__).parents[1] / "networks" / "cifar10_resnet.safetensors")
-    )
+    file = Path(__file__).parents[1] / "networks" / "cifar10_resnet.safetensors"
+    network.load_state_dict(load_file(file))
     return network.float().eval()
 
 
-def inception(pictures: Pictures) -> Float[Tensor, "B 2048"]:
-    """Inception v3 as published with [2], through torch-fidelity; distances in it are called FID."""
+def inception(images: Images) -> Float[Tensor, "B 2048"]:
+    """Inception v3 of [2], through torch-fidelity. Distances in it are called FID."""
     with torch.no_grad():
-        return _inception()(to_uint8(pictures).cpu())[0]
+        return _inception()(to_uint8(images).cpu())[0]
 
 
 @cache
-def _inception() -> torch.nn.Module:
+def _inception() -> nn.Module:
     try:
         from torch_fidelity.utils import create_feature_extractor
     except ImportError:
@@ -112,7 +147,8 @@ def _inception() -> torch.nn.Module:
         reason = " ".join(str(error).split())
         others = ", ".join(name for name in NETWORKS if name != INCEPTION)
         raise UserError(
-            f"Inception's weights cannot be had ({reason}); go online once, or use other features: {others}."
+            f"Inception's weights cannot be had ({reason}); go online once, "
+            f"or use other features: {others}."
         ) from None
 
 
@@ -123,30 +159,27 @@ NETWORKS: dict[str, Callable[[Tensor], Tensor]] = {
     CIFAR10: cifar10,
     INCEPTION: inception,
 }
-DEFAULTS = (
-    "pixels-8x8",
-    "random-conv-0",
-    "critic-attributes",
-)  # what nobody named is measured in; the last only on the built-in world
+# Measured by default; the last one only on the built-in world.
+DEFAULTS = ("pixels-8x8", "random-conv-0", "critic-attributes")
 
 
 def by_name(name: str) -> Callable[[Tensor], Tensor]:
-    """The network a command line names."""
+    """The network of this name; UserError if there is none, or if its weights cannot be had."""
     if name not in NETWORKS:
         raise UserError(f'no features "{name}"; there is {", ".join(NETWORKS)}.')
     if name == INCEPTION:
-        _inception()  # complains before anything slow
+        _inception()  # fails before anything slow has begun
     return NETWORKS[name]
 
 
-def features(name: str, pictures: Pictures, batch: int = 256) -> Float[Tensor, "B D"]:
-    """A named network's features of pictures, a batch at a time."""
+def features(name: str, images: Images, batch: int = 256) -> Float[Tensor, "B D"]:
+    """Features of images in a named network, a batch at a time."""
     network = by_name(name)
-    return torch.cat([network(some) for some in pictures.split(batch)])
+    return torch.cat([network(some) for some in images.split(batch)])
 
 
 @cache
-def _clip(name: str, weights: str) -> tuple[torch.nn.Module, Callable]:
+def _clip(name: str, weights: str) -> tuple[nn.Module, Callable]:
     import open_clip
 
     try:
@@ -154,39 +187,26 @@ def _clip(name: str, weights: str) -> tuple[torch.nn.Module, Callable]:
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(
-            f"CLIP's weights {name}/{weights} cannot be had ({reason}); go online once, or leave --clip out."
+            f"CLIP's weights {name}/{weights} cannot be had ({reason}); "
+            "go online once, or leave --clip out."
         ) from None
     return model, open_clip.get_tokenizer(name)
 
 
+@torch.no_grad()
 def clip_similarity(
-    pictures: Pictures, prompts: list[str], name: str = "ViT-B-32", weights: str = "openai"
+    images: Images, prompts: list[str], name: str = "ViT-B-32", weights: str = "openai"
 ) -> Float[Tensor, "B"]:
-    """The cosine between each picture and its prompt in CLIP's space: what [3] multiplies by 2.5, others by 100. Weights are fetched on first use."""
+    """The cosine between each image and its prompt in CLIP's space.
+
+    [3] multiplies it by 2.5, others by 100. The weights are downloaded on first use.
+    """
     model, tokenizer = _clip(name, weights)
-    side = (
-        model.visual.image_size[0]
-        if isinstance(model.visual.image_size, tuple)
-        else model.visual.image_size
-    )
-    mean, std = (
-        torch.tensor(numbers).view(3, 1, 1)
-        for numbers in (model.visual.image_mean, model.visual.image_std)
-    )
-    tokens = tokenizer(prompts)
-    found = []
-    with torch.no_grad():
-        for some, words in zip(pictures.cpu().split(64), tokens.split(64), strict=True):
-            shown = (
-                F.interpolate(some / 2 + 0.5, (side, side), mode="bicubic", antialias=True).clamp(
-                    0, 1
-                )
-                - mean
-            ) / std
-            found.append(
-                (
-                    F.normalize(model.encode_image(shown), dim=1)
-                    * F.normalize(model.encode_text(words), dim=1)
-                ).sum(1)
-            )
-    return torch.cat(found)
+    visual, cosines = model.visual, []
+    side = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (visual.image_mean, visual.image_std))
+    for some, words in zip(images.cpu().split(64), tokenizer(prompts).split(64), strict=True):
+        scaled = F.interpolate(some / 2 + 0.5, (side, side), mode="bicubic", antialias=True)
+        image_vectors = model.encode_image((scaled.clamp(0, 1) - mean) / std)
+        cosines.append(F.cosine_similarity(image_vectors, model.encode_text(words)))
+    return torch.cat(cosines)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from minidiff.errors import UserError
 from minidiff.evaluation.bench import Bench, Figure, draw, figures
-from minidiff.figures.plots import _save, _style
+from minidiff.figures.curves import save, style
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.sampling import SampleConfig
 from minidiff.training import atomic
@@ -167,7 +167,7 @@ def figure(rows: list[Row], path: Path) -> Path:
         list(dict.fromkeys(row["sampler"] for row in rows)),
     )
     colours = LogNorm(min(speed), max(speed) * 1.01)
-    with _style():
+    with style():
         sheet = matplotlib.figure.Figure((9.0, 5.0), layout="constrained")
         axis, names = sheet.subplots(1, 2, width_ratios=(5, 3))
         for sampler, mark in zip(samplers, cycle("os^vDPX*p"), strict=False):
@@ -212,4 +212,4 @@ def figure(rows: list[Row], path: Path) -> Path:
         ]
         said = "\n".join(f"{number}  {line}" for number, line in enumerate(alike, 1))
         names.text(0, 1, f"The Pareto front\n\n{said}", verticalalignment="top", fontsize=7)
-        return _save(sheet, path)
+        return save(sheet, path)

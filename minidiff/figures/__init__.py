@@ -1,1 +1,1 @@
-"""Every figure and picture file."""
+"""Every figure and image file."""

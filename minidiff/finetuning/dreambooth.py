@@ -26,16 +26,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minidiff import pipeline
-from minidiff.data import latents as cache
 from minidiff.data.folder import (
     CaptionedFolder,
-    Pictures,
-    existing,
-    load_picture,
-    pictures_in,
+    CaptionedImages,
+    check_folder,
+    images_in,
+    load_image,
     to_model,
 )
-from minidiff.data.latents import Example
+from minidiff.data.latents import Example, fingerprint
 from minidiff.errors import UserError
 from minidiff.figures import plots
 from minidiff.finetuning.loop import encoded
@@ -87,14 +86,14 @@ def recipe(model: LatentDiffusion, method: str) -> Recipe:
     }[method]
 
 
-def subject_pictures(folder: Path, prompt: str, caption_column: str = "text") -> Pictures:
+def subject_pictures(folder: Path, prompt: str, caption_column: str = "text") -> CaptionedImages:
     """The pictures of the subject: each with the prompt, or with its own captions where the folder has a metadata.jsonl."""
-    folder = existing(folder)
+    folder = check_folder(folder)
     if (folder / "metadata.jsonl").exists():
         data = CaptionedFolder(folder, caption_column=caption_column)
     else:
-        paths = pictures_in(folder)
-        data = Pictures(paths, [prompt] * len(paths))
+        paths = images_in(folder)
+        data = CaptionedImages(paths, [prompt] * len(paths))
     count = len(set(data.paths))
     if not count:
         raise UserError(f"{folder}: there are no pictures in it; put 3 to 6 of the subject there.")
@@ -151,7 +150,7 @@ def class_pictures(
     steps: int = 25,
     guidance: float | None = None,
     seed: int = 0,
-) -> Pictures:
+) -> CaptionedImages:
     """A picture for each prompt, drawn by the model as it is now, into folder/0000.png and so on.
 
     Every file carries the key of all that it follows from: the weights, the prompts of its batch, sampler, steps, guidance, seed. One that is
@@ -163,14 +162,14 @@ def class_pictures(
             "no class pictures: prior preservation has nothing to preserve. Ask for some, or go without it."
         )
     guidance = model.guidance if guidance is None else guidance
-    weights = [cache.fingerprint(part) for part in (model.vae, model.text, model.unet)]
+    weights = [fingerprint(part) for part in (model.vae, model.text, model.unet)]
     paths = [folder / f"{k:04d}.png" for k in range(len(prompts))]
     for path in paths:
         atomic.check(path, foreign)
     for path in set(folder.glob("[0-9]*.png")) - set(paths):
         if path.stem.isdecimal() and foreign(path) is None:  # of an earlier run that drew more
             path.unlink()
-    others = [path for path in (pictures_in(folder) if folder.is_dir() else []) if foreign(path)]
+    others = [path for path in (images_in(folder) if folder.is_dir() else []) if foreign(path)]
     if others:
         warnings.warn(
             f"{folder}: {len(others)} pictures are not ours, {others[0].name} for one; they are left alone, and not used",
@@ -188,13 +187,13 @@ def class_pictures(
                 for path, picture, prompt in zip(places, drawn.float().cpu(), some, strict=True):
                     plots.save_png(picture, path, {"prompt": prompt, "key": key}, foreign)
             bar.update(len(some))
-    return Pictures(paths, prompts)
+    return CaptionedImages(paths, prompts)
 
 
 def foreign(path: Path) -> Path | None:
     """path, where it is not a class picture of ours: one that carries a key, or is damaged and carries our signature; see atomic.Stranger."""
     try:
-        load_picture(path)
+        load_image(path)
     except UserError:
         return atomic.unsigned(path)
     with Image.open(path) as picture:
@@ -206,7 +205,7 @@ def carries(path: Path, key: str) -> bool:
     if not path.exists():
         return False
     try:
-        load_picture(path)
+        load_image(path)
     except UserError:
         return False
     with Image.open(path) as picture:
@@ -214,7 +213,7 @@ def carries(path: Path, key: str) -> bool:
 
 
 def subject_examples(
-    model: LatentDiffusion, data: Pictures, shift: float, folder: Path, seed: int
+    model: LatentDiffusion, data: CaptionedImages, shift: float, folder: Path, seed: int
 ) -> list[Example]:
     """The subject as training sees it: every picture as it is or, with a shift, moved about."""
     return (
@@ -223,13 +222,15 @@ def subject_examples(
 
 
 @torch.no_grad()
-def moved_about(model: LatentDiffusion, data: Pictures, shift: float, seed: int) -> list[Example]:
+def moved_about(
+    model: LatentDiffusion, data: CaptionedImages, shift: float, seed: int
+) -> list[Example]:
     """COPIES of every picture as examples, each moved by up to `shift` of the side in each direction, its edge repeated where it leaves: a subject
     that was always seen in the same five places is drawn in these only."""
     generator, examples = torch.Generator().manual_seed(seed), []
     reach = round(shift * model.size)
     for path, caption in zip(data.paths, data.captions, strict=True):
-        picture = to_model(load_picture(path, model.size))
+        picture = to_model(load_image(path, model.size))
         copies = torch.stack([moved(picture, reach, generator) for _ in range(COPIES)])
         examples += [
             Example(latents, caption) for latents in model.vae.encode(copies.to(model.device)).cpu()

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 from minidiff.checkpoints import files
-from minidiff.data import latents as cache
-from minidiff.data.latents import Example
+from minidiff.data.latents import Example, fingerprint
 from minidiff.errors import UserError
 from minidiff.finetuning.groups import Group
 from minidiff.latent_diffusion import LatentDiffusion
@@ -33,7 +32,7 @@ def identity(
     """What a run is made of, as run.json has it: settings by name, a word for all weights of each part, the
     fingerprints of each group."""
     parts = {"VAE": model.vae, "text tower": model.text, "U-Net": model.unet}
-    weights = {name: cache.fingerprint(part) for name, part in parts.items()}
+    weights = {name: fingerprint(part) for name, part in parts.items()}
     weights["denoiser"] = f"{model.denoiser.target}, {model.denoiser.weighting}, {model.schedule}"
     return {"settings": settings, "weights": weights, "data": fingerprints(groups)}
 

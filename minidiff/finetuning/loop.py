@@ -20,10 +20,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from minidiff.data import latents as cache
 from minidiff.data.buckets import bucket
-from minidiff.data.folder import Pictures, load_picture
-from minidiff.data.latents import Example
+from minidiff.data.folder import CaptionedImages, load_image
+from minidiff.data.latents import Example, encode_captions, encode_images
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.finetuning.groups import Batch, Group, GroupLoss, batches, pieces
@@ -44,7 +43,7 @@ SHARED = 50_000_000  # trained numbers below which a CPU's cores share a batch b
 
 def encoded(
     model: LatentDiffusion,
-    data: Pictures,
+    data: CaptionedImages,
     size: int,
     folder: Path | None,
     flip: bool = False,
@@ -54,12 +53,12 @@ def encoded(
     With flip each is there a second time, mirrored. folder: where the latents are kept."""
     sizes = [(size, size)] * len(data)
     if shapes:
-        seen = (load_picture(path).shape for path in data.paths)
+        seen = (load_image(path).shape for path in data.paths)
         sizes = [
             bucket(width, height, size**2, model.vae.factor * model.unet.multiple)
             for _, height, width in seen
         ]
-    latents = cache.encoded(model.vae, data.paths, sizes, folder, flip)
+    latents = encode_images(model.vae, data.paths, sizes, folder, flip)
     return [
         Example(z, caption) for z, caption in zip(latents, data.captions * (1 + flip), strict=True)
     ]
@@ -187,7 +186,7 @@ def finetune(
     contexts = (
         None
         if text or word or model.text.dim is None
-        else cache.contexts(model.text, captions, out / "cache")
+        else encode_captions(model.text, captions, out / "cache")
     )
     average, loss_fn = (
         None if ema is None else EMA(trained, ema),

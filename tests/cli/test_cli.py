@@ -263,7 +263,7 @@ def test_a_long_prompt_says_in_one_line_which_words_fell_off(ran, tiny, tmp_path
     (["data"], "data what? There is data coco, data check."),
     (["data", "check"], "missing from minidiff data check: DIR the folder to check."),
     (["data", "coco", "--size", "3"], "missing from minidiff data coco: --annotations FILE"),
-    (["data", "coco", "--annotations"], "no --annotations; name a COCO caption file, such as captions_val2017.json."),
+    (["data", "coco", "--annotations"], "no annotations; name a COCO caption file, such as captions_val2017.json."),
     (["generate", PROMPT, "--n", "2", PROMPT], f"{PROMPT}; see minidiff generate --help."),
     (["generate"], "no prompt; say what to draw, as in: minidiff generate"),
     (["generate", "\udcff"], r"the argument '\udcff' is not valid UTF-8;"),

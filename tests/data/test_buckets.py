@@ -1,4 +1,6 @@
-"""Aspect-ratio buckets: sizes, what is cut away, and batches of one size that follow from their number."""
+"""Aspect-ratio buckets: sizes, what is cut away, and batches of one size that follow from their
+number.
+"""
 
 from collections import Counter
 from itertools import chain, islice
@@ -9,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from minidiff.data.buckets import batches, bucket, cut, shapes
-from minidiff.data.folder import load_picture
+from minidiff.data.folder import load_image
 
 
 def test_the_sizes_of_stable_diffusion():
-    """512x512 in steps of 64, by hand: beside each side from 4 to 16 (times 64) the longest other one, and the same on their sides."""
+    """512x512 in steps of 64, by hand: beside each side from 4 to 16 (times 64) the longest other
+    one, and the same on their sides.
+    """
     beside = {
         4: 16,
         5: 12,
@@ -35,7 +39,9 @@ def test_the_sizes_of_stable_diffusion():
 
 @given(some.integers(1, 40), some.integers(1, 16), some.integers(1, 5000), some.integers(1, 5000))
 def test_a_bucket_fits(units, multiple, width, height):
-    """Multiples, of at most the square's area and more than half of it, no side beyond twice the square's; and the picture lying down goes alike."""
+    """Multiples, of at most the square's area and more than half of it, no side beyond twice the
+    square's; and the picture lying down goes alike.
+    """
     side = units * multiple
     h, w = bucket(width, height, side * side, multiple)
     assert (
@@ -70,7 +76,7 @@ def test_what_is_cut_away(tmp_path):
     picture = Image.new("L", (256, 192))
     picture.putdata([x for _ in range(192) for x in range(256)])
     picture.save(tmp_path / "a.png")
-    loaded = load_picture(tmp_path / "a.png", (192, 192))
+    loaded = load_image(tmp_path / "a.png", (192, 192))
     assert 1 - (loaded.max() - loaded.min() + 1).item() / 256 == pytest.approx(
         cut(256, 192, (192, 192)), abs=1 / 256
     )
@@ -80,7 +86,9 @@ SIZES = [(32, 32)] * 7 + [(64, 16)] * 4 + [(16, 64)]
 
 
 def test_batches_of_one_size_meet_everything():
-    """Seven by three, four by three, and one alone: 3 + 2 + 1 batches an epoch; each is met, and at most what fills up is met again."""
+    """Seven by three, four by three, and one alone: 3 + 2 + 1 batches an epoch; each is met, and at
+    most what fills up is met again.
+    """
     run = list(islice(batches(SIZES, 3, 5, 0), 60))
     assert all(len(batch) == 3 and len({SIZES[i] for i in batch}) == 1 for batch in run)
     for epoch in range(10):

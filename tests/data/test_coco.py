@@ -1,4 +1,6 @@
-"""COCO's files become a captioned folder: the right pictures, the caption with the words, the same bytes for the same seed, nothing half-written."""
+"""COCO's files become a captioned folder: the right pictures, the caption with the words, the same
+bytes for the same seed, nothing half-written.
+"""
 
 import http.server
 import json
@@ -11,6 +13,7 @@ from PIL import Image
 
 from minidiff.cli.main import main
 from minidiff.data import coco
+from minidiff.data.coco_config import CocoConfig
 from minidiff.data.folder import CaptionedFolder
 from minidiff.errors import UserError
 
@@ -36,7 +39,7 @@ def picture(path, seed, size=(40, 30)):
 
 @pytest.fixture
 def files(tmp_path):
-    """Annotations, instances and a folder of pictures in which 9 is missing and 7 has no caption."""
+    """Annotations, instances and a folder of images, of which 9 is missing and 7 has no caption."""
     images = [
         {
             "id": i,
@@ -141,10 +144,16 @@ def test_a_line_has_all_that_coco_says(make, files):
     rows, selection, said = make()
     assert [row["coco_id"] for row in rows] == [1, 2, 3, 4]
     assert rows[0] | {"text": "", "text_index": 0} == {
-        "file_name": "images/001.jpg", "text": "", "text_index": 0, "coco_id": 1,
+        "file_name": "images/001.jpg",
+        "text": "",
+        "text_index": 0,
+        "coco_id": 1,
         "captions": ["A red apple in a Bowl.", "A fruit.", "An apple and a bowl of soup."],
-        "license": "Attribution License", "license_url": "http://by", "source_url": "http://f/1", "coco_url": "http://c/1",
-    }  # fmt: skip
+        "license": "Attribution License",
+        "license_url": "http://by",
+        "source_url": "http://f/1",
+        "coco_url": "http://c/1",
+    }
     assert [row["license_url"] for row in rows] == [
         "http://by",
         "http://sa",
@@ -162,9 +171,12 @@ def test_a_line_has_all_that_coco_says(make, files):
     assert selection["pictures"] == 4 and selection["captions"] == 9
     assert selection["licenses"] == {"Attribution License": 2, "ShareAlike": 1, "unknown": 1}
     assert selection["left out"] == {
-        "captions seen before": 1, "empty captions": 1, "captions without a picture": 1,
-        "captioned pictures that are not in --images": 1, "pictures without captions": 1,
-    }  # fmt: skip
+        "captions seen before": 1,
+        "empty captions": 1,
+        "captions without a picture": 1,
+        "captioned pictures that are not in --images": 1,
+        "pictures without captions": 1,
+    }
     assert said.out.splitlines()[:3] == [
         str(files / "out/metadata.jsonl"),
         str(files / "out/selection.json"),
@@ -176,23 +188,28 @@ def test_a_line_has_all_that_coco_says(make, files):
     )
 
 
-@pytest.mark.parametrize("words, found", [
-    ("apple,bowl", {1: {0, 2}, 2: {1}}),  # 2's first caption has pineapples; 3's words stand in two captions
-    (" APPLE , bowls ", {}),
-    ("apples", {2: {1}}),
-    ("a", {1: {0, 1, 2}, 2: {0, 1}, 3: {1}, 4: {0, 1}, 9: {0}}),  # not "as", not inside a word
-    ("green apple", {2: {1}}),
-    ("a.ple", {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, found",
+    [
+        # 2's first caption has pineapples; 3's words stand in two captions
+        ("apple,bowl", {1: {0, 2}, 2: {1}}),
+        (" APPLE , bowls ", {}),
+        ("apples", {2: {1}}),
+        ("a", {1: {0, 1, 2}, 2: {0, 1}, 3: {1}, 4: {0, 1}, 9: {0}}),  # not "as", not inside a word
+        ("green apple", {2: {1}}),
+        ("a.ple", {}),
+    ],
+)
 def test_all_words_in_one_caption_as_whole_words(files, words, found):
     from minidiff.cli.options import words as split
 
+    config = CocoConfig((files / "captions.json",), files / "images", contains=tuple(split(words)))
     if not found:
         with pytest.raises(UserError, match="no caption has all of the words"):
-            coco.read((files / "captions.json",), split(words))
+            coco.read(config)
         return
-    source = coco.read((files / "captions.json",), split(words))
-    assert source.wanted == sorted(found)
+    source = coco.read(config)
+    assert source.matches == sorted(found)
     for (
         i,
         indices,
@@ -257,18 +274,21 @@ def test_by_category(make, refused, files):
         *instances, "--category", "aple"
     )
     assert 'no category "x"; there is apple, bowl.' in refused(*instances, "--category", "x")
-    assert "--category needs --instances" in refused("--category", "bowl")
+    assert "category needs instances" in refused("--category", "bowl")
     assert "captions.json: not a COCO file such as instances_val2017.json" in refused(
         "--instances", files / "captions.json", "--category", "bowl"
     )
 
 
-@pytest.mark.parametrize("options, size", [
-    (["--crop", "centre"], (30, 30)),
-    (["--pixels", 15], (20, 15)),
-    (["--pixels", 60], (80, 60)),
-    (["--crop", "centre", "--pixels", 16], (16, 16)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, size",
+    [
+        (["--crop", "centre"], (30, 30)),
+        (["--pixels", 15], (20, 15)),
+        (["--pixels", 60], (80, 60)),
+        (["--crop", "centre", "--pixels", 16], (16, 16)),
+    ],
+)
 def test_crop_and_pixels(make, files, options, size):
     said = make(*options)[2]
     assert ("enlarged: 4 to --pixels 60" in said.out) == (size == (80, 60))
@@ -337,16 +357,22 @@ def test_a_folder_that_is_there_is_left_alone(files, make, capsys):
     assert before == sorted((path, path.read_bytes()) for path in (files / "out").rglob("*.*"))
 
 
-@pytest.mark.parametrize("content, said", [
-    ("{", "not a COCO file such as captions_val2017.json (JSONDecodeError"),
-    ("[]", "not a COCO file"),
-    ("{}", "(KeyError: 'annotations'); it needs images, and annotations with captions."),
-    ('{"images": [], "annotations": [3]}', "not a COCO file"),
-    ('{"images": [], "annotations": []}', "the annotations hold no captions; name a captions_*.json of COCO."),
-    ('{"images": [{"id": 1}], "annotations": []}', "(KeyError: 'file_name')"),
-    ("[" * 100_000, "(RecursionError"),
-    ("\xff\xfe", "not a COCO file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("{", "not a COCO file such as captions_val2017.json (JSONDecodeError"),
+        ("[]", "not a COCO file"),
+        ("{}", "(KeyError: 'annotations'); it needs images, and annotations with captions."),
+        ('{"images": [], "annotations": [3]}', "not a COCO file"),
+        (
+            '{"images": [], "annotations": []}',
+            "the annotations hold no captions; name a captions_*.json of COCO.",
+        ),
+        ('{"images": [{"id": 1}], "annotations": []}', "(KeyError: 'file_name')"),
+        ("[" * 100_000, "(RecursionError"),
+        ("\xff\xfe", "not a COCO file"),
+    ],
+)
 def test_annotations_that_are_none(refused, files, content, said):
     (files / "bad.json").write_bytes(content.encode("latin-1"))
     assert said in refused(annotations=files / "bad.json")
@@ -358,19 +384,19 @@ def test_what_cannot_be(refused, files):
         "instances.json: not a COCO file such as captions_val2017.json (KeyError: 'caption')"
         in refused(annotations=files / "instances.json")
     )
-    assert "no --images; name the folder" in refused(images=())
+    assert "no images; name the folder" in refused(images=())
     assert "no such folder" in refused(images=("--images", files / "nowhere"))
     assert "none of the 5 pictures that were asked for is in" in refused(
         images=("--images", picture(files / "other/a.jpg", 0).parent)
     )
-    assert 'no crop "center"; --crop is centre or none.' in refused("--crop", "center")
-    assert "--pixels is 0; it must be at least 1." in refused("--pixels", 0)
-    assert "--size is 0; it must be at least 1." in refused("--size", 0)
+    assert 'no crop "center"; crop is centre or none.' in refused("--crop", "center")
+    assert "pixels is 0; it must be at least 1." in refused("--pixels", 0)
+    assert "size is 0; it must be at least 1." in refused("--size", 0)
     for i in (1, 2, 3, 4):
         (files / f"images/00{i}.jpg").write_bytes(b"broken")
     assert (
-        "nothing to write: all of the 4 pictures that were asked for are left out: 4 damaged pictures."
-        in refused()
+        "nothing to write: all of the 4 pictures that were asked for are left "
+        "out: 4 damaged pictures." in refused()
     )
 
 
@@ -383,7 +409,7 @@ def test_nothing_is_left_when_it_ends_in_the_middle(files, make, monkeypatch, ca
             raise KeyboardInterrupt
         args[2].write_bytes(b"half")
 
-    monkeypatch.setattr(coco.Shape, "save", save)
+    monkeypatch.setattr(coco, "save_image", save)
     with pytest.raises(SystemExit) as end:
         make()
     assert end.value.code == 130 and len(saved) == 3
@@ -451,8 +477,8 @@ def test_download_without_a_network_is_one_line(refused, server):
     server.shutdown()
     server.server_close()
     assert (
-        "cannot be fetched ([Errno 111] Connection refused); --download needs the network: without it,"
-        in refused("--download", images=())
+        "cannot be fetched ([Errno 111] Connection refused); downloading needs "
+        "the network: without it," in refused("--download", images=())
     )
 
 
@@ -469,11 +495,10 @@ def test_only_the_web_is_fetched_from(files, tmp_path):
 
 def test_real_annotations(real_data, tmp_path):
     folder = real_data / "coco"
-    source = coco.read(
-        (folder / "captions_val2017.json", folder / "captions_train2017_subset.json"), []
-    )
+    files = folder / "captions_val2017.json", folder / "captions_train2017_subset.json"
+    source = coco.read(CocoConfig(files, folder / "images", size=200))
     assert len(source.captions) == 5026 and source.counts == {"captions seen before": 7}
-    selection = coco.write(source, folder / "images", tmp_path / "all", 200, coco.Shape())
+    selection = coco.write(source, tmp_path / "all")
     assert (
         selection["pictures"] == 111
         and selection["left out"]["captioned pictures that are not in --images"] == 4915
@@ -494,10 +519,9 @@ def test_real_annotations(real_data, tmp_path):
 
 
 def test_real_apples_in_a_bowl(real_data, tmp_path):
-    source = coco.read((real_data / "coco/captions_val2017.json",), ["apple", "bowl"])
-    coco.write(
-        source, real_data / "coco/images", tmp_path / "apples", 100, coco.Shape("centre", 64)
-    )
+    files, images = (real_data / "coco/captions_val2017.json",), real_data / "coco/images"
+    config = CocoConfig(files, images, contains=("apple", "bowl"), crop="centre", pixels=64)
+    coco.write(coco.read(config), tmp_path / "apples")
     data = CaptionedFolder(tmp_path / "apples")
     assert (
         len(data) == 1

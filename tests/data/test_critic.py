@@ -1,4 +1,6 @@
-"""The critic agrees with the truth, also on spoilt pictures, and a caption that is wrong in one attribute does not get past it."""
+"""The critic agrees with the truth, also on spoilt pictures, and a caption that is wrong in one
+attribute does not get past it.
+"""
 
 import random
 from dataclasses import replace
@@ -23,7 +25,9 @@ everywhere = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """The critic's tensors are tiny: threads only wait for each other, long where the machine is busy."""
+    """The critic's tensors are tiny: threads only wait for each other, long where the machine is
+    busy.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -31,7 +35,9 @@ def one_thread():
 
 
 def spoil(images, size):
-    """What a sampler might do to a picture: soften it by 0.6 pixels at 32 x 32 (1.0 at 64 x 64) and add noise of 0.05 in units of 0..1."""
+    """What a sampler might do to a picture: soften it by 0.6 pixels at 32 x 32 (1.0 at 64 x 64) and
+    add noise of 0.05 in units of 0..1.
+    """
     soft = gaussian_blur(images, 9, 0.6 if size == 32 else 1.0)
     return (
         soft + 2 * 0.05 * torch.randn(images.shape, generator=torch.Generator().manual_seed(size))
@@ -206,5 +212,6 @@ if __name__ == "__main__":  # the figures of docs/world.md
         counts = [deceived(size, split, bad, kind) for bad in (False, True) for kind in KINDS]
         accepted, total = (sum(column) for column in zip(*counts, strict=True))
         print(
-            f"{size}x{size} {split:9} clean {clean:.2%}  spoilt {spoilt:.2%}  wrong captions accepted {accepted} of {total}"
+            f"{size}x{size} {split:9} clean {clean:.2%}  spoilt {spoilt:.2%}  wrong "
+            f"captions accepted {accepted} of {total}"
         )

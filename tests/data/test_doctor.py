@@ -1,4 +1,6 @@
-"""Each trap makes exactly its finding appear, a clean folder gives none, doctor and loader agree on every folder, and no folder is too broken."""
+"""Each trap makes exactly its finding appear, a clean folder gives none, doctor and loader agree on
+every folder, and no folder is too broken.
+"""
 
 import json
 import os
@@ -20,7 +22,7 @@ from PIL import Image, ImageEnhance
 from minidiff.cli.main import main
 from minidiff.data.doctor import examine as doctor
 from minidiff.data.doctor.traps import TRAPS, near_duplicates
-from minidiff.data.folder import CaptionedFolder, ClassFolder, load_picture
+from minidiff.data.folder import CaptionedFolder, ClassFolder, load_image
 from minidiff.errors import UserError
 
 META = "metadata.jsonl"
@@ -62,10 +64,16 @@ def test_a_clean_folder_gives_no_finding(clean):
     report = doctor.examine(clean, size=64)
     assert report.findings == [] and doctor.as_text(report).endswith(f"{clean}: can be trained on")
     assert report.summary == {
-        "pictures": 6, "pictures that no line names": 0, "captions": 6, "different captions": 6,
+        "pictures": 6,
+        "pictures that no line names": 0,
+        "captions": 6,
+        "different captions": 6,
         "shorter side in pixels": {"least": 64, "median": 64, "most": 64},
-        "tokens of a caption": {"least": 3, "median": 3, "most": 3}, "captions over 75 tokens": 0, "the same picture twice": 0, "near-duplicate": 0,
-    }  # fmt: skip
+        "tokens of a caption": {"least": 3, "median": 3, "most": 3},
+        "captions over 75 tokens": 0,
+        "the same picture twice": 0,
+        "near-duplicate": 0,
+    }
 
 
 # One trap at a time: what is done to the clean folder.
@@ -160,54 +168,117 @@ def bars(picture):
 
 LONG = " ".join(["word"] * 80 + ["the", "end"])
 ERRORS = {
-    "no metadata.jsonl": [lambda folder: (folder / META).unlink(), content(META, lambda _: b"\n \n"),
-                          both(file("train/metadata.jsonl"), lambda folder: (folder / META).unlink())],
-    "not UTF-8": [content(META, lambda whole: whole + b'{"file_name": "caf\xe9"}'), content(META, lambda whole: whole.decode().encode("utf-16"))],
-    "not JSON": [added("{'file_name': '3.png'}"), added("[1]"), added("[" * 100_000), added('{"n": ' + "9" * 5000 + "}")],
+    "no metadata.jsonl": [
+        lambda folder: (folder / META).unlink(),
+        content(META, lambda _: b"\n \n"),
+        both(file("train/metadata.jsonl"), lambda folder: (folder / META).unlink()),
+    ],
+    "not UTF-8": [
+        content(META, lambda whole: whole + b'{"file_name": "caf\xe9"}'),
+        content(META, lambda whole: whole.decode().encode("utf-16")),
+    ],
+    "not JSON": [
+        added("{'file_name': '3.png'}"),
+        added("[1]"),
+        added("[" * 100_000),
+        added('{"n": ' + "9" * 5000 + "}"),
+    ],
     "no caption column": [row(3, text=..., caption="x"), row(3, text=...)],
-    "not a caption": [row(3, text=None), row(3, text=[]), row(3, text={"a": {}}), row(3, text=[[1]]), row(3, text="half \ud800")],
-    "missing picture": [added({"file_name": "7.png", "text": "x"}),
-                        added({"file_name": "a\0", "text": "x"}),
-                        added({"file_name": "n" * 999, "text": "x"}),
-                        both(lambda folder: os.mkfifo(folder / "pipe"), added({"file_name": "pipe", "text": "x"})),
-                        both(link("dead.jpg", "nowhere"), added({"file_name": "dead.jpg", "text": "x"})),
-                        both(link("circle", "circle"), added({"file_name": "circle", "text": "x"}))],
-    "outside the folder": [both(outside, added({"file_name": "../outside.png", "text": "x"})), added({"file_name": "/etc/passwd", "text": "x"}),
-                           both(outside, link("out.png", "../outside.png"), added({"file_name": "out.png", "text": "x"}))],
+    "not a caption": [
+        row(3, text=None),
+        row(3, text=[]),
+        row(3, text={"a": {}}),
+        row(3, text=[[1]]),
+        row(3, text="half \ud800"),
+    ],
+    "missing picture": [
+        added({"file_name": "7.png", "text": "x"}),
+        added({"file_name": "a\0", "text": "x"}),
+        added({"file_name": "n" * 999, "text": "x"}),
+        both(lambda folder: os.mkfifo(folder / "pipe"), added({"file_name": "pipe", "text": "x"})),
+        both(link("dead.jpg", "nowhere"), added({"file_name": "dead.jpg", "text": "x"})),
+        both(link("circle", "circle"), added({"file_name": "circle", "text": "x"})),
+    ],
+    "outside the folder": [
+        both(outside, added({"file_name": "../outside.png", "text": "x"})),
+        added({"file_name": "/etc/passwd", "text": "x"}),
+        both(
+            outside, link("out.png", "../outside.png"), added({"file_name": "out.png", "text": "x"})
+        ),
+    ],
     "empty file": [content("3.png", lambda _: b"")],
-    "unreadable picture": [content("3.png", lambda whole: whole[: len(whole) // 2]), content("3.png", lambda _: b"text"),
-                           both(file("3.heic"), added({"file_name": "3.heic", "text": "x"}))],
-}  # fmt: skip
+    "unreadable picture": [
+        content("3.png", lambda whole: whole[: len(whole) // 2]),
+        content("3.png", lambda _: b"text"),
+        both(file("3.heic"), added({"file_name": "3.heic", "text": "x"})),
+    ],
+}
 OTHERS = {
     "picture without a caption": [lambda folder: image(50).save(folder / "more.png")],
     "picture in another format": [file("a.heic"), file("deep/a.AVIF")],
     "empty caption": [row(3, text=""), row(3, text=" \n"), row(3, text=["", "x"])],
     "caption too long": [row(3, text=LONG)],
     "the same line twice": [lambda folder: rewrite(folder, [*lines(folder), lines(folder)[3]])],
-    "the same picture twice": [both(lambda folder: image(3).save(folder / "twin.bmp"), added({"file_name": "twin.bmp", "text": "x"}))],
-    "near-duplicate": [both(lambda folder: image(3).save(folder / "like.jpg", quality=80), added({"file_name": "like.jpg", "text": "x"})),
-                       both(lambda folder: ImageEnhance.Brightness(image(3)).enhance(0.9).save(folder / "like.png"),
-                            added({"file_name": "like.png", "text": "x"}))],
+    "the same picture twice": [
+        both(
+            lambda folder: image(3).save(folder / "twin.bmp"),
+            added({"file_name": "twin.bmp", "text": "x"}),
+        )
+    ],
+    "near-duplicate": [
+        both(
+            lambda folder: image(3).save(folder / "like.jpg", quality=80),
+            added({"file_name": "like.jpg", "text": "x"}),
+        ),
+        both(
+            lambda folder: ImageEnhance.Brightness(image(3)).enhance(0.9).save(folder / "like.png"),
+            added({"file_name": "like.png", "text": "x"}),
+        ),
+    ],
     "smaller than the training size": [replaced(change=lambda picture: picture.resize((64, 48)))],
     "long and narrow": [replaced(change=lambda picture: picture.resize((192, 64)))],
-    "black bars": [replaced(change=bars), replaced(change=lambda picture: Image.new("RGB", (64, 64)))],
-    "link out of the folder": [both(outside, link("more.txt", "../outside.png")), link("elsewhere", "..")],
-    "names that differ in case alone": [both(file("Notes.txt"), file("notes.TXT")), both(file("é"), file(unicodedata.normalize("NFD", "é")))],
+    "black bars": [
+        replaced(change=bars),
+        replaced(change=lambda picture: Image.new("RGB", (64, 64))),
+    ],
+    "link out of the folder": [
+        both(outside, link("more.txt", "../outside.png")),
+        link("elsewhere", ".."),
+    ],
+    "names that differ in case alone": [
+        both(file("Notes.txt"), file("notes.TXT")),
+        both(file("é"), file(unicodedata.normalize("NFD", "é"))),
+    ],
     "one picture in several lines": [added({"file_name": "./3.png", "text": "another"})],
     "byte-order mark": [content(META, lambda whole: b"\xef\xbb\xbf" + whole)],
     "turned by EXIF": [lambda folder: image(3).save(folder / "3.png", exif=orientation(image(3)))],
-    "grey": [replaced(change=lambda picture: picture.convert("L")), replaced(change=lambda picture: picture.convert("1"))],
+    "grey": [
+        replaced(change=lambda picture: picture.convert("L")),
+        replaced(change=lambda picture: picture.convert("1")),
+    ],
     "transparent": [replaced(change=lambda picture: picture.convert("RGBA"))],
     "palette": [replaced(change=lambda picture: picture.quantize(200))],
     "CMYK": [replaced(name="c.jpg", change=lambda picture: picture.convert("CMYK"))],
-    "16-bit": [lambda folder: Image.fromarray(np.asarray(image(3))[..., 0].astype(np.uint16) * 257).save(folder / "3.png"),
-               png16],
+    "16-bit": [
+        lambda folder: Image.fromarray(np.asarray(image(3))[..., 0].astype(np.uint16) * 257).save(
+            folder / "3.png"
+        ),
+        png16,
+    ],
     "animated": [replaced(name="a.webp", save_all=True, append_images=[image(60)])],
-    "sides not divisible by 64": [replaced(change=lambda picture: picture.resize((72, 64))),
-                                  replaced(change=lambda picture: picture.resize((64, 65)))],
-    "junk": [file(".DS_Store"), file("Thumbs.db"), file("._3.png"),
-             file(".ipynb_checkpoints/a.png"), file("deep/desktop.ini"), file("__MACOSX/._a.png")],
-}  # fmt: skip
+    "sides not divisible by 64": [
+        replaced(change=lambda picture: picture.resize((72, 64))),
+        replaced(change=lambda picture: picture.resize((64, 65))),
+    ],
+    "junk": [
+        file(".DS_Store"),
+        file("Thumbs.db"),
+        file("._3.png"),
+        file(".ipynb_checkpoints/a.png"),
+        file("deep/desktop.ini"),
+        file("__MACOSX/._a.png"),
+    ],
+}
 CASES = [
     (trap, k, change)
     for table in (ERRORS, OTHERS)
@@ -237,12 +308,14 @@ def test_each_trap_makes_exactly_its_finding_appear(clean, tmp_path, trap, k, ch
 
 
 def agree(folder, report):
-    """The loader takes exactly the folders in which the doctor found no error, and says the first of them."""
+    """The loader takes exactly the folders in which the doctor found no error, and says the first
+    of them.
+    """
     try:
         data = CaptionedFolder(folder)
         said = None
         for path in dict.fromkeys(data.paths):
-            load_picture(path)
+            load_image(path)
     except UserError as error:
         said = str(error)
     assert said == (report.errors[0].what if report.errors else None)
@@ -251,21 +324,43 @@ def agree(folder, report):
 # What is said of it.
 
 
-@pytest.mark.parametrize("change, said", [
-    (row(3, text=..., caption="x"), 'line 4: no column "text"; found "file_name", "caption". Rename it, or pass --caption-column caption.'),
-    (row(3, file_name="4.pgn"), 'metadata.jsonl, line 4: picture "4.pgn" is missing; did you mean "4.png"?'),
-    (both(file("train/metadata.jsonl"), lambda folder: (folder / META).unlink()), "train/metadata.jsonl; pass the folder it lies in"),
-    (row(3, text=LONG), '82 tokens; cut off: "word word word word word the end"'),
-    (replaced(change=lambda picture: picture.resize((100, 70))), "100 x 70; nearest by 8 96 x 72, by 64 128 x 64"),
-    (replaced(change=lambda picture: picture.resize((320, 64))), "320 x 64: 80% is cut off"),
-    (replaced(change=lambda picture: picture.resize((64, 32))), "64 x 32: enlarged 2 times"),
-    (lambda folder: image(3).save(folder / "3.png", exif=orientation(image(3))), "3.png  orientation 6"),
-    (replaced(change=bars), "25% of it"),
-    (lambda folder: image(3).save(folder / "5.png"), "5.png  as 3.png"),
-    (added({"file_name": "3.png", "text": "caption number 3"}), "line 7  as line 4"),
-    (content("3.png", lambda _: b""), "3.png: not a readable picture (the file is empty); replace it"),
-    (lambda folder: (folder / META).unlink(), "--layout classes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (
+            row(3, text=..., caption="x"),
+            'line 4: no column "text"; found "file_name", "caption". Rename it, or '
+            "pass --caption-column caption.",
+        ),
+        (
+            row(3, file_name="4.pgn"),
+            'metadata.jsonl, line 4: picture "4.pgn" is missing; did you mean "4.png"?',
+        ),
+        (
+            both(file("train/metadata.jsonl"), lambda folder: (folder / META).unlink()),
+            "train/metadata.jsonl; pass the folder it lies in",
+        ),
+        (row(3, text=LONG), '82 tokens; cut off: "word word word word word the end"'),
+        (
+            replaced(change=lambda picture: picture.resize((100, 70))),
+            "100 x 70; nearest by 8 96 x 72, by 64 128 x 64",
+        ),
+        (replaced(change=lambda picture: picture.resize((320, 64))), "320 x 64: 80% is cut off"),
+        (replaced(change=lambda picture: picture.resize((64, 32))), "64 x 32: enlarged 2 times"),
+        (
+            lambda folder: image(3).save(folder / "3.png", exif=orientation(image(3))),
+            "3.png  orientation 6",
+        ),
+        (replaced(change=bars), "25% of it"),
+        (lambda folder: image(3).save(folder / "5.png"), "5.png  as 3.png"),
+        (added({"file_name": "3.png", "text": "caption number 3"}), "line 7  as line 4"),
+        (
+            content("3.png", lambda _: b""),
+            "3.png: not a readable picture (the file is empty); replace it",
+        ),
+        (lambda folder: (folder / META).unlink(), "--layout classes"),
+    ],
+)
 def test_what_is_said(clean, change, said):
     change(clean)
     assert said in doctor.as_text(doctor.examine(clean, size=64))
@@ -287,8 +382,10 @@ def test_pictures_that_no_line_names_stop_nothing(clean):
     file("empty.png", b"")(clean)
     report = doctor.examine(clean, size=64)
     assert {(finding.level, finding.trap) for finding in report.findings} == {
-        ("warning", "picture without a caption"), ("warning", "unreadable picture"), ("warning", "empty file"),
-    }  # fmt: skip
+        ("warning", "picture without a caption"),
+        ("warning", "unreadable picture"),
+        ("warning", "empty file"),
+    }
     agree(clean, report)
 
 
@@ -297,10 +394,13 @@ def test_a_line_has_both_its_faults_named_and_the_first_bad_line_comes_first(cle
     row(4, text=None)(clean)
     report = doctor.examine(clean, size=64)
     assert [(finding.trap, finding.where.rpartition(" ")[2]) for finding in report.errors] == [
-        ("missing picture", "3"), ("not a caption", "3"), ("not a caption", "5"),
-    ]  # fmt: skip
+        ("missing picture", "3"),
+        ("not a caption", "3"),
+        ("not a caption", "5"),
+    ]
     assert doctor.verdict(report).startswith(
-        f"cannot be trained on (missing picture: 1, not a caption: 2): {clean / META}, line 3: picture"
+        "cannot be trained on (missing picture: 1, not a caption: 2): "
+        f"{clean / META}, line 3: picture"
     )
 
 
@@ -312,7 +412,9 @@ def test_another_caption_column(clean):
 
 
 def test_near_duplicates_and_what_is_none(clean):
-    """Edits that nobody would take for another picture are found; no two of fifty pictures are taken for one another, nor are plain colours."""
+    """Edits that nobody would take for another picture are found; no two of fifty pictures are
+    taken for one another, nor are plain colours.
+    """
     for k in range(6, 50):
         image(k).save(clean / f"{k}.png")
     for name in ("red", "blue"):
@@ -342,7 +444,7 @@ def test_near_duplicates_and_what_is_none(clean):
         "large.png": "3.png",
         "near.png": "5.png",
     }  # a grey copy shares the shape, not the look
-    assert list(near_duplicates(report.seen, chunk=7)) == list(near_duplicates(report.seen))
+    assert list(near_duplicates(report.data, chunk=7)) == list(near_duplicates(report.data))
 
 
 def test_an_animated_gif_has_a_palette_too(clean):
@@ -478,7 +580,8 @@ def test_check_of_a_folder_that_cannot_be_trained_on_reports_first_and_ends_with
         and "report.json" in out
     )
     assert err.startswith(
-        f"minidiff: cannot be trained on (not a caption: 3, missing picture: 40): {clean / META}, line 1: "
+        "minidiff: cannot be trained on (not a caption: 3, missing picture: "
+        f"40): {clean / META}, line 1: "
     )
     assert err.endswith(f"(all in {tmp_path / 'out/report.json'})")
     groups = json.loads((tmp_path / "out/report.json").read_text())["findings"]
@@ -544,8 +647,26 @@ def test_strange_names_are_printed_as_escapes(clean):
 
 # No folder is too broken.
 
-NAMES = st.sampled_from(["0.png", "1.png", "A.PNG", "a.png", "sub/b.jpg", "x.gif", "c.tif", "d.webp", ".DS_Store", "._0.png", "e.heic", "f.txt", META,
-                         "metadata.csv", "sub/metadata.jsonl", "__MACOSX/0.png"])  # fmt: skip
+NAMES = st.sampled_from(
+    [
+        "0.png",
+        "1.png",
+        "A.PNG",
+        "a.png",
+        "sub/b.jpg",
+        "x.gif",
+        "c.tif",
+        "d.webp",
+        ".DS_Store",
+        "._0.png",
+        "e.heic",
+        "f.txt",
+        META,
+        "metadata.csv",
+        "sub/metadata.jsonl",
+        "__MACOSX/0.png",
+    ]
+)
 JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -586,11 +707,18 @@ ROWS = st.lists(
 )
 BYTES = st.binary(max_size=40) | st.builds(
     lambda seed, form, cut, places: damaged(seed, form, cut, places),
-    st.integers(0, 3), st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"]), st.floats(0.2, 1),
+    st.integers(0, 3),
+    st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"]),
+    st.floats(0.2, 1),
     st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=4),
-)  # fmt: skip
-WHOLE = {(seed, form): (lambda file: (image(seed, (16, 12)).save(file, form), file.seek(0), file.read())[2])(tempfile.TemporaryFile())
-         for seed in range(4) for form in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP")}  # fmt: skip
+)
+WHOLE = {
+    (seed, form): (
+        lambda file: (image(seed, (16, 12)).save(file, form), file.seek(0), file.read())[2]
+    )(tempfile.TemporaryFile())
+    for seed in range(4)
+    for form in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP")
+}
 
 
 def damaged(seed, form, cut, places):
@@ -651,7 +779,9 @@ def test_every_trap_is_in_the_book():
 
 @pytest.mark.slow
 def test_near_duplicates_of_real_pictures(real_data, tmp_path):
-    """What docs/data.md says of 111 pictures of COCO: which edits are still recognised, and that no two pictures are taken for one another.
+    """What docs/data.md says of 111 pictures of COCO: which edits are still recognised, and that no
+    two pictures are taken for one another.
+
     The bounds leave room for another Pillow's JPEG."""
     edits = {
         "jpeg": lambda picture: picture,  # saved at quality 30

@@ -1,4 +1,6 @@
-"""Pictures of every kind come out as upright RGB on white, and every fault of a data folder is one line that says where and what to do."""
+"""Pictures of every kind come out as upright RGB on white, and every fault of a data folder is one
+line that says where and what to do.
+"""
 
 import json
 import re
@@ -14,14 +16,14 @@ from minidiff.data import cifar10 as cifar10_module
 from minidiff.data.folder import (
     CaptionedFolder,
     ClassFolder,
-    check_size,
+    images_in,
     load_all,
-    load_picture,
-    pictures_in,
+    load_image,
     to_model,
     to_uint8,
 )
 from minidiff.errors import UserError
+from minidiff.options.sampling import check_size
 
 
 def picture(path, colour=(255, 0, 0), size=(8, 6), mode="RGB", **options):
@@ -96,14 +98,14 @@ def test_check_size(size, multiple, answer):
     ],
 )
 def test_modes(tmp_path, mode, colour, expected):
-    loaded = load_picture(picture(tmp_path / "a.png", colour, mode=mode))
+    loaded = load_image(picture(tmp_path / "a.png", colour, mode=mode))
     assert loaded.shape == (3, 6, 8) and loaded.dtype == torch.uint8
     assert (loaded == torch.tensor(expected, dtype=torch.uint8).view(3, 1, 1)).all()
 
 
 def test_16_bit_tiff(tmp_path):
     Image.fromarray(np.linspace(0, 65535, 256).astype(np.uint16)[None]).save(tmp_path / "a.tif")
-    assert torch.equal(load_picture(tmp_path / "a.tif")[0, 0], torch.arange(256, dtype=torch.uint8))
+    assert torch.equal(load_image(tmp_path / "a.tif")[0, 0], torch.arange(256, dtype=torch.uint8))
 
 
 def test_palette_with_transparency(tmp_path):
@@ -112,18 +114,16 @@ def test_palette_with_transparency(tmp_path):
     image.putpixel((1, 0), 1)
     image.save(tmp_path / "opaque.png")
     image.save(tmp_path / "clear.png", transparency=0)
-    assert load_picture(tmp_path / "opaque.png")[:, 0].T.tolist() == [[255, 0, 0], [0, 255, 0]]
-    assert load_picture(tmp_path / "clear.png")[:, 0].T.tolist() == [[255, 255, 255], [0, 255, 0]]
+    assert load_image(tmp_path / "opaque.png")[:, 0].T.tolist() == [[255, 0, 0], [0, 255, 0]]
+    assert load_image(tmp_path / "clear.png")[:, 0].T.tolist() == [[255, 255, 255], [0, 255, 0]]
 
 
 def test_rgb_with_one_transparent_colour(tmp_path):
-    assert (
-        load_picture(picture(tmp_path / "a.png", (9, 9, 9), transparency=(9, 9, 9))) == 255
-    ).all()
+    assert (load_image(picture(tmp_path / "a.png", (9, 9, 9), transparency=(9, 9, 9))) == 255).all()
 
 
 def test_cmyk(tmp_path):
-    loaded = load_picture(picture(tmp_path / "a.jpg", (0, 255, 255, 0), mode="CMYK")).float()
+    loaded = load_image(picture(tmp_path / "a.jpg", (0, 255, 255, 0), mode="CMYK")).float()
     assert (
         loaded.mean((1, 2)) - torch.tensor([255.0, 0, 0])
     ).abs().max() < 5  # JPEG loses a little
@@ -138,7 +138,7 @@ def test_exif_rotation(tmp_path, orientation, corner):
     exif = Image.Exif()
     exif[274] = orientation
     image.save(tmp_path / "a.png", exif=exif)
-    loaded = load_picture(tmp_path / "a.png")
+    loaded = load_image(tmp_path / "a.png")
     assert loaded.shape == ((3, 4, 8) if orientation in (1, 3) else (3, 8, 4))
     assert loaded[0, *corner] == 255 and loaded[0].sum() == 255
 
@@ -149,18 +149,18 @@ def test_resize_scales_the_shorter_side_and_cuts_the_centre(tmp_path):
     image.save(tmp_path / "wide.png")
     image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "tall.png")
     for name in ("wide.png", "tall.png"):
-        loaded = load_picture(tmp_path / name, 10)
+        loaded = load_image(tmp_path / name, 10)
         assert (
             loaded.shape == (3, 10, 10) and loaded[:, 2:-2, 2:-2].min() >= 254
         )  # Lanczos reaches a little way out of the square
-    assert load_picture(tmp_path / "wide.png", 64).shape == (3, 64, 64)  # smaller ones are enlarged
+    assert load_image(tmp_path / "wide.png", 64).shape == (3, 64, 64)  # smaller ones are enlarged
 
 
 def test_shrinking_is_antialiased(tmp_path):
     stripes = np.zeros((64, 64), np.uint8)
     stripes[:, ::2] = 255
     Image.fromarray(stripes).save(tmp_path / "a.png")
-    inside = load_picture(tmp_path / "a.png", 16)[:, :, 2:-2].float()
+    inside = load_image(tmp_path / "a.png", 16)[:, :, 2:-2].float()
     assert (
         inside - 127.5
     ).abs().max() < 8  # without it every pixel would be 0 or 255; Lanczos leaves a ripple
@@ -176,7 +176,7 @@ def test_every_truncation_is_a_user_error_that_names_the_file(tmp_path, suffix):
     for length in range(0, len(whole), max(1, len(whole) // 50)):
         path.write_bytes(whole[:length])
         try:
-            load_picture(path)
+            load_image(path)
         except UserError as error:
             failed += 1
             assert str(error).startswith(f"{path}: not a readable picture") and "\n" not in str(
@@ -196,16 +196,16 @@ def test_flipped_bytes_never_end_in_another_exception(tmp_path, monkeypatch):
             broken[random.integers(0, len(broken), 3)] = random.integers(0, 256, 3)
             path.write_bytes(broken.tobytes())
             try:
-                load_picture(path)
+                load_image(path)
             except UserError:
                 pass
 
 
 def test_pictures_that_are_none(tmp_path):
     (tmp_path / "a.png").write_text("not a picture")
-    assert "not a readable picture" in complaint(load_picture, tmp_path / "a.png")
-    assert complaint(load_picture, tmp_path / "b.png") == f"{tmp_path / 'b.png'}: no such picture"
-    assert "floating-point" in complaint(load_picture, picture(tmp_path / "f.tif", 0.5, mode="F"))
+    assert "not a readable picture" in complaint(load_image, tmp_path / "a.png")
+    assert complaint(load_image, tmp_path / "b.png") == f"{tmp_path / 'b.png'}: no such picture"
+    assert "floating-point" in complaint(load_image, picture(tmp_path / "f.tif", 0.5, mode="F"))
 
 
 # Captioned folders.
@@ -246,7 +246,8 @@ GOOD = {"file_name": "a.png", "text": "x"}
     [
         (
             {"file_name": "a.png", "caption": "x"},
-            'no column "text"; found "file_name", "caption". Rename it, or pass --caption-column caption.',
+            'no column "text"; found "file_name", "caption". Rename it, or pass '
+            "--caption-column caption.",
         ),
         (
             {"url": "u", "caption": "x", "file_name": "a.png"},
@@ -254,12 +255,14 @@ GOOD = {"file_name": "a.png", "text": "x"}
         ),
         (
             {"file_name": "a.png", "Text": "x"},
-            'no column "text"; found "file_name", "Text". Rename it, or pass --caption-column Text.',
+            'no column "text"; found "file_name", "Text". Rename it, or pass '
+            "--caption-column Text.",
         ),
         ({"file_name": "a.png", "id": 3}, 'no column "text"; found "file_name", "id". Add it.'),
         (
             {},
-            'no column "file_name"; found nothing. Add it, with the picture\'s path inside the folder.',
+            'no column "file_name"; found nothing. Add it, with the picture\'s '
+            "path inside the folder.",
         ),
         (
             {"filename": "a.png", "text": "x"},
@@ -279,7 +282,8 @@ GOOD = {"file_name": "a.png", "text": "x"}
         ),
         (
             "{'file_name': 'a.png'}",
-            "not JSON (Expecting property name enclosed in double quotes at column 2); write one object a line, ",
+            "not JSON (Expecting property name enclosed in double quotes at column "
+            "2); write one object a line, ",
         ),
         ('["a.png", "x"]', "not a JSON object; write one object a line, "),
         ({"file_name": "A.png", "text": "x"}, 'picture "A.png" is missing; did you mean "a.png"?'),
@@ -380,7 +384,7 @@ def test_class_folder_skips_junk(tmp_path):
         and data.captions == ["cat", "cat", "ship", "ship"]
     )
     assert data[3][1] == "ship" and data[3][0].shape == (3, 4, 4)
-    assert len(pictures_in(tmp_path)) == 4
+    assert len(images_in(tmp_path)) == 4
 
 
 def test_class_folder_without_classes(tmp_path):
@@ -498,5 +502,5 @@ def test_real_cifar10(real_data, tmp_path):
 
 
 def test_real_coco_pictures(real_data):
-    files = pictures_in(real_data / "coco" / "images")
-    assert len(files) == 111 and load_picture(files[0], 100).shape == (3, 100, 100)
+    files = images_in(real_data / "coco" / "images")
+    assert len(files) == 111 and load_image(files[0], 100).shape == (3, 100, 100)

@@ -1,4 +1,6 @@
-"""Caches of latents and captions: the key forgets nothing, nothing is computed twice, and a file that is damaged or cannot be written is survived."""
+"""Caches of latents and captions: the key forgets nothing, nothing is computed twice, and a file
+that is damaged or cannot be written is survived.
+"""
 
 import resource
 import warnings
@@ -9,9 +11,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from minidiff.data import latents as cache
-from minidiff.data.folder import Fault, load_picture, to_model
-from minidiff.data.latents import contexts, encoded
+from minidiff.data import latents
+from minidiff.data.folder import Fault, load_image, to_model
+from minidiff.data.latents import encode_captions, encode_images
 from minidiff.errors import UserError
 from minidiff.methods import lora
 from minidiff.text import CLIPText, TextConfig
@@ -57,17 +59,19 @@ def paths(tmp_path):
 
 def key_of(vae, path, folder, size=SIZE):
     """The one key that a cache of this picture holds."""
-    encoded(vae, [path], [size], folder)
-    (key,) = cache._read(folder / "latents.safetensors")
+    encode_images(vae, [path], [size], folder)
+    (key,) = latents._read(folder / "latents.safetensors")
     return key
 
 
 def test_latents_are_those_of_the_picture_and_of_its_mirror(vae, paths, tmp_path):
-    """With and without a folder, encoded and read back: the same bits, on their own and among others."""
-    want = [vae.encode(to_model(load_picture(path, SIZE))[None])[0] for path in paths]
-    mirrors = [vae.encode(to_model(load_picture(path, SIZE))[None].flip(-1))[0] for path in paths]
+    """With and without a folder, encoded and read back: the same bits, on their own and among
+    others.
+    """
+    want = [vae.encode(to_model(load_image(path, SIZE))[None])[0] for path in paths]
+    mirrors = [vae.encode(to_model(load_image(path, SIZE))[None].flip(-1))[0] for path in paths]
     for folder in (None, tmp_path / "c", tmp_path / "c"):
-        got = encoded(vae, paths, [SIZE] * 3, folder, flip=True)
+        got = encode_images(vae, paths, [SIZE] * 3, folder, flip=True)
         assert all(torch.equal(a, b) for a, b in zip(got, want + mirrors, strict=True))
         assert all(
             z.shape == (4, 8, 12) and not z.requires_grad and z.device.type == "cpu" for z in got
@@ -77,8 +81,8 @@ def test_latents_are_those_of_the_picture_and_of_its_mirror(vae, paths, tmp_path
 def test_only_what_is_missing_is_encoded_and_what_is_unused_goes(vae, paths, tmp_path):
     def added(which, **how):
         before = vae.seen
-        encoded(vae, which, [SIZE] * len(which), tmp_path / "c", **how)
-        return vae.seen - before, len(cache._read(tmp_path / "c" / "latents.safetensors"))
+        encode_images(vae, which, [SIZE] * len(which), tmp_path / "c", **how)
+        return vae.seen - before, len(latents._read(tmp_path / "c" / "latents.safetensors"))
 
     assert added(paths[:2]) == (2, 2)
     assert added(paths[:2]) == (0, 2)
@@ -108,8 +112,8 @@ def test_another_size_is_another_key(vae, paths, tmp_path):
 
 
 def test_the_mirror_is_another_key(vae, paths, tmp_path):
-    encoded(vae, paths[:1], [SIZE], tmp_path / "c", flip=True)
-    assert len(cache._read(tmp_path / "c" / "latents.safetensors")) == 2
+    encode_images(vae, paths[:1], [SIZE], tmp_path / "c", flip=True)
+    assert len(latents._read(tmp_path / "c" / "latents.safetensors")) == 2
 
 
 def test_a_changed_weight_of_the_vae_is_another_key(vae, paths, tmp_path):
@@ -122,10 +126,10 @@ def test_a_changed_weight_of_the_vae_is_another_key(vae, paths, tmp_path):
 
 
 def test_another_precision_of_the_same_weights_is_another_key(vae, text, tmp_path):
-    """Numbers that bfloat16 holds exactly, so that only the precision they are computed in differs."""
+    """Numbers that bfloat16 holds exactly: only the precision they are computed in differs."""
     for network in (vae, text):
         kept = [
-            cache.fingerprint(network.to(dtype))
+            latents.fingerprint(network.to(dtype))
             for dtype in (torch.bfloat16, torch.float32, torch.bfloat16)
         ]
         assert kept[0] == kept[2] != kept[1]
@@ -133,65 +137,70 @@ def test_another_precision_of_the_same_weights_is_another_key(vae, text, tmp_pat
 
 def test_another_format_version_is_another_key(vae, paths, tmp_path, monkeypatch):
     key = key_of(vae, paths[0], tmp_path / "c")
-    monkeypatch.setattr(cache, "VERSION", "another")
+    monkeypatch.setattr(latents, "VERSION", "another")
     assert key_of(vae, paths[0], tmp_path / "c") != key
 
 
 def test_numbers_that_no_weight_shows_are_in_the_key():
-    """Padding, activation and what is blanked draw other pictures from the same weights; so does a network of another kind."""
+    """Padding, activation and what is blanked draw other pictures from the same weights; so does a
+    network of another kind.
+    """
     ways = [{}, {"pad": 0}, {"activation": "gelu"}, {"words_only": True}, {"heads": 4}]
-    assert len({cache.fingerprint(tower(**how)) for how in ways}) == len(ways)
-    assert cache.fingerprint(Pixels(PixelsConfig(3))) != cache.fingerprint(Pixels(PixelsConfig(4)))
+    assert len({latents.fingerprint(tower(**how)) for how in ways}) == len(ways)
+    three, four = (latents.fingerprint(Pixels(PixelsConfig(n))) for n in (3, 4))
+    assert three != four
 
 
 def test_a_lora_is_in_the_key(text):
     """What it does, that is: one that begins at zero changes nothing, and neither does merging."""
-    bare = cache.fingerprint(text)
+    bare = latents.fingerprint(text)
     lora.add(text, rank=2)
-    assert cache.fingerprint(text) == bare
+    assert latents.fingerprint(text) == bare
     nn.init.ones_(text.blocks[0].attention.q.lora.B)
-    changed = cache.fingerprint(text)
+    changed = latents.fingerprint(text)
     lora.merge(text)
-    assert cache.fingerprint(text) == changed != bare
+    assert latents.fingerprint(text) == changed != bare
     lora.scale(text, 0.5)
-    assert cache.fingerprint(text) not in (changed, bare)
+    assert latents.fingerprint(text) not in (changed, bare)
 
 
 def test_contexts(text, tmp_path):
-    """The empty caption is always among them; each caption once; another tower or caption is another key."""
+    """The empty caption is always among them; each caption once; another tower or caption is
+    another key.
+    """
     for folder in (None, tmp_path, tmp_path):
-        got = contexts(text, ["a cat", "a dog", "a cat"], folder)
+        got = encode_captions(text, ["a cat", "a dog", "a cat"], folder)
         assert list(got) == ["", "a cat", "a dog"]
         for caption, context in got.items():
             assert torch.equal(context, text.encode([caption])[0]) and not context.requires_grad
-    keys = set(cache._read(tmp_path / "contexts.safetensors"))
+    keys = set(latents._read(tmp_path / "contexts.safetensors"))
     assert len(keys) == 3
-    contexts(text, ["a cat", "a dog "], tmp_path)
-    assert len(keys & set(cache._read(tmp_path / "contexts.safetensors"))) == 2
+    encode_captions(text, ["a cat", "a dog "], tmp_path)
+    assert len(keys & set(latents._read(tmp_path / "contexts.safetensors"))) == 2
     text.norm_out.bias.data[0] += 1
-    got = contexts(text, ["a cat"], tmp_path)
+    got = encode_captions(text, ["a cat"], tmp_path)
     assert torch.equal(got["a cat"], text.encode(["a cat"])[0])
-    assert not keys & set(cache._read(tmp_path / "contexts.safetensors"))
+    assert not keys & set(latents._read(tmp_path / "contexts.safetensors"))
 
 
 def test_pixels_need_no_weights(paths):
-    assert encoded(Pixels(), paths[:1], [SIZE], None)[0].shape == (3, *SIZE)
+    assert encode_images(Pixels(), paths[:1], [SIZE], None)[0].shape == (3, *SIZE)
 
 
 @pytest.mark.parametrize("how", ["shorter", "a byte"])
 def test_a_damaged_file_is_made_anew(vae, paths, tmp_path, how):
-    want = encoded(vae, paths, [SIZE] * 3, tmp_path)
+    want = encode_images(vae, paths, [SIZE] * 3, tmp_path)
     file = tmp_path / "latents.safetensors"
     whole = file.read_bytes()
     one = bytes([whole[-100] ^ 1])
     file.write_bytes({"shorter": whole[:-7], "a byte": whole[:-100] + one + whole[-99:]}[how])
     with pytest.warns(UserWarning, match=r"latents.safetensors is made anew: ") as said:
-        got = encoded(vae, paths, [SIZE] * 3, tmp_path)
+        got = encode_images(vae, paths, [SIZE] * 3, tmp_path)
     assert len(said) == 1 and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert file.read_bytes() == whole and vae.seen == 6
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        encoded(vae, paths, [SIZE] * 3, tmp_path)
+        encode_images(vae, paths, [SIZE] * 3, tmp_path)
     assert vae.seen == 6
 
 
@@ -205,8 +214,11 @@ def test_a_file_that_is_no_cache_is_not_written_over(vae, paths, tmp_path, text)
 
 
 def test_a_full_disk(vae, paths, tmp_path):
-    """One clear line, no half file, and the cache of before whole. Files of this process may not grow beyond 4 kB for a moment."""
-    encoded(vae, paths[:1], [SIZE], tmp_path)
+    """One clear line, no half file, and the cache of before whole.
+
+    Files of this process may not grow beyond 4 kB for a moment.
+    """
+    encode_images(vae, paths[:1], [SIZE], tmp_path)
     before = (tmp_path / "latents.safetensors").read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
@@ -215,7 +227,7 @@ def test_a_full_disk(vae, paths, tmp_path):
             UserError,
             match=r"latents.safetensors: 0.0 MB cannot be written \(.*large.*\); free some space",
         ) as error:
-            encoded(vae, paths, [SIZE] * 3, tmp_path)
+            encode_images(vae, paths, [SIZE] * 3, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(error.value)
@@ -230,14 +242,14 @@ def test_what_was_ready_is_kept(vae, paths, tmp_path):
     whole = paths[2].read_bytes()
     paths[2].write_bytes(b"no picture")
     with pytest.raises(Fault, match=r"2.png: not a readable picture"):
-        encoded(vae, paths, [SIZE] * 3, tmp_path)
+        encode_images(vae, paths, [SIZE] * 3, tmp_path)
     paths[2].write_bytes(whole)
-    encoded(vae, paths, [SIZE] * 3, tmp_path)
+    encode_images(vae, paths, [SIZE] * 3, tmp_path)
     assert vae.seen == 3
 
 
 def test_latents_that_are_not_finite_are_refused(vae, paths, tmp_path):
     vae.quant.bias.data[0] = float("nan")
     with pytest.raises(UserError, match=r"0.png: its latents are not finite"):
-        encoded(vae, paths[:1], [SIZE], tmp_path / "c")
+        encode_images(vae, paths[:1], [SIZE], tmp_path / "c")
     assert not (tmp_path / "c").exists()

@@ -1,4 +1,6 @@
-"""The built-in world: the same seed gives the same data, the splits never meet, and captions, scenes and pictures agree."""
+"""The built-in world: the same seed gives the same data, the splits never meet, and captions,
+scenes and pictures agree.
+"""
 
 import random
 import time
@@ -32,7 +34,9 @@ def test_batch_is_a_pure_function_of_its_arguments(seed):
 
 
 def test_seed_zero_is_pinned():
-    """Published figures name a seed, so what a seed means must not drift between versions or machines."""
+    """Published figures name a seed, so what a seed means must not drift between versions or
+    machines.
+    """
     images, captions, _ = World(32).batch(4, 0)
     assert captions == [
         "a picture of a blue cross to the right of a small orange square",
@@ -147,7 +151,9 @@ def test_an_outline_covers_pixels_in_proportion():
 
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_relations_are_drawn_unambiguously(relation):
-    """The two things are told apart by colour: their centres are farther apart along the relation than across it, and a gap parts them."""
+    """The two things are told apart by colour: their centres are farther apart along the relation
+    than across it, and a gap parts them.
+    """
     rng = random.Random(relation)
     for _ in range(20):
         sizes = rng.choices(SIZES, k=2)

@@ -1,4 +1,4 @@
-"""Feature networks: always the same, of any size, and one clear line where weights cannot be had."""
+"""Feature networks: always the same, of any size, and one clear line where weights are missing."""
 
 from pathlib import Path
 
@@ -23,7 +23,9 @@ def test_batches_do_not_matter(name):
 
 @pytest.mark.parametrize("name", ["pixels-8x8", "random-conv-0", features.CIFAR10])
 def test_size_hardly_matters(name):
-    """A picture and the same one with every pixel doubled: block means are exact, these networks begin with them."""
+    """A picture and the same one with every pixel doubled: block means are exact, these networks
+    begin with them.
+    """
     doubled = PICTURES.repeat_interleave(2, 2).repeat_interleave(2, 3)
     torch.testing.assert_close(
         features.features(name, doubled), features.features(name, PICTURES), rtol=1e-4, atol=1e-5
@@ -36,7 +38,9 @@ def test_pixels_are_means_of_patches():
 
 
 def test_the_random_network_is_always_the_same():
-    """Its name promises so: published figures depend on it. Measured once; convolutions differ in the last digits between machines."""
+    """Its name promises so: published figures depend on it. Measured once; convolutions differ in
+    the last digits between machines.
+    """
     found = features.random_conv(torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32))
     torch.testing.assert_close(found[0, :3], torch.tensor(GOLDEN), rtol=1e-4, atol=1e-4)
     assert found.shape == (1, 128)
@@ -55,7 +59,7 @@ def test_the_network_of_cifar10_ships_and_is_small():
 
 
 def test_attributes_say_what_the_critic_sees():
-    seen = critic.Seen("square", "blue", "large", 0.25, 0.75, 0.2)
+    seen = critic.ReadThing("square", "blue", "large", 0.25, 0.75, 0.2)
     found = features.attributes(critic.Reading("gray", (seen,))).tolist()
     shapes, colours = len(set(critic.WORDS.values())), len(critic.COLOURS)
     first = 1 + len(critic.BACKGROUNDS)
@@ -98,7 +102,9 @@ def test_clip_that_cannot_be_had_is_one_line(monkeypatch):
 
 
 def test_clip_similarity_is_a_cosine_whatever_the_batch(monkeypatch):
-    """With random weights: what is compared is the plumbing, against the same two towers called by hand."""
+    """With random weights: what is compared is the plumbing, against the same two towers called by
+    hand.
+    """
     import open_clip
 
     torch.manual_seed(0)

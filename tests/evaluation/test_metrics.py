@@ -47,7 +47,7 @@ def test_running_moments_are_those_of_all_at_once():
 
 
 def test_a_covariance_needs_two():
-    with pytest.raises(UserError, match="at least 2 pictures; there are 1"):
+    with pytest.raises(UserError, match="at least 2 images; there are 1"):
         _ = Moments().add(features(1)).covariance
 
 
@@ -60,7 +60,9 @@ def test_frechet_of_gaussians_whose_covariances_commute():
 
 
 def test_frechet_of_singular_covariances():
-    """Two rank-one Gaussians along u and v, at right angles: nothing is shared, so the traces add; along u both: (a - b)^2."""
+    """Two rank-one Gaussians along u and v, at right angles: nothing is shared, so the traces add;
+    along u both: (a - b)^2.
+    """
     u, v = torch.eye(4, dtype=torch.float64)[:2]
     zero = torch.zeros(4, dtype=torch.float64)
 
@@ -101,7 +103,9 @@ def test_kid_is_torch_fidelitys_and_torchmetrics(small_blocks, pair):
 
 
 def test_kid_is_unbiased_and_its_interval_is_honest():
-    """One dimension, N(0, s^2) against N(m, s^2): k = (x y + 1)^3, so MMD^2 = sum_i C(3, i) (E x^i - E y^i)^2, in closed form."""
+    """One dimension, N(0, s^2) against N(m, s^2): k = (x y + 1)^3, so MMD^2 = sum_i C(3, i) (E x^i
+    - E y^i)^2, in closed form.
+    """
     m, s, n = 0.5, 0.5, 200
     mmd = 3 * m**2 + 3 * (m**2) ** 2 + (m**3 + 3 * m * s**2) ** 2
     generator = torch.Generator().manual_seed(5)
@@ -142,17 +146,22 @@ def test_density_and_coverage_by_their_definitions(small_blocks, pair):
 
 
 def test_real_against_real_has_the_expectations_of_naeem():
-    """[4] section 3.2.1: density 1, and coverage 1 - (N - 1)...(N - k) / ((M + N - 1)...(M + N - k)), about 1 - 2^-k for M = N."""
+    """[4] section 3.2.1: density 1, and coverage 1 - (N - 1)...(N - k) / ((M + N - 1)...(M + N -
+    k)), about 1 - 2^-k for M = N.
+    """
     N = 1000
     real, more = features(N, 4), features(N, 4, seed=2)
     expected = 1 - math.prod((N - i) / (2 * N - i) for i in range(1, 6))
-    # coverage is a mean of N shares of deviation 0.17, of neighbours that hang together: four times 0.17 / sqrt(N)
+    # coverage is a mean of N shares of deviation 0.17, of neighbours that hang together: four times
+    # 0.17 / sqrt(N)
     assert metrics.coverage(real, more).mean().item() == pytest.approx(expected, abs=0.022)
     assert metrics.density(real, more).mean().item() == pytest.approx(1, abs=0.1)
 
 
 def test_modes_that_are_missing_and_junk_that_is_extra():
-    """Half of the modes missing: precise, and half recalled. As much junk as pictures: half as precise, all recalled."""
+    """Half of the modes missing: precise, and half recalled. As much junk as pictures: half as
+    precise, all recalled.
+    """
     near, far = 0.1 * torch.randn(400, 3), 0.1 * torch.randn(400, 3) + 50
     both, junk = torch.cat([near, far]), 0.1 * torch.randn(400, 3) - 50
     missing, extra = (
@@ -173,7 +182,7 @@ WANTED = {"precision": [1, 0.5], "recall": [0.5, 1], "coverage": [0.5, 1]}
 def test_diversity_is_the_mean_distance_of_pairs():
     points = torch.tensor([[[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]], [[1.0, 1.0]] * 3])
     assert metrics.diversity(points).tolist() == [pytest.approx(20 / 3), 0]
-    with pytest.raises(UserError, match="2 pictures of each prompt"):
+    with pytest.raises(UserError, match="2 images of each prompt"):
         metrics.diversity(points[:, :1])
 
 
@@ -197,7 +206,7 @@ def test_copies_are_memorised_and_fresh_pictures_are_not():
 
 
 def test_too_few_for_neighbours():
-    with pytest.raises(UserError, match="no 4 nearest neighbours among 3 pictures"):
+    with pytest.raises(UserError, match="no 4 nearest neighbours among 3 images"):
         metrics.precision(features(3), features(10))
 
 
@@ -205,7 +214,9 @@ def test_too_few_for_neighbours():
 
 
 def test_bootstrap_interval_of_a_share(small_blocks):
-    """The middle 95 % of means of n = 400 with share 0.3: the normal approximation, to a fifth of its half-width (1000 rounds)."""
+    """The middle 95 % of means of n = 400 with share 0.3: the normal approximation, to a fifth of
+    its half-width (1000 rounds).
+    """
     terms = (torch.arange(400) < 120).double()
     value, low, high = metrics.bootstrap(terms, torch.Generator().manual_seed(0))
     half = 1.96 * math.sqrt(0.3 * 0.7 / 400)

@@ -1,4 +1,4 @@
-"""The pictures of both chains and of the schedules show what they say: caught on their way to the plots, and once drawn for real."""
+"""Figures of chains and schedules show what they say: arguments of the plots, and real files."""
 
 import pytest
 import torch
@@ -57,7 +57,11 @@ def frames_of(model, batch, steps):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """What the plots are asked for: {"strip": (rows, labels, path, title), "animate": (frames, labels, path), "schedules": (curves, path)}."""
+    """The arguments of the plots.
+
+    {"strip": (rows, labels, path, title), "animate": (frames, labels, path),
+    "schedules": (curves, path)}
+    """
     asked = {}
 
     def catch(figure):

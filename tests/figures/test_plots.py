@@ -1,4 +1,4 @@
-"""Every figure opens, has the size it should have, shows what it was given, and survives bad labels; nothing here judges beauty."""
+"""Every figure opens, has its size, shows what it was given, and survives bad labels."""
 
 import math
 
@@ -9,11 +9,12 @@ from PIL import Image
 
 from minidiff.errors import UserError
 from minidiff.figures import plots
+from minidiff.figures.curves import Panel
 
 LONG = (
-    "a label much too long for its place with anunbreakablewordinitthatgoesonandonandonandon $5 and $10 \\frac{ 苹果 "
-    * 20
-)
+    "a label much too long for its place with anunbreakablewordinitthatgoesonandonandonandon "
+    "$5 and $10 \\frac{ 苹果 "
+) * 20
 
 
 def opened(path):
@@ -75,7 +76,7 @@ def test_grid_with_captions_marks_and_title(tmp_path):
 @pytest.mark.parametrize("words", ["", "   ", "x", "two words", "a" * 500, LONG, "line\nbreak"])
 @pytest.mark.parametrize("lines", [1, 3])
 def test_wrapped_text_fits_and_loses_nothing_it_has_room_for(words, lines):
-    wrapped = plots._wrapped(words, 150, 18, lines)
+    wrapped = plots._wrap(words, 150, 18, lines)
     assert len(wrapped) <= lines and all(plots._font(18).getlength(line) <= 150 for line in wrapped)
     if not (wrapped and wrapped[-1].endswith("…")):
         assert "".join(wrapped).replace(" ", "") == "".join(words.split())
@@ -134,9 +135,9 @@ def test_latents_to_rgb_finds_the_directions_of_most_variance():
     mixing = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q[:, :3]
     shown = plots.latents_to_rgb(torch.einsum("dc,bchw->bdhw", mixing, source) + 7)
     assert shown.shape == (2, 3, 8, 8) and shown.abs().max() <= 1
-    for k in range(
-        3
-    ):  # each colour follows one source, up to sign; sample correlations between the sources and clamping cost the rest
+    # Each colour follows one source, up to sign. Clamping and the correlations between the sources
+    # in this sample cost the rest.
+    for k in range(3):
         assert (
             abs(torch.corrcoef(torch.stack([shown[:, k].flatten(), source[:, k].flatten()]))[0, 1])
             > 0.9
@@ -186,16 +187,16 @@ def test_loss(tmp_path):
 def test_points(tmp_path):
     xy, paths = torch.randn(200, 2), torch.randn(10, 5, 2)
     panels = [
-        {"title": LONG[:60], "points": xy},
-        {"title": "score", "arrows": (xy, -xy)},
-        {"paths": paths, "points": xy.double()},
+        Panel(LONG[:60], points=xy),
+        Panel("score", arrows=(xy, -xy)),
+        Panel(paths=paths, points=xy.double()),
     ]
     plots.points(panels, tmp_path / "a.png")
     assert opened(tmp_path / "a.png").shape[1] == 560 * 3
 
 
 def test_curves_also_as_vector_graphics(tmp_path):
-    plots.points([{"points": torch.randn(20, 2)}], tmp_path / "deep" / "a.pdf")
+    plots.points([Panel(points=torch.randn(20, 2))], tmp_path / "deep" / "a.pdf")
     assert (tmp_path / "deep" / "a.pdf").read_bytes().startswith(b"%PDF")
 
 

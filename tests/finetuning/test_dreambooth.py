@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from minidiff import load
 from minidiff.checkpoints import lora as lora_files
-from minidiff.data.folder import Pictures, load_picture
+from minidiff.data.folder import CaptionedImages, load_image
 from minidiff.data.latents import fingerprint
 from minidiff.data.world import World
 from minidiff.errors import UserError
@@ -137,7 +137,7 @@ def test_one_vector_is_trained_and_nothing_else(box, subject, tmp_path):
     model = load()
     paths = sorted(subject.glob("*.png"))
     examples = dreambooth.subject_examples(
-        model, Pictures(paths, ["a sks circle"] * 3), 0.0, tmp_path / "cache", 0
+        model, CaptionedImages(paths, ["a sks circle"] * 3), 0.0, tmp_path / "cache", 0
     )
     before, token = fingerprint(model.unet), inversion.token_of("sks")
     how = dict(method="inversion", word="sks", steps=3, lr=1e-2, batch=2, dropout=0.0)
@@ -196,7 +196,7 @@ def test_a_word_is_learnt_beside_the_network_and_its_files_draw_the_same(
     """What is written, loaded into the model as it was, is the model that was trained; and of the tower only the word has changed."""
     model, paths, token = load(), sorted(subject.glob("*.png")), inversion.token_of("sks")
     examples = dreambooth.subject_examples(
-        model, Pictures(paths, ["a sks circle"] * 3), 0.0, tmp_path / "cache", 0
+        model, CaptionedImages(paths, ["a sks circle"] * 3), 0.0, tmp_path / "cache", 0
     )
     out = tmp_path / "out"
     finetune(
@@ -248,7 +248,7 @@ def test_a_word_is_resumed_bit_for_bit(method, subject, tmp_path):
         model = load()
         examples = dreambooth.subject_examples(
             model,
-            Pictures(sorted(subject.glob("*.png")), ["a sks circle"] * 3),
+            CaptionedImages(sorted(subject.glob("*.png")), ["a sks circle"] * 3),
             0.0,
             tmp_path / "cache",
             0,
@@ -392,4 +392,4 @@ def test_folders_that_are_odd_are_warned_of(subject, tmp_path):
     for k in range(31):
         shutil.copy(subject / "0.png", one / f"{k}.png")
     with pytest.warns(UserWarning, match="a subject needs 3 to 6"):
-        assert load_picture(dreambooth.subject_pictures(one, "a sks").paths[0]).shape == (3, 32, 32)
+        assert load_image(dreambooth.subject_pictures(one, "a sks").paths[0]).shape == (3, 32, 32)

@@ -234,7 +234,7 @@ def test_files_there_and_back(sd, model, ran, tmp_path, layout):
     )
     again = sd(), lora_files.load(randomized(sd()), file, scale=0.5)
     assert again[1].layers == found.layers
-    with pytest.raises(UserError, match="exists; nothing is written over it"):
+    with pytest.raises(UserError, match="exists and is not overwritten"):
         lora_files.save(other, file)
 
 

@@ -1,16 +1,19 @@
-"""The data doctor: one pass over a folder, what it found as text, as report.json and as a sheet of pictures, are all in this file.
+"""The data doctor: one pass over a folder of images, and its report as text, JSON and a sheet.
 
-A finding is an error where the loader (folder.py) refuses the picture, the line or the folder: the doctor asks the same functions. What the
-loader takes, but you may not have meant, is a warning or a note from the table in traps.py.
+A finding is an error where the loader (folder.py) refuses the image, the line or the folder: the
+doctor calls the same functions. What the loader takes, but you may not have meant, is a warning or
+a note, from the table in traps.py.
 """
 
+import itertools
 import json
 import os
 import random
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,10 +21,12 @@ import torch
 from tqdm import tqdm
 
 from minidiff.data import folder as loader
-from minidiff.data.doctor.traps import JUNK, ROOM, TRAPS, Picture, Row, Seen, look
-from minidiff.data.folder import Fault, pictures_in
+from minidiff.data.doctor import traps
+from minidiff.data.doctor.traps import TRAPS, Entry, Folder, ImageInfo, examine_image
+from minidiff.data.folder import Fault, images_in
 from minidiff.errors import UserError
 from minidiff.figures import plots
+from minidiff.options.sampling import check_size
 from minidiff.text import token_ids
 from minidiff.training import atomic
 
@@ -31,8 +36,11 @@ LEVELS = {
     "note": "notes, dealt with by the loader",
 }
 LAYOUTS = ("captions", "classes", "pictures")
-WITHOUT_CAPTIONS = "a folder that needs none: --layout classes (a folder for each), or --layout pictures (a DreamBooth subject)"
-SHEET = 48  # pictures on the sheet at most
+WITHOUT_CAPTIONS = (
+    "a folder that needs none: --layout classes (a folder for each), "
+    "or --layout pictures (a DreamBooth subject)"
+)
+SHEET = 48  # images on the sheet at most
 
 
 class Finding(NamedTuple):
@@ -44,7 +52,9 @@ class Finding(NamedTuple):
 
 @dataclass
 class Report:
-    seen: Seen
+    """What was found in a folder, errors first, and its figures."""
+
+    data: Folder
     findings: list[Finding]
     summary: dict[str, object]
 
@@ -56,271 +66,241 @@ class Report:
 def examine(
     folder: Path, layout: str = "captions", caption_column: str = "text", size: int = 512
 ) -> Report:
-    """One pass over the folder. Refused at once are only a folder that is not there or empty, a layout there is not, and a size no network takes."""
+    """Read a whole folder and report on it.
+
+    Raises UserError only for a folder that is missing or empty, an unknown layout, and a size that
+    no network takes.
+    """
     if layout not in LAYOUTS:
         raise UserError(f'no layout "{layout}"; there is {", ".join(LAYOUTS)}.')
-    loader.check_size(size, 8)
-    folder = loader.existing(folder)
+    check_size(size, 8)
+    folder = loader.check_folder(folder)
     findings: list[Finding] = []
-    there = pictures_in(folder)
+    paths = images_in(folder)
     if layout == "captions":
-        rows = captioned_rows(folder, there, caption_column, findings)
+        entries = _captioned(folder, paths, caption_column, findings)
+    elif layout == "classes":
+        entries = _classes(folder, findings)
     else:
-        rows = (
-            class_rows(folder, findings)
-            if layout == "classes"
-            else bare_rows(folder, there, findings)
-        )
-    paths = {row.name: row.path for row in rows if row.path is not None}
-    names = {row.name for row in rows}
-    loose = {
-        name: path
-        for path in there
-        if layout == "captions" and (name := os.path.relpath(path, folder)) not in names
-    }
+        entries = _without_captions(folder, paths, findings)
+    named = {entry.name: entry.path for entry in entries if entry.path is not None}
+    unlisted = {}
+    if layout == "captions":
+        names = {entry.name for entry in entries}
+        unlisted = {os.path.relpath(path, folder): path for path in paths}
+        unlisted = {name: path for name, path in unlisted.items() if name not in names}
 
-    pictures = {}
+    images = {}
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-        looked = pool.map(look_or_fault, [*paths.values(), *loose.values()])
-        for name, result in zip(
-            [*paths, *loose],
-            tqdm(looked, "reading pictures", len(paths) + len(loose), unit="", leave=False),
-            strict=True,
-        ):
-            if isinstance(result, Fault):  # a picture that is never read stops nothing
-                findings.append(
-                    Finding("error" if name in paths else "warning", result.trap, name, str(result))
-                )
-            elif name in paths:
-                pictures[name] = result
+        results = pool.map(_image_or_fault, [*named.values(), *unlisted.values()])
+        total = len(named) + len(unlisted)
+        results = tqdm(results, "reading pictures", total, unit="", leave=False)
+        for name, result in zip([*named, *unlisted], results, strict=True):
+            if isinstance(result, Fault):  # an image that no line names stops nothing
+                level = "error" if name in named else "warning"
+                findings.append(Finding(level, result.trap, name, str(result)))
+            elif name in named:
+                images[name] = result
 
-    seen = Seen(folder, size, list(entries(folder)), list(loose), rows, pictures)
+    data = Folder(folder, size, list(_names(folder)), list(unlisted), entries, images)
     findings += [
         Finding(trap.level, name, *place)
         for name, trap in TRAPS.items()
-        for place in trap.find(seen)
+        for place in trap.find(data)
     ]
-    findings.sort(
-        key=lambda finding: list(LEVELS).index(finding.level)
-    )  # stable: the loader's order, then the table's
-    return Report(seen, findings, summary(seen, findings))
+    # A stable sort: within a level, the loader's order, then the table's.
+    findings.sort(key=lambda finding: list(LEVELS).index(finding.level))
+    return Report(data, findings, _summary(data, findings))
 
 
-def captioned_rows(
-    folder: Path, there: list[Path], caption_column: str, findings: list[Finding]
-) -> list[Row]:
-    """The lines of metadata.jsonl. A line has up to two faults, its picture and its caption; the loader stops at the first."""
-    rows: list[Row] = []
-    missing: list[str] = []  # looking for a better name is slow: not for ten thousand of them
+def _captioned(
+    folder: Path, paths: list[Path], caption_column: str, findings: list[Finding]
+) -> list[Entry]:
+    """The lines of metadata.jsonl.
 
-    def known() -> list[Path]:
-        missing.append("")
-        return there if len(missing) <= 20 else []
-
-    def unless_fault(where: str, function, *args):
-        try:
-            return function(*args)
-        except Fault as fault:
-            findings.append(Finding("error", fault.trap, where, str(fault)))
-
-    lines = unless_fault(str(folder), lambda: list(loader.metadata_lines(folder)))
+    A line may have two faults, its image and its caption; the loader stops at the first.
+    """
+    entries: list[Entry] = []
+    # Suggesting a name is slow: only the first 20 missing images get one.
+    candidates = itertools.repeat(paths, 20)
+    checked = partial(_checked, findings)
+    lines = checked(str(folder), lambda: list(loader.metadata_lines(folder)))
     for where, line in lines or []:
-        if (row := unless_fault(where, loader.row_of, where, line)) is None:
+        if (row := checked(where, loader.parse_row, where, line)) is None:
             continue
-        path = unless_fault(where, loader.picture_of, folder, where, row, known)
-        caption = unless_fault(where, loader.caption_of, where, row, caption_column)
+        path = checked(where, loader.image_of, folder, where, row, lambda: next(candidates, []))
+        caption = checked(where, loader.caption_of, where, row, caption_column)
         name = row.get("file_name")
-        name = (
-            os.path.relpath(path, folder)
-            if path
-            else os.path.normpath(name)
-            if isinstance(name, str)
-            else None
-        )
-        rows.append(Row(where, name, path, caption, line))
-    return rows
+        if path:
+            name = os.path.relpath(path, folder)
+        else:
+            name = os.path.normpath(name) if isinstance(name, str) else None
+        entries.append(Entry(where, name, path, caption, line))
+    return entries
 
 
-def class_rows(folder: Path, findings: list[Finding]) -> list[Row]:
-    """Every picture of every class; the caption is the name of the class."""
+def _checked(findings: list[Finding], where: str, function: Callable, *args: object) -> object:
+    """What the loader's function returns; None, and a finding, if it raises a Fault."""
     try:
-        data = loader.ClassFolder(folder)
+        return function(*args)
     except Fault as fault:
-        findings.append(Finding("error", fault.trap, str(folder), str(fault)))
+        findings.append(Finding("error", fault.trap, where, str(fault)))
+        return None
+
+
+def _classes(folder: Path, findings: list[Finding]) -> list[Entry]:
+    """The images of all classes; the caption is the name of the class."""
+    data = _checked(findings, str(folder), loader.ClassFolder, folder)
+    if data is None:
         return []
     names = [os.path.relpath(path, folder) for path in data.paths]
-    return [
-        Row(name, name, path, caption, b"")
-        for name, path, caption in zip(names, data.paths, data.captions, strict=True)
-    ]
+    rows = zip(names, names, data.paths, data.captions, strict=True)
+    return [Entry(*row, line=b"") for row in rows]
 
 
-def bare_rows(folder: Path, there: list[Path], findings: list[Finding]) -> list[Row]:
-    """Pictures without captions: those of a DreamBooth subject."""
-    if not there:
-        findings.append(
-            Finding(
-                "error", "no pictures", str(folder), f"{folder}: there are no pictures below it"
-            )
-        )
-    return [
-        Row(name, name, path, None, b"")
-        for path in there
-        for name in [os.path.relpath(path, folder)]
-    ]
+def _without_captions(folder: Path, paths: list[Path], findings: list[Finding]) -> list[Entry]:
+    """Images without captions: those of a DreamBooth subject."""
+    if not paths:
+        message = f"{folder}: there are no pictures below it"
+        findings.append(Finding("error", "no pictures", str(folder), message))
+    names = [os.path.relpath(path, folder) for path in paths]
+    return [Entry(name, name, path, None, b"") for name, path in zip(names, paths, strict=True)]
 
 
-def look_or_fault(path: Path) -> Picture | Fault:
+def _image_or_fault(path: Path) -> ImageInfo | Fault:
     try:
-        return look(path)
+        return examine_image(path)
     except Fault as fault:
         return fault
 
 
-def entries(folder: Path) -> Iterator[str]:
-    """The names of everything below the folder; of junk folders not what is in them."""
-    for place, folders, names in os.walk(folder):
+def _names(folder: Path) -> Iterator[str]:
+    """The names of everything below the folder, but not of what is in junk folders."""
+    for place, folders, files in os.walk(folder):
         folders.sort()
-        yield from sorted(
-            os.path.relpath(os.path.join(place, name), folder) for name in folders + names
-        )
-        folders[:] = [name for name in folders if name not in JUNK]
+        paths = (os.path.join(place, name) for name in folders + files)
+        yield from sorted(os.path.relpath(path, folder) for path in paths)
+        folders[:] = [name for name in folders if name not in traps.JUNK]
 
 
-def summary(seen: Seen, findings: list[Finding]) -> dict[str, object]:
+def _summary(data: Folder, findings: list[Finding]) -> dict[str, object]:
     """The figures of report.json."""
-    captions = [row.caption for row in seen.rows if row.caption is not None]
+    captions = [entry.caption for entry in data.entries if entry.caption is not None]
     tokens = [len(token_ids(caption)) for caption in captions]
-    sides = [min(picture.width, picture.height) for picture in seen.pictures.values()]
-    counts = {
+    sides = [min(image.width, image.height) for image in data.images.values()]
+    return {
+        "pictures": len(data.images),
+        "pictures that no line names": len(data.unlisted),
+        "captions": len(captions),
+        "different captions": len(set(captions)),
+        "shorter side in pixels": _spread(sides),
+        "tokens of a caption": _spread(tokens),
+        f"captions over {traps.ROOM} tokens": sum(count > traps.ROOM for count in tokens),
+    } | {
         trap: sum(finding.trap == trap for finding in findings)
         for trap in ("the same picture twice", "near-duplicate")
     }
-    return {
-        "pictures": len(seen.pictures),
-        "pictures that no line names": len(seen.unlisted),
-        "captions": len(captions),
-        "different captions": len(set(captions)),
-        "shorter side in pixels": spread(sides),
-        "tokens of a caption": spread(tokens),
-        f"captions over {ROOM} tokens": sum(count > ROOM for count in tokens),
-        **counts,
-    }
 
 
-def spread(values: list[int]) -> dict[str, float] | None:
-    return (
-        {"least": min(values), "median": statistics.median(values), "most": max(values)}
-        if values
-        else None
-    )
+def _spread(values: list[int]) -> dict[str, float] | None:
+    if not values:
+        return None
+    return {"least": min(values), "median": statistics.median(values), "most": max(values)}
 
 
 # The report.
 
 
-def by_trap(findings: list[Finding]) -> dict[tuple[str, str], list[Finding]]:
+def _by_trap(findings: list[Finding]) -> dict[tuple[str, str], list[Finding]]:
     groups: dict[tuple[str, str], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.level, finding.trap), []).append(finding)
     return groups
 
 
-def advice(trap: str) -> str:
-    """The loader's faults say by themselves what to do."""
-    return (
-        TRAPS[trap].advice
-        if trap in TRAPS
-        else WITHOUT_CAPTIONS
-        if trap == "no metadata.jsonl"
-        else ""
-    )
+def _advice(trap: str) -> str:
+    """What to do about a trap; most of the loader's faults say it themselves."""
+    if trap in TRAPS:
+        return TRAPS[trap].advice
+    return WITHOUT_CAPTIONS if trap == "no metadata.jsonl" else ""
 
 
 def as_text(report: Report, examples: int = 3) -> str:
-    """What is printed: the figures, then each trap with the first places it was seen in."""
-    lines = [f"{report.seen.folder}"]
+    """The report as text: the figures, then each trap with its first places."""
+    lines = [f"{report.data.folder}"]
     for name, value in report.summary.items():
-        value = (
-            "{least:g} to {most:g}, median {median:g}".format(**value)
-            if isinstance(value, dict)
-            else "-"
-            if value is None
-            else value
-        )
-        lines.append(f"  {name + ':':32}{value}")
-    level = ""
-    for (this, trap), group in by_trap(report.findings).items():
-        if this != level:
-            lines += ["", LEVELS[this]]
-        level = this
-        lines.append(f"  {trap}: {len(group)}" + (f" ({said})" if (said := advice(trap)) else ""))
-        shown = [
-            finding.what
-            if this == "error" or trap not in TRAPS
-            else f"{finding.where}  {finding.what}"
-            for finding in group[:examples]
-        ]
-        lines += [f"      {line:.300}" for line in shown]
+        if isinstance(value, dict):
+            value = "{least:g} to {most:g}, median {median:g}".format(**value)
+        lines.append(f"  {name + ':':32}{'-' if value is None else value}")
+    last_level = ""
+    for (level, trap), group in _by_trap(report.findings).items():
+        if level != last_level:
+            lines += ["", LEVELS[level]]
+        last_level = level
+        advice = _advice(trap)
+        lines.append(f"  {trap}: {len(group)}" + (f" ({advice})" if advice else ""))
+        for finding in group[:examples]:
+            names_place = level == "error" or trap not in TRAPS
+            line = finding.what if names_place else f"{finding.where}  {finding.what}"
+            lines.append(f"      {line:.300}")
         if len(group) > examples:
             lines.append(f"      and {len(group) - examples} more")
-    end = f"{report.seen.folder}: {'cannot' if report.errors else 'can'} be trained on"
+    end = f"{report.data.folder}: {'cannot' if report.errors else 'can'} be trained on"
     return "\n".join(printable(line) for line in [*lines, "", end])
 
 
 def verdict(report: Report) -> str:
-    """Why it cannot be trained on, in one line: the first fault as the loader says it."""
-    traps = ", ".join(
-        f"{trap}: {len(group)}" for (_, trap), group in by_trap(report.errors).items()
-    )
+    """Why the folder cannot be trained on, in one line, with the first fault in full."""
+    groups = _by_trap(report.errors)
+    counts = ", ".join(f"{trap}: {len(group)}" for (_, trap), group in groups.items())
     first = report.errors[0]
-    more = f"; {said}" if (said := advice(first.trap)) else ""
-    return printable(f"cannot be trained on ({traps}): {first.what}{more}")
+    advice = f"; {_advice(first.trap)}" if _advice(first.trap) else ""
+    return printable(f"cannot be trained on ({counts}): {first.what}{advice}")
 
 
 def printable(text: str) -> str:
-    """Names and captions are strangers': what is no character, or would move the cursor, is written as its escape."""
+    """Escape what is no character, or would move the cursor: names and captions are strangers'."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def write(report: Report, out: Path, seed: int = 0) -> list[Path]:
-    """report.json with every finding, and contact.png: up to 48 pictures, chosen by the seed, cut as training at a square size cuts them."""
+    """Write report.json with every finding, and contact.png.
+
+    contact.png shows up to 48 images, chosen by the seed, cut as training at a square size does.
+    """
     groups = [
         {
             "trap": trap,
             "level": level,
             "count": len(group),
-            "advice": advice(trap),
-            "places": [{"where": f.where, "what": f.what} for f in group],
+            "advice": _advice(trap),
+            "places": [{"where": finding.where, "what": finding.what} for finding in group],
         }
-        for (level, trap), group in by_trap(report.findings).items()
+        for (level, trap), group in _by_trap(report.findings).items()
     ]
-    about = {
+    whole = {
         "about": atomic.SIGNATURE,
-        "folder": str(report.seen.folder),
-        "size": report.seen.size,
+        "folder": str(report.data.folder),
+        "size": report.data.size,
         "trainable": not report.errors,
+        "summary": report.summary,
+        "findings": groups,
     }
-    whole = about | {"summary": report.summary, "findings": groups}
     with atomic.write(out / "report.json", atomic.unsigned) as new:
         new.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-    return [out / "report.json", *sheet(report.seen, out / "contact.png", seed)]
+    return [out / "report.json", *_sheet(report.data, out / "contact.png", seed)]
 
 
-def sheet(seen: Seen, path: Path, seed: int) -> list[Path]:
-    rows = [row for row in seen.rows if row.name in seen.pictures]
-    if not rows:
+def _sheet(data: Folder, path: Path, seed: int) -> list[Path]:
+    entries = [entry for entry in data.entries if entry.name in data.images]
+    if not entries:
         return []
-    chosen = [
-        rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), min(SHEET, len(rows))))
-    ]
-    pictures = loader.to_model(torch.stack([loader.load_picture(row.path, 200) for row in chosen]))
-    captions = [
-        printable(Path(row.name).name if row.caption is None else row.caption) for row in chosen
-    ]
-    title = printable(
-        f"{len(chosen)} of {len(rows)} pictures of {seen.folder.resolve().name}, as training sees them"
-    )
-    return [
-        plots.grid(pictures, captions, path, columns=8 if len(chosen) > 16 else None, title=title)
-    ]
+    count = min(SHEET, len(entries))
+    chosen = [entries[i] for i in sorted(random.Random(seed).sample(range(len(entries)), count))]
+    images = torch.stack([loader.load_image(entry.path, 200) for entry in chosen])
+    captions = [Path(e.name).name if e.caption is None else e.caption for e in chosen]
+    name = data.folder.resolve().name
+    title = printable(f"{count} of {len(entries)} pictures of {name}, as training sees them")
+    columns = 8 if count > 16 else None
+    captions = [printable(caption) for caption in captions]
+    return [plots.grid(loader.to_model(images), captions, path, columns, title)]

@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from minidiff.figures.svg import chart
+from minidiff.figures.curves import chart
 from minidiff.finetuning.recorder.advice import ASTRAY, CLOSE, Record, closeness, relative
 from minidiff.training import atomic
 

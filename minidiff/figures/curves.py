@@ -1,0 +1,256 @@
+"""Figures of curves and points, by matplotlib: schedules, losses, the 2-D toy, SVG for HTML.
+
+The functions know arrays and lists, no diffusion class. Each returns the path of the file it wrote.
+"""
+
+import html
+import io
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from minidiff.errors import UserError
+from minidiff.training import atomic
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DPI = 200
+NOISE_AXIS = "t  (0 = data, 1 = noise)"
+
+Points = list[tuple[float, float | None]]
+
+
+def write(
+    path: str | Path, data: bytes, suffixes: set[str], stranger: atomic.Stranger = atomic.unsigned
+) -> Path:
+    """Write a figure whole or not at all, over nothing but a figure of ours.
+
+    Raises UserError if the name of the file ends in none of `suffixes`.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in suffixes:
+        kinds = " or ".join(sorted(suffixes))
+        raise UserError(f"{path}: this figure is written as {kinds}; end the file name so")
+    with atomic.write(path, stranger) as new:
+        new.write_bytes(data)
+    return path
+
+
+def style():
+    """The look of all figures, as a context in which they are made."""
+    import matplotlib
+    from cycler import cycler
+
+    look = {"font.size": 8, "axes.titlesize": 9, "lines.linewidth": 1.5, "savefig.dpi": DPI}
+    look |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    look |= {"axes.grid": True, "grid.alpha": 0.25, "axes.prop_cycle": cycler(color=COLOURS)}
+    # "$5" in a title is a price, not an equation.
+    return matplotlib.rc_context(look | {"text.parse_math": False})
+
+
+def new_figure(count: int, width: float = 3.0, height: float = 2.6):
+    """A matplotlib Figure with `count` axes side by side, each of this size in inches."""
+    from matplotlib.figure import Figure  # the object API: no window, no global state
+
+    figure = Figure((width * count, height), layout="constrained")
+    return figure, figure.subplots(1, count, squeeze=False)[0]
+
+
+def save(figure, path: str | Path) -> Path:
+    """Write a matplotlib Figure as .png, .pdf or .svg, whichever the name says."""
+    data, kind, kinds = io.BytesIO(), Path(path).suffix.lower(), {".png", ".pdf", ".svg"}
+    signature = {"Creator" if kind in {".pdf", ".svg"} else "Software": atomic.SIGNATURE}
+    figure.savefig(data, format=kind[1:] if kind in kinds else "png", metadata=signature)
+    return write(path, data.getvalue(), kinds)
+
+
+def schedules(
+    curves: dict[str, tuple[Float[Tensor, "N"], Float[Tensor, "N"], Float[Tensor, "N"]]],
+    path: str | Path,
+) -> Path:
+    """Plot signal, noise and log signal-to-noise ratio over t in [0, 1].
+
+    curves: name -> (t, alpha_t, sigma_t).
+    """
+    # Where alpha_t or sigma_t is 0 (or -1e-17), the logarithm gives no point.
+    with style(), np.errstate(divide="ignore", invalid="ignore"):
+        figure, (signal, noise, ratio) = new_figure(3)
+        for k, (name, curve) in enumerate(curves.items()):
+            t, alpha, sigma = map(_array, curve)
+            line = ("-", "--", "-.", ":")[k % 4]  # lines differ in grey print as well
+            signal.plot(t, alpha, line, label=name)
+            noise.plot(t, sigma, line)
+            ratio.plot(t, 2 * (np.log(alpha) - np.log(sigma)), line)
+        if noise.get_ylim()[1] > 3:  # EDM's sigma goes to 80
+            noise.set(yscale="log", ylim=(1e-3, None))
+            noise.yaxis.set_major_formatter("{x:g}")
+        ratio.set_ylim(max(ratio.get_ylim()[0], -20), min(ratio.get_ylim()[1], 20))
+        titles = "signal  α", "noise  σ", "log SNR = log α²/σ²"
+        for axis, title in zip((signal, noise, ratio), titles, strict=True):
+            axis.set(title=title, xlabel=NOISE_AXIS)
+        figure.legend(loc="outside lower center", ncols=len(curves) if len(curves) < 6 else 4)
+        return save(figure, path)
+
+
+def loss(log: list[dict], path: str | Path) -> Path:
+    """Plot the training loss, as logged and smoothed; and by noise level, if it was recorded.
+
+    log: records {"step", "loss", "bins"}. `bins` holds the mean loss in each stretch of t, with
+    None where there is none. The second panel compares the first with the last quarter of training.
+    """
+    if not log:
+        raise UserError(f"{path}: the log is empty: there is no loss to plot yet")
+    steps = np.array([record["step"] for record in log])
+    losses = np.array([record["loss"] for record in log], float)
+    bins = [record["bins"] for record in log if record.get("bins") is not None]
+    bins = np.array(bins, float)  # turns None into nan
+    with style():
+        figure, axes = new_figure(2 if len(bins) else 1, width=3.6)
+        axes[0].plot(steps, losses, color=COLOURS[5], linewidth=0.6, alpha=0.6, label="as logged")
+        window = max(1, len(losses) // 50)
+        smooth = [_mean(losses[max(0, k - window) : k]) for k in range(1, len(losses) + 1)]
+        axes[0].plot(steps, smooth, color=COLOURS[0], label=f"mean of {window}")
+        axes[0].set(title="training loss", xlabel="step")
+        axes[0].xaxis.get_major_locator().set_params(integer=True)
+        if len(bins):
+            quarter, t = max(1, len(bins) // 4), (np.arange(bins.shape[1]) + 0.5) / bins.shape[1]
+            look = {"color": COLOURS[1], "markersize": 4, "label": "first quarter of training"}
+            axes[1].plot(t, _mean(bins[:quarter]), "o--", **look)
+            look = {"color": COLOURS[0], "markersize": 4, "label": "last quarter"}
+            axes[1].plot(t, _mean(bins[-quarter:]), "s-", **look)
+            axes[1].set(title="loss by noise level", xlabel=NOISE_AXIS, xlim=(0, 1))
+        for axis, values in zip(axes, (losses, bins), strict=False):
+            axis.legend()
+            _log_scale(axis, values[np.isfinite(values)])
+        return save(figure, path)
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """The mean over the first axis; what is not finite is left out."""
+    return np.ma.filled(np.ma.masked_invalid(values).mean(0), np.nan)
+
+
+def _log_scale(axis, values: np.ndarray) -> None:
+    """Make the y axis logarithmic, with plain numbers, if all values are positive.
+
+    Below a factor of 5 there are more numbers on the axis, so that at least two are seen.
+    """
+    from matplotlib.ticker import LogLocator
+
+    if not len(values) or values.min() <= 0:
+        return
+    wide = values.max() > 5 * values.min()
+    axis.set_yscale("log")
+    subs = (1, 2, 5) if wide else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+    axis.yaxis.set_major_locator(LogLocator(subs=subs))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
+
+
+class Panel(NamedTuple):
+    """What one panel of `points` shows; leave out what it does not."""
+
+    title: str = ""
+    points: Float[Tensor, "N 2"] | None = None
+    paths: Float[Tensor, "K N 2"] | None = None  # K steps of N paths; row 0 is the start
+    arrows: tuple[Float[Tensor, "M 2"], Float[Tensor, "M 2"]] | None = None  # places, directions
+
+
+def points(panels: list[Panel], path: str | Path) -> Path:
+    """Plot the 2-D toy: panels side by side, all with the same axes and the same arrow scale."""
+    places = [
+        _array(part).reshape(-1, 2)
+        for panel in panels
+        for part in (panel.points, panel.paths, panel.arrows and panel.arrows[0])
+        if part is not None
+    ]
+    # Percentiles: one stray point must not shrink everything else.
+    low, high = np.percentile(np.concatenate(places), [0.5, 99.5], axis=0)
+    margin = 0.08 * (high - low).max()
+    limits = {"xlim": (low[0] - margin, high[0] + margin)}
+    limits |= {"ylim": (low[1] - margin, high[1] + margin)}
+    lengths = [np.linalg.norm(_array(p.arrows[1]), axis=1) for p in panels if p.arrows is not None]
+    longest = max((np.percentile(length, 99) for length in lengths), default=1)
+    with style():
+        figure, axes = new_figure(len(panels), width=2.8, height=3.0)
+        for axis, panel in zip(axes, panels, strict=True):
+            if panel.points is not None:
+                places = _array(panel.points).T
+                axis.scatter(*places, s=3, color=COLOURS[0], alpha=0.5, linewidths=0)
+            if panel.paths is not None:
+                _draw_paths(axis, _array(panel.paths))
+            if panel.arrows is not None:
+                look = {"color": COLOURS[2], "scale": longest / margin, "width": 0.005}
+                places, directions = map(_array, panel.arrows)
+                axis.quiver(*places.T, *directions.T, angles="xy", scale_units="xy", **look)
+            axis.set(title=panel.title, aspect="equal", **limits)
+        return save(figure, path)
+
+
+def _draw_paths(axis, paths: Float[np.ndarray, "K N 2"]) -> None:
+    axis.plot(paths[..., 0], paths[..., 1], color=COLOURS[4], linewidth=0.6, alpha=0.7)
+    for ends, colour, label in ((paths[0], COLOURS[6], "start"), (paths[-1], COLOURS[1], "end")):
+        axis.scatter(*ends.T, s=8, color=colour, label=label, zorder=3, linewidths=0)
+    axis.legend(loc="upper right", handletextpad=0.1)
+
+
+def _array(values: Tensor) -> np.ndarray:
+    return np.asarray(values.detach().double().cpu())
+
+
+def chart(
+    title: str,
+    lines: dict[str, Points],
+    x_label: str,
+    levels: dict[str, float] | None = None,
+    log: bool = False,
+    greys: bool = False,
+) -> str:
+    """Draw named lines as an <svg> element to stand inside an HTML page; equal input, equal bytes.
+
+    A line is broken where y is None or not finite.
+
+    levels: named horizontal lines.
+    log: a logarithmic y axis, if all values are positive.
+    greys: colours from light to dark, for lines that have an order.
+    """
+    import matplotlib
+
+    levels = levels or {}
+    arrays = {name: np.array(line, float) for name, line in lines.items()}  # turns None into nan
+    for array in arrays.values():
+        array[~np.isfinite(array[:, 1]), 1] = np.nan
+    ends = []
+    for name, (_, y) in ((name, array.T) for name, array in arrays.items()):
+        if len(y := y[np.isfinite(y)]):
+            ends.append(f"{name} from {y[0]:.3g} to {y[-1]:.3g}")
+    columns = max(1, 54 // (6 + max(map(len, (*lines, *levels)))))
+    rows = math.ceil((len(lines) + len(levels)) / columns)
+    # Texts stay texts, and ids follow from the content.
+    look = {"svg.fonttype": "none", "svg.hashsalt": title, "font.sans-serif": ["DejaVu Sans"]}
+    with style(), matplotlib.rc_context(look):
+        figure, (axis,) = new_figure(1, 4.2, 2.5 + 0.17 * rows)
+        for k, (name, array) in enumerate(arrays.items()):
+            grey = 0.78 * (1 - k / max(1, len(lines) - 1))
+            colour = str(grey) if greys else COLOURS[k % len(COLOURS)]
+            axis.plot(*array.T, "o-", color=colour, markersize=3, label=name)
+        for name, level in levels.items():
+            axis.axhline(level, color="#777", linestyle="--", linewidth=1, label=name)
+        if log:
+            values = np.concatenate(
+                [array[:, 1] for array in arrays.values()] + [[*levels.values()]]
+            )
+            _log_scale(axis, values[np.isfinite(values)])
+        axis.set(title=title, xlabel=x_label)
+        figure.legend(loc="outside lower left", ncols=columns)
+        no_date = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(data := io.StringIO(), format="svg", metadata=no_date)
+    svg = data.getvalue()
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])  # ids would repeat in one page
+    label = html.escape(f"{title}: {'; '.join(ends)}")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
