@@ -147,8 +147,8 @@ def _differences(name: str, part: layouts.Part) -> tuple[list[str], list[str]]:
     return sorted(expected - part.state.keys()), sorted(part.state.keys() - expected)
 
 
-def _hash(names: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16]
+def _hash(keys: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:16]
 
 
 def _lora(state: dict[str, files.Stored]) -> Rows:

@@ -30,6 +30,12 @@ AVERAGE = "model_ema.diffusion_model"
 TEXT_1, TEXT_2 = ("cond_stage_model.transformer.",), ("cond_stage_model.model.",)
 IMAGE_ENCODER = ("vision_model.", "visual_projection.")  # of a whole CLIPModel; not needed
 
+DAMAGED = (
+    TypeError,
+    AttributeError,
+    KeyError,
+)  # raised by a number in place of a list, and the like
+
 
 class Part(NamedTuple):
     """One network, before it is built."""
@@ -131,12 +137,27 @@ def _diffusers(folder: Path, reader: Read) -> Checkpoint:
         checkpoint.notes += _own_words(tokenizer)
         factor = 2 ** (len(checkpoint.parts["vae"].config["channels"]) - 1)
         checkpoint.size = int(unet_json.get("sample_size", 64)) * factor
-    except (TypeError, AttributeError, KeyError) as error:  # such as a number in place of a list
-        raise UserError(
-            f"{folder}: a configuration is damaged ({type(error).__name__}: {error}); "
-            f"{files.AGAIN}."
-        ) from error
+    except DAMAGED as error:
+        raise _damaged(folder, error) from error
     return checkpoint
+
+
+def part_folder(folder: Path, name: str, reader: Read) -> Part:
+    """One network as diffusers or transformers saves it, in a folder with config.json."""
+    settings = _json(folder, "config.json")
+    try:
+        if name == "unet":
+            return _diffusers_unet(folder, settings, reader)
+        if name == "vae":
+            return _diffusers_vae(folder, settings, reader)
+        return transformers_text(folder, folder, reader)
+    except DAMAGED as error:
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: Exception) -> UserError:
+    why = f"{type(error).__name__}: {error}"
+    return UserError(f"{folder}: a configuration is damaged ({why}); {files.AGAIN}.")
 
 
 def _json(folder: Path, name: str) -> dict:

@@ -56,15 +56,16 @@ def load(
 
 
 def part(path: str | Path, name: str, dtype: str | torch.dtype | None = None) -> nn.Module:
-    """One network of a checkpoint: name is unet, vae or text. The file may hold this one alone;
-    text may be MODEL:TAG of open_clip, as in ViT-L-14:openai (TAG can be a file)."""
+    """One network of a checkpoint: name is unet, vae or text. It may be all there is
+    in a file, or in a folder with config.json; text may be MODEL:TAG of open_clip, as in
+    ViT-L-14:openai (TAG can be a file)."""
     path, dtype = hub.resolve(path), dtype_named(dtype)
     if (path / "model.json").is_file():
         return getattr(folder.load(path, dtype=dtype), name)
     if name == "text" and ":" in str(path) and not path.exists():
         return _built(name, _open_clip_text(*str(path).split(":", 1)), dtype)
-    if name == "text" and path.is_dir() and not (path / "model_index.json").is_file():
-        return _built(name, layouts.transformers_text(path, path, files.tensors), dtype)
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        return _built(name, layouts.part_folder(path, name, files.tensors), dtype)
     parts = layouts.read(path, files.tensors).parts
     if name not in parts:
         raise UserError(f"{path} has no {layouts.KINDS[name]}.")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import minidiff
 from minidiff.checkpoints import hub, write
 from minidiff.checkpoints.inspect import inspect
+from minidiff.errors import UserError
 
 
 def added(content):
@@ -51,6 +52,22 @@ def test_words_added_to_a_tokenizer_are_said(sd, tmp_path, form):
     with pytest.warns(UserWarning, match=r'the tokenizer\'s own word "<cat-toy>" is not read'):
         minidiff.load(folder)
     assert any("<cat-toy>" in text for _, text in inspect(folder))
+
+
+@pytest.mark.parametrize("part", ["vae", "unet"])
+def test_a_part_in_a_folder_of_its_own(sd, tmp_path, part):
+    """As sd-vae-ft-mse is, and as checkpoint-500/unet of a training."""
+    model, other = sd(), sd()
+    torch.nn.init.constant_(other.vae.quant.bias, 3.0)
+    torch.nn.init.constant_(other.unet.conv_in.bias, 3.0)
+    whole = write.save_diffusers(model, tmp_path / "sd")
+    folder = write.save_diffusers(other, tmp_path / "other") / part
+    loaded = minidiff.load(whole, **{part: folder})
+    assert (loaded.vae.quant.bias == 3).all() == (part == "vae")
+    assert (loaded.unet.conv_in.bias == 3).all() == (part == "unet")
+    (folder / "config.json").write_text('{"norm_num_groups": "many", "block_out_channels": 7}')
+    with pytest.raises(UserError, match=rf"{part}.*(is damaged|has such sizes)"):
+        minidiff.load(whole, **{part: folder})
 
 
 @pytest.mark.filterwarnings("error")
