@@ -99,9 +99,10 @@ def check(
             f"--out {out} lies in the folder that is checked, and would become part of the data; name another folder."
         )
     from minidiff.data.doctor import examine as doctor
+    from minidiff.figures.contact import contact_sheet
 
     report = doctor.examine(folder, layout, caption_column, size)
-    written = doctor.write(report, out, seed)
+    written = [doctor.write(report, out), *contact_sheet(report.data, out / "contact.png", seed)]
     said = "\n".join([doctor.as_text(report), *map(str, written)])
     print(
         said.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding)
