@@ -21,7 +21,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from minidiff import pipeline, samplers, schedules
-from minidiff.cli.script import follow, last_loss, pick_device, read_log, run, write_results
+from minidiff.cli.script import run
 from minidiff.data.cifar10 import cifar10
 from minidiff.data.folder import ClassFolder, load_all, to_model
 from minidiff.denoiser import Denoiser
@@ -31,6 +31,9 @@ from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.sampling import SampleConfig
 from minidiff.text import ClassLabels, LabelsConfig, Unconditional
 from minidiff.train import EMA, Loss, TrainConfig, seed_of, train
+from minidiff.training.device import pick_device
+from minidiff.training.progress import follow, last_loss, write_results
+from minidiff.training.resume import read_log
 from minidiff.unet import UNet, UNetConfig, unet_cifar10
 from minidiff.vae import Pixels
 

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minidiff import schedules
-from minidiff.cli.script import follow, last_loss, peak_memory_gb, read_log, run, write_results
+from minidiff.cli.script import run
 from minidiff.data.world import Scene, World
 from minidiff.denoiser import Denoiser
 from minidiff.figures import plots
@@ -44,6 +44,8 @@ from minidiff.recipes.quickstart import (
 from minidiff.recipes.quickstart import batches as pictures_of
 from minidiff.text import CLIPText
 from minidiff.train import EMA, Loss, TrainConfig, seed_of, train
+from minidiff.training.progress import follow, last_loss, peak_memory_gb, write_results
+from minidiff.training.resume import read_log
 from minidiff.vae import VAE
 
 TWO_OBJECTS = 0.8  # the share of pictures that show two

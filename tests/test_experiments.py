@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import minidiff
 from minidiff import pipeline, schedules
 from minidiff.cli import script
+from minidiff.training import device, progress
 from minidiff.data import critic
 from minidiff.data.folder import load_picture, to_uint8
 from minidiff.data.world import World
@@ -567,15 +568,16 @@ def test_ctrl_c_is_exit_code_130_and_sigterm_143(kind, code, monkeypatch, capsys
 
 
 def test_a_device_that_is_not_there():
-    with pytest.raises(UserError, match="--device is one of auto"):
-        script.pick_device("tpu")
-    assert script.pick_device("auto") in ("cpu", "cuda", "mps")
+    with pytest.raises(UserError, match='no device "tpu"; there is auto, cpu, cuda, mps'):
+        device.pick_device("tpu")
+    assert device.pick_device("auto") in ("cpu", "cuda", "mps")
+    assert device.pick_device(torch.device("cpu")) == "cpu"
 
 
 def test_peak_memory_is_this_process_and_windows_does_not_say(monkeypatch):
-    assert 0.1 < script.peak_memory_gb() < 100  # torch alone takes more than the one
+    assert 0.1 < progress.peak_memory_gb() < 100  # torch alone takes more than the one
     monkeypatch.setattr("sys.platform", "win32")
-    assert script.peak_memory_gb() is None
+    assert progress.peak_memory_gb() is None
 
 
 def test_stable_diffusion_line_by_line(sd, tmp_path, capsys):
