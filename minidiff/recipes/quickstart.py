@@ -1,5 +1,5 @@
-"""The quickstart: a text-to-image latent diffusion model trained from nothing on the built-in world, on
-two CPU cores, in minutes.
+"""The quickstart: a text-to-image latent diffusion model trained from nothing on the built-in
+world, on two CPU cores, in minutes.
 
 Four acts: a VAE learns to compress images, a text encoder learns to read captions, a U-Net learns
 to denoise latents with both frozen, and the critic counts how often images show what held-out
@@ -188,8 +188,8 @@ def noise_levels(
     return (1000 * torch.where(uniform, u, t)).ceil().long().clamp(1, 1000)
 
 
-class MicroBatch(NamedTuple):
-    """One of the PARTS batches of a step, with all that is random about it."""
+class LatentBatch(NamedTuple):
+    """A training batch, with all that is random about it."""
 
     latents: Float[Tensor, "B Z h w"]
     captions: list[str]
@@ -197,9 +197,9 @@ class MicroBatch(NamedTuple):
     eps: Float[Tensor, "B Z h w"]
 
 
-def micro_batches(
+def latent_batches(
     world: World, one: Pool, two: Pool, seed: int, dropout: float, start: int
-) -> Iterator[MicroBatch]:
+) -> Iterator[LatentBatch]:
     """Batches start, start + 1, ... of the endless stream, small images first."""
     for k in count(start):
         generator = torch.Generator().manual_seed(seed_of(seed, k))
@@ -212,10 +212,10 @@ def micro_batches(
             captions.append("" if rng.random() < dropout else world.caption(pool.scenes[i], rng))
         x0 = channels_last(torch.stack(latents))
         t = noise_levels(len(x0), generator)
-        yield MicroBatch(x0, captions, t, torch.randn(x0.shape, generator=generator).to(x0.device))
+        yield LatentBatch(x0, captions, t, torch.randn(x0.shape, generator=generator).to(x0.device))
 
 
-def model_loss(model: LatentDiffusion, batch: MicroBatch) -> Loss:
+def model_loss(model: LatentDiffusion, batch: LatentBatch) -> Loss:
     """The denoiser's loss of each example, and where its t lies."""
     context = model.text.encode(batch.captions)
     each = model.denoiser.loss(batch.latents, context, batch.t, batch.eps)
@@ -233,7 +233,7 @@ def train_model(
     ema = EMA(model, decay=0.998)
     one = Pool(world, vae, POOL // 2, f"model {seed}", 1, device)
     two = Pool(world, vae, POOL, f"model {seed}", 2, device)
-    data = partial(micro_batches, world, one, two, seed, model.dropout)
+    data = partial(latent_batches, world, one, two, seed, model.dropout)
     config = parallel(STEPS, LR, seed)
     loop = train(partial(model_loss, model), model, data, config, ema, folder, resume)
     follow(loop, "3/4 a U-Net learns to denoise latents", STEPS)
@@ -332,13 +332,15 @@ def draw_figures(
     model: LatentDiffusion, world: World, examples: Examples, seed: int, out: Path
 ) -> list[Path]:
     """The judged images, both chains, and the loss."""
-    title, images = "held-out captions, judged by the critic", torch.stack(examples.images)
-    paths = [
-        plots.grid(images, examples.captions, out / "samples.png", 8, title, examples.verdicts)
-    ]
+    paths = [judged_grid(examples, out / "samples.png")]
     x0 = world.batch(1, f"forward {seed}", objects=2)[0]
     paths += chains.plot_forward(x0, model.schedule, out, torch.Generator().manual_seed(seed))
     noise = Normal.seeded(seed, range(len(PROMPTS)))
     frames = list(model.sample(PROMPTS, generator=noise))
     paths += chains.plot_reverse(model, frames, PROMPTS, out)
     return [*paths, plots.loss(read_log(out / "training" / "model"), out / "loss.png")]
+
+
+def judged_grid(examples: Examples, path: Path) -> Path:
+    title, images = "held-out captions, judged by the critic", torch.stack(examples.images)
+    return plots.grid(images, examples.captions, path, 8, title, examples.verdicts)
