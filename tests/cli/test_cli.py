@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -447,3 +448,114 @@ def test_as_a_process():
 def test_a_complaint_of_no_known_kind_is_still_one_line():
     box = "╭─ Error ───╮\n│ \x1b[31mSomething\x1b[0m new │\n│  is wrong.  │\n╰───────────╯\n"
     assert console.plain(box) == "Error Something new is wrong"
+
+
+# What is asked for by its number, and what is read in another way than it may be meant.
+
+
+def test_image_k_of_a_run_is_made_alone(ran, tiny, tmp_path):
+    """The settings inside a PNG draw it again."""
+    args = ("generate", PROMPT, "--model", tiny, "--steps", 2, "--seed", 5, "--sampler", "ddpm")
+    ran(*args, "--n", 3, "--out", tmp_path / "all")
+    third = tmp_path / "all" / "002-a-small-blue-circle.png"
+    with Image.open(third) as picture:
+        assert picture.text["first"] == "2"
+        ran(*args, "--first", picture.text["first"], "--out", tmp_path / "one")
+        with Image.open(tmp_path / "one" / "000-a-small-blue-circle.png") as again:
+            assert again.tobytes() == picture.tobytes()
+            assert again.text["first"] == "2" and again.text["picture"] == "1 of 1"
+
+
+@pytest.mark.parametrize("prompts, warning", [
+    (["a", "small", "blue", "circle"], '4 words are 4 prompts; put one prompt in quotes, as in "a small blue circle"'),
+    (["a (red:1.5) circle"], '"(red:1.5)" is read as it stands: prompts have no weights here'),
+    (["a circle BREAK a square"], '"BREAK" is read as it stands'),
+    (["a circle", "a square", "a triangle"], ""),
+    (["a circle (small, red)"], ""),
+    (["cat", "dog"], ""),
+])  # fmt: skip
+def test_generate_warns_of_prompts_that_may_be_meant_otherwise(
+    ran, tiny, tmp_path, prompts, warning
+):
+    said = ran("generate", *prompts, "--model", tiny, "--steps", 1, "--out", tmp_path).err
+    lines = [line for line in said.replace("\r", "\n").splitlines() if "minidiff:" in line]
+    assert any(warning in line for line in lines) if warning else not lines
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_generate_warns_of_bf16_that_is_imitated(ran, tiny, tmp_path, monkeypatch, native):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native, raising=False)
+    args = ("generate", PROMPT, "--model", tiny, "--steps", 1, "--device", "cpu", "--out", tmp_path)
+    assert ("does not compute in bf16" in ran(*args, "--dtype", "bf16").err) is not native
+    assert "does not compute in bf16" not in ran(*args).err
+
+
+@pytest.mark.parametrize("args, nearest", [
+    (["generate", PROMPT, "--sampler", "dpm_2m"], "dpmpp_2m"),
+    (["generate", PROMPT, "--spacing", "karas"], "karras"),
+    (["plot", "forward", "--schedule", "cosin"], "cosine"),
+    (["plot", "schedules", "linear", "sigmiod"], "sigmoid"),
+    (["convert", "a", "b", "--to", "difusers"], "diffusers"),
+    (["evaluate", "--trilemma", "--samplers", "ddim,hein"], "heun"),
+])  # fmt: skip
+def test_an_unknown_name_has_the_nearest_proposed(refused, args, nearest):
+    assert refused(*args).endswith(f"; perhaps you meant {nearest}.")
+
+
+@pytest.mark.parametrize("args, said", [
+    (["--size", "3"], "--size does nothing here"),
+    (["--trilemma", "--steps", "4"], "--steps does nothing beside --trilemma"),
+    (["--trilemma", "--guidance", "3"], "--guidance does nothing beside --trilemma"),
+    (["--rescale", "7"], "--rescale is 7; it must be from 0 to 1."),
+])  # fmt: skip
+def test_what_evaluate_refuses_before_it_loads_anything(refused, args, said):
+    assert said in refused("evaluate", "--model", "nowhere", *args)
+
+
+def test_every_help_has_an_example(ran):
+    for verb in set(VERBS) - {"quickstart", "finetune", "dreambooth"}:
+        assert f"Example: minidiff {verb} " in ran(*verb.split(), "--help").out
+
+
+@pytest.mark.parametrize("args", [
+    ["--version"], ["inspect", "--help"], ["generate", "--help"], ["evaluate", "--help"],
+    ["finetune", "--help"], ["generate", "--stepps", "3"], ["generate", "x", "--sampler", "dimm"],
+    ["generate", "x", "--steps", "0"],
+])  # fmt: skip
+def test_what_needs_no_torch_imports_none(args):
+    code = "import sys; from minidiff.cli.main import main\ntry: main(sys.argv[1:])\n"
+    code += "finally: print('torch' in sys.modules)"
+    assert shell("-c", code, *args).stdout.splitlines()[-1] == "False"
+
+
+def test_version(ran):
+    from importlib.metadata import version
+
+    import minidiff
+
+    assert minidiff.__version__ == version("minidiff")
+    assert ran("--version").out == f"minidiff {version('minidiff')}\n"
+
+
+# The package itself.
+
+
+def test_every_name_is_there_after_import_minidiff():
+    code = (
+        "import sys, minidiff; assert 'torch' not in sys.modules\n"
+        "assert set(minidiff.__all__) <= set(dir(minidiff)) and '__version__' in dir(minidiff)\n"
+        "for name in minidiff.__all__: assert getattr(minidiff, name) is not None, name\n"
+        "assert minidiff.plots.__name__ == 'minidiff.figures.plots' and minidiff.UNet.__name__ == 'UNet'\n"
+        "import minidiff.finetuning.loop; assert minidiff.finetuning.loop.__name__"
+    )
+    ran = shell("-c", code)
+    assert ran.returncode == 0, ran.stderr
+    with pytest.raises(AttributeError, match="no attribute 'unett'"):
+        __import__("minidiff").unett  # noqa: B018
+
+
+def test_type_checkers_read_the_package():
+    import minidiff
+
+    assert (Path(minidiff.__file__).parent / "py.typed").exists()
