@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 import tyro
 from tqdm import tqdm
 
+from minidiff.cli.flags import in_flags
 from minidiff.errors import Terminated, UserError
 
 Verbs = dict[
@@ -56,7 +57,7 @@ def one_line(program: str) -> Iterator[None]:
         warnings.catch_warnings(),
     ):  # a warning is one line too, above a progress bar where there is one
         warnings.showwarning = lambda message, *_, **__: tqdm.write(
-            f"{program}: {_flat(str(message))}", file=sys.stderr
+            f"{program}: {in_flags(_flat(str(message)))}", file=sys.stderr
         )
         try:
             yield
@@ -147,10 +148,21 @@ def parsed(function: Callable[..., None], args: list[str], command: str) -> Call
     try:
         with contextlib.redirect_stderr(box):
             return tyro.cli(later, prog=command, args=args)
+    except UserError as error:
+        raise UserError(of_config(str(error))) from None
     except SystemExit as end:
         if not end.code:  # --help, which tyro has printed
             return lambda: None
-        raise UserError(f"{complaint(box.getvalue())}; see {command} --help.") from None
+        said = complaint(box.getvalue())
+        if said.startswith("error parsing "):  # of a config that checks itself
+            raise UserError(of_config(said.split(": ", 1)[1]) + ".") from None
+        raise UserError(f"{said}; see {command} --help.") from None
+
+
+def of_config(message: str) -> str:
+    """What a config says of one of its fields, with the field's flag."""
+    field = re.match(r"[a-z_]+(?= is )", message)
+    return f"--{field[0].replace('_', '-')}{message[field.end() :]}" if field else message
 
 
 def complaint(box: str) -> str:
@@ -165,6 +177,9 @@ def complaint(box: str) -> str:
     ):  # what follows is Python's, not the reader's
         whole = re.search(rf"^{bad[1]} INT", hints, re.M)
         return f'{bad[1]} takes {"a whole number" if whole else "a number"}, not "{bad[3]}"'
+    if bad := re.match(r"invalid choice '(.*)' for argument '--(.*)'.* one of \((.*)\)", said):
+        there = bad[3].replace("'", "")
+        return f'no {bad[2]} "{bad[1]}"; there is {there} for --{bad[2]}'
     options = sorted(set(re.findall(r"^--[\w-]+", hints, re.M)))
     said = said[:1].lower() + said[1:].removesuffix(". Expected 1 values")
     return said + (f"; perhaps you meant {', '.join(options)}" if options else "")
@@ -175,5 +190,5 @@ def _flat(text: str) -> str:
 
 
 def _fail(program: str, message: str, code: int) -> None:
-    print(f"{program}: {' '.join(message.splitlines())}", file=sys.stderr)
+    print(f"{program}: {in_flags(' '.join(message.splitlines()))}", file=sys.stderr)
     sys.exit(code)

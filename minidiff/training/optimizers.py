@@ -4,12 +4,15 @@
 [2] Dettmers, Lewis, Shleifer, Zettlemoyer. 8-bit Optimizers via Block-wise Quantization. 2022. arXiv:2110.02861
 """
 
+from typing import get_args
+
 import torch
 from torch import nn
 
 from minidiff.errors import UserError
+from minidiff.options.finetuning import OptimizerName
 
-OPTIMIZERS = ("adamw", "adamw8bit")
+OPTIMIZERS = get_args(OptimizerName)
 
 
 def grouped(parameters: list[nn.Parameter], weight_decay: float) -> list[dict]:

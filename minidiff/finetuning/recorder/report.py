@@ -56,7 +56,7 @@ def page(
     pairs: list[Pair],
     settings: dict[str, object],
 ) -> str:
-    """The whole page. prompts: by label; grids: step -> label -> pictures, of the steps that `shown` names."""
+    """The whole page. prompts: by label; grids: step -> label -> pictures, of the steps that `steps_shown` names."""
     last = records[-1]
     parts = [
         f"<h1>Flight recorder, step {last.step}</h1>",
@@ -103,7 +103,7 @@ def page(
     )
 
 
-def shown(records: list[Record]) -> list[int]:
+def steps_shown(records: list[Record]) -> list[int]:
     """The steps whose pictures are in the page: the first, the last, that of the lowest validation loss, and others evenly between."""
     losses = relative(records, "validation")
     finite = [k for k, value in enumerate(losses) if value is not None and math.isfinite(value)]
@@ -182,7 +182,7 @@ def _by_tenth(records: list[Record]) -> list[str]:
     by_step = {record.step: getattr(record, which) for record in records}
     lines = {
         f"step {step}": [((b + 0.5) / len(by_step[step]), v) for b, v in enumerate(by_step[step])]
-        for step in shown(records)
+        for step in steps_shown(records)
         if by_step[step]
     }
     if not lines:
