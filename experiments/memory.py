@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from minidiff import schedules
+from minidiff.cli.flags import in_flags
 from minidiff.cli.script import run, write_results
 from minidiff.denoiser import Denoiser
 from minidiff.finetuning.estimate import Settings, alternatives, estimate, human
@@ -157,7 +158,7 @@ def by_switch(numbers: dict, settings: Settings) -> dict:
     ways = {
         "full": settings,
         "full, latents not cached": settings._replace(cached=False),
-    } | alternatives(settings)
+    } | {in_flags(name): changed for name, changed in alternatives(settings).items()}
     ways["lora, checkpointing"] = settings._replace(rank=8, checkpointing=True)
     ways["full, text encoder too"] = settings._replace(text=True)
     ways["full, checkpointing, adamw8bit"] = settings._replace(

@@ -18,7 +18,7 @@ from torch import Tensor
 from minidiff.checkpoints import files, names
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.methods.lora import Layer, Loaded, LoRA, adapted, check_free, ends, hang
+from minidiff.methods.lora import Layer, Loaded, LoRA, adapted, attach, check_free, ends
 from minidiff.text import CLIPText
 from minidiff.training import atomic
 from minidiff.unet import UNet
@@ -126,7 +126,7 @@ def load(model: LatentDiffusion, file: str | Path, scale: float = 1.0) -> Loaded
     before = _probe(model)
     for _, lora in ready.values():
         lora.scale = float(scale)
-    hang(model, ready.values())
+    attach(model, ready.values())
     after = _probe(model)
     moved = ((after - before).norm() / before.norm().clamp(min=1e-12)).item()
     if moved == 0:

@@ -42,7 +42,6 @@ def dreambooth(
     from minidiff.finetuning import dreambooth as booth
     from minidiff.finetuning import loop, run
     from minidiff.finetuning.groups import Group, encoded
-    from minidiff.methods import inversion
 
     # All that can be wrong, before anything slow.
     data = booth.subject_pictures(images.subject, config.prompt, images.caption_column)
@@ -53,7 +52,7 @@ def dreambooth(
     config = booth.completed(config, recipe)
     side = images.size or diffusion.size
     check_size(side, diffusion.vae.factor * diffusion.unet.multiple)
-    word = inversion.word_of(words, config.prompt) if config.text == "word" else None
+    word = booth.word_to_train(words, config.prompt) if config.text == "word" else None
     tuning = booth.finetune_config(config, recipe, word)
 
     # The groups.

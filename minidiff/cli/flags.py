@@ -1,4 +1,4 @@
-"""How the command line writes the options that the library names: `resume` there is --resume here."""
+"""How the command line writes the options of the library: its `resume` is --resume here."""
 
 import re
 from typing import Annotated, TypeVar

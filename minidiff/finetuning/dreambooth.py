@@ -43,6 +43,7 @@ from minidiff.errors import UserError
 from minidiff.figures import plots
 from minidiff.finetuning.groups import encoded
 from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.methods import inversion
 from minidiff.options.finetuning import (
     DreamBoothConfig,
     FineTuneConfig,
@@ -215,6 +216,22 @@ def check_prompts(captions: list[str], class_prompts: list[str]) -> list[str]:
             'the subject; a rare token, as "sks", has none'
         )
     return rare or words
+
+
+def word_to_train(words: list[str], prompt: str) -> str:
+    """The word whose vector is trained: a placeholder of the prompt, as in "a <sks> dog", or else
+    the rarest of the words that call the subject."""
+    placeholder = re.search(r"<([^<>]+)>|\[([^][]+)\]", prompt)
+    if placeholder:
+        word = placeholder[1] or placeholder[2]
+    else:
+        word = inversion.word_of(words, prompt)
+    if inversion.token_of(word) < EVERYDAY:
+        raise UserError(
+            f'the word "{word}" is an everyday one, and training its vector would change what it '
+            'means in every prompt; use a rare token for the subject, as "sks".'
+        )
+    return word
 
 
 def class_images(

@@ -1,5 +1,4 @@
-"""How much memory and time a training takes, told before its first step, and which option would save
-most.
+"""How much memory and time a training takes, told before its first step, and what would save most.
 
 No formula of networks is used: one step, forward and backward, runs on tensors with shapes and no
 memory (PyTorch's fake tensors), while a ledger notes every storage that is made and freed, and the

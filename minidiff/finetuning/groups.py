@@ -29,8 +29,8 @@ from minidiff.training.seeds import generator_of, seed_of
 
 
 class Group(NamedTuple):
-    """Examples with one weight. Fine-tuning has one group; DreamBooth has its subject, and its class
-    with a weight of its own ([2] eq. 2)."""
+    """Examples with one weight. Fine-tuning has one group; DreamBooth has its subject, and its
+    class with a weight of its own ([2] eq. 2)."""
 
     name: str
     examples: list[Example]
@@ -59,9 +59,9 @@ def encoded(
     flip: bool = False,
     shapes: bool = False,
 ) -> list[Example]:
-    """The images of a captioned folder as examples: squares of this side, or with shapes each in the
-    bucket nearest to its own shape, with the same area. With flip a mirrored copy of each follows.
-    folder: where the latents are cached."""
+    """The images of a captioned folder as examples: squares of this side, or with shapes each in
+    the bucket nearest to its own shape, with the same area. With flip a mirrored copy of each
+    follows. folder: where the latents are cached."""
     sizes = [(size, size)] * len(data)
     if shapes:
         multiple = model.vae.factor * model.unet.multiple

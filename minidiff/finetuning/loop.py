@@ -117,7 +117,7 @@ def finetune(
 
 
 def completed(config: FineTuneConfig, model: LatentDiffusion) -> FineTuneConfig:
-    """The config with the learning rate and the dropout that suit this model, where it names none."""
+    """The config with the learning rate and the dropout that suit this model filled in."""
     dropout = model.dropout if config.dropout is None else config.dropout
     lr = config.lr
     if lr is None:
@@ -259,9 +259,9 @@ def settle(denoiser: Denoiser, loss_fn: LossFn, data: Iterator[Batch], count: in
 
 
 def shares(model: LatentDiffusion, trained: nn.Module, batch: int) -> int:
-    """Into how many pieces a batch is cut, so that two cores work on images and not on one operation:
-    2 where that is possible, else 1. The number of cores plays no part: the sum of two halves has
-    other last bits than the whole."""
+    """Into how many pieces a batch is cut, so that two cores work on images and not on one
+    operation: 2 where that is possible, else 1. The number of cores plays no part: the sum of two
+    halves has other last bits than the whole."""
     few = sum(p.numel() for p in trained.parameters()) < SHARED
     # threads that draw from one generator draw in any order
     random_inside = getattr(model.unet.config, "dropout", 0) > 0

@@ -138,8 +138,8 @@ def write_best(
     word: inversion.Word | None,
     step: int,
 ) -> None:
-    """Write the weights of the best step so far to a folder of their own, and remove the one before.
-    Those of the last step are in OUT anyway."""
+    """Write the weights of the best step so far to a folder of their own, and remove the one
+    before. Those of the last step are in OUT anyway."""
     folder = best_folder(out, step)
     if step < config.steps:
         folder.mkdir(parents=True, exist_ok=True)

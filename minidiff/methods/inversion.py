@@ -1,14 +1,14 @@
 """Textual inversion: the vector of one word, to be trained, saved and loaded.
 
-A vector v of the text encoder's vocabulary is trained so that captions with the word fit the images,
-[1] eq. 2:
+A vector v of the text encoder's vocabulary is trained so that captions with the word fit the
+images, [1] eq. 2:
 
     v* = argmin_v  E || eps - eps_theta(x_t, t, c_v(caption)) ||^2         all but v is frozen
 
 So the file is 3 KB, and the model can draw nothing new: only what it could draw all along and no
-word of its own would call. Trained beside the U-Net or a LoRA, v finds a place in the text encoder's
-language for what the U-Net learns to draw, while the encoder stays as it is (pivotal tuning [2]).
-The training loop is finetuning/loop.py.
+word of its own would call. Trained beside the U-Net or a LoRA, v finds a place in the text
+encoder's language for what the U-Net learns to draw, while the encoder stays as it is (pivotal
+tuning [2]). The training loop is finetuning/loop.py.
 
 [1] Gal et al. An Image is Worth One Word: Personalizing Text-to-Image Generation using Textual
     Inversion. 2022. arXiv:2208.01618
@@ -57,8 +57,8 @@ class Word(nn.Module):
     def __init__(
         self, text: CLIPText, word: str, like: str | None = None, lr_multiplier: float = 1.0
     ):
-        """like: start from the vector of this word, the coarse class of the subject ([1] section 4);
-        None starts from the token's own.
+        """like: start from the vector of this word, the coarse class of the subject ([1] section
+        4); None starts from the token's own.
         lr_multiplier: we train change / lr_multiplier, because Adam's step size does not depend on
         the gradient's scale; so the vector learns at lr_multiplier times the learning rate."""
         super().__init__()
@@ -107,21 +107,21 @@ def load(text: CLIPText, file: Path, word: str | None = None) -> str:
     tensors = files.tensors(file)
     if len(tensors) != 1:
         raise UserError(
-            f"{file}: {len(tensors)} tensors, {', '.join(list(tensors)[:3])}; a textual inversion has "
-            "one, with the name of its word."
+            f"{file}: {len(tensors)} tensors, {', '.join(list(tensors)[:3])}; a textual inversion "
+            "has one, with the name of its word."
         )
     ((name, vector),) = tensors.items()
     vector = vector[None] if vector.ndim == 1 else vector
     if tuple(vector.shape) != (1, text.dim):
         raise UserError(
-            f'{file}: "{name}" has the shape {tuple(vector.shape)}; this text encoder takes 1 vector '
-            f"of width {text.dim}."
+            f'{file}: "{name}" has the shape {tuple(vector.shape)}; this text encoder takes 1 '
+            f"vector of width {text.dim}."
         )
     word = word or name.strip().removeprefix("<").removesuffix(">")
     if len(token_ids(word)) != 1:
         raise UserError(
-            f'{file}: its word "{name}" is not one token of the vocabulary; name another word for it, '
-            f"as in {file}:sks."
+            f'{file}: its word "{name}" is not one token of the vocabulary; name another word for '
+            f"it, as in {file}:sks."
         )
     put_in(text, word, vector[0])
     return word

@@ -36,7 +36,8 @@ class LoRAConfig:
     rank: int = 8
     # the LoRA's change is multiplied by alpha / rank. Default: the rank
     alpha: float | None = None
-    # adapt the U-Net's layers whose names end so, as in q,k,v,out. Default: those that read the text
+    # adapt the U-Net's layers whose names end so, as in q,k,v,out. Default: those that read the
+    # text
     layers: str = ""
 
     def __post_init__(self) -> None:

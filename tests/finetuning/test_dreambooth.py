@@ -116,6 +116,27 @@ def test_prompts_are_wondered_at(prompt, class_prompt, words, warned):
     assert [warned in str(each.message) for each in caught] == ([True] if warned else [])
 
 
+@pytest.mark.parametrize(
+    "prompt, complaint",
+    [
+        ("a <cat-toy> on a table", '"cat-toy" is 3 tokens'),
+        ("a photo of [V] dog", 'the word "V" is an everyday one'),
+        ("a photo of happy dog", 'the word "happy" is an everyday one'),
+        ("a photo of zwx dog", "is 2 tokens"),
+    ],
+)
+def test_a_word_that_others_need_is_not_trained(prompt, complaint):
+    """Not a part of a placeholder, nor a word with a meaning of its own."""
+    with pytest.raises(UserError, match=complaint):
+        words = dreambooth.rare_words(prompt, ["a photo of a dog on a table"])
+        dreambooth.word_to_train(words, prompt)
+
+
+def test_a_placeholder_is_the_word_that_is_trained():
+    for prompt in ("a <sks> dog", "a photo of [sks] dog", "a sks dog"):
+        assert dreambooth.word_to_train(["sks"], prompt) == "sks"
+
+
 def test_captions_of_the_folder_are_taken(subject):
     lines = [{"file_name": f"{k}.png", "text": f"a sks circle, {k}"} for k in range(3)]
     (subject / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -200,9 +200,9 @@ class Recorder:
 
     @torch.no_grad()
     def _losses(self, examples: list[Pairing]) -> list[float | None]:
-        """Mean loss in each tenth: the squared error of the network's output, whatever the weighting
-        of the training, so that it means the same in every run. Example k has the same noise at
-        every measurement, as has the k-th of the other set."""
+        """Mean loss in each tenth: the squared error of the network's output, whatever the
+        weighting of the training, so that it means the same in every run. Example k has the same
+        noise at every measurement, as has the k-th of the other set."""
         if not examples:
             return []
         model, device = self.model, self.model.device
