@@ -1,12 +1,15 @@
-"""Features for CIFAR-10: a small classifier, in minutes of one core, and what distances in its features say of distorted pictures.
+"""Features for CIFAR-10: a small classifier, in minutes of one core, and what distances in its
+features say of distorted pictures.
 
     python experiments/cifar_features.py                                  # downloads CIFAR-10
-    python experiments/cifar_features.py --data cifar10                   # or has it as cifar10/train/<class>/<name>.png and cifar10/test/...
+    python experiments/cifar_features.py --data cifar10    # with cifar10/train/<class>/, cifar10/test/
 
-The features are the mean over places before the last layer. A Fréchet distance in them is not an FID. Writes cifar10_resnet.safetensors (float16; a
-copy ships in minidiff/networks), distances.png, loss.png and results.json. Ctrl-C saves; --resume goes on, bit for bit.
+The features are the mean over places before the last layer. A Fréchet distance in them is not an
+FID. Writes cifar10_resnet.safetensors (float16; a copy ships in minidiff/networks), distances.png,
+loss.png and results.json. Ctrl-C saves; --resume goes on, bit for bit.
 
-[1] Heusel et al. GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium. 2017. arXiv:1706.08500 (figure 3: distortions)
+[1] Heusel et al. GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium.
+    2017. arXiv:1706.08500 (figure 3: distortions)
 """
 
 from collections.abc import Callable
@@ -74,7 +77,8 @@ def moments(
 
 
 def distances(network: Classifier, train: Pictures, test: Pictures, n: int) -> dict[str, float]:
-    """The Fréchet distance of n training pictures to n others, to as many test pictures, and to those others distorted."""
+    """The Fréchet distance of n training pictures to n others, to as many test pictures, and to
+    those others distorted."""
     real, others = moments(network, train[:n]), train[n : 2 * n]
     found = {
         "floor": frechet(moments(network, others), real),
@@ -136,7 +140,7 @@ def main(
     """Train the classifier, and measure what its features see.
 
     Args:
-        data: a folder with train/<class>/ and test/<class>/; left out, CIFAR-10 is downloaded into ./data.
+        data: a folder with train/<class>/ and test/<class>/. Default: CIFAR-10 is downloaded.
         out: folder for everything written.
         epochs: how often every training picture is seen.
         batch: pictures a step.
@@ -158,7 +162,8 @@ def main(
     classes = sorted(set(names))
     if 2 * n > len(images):
         raise UserError(
-            f"--n is {n}, but there are {len(images)} training pictures; pass --n {len(images) // 2} or less."
+            f"--n is {n}, but there are {len(images)} training pictures; "
+            f"pass --n {len(images) // 2} or less."
         )
     index = {name: k for k, name in enumerate(classes)}
 

@@ -1,10 +1,12 @@
-"""How fast a picture drowns: the forward chain of one picture under several noise schedules, with the same noise in every row.
+"""How fast a picture drowns: the forward chain of one picture under several noise schedules, with
+the same noise in every row.
 
     python experiments/forward_chain.py [--image PICTURE.jpg] [--schedules linear cosine flow]
 
-Seconds. Writes forward_chain.png (a row for each schedule, a column for each t), schedules.png (the curves behind it) and results.json; prints
-the signal-to-noise ratio along each chain, and where signal and noise are equal. Look at the right half of the linear row: most of its
-steps are spent where nothing can be seen any more, which is why the cosine schedule was made.
+Seconds. Writes forward_chain.png (a row for each schedule, a column for each t), schedules.png (the
+curves behind it) and results.json; prints the signal-to-noise ratio along each chain, and where
+signal and noise are equal. Look at the right half of the linear row: most of its steps are spent
+where nothing can be seen any more, which is why the cosine schedule was made.
 """
 
 from pathlib import Path
@@ -76,7 +78,8 @@ def main(
         )
         rows[name] = alpha * picture + sigma * eps
 
-        # Read the ratio off a thousand times; signal and noise are equal where its logarithm is nearest to 0.
+        # Read the ratio off a thousand times; signal and noise are equal where its logarithm is
+        # nearest to 0.
         times = schedule.timesteps(1000).flip(0)
         snr = schedule.snr(times)
         equal = schedule.progress(times)[snr.log().abs().argmin()].item()

@@ -1,10 +1,12 @@
-"""How fast samplers approach the right answer, where it is known: error against evaluations of the denoiser, and the order of each method.
+"""How fast samplers approach the right answer, where it is known: error against evaluations of the
+denoiser, and the order of each method.
 
     python experiments/sampler_order.py [--schedule flow] [--spacing trailing]
 
-Seconds. Writes sampler_order.png and results.json, and prints the fitted orders. Left, the deterministic samplers: three Gaussians in the
-plane, whose denoiser is exact, and the distance from where the true path of each noise ends. Right, those that draw noise, which have
-no path: one Gaussian, and the error of the variance of what they draw, found without sampling.
+Seconds. Writes sampler_order.png and results.json, and prints the fitted orders. Left, the
+deterministic samplers: three Gaussians in the plane, whose denoiser is exact, and the distance from
+where the true path of each noise ends. Right, those that draw noise, which have no path: one
+Gaussian, and the error of the variance of what they draw, found without sampling.
 """
 
 from pathlib import Path
@@ -55,8 +57,8 @@ def ends(
 def variance(
     name: str, schedule: schedules.NoiseSchedule, spacing: str, steps: int, seed: int
 ) -> float:
-    """Of what a stochastic sampler draws. On Gaussian data a chain is linear in its noises, x = c_T x_T + sum_k c_k z_k, and twice as many
-    chains as there are coefficients tell what they are."""
+    """Of what a stochastic sampler draws. On Gaussian data a chain is linear in its noises, x = c_T
+    x_T + sum_k c_k z_k, and twice as many chains as there are coefficients tell what they are."""
     times, chains = schedule.timesteps(steps, spacing), 2 * (steps + 1)
     alpha, sigma = schedule.alpha_sigma(times[0])
     generator = torch.Generator().manual_seed(seed)

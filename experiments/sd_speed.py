@@ -1,11 +1,14 @@
-"""Stable Diffusion at full size beside diffusers: the same random weights, the same precision, the same process, taking turns.
+"""Stable Diffusion at full size beside diffusers: the same random weights, the same precision, the
+same process, taking turns.
 
-    python experiments/sd_speed.py                                          SD 1.5 at 512x512 on the CPU
+    python experiments/sd_speed.py                                          SD 1.5 at 512x512 on the
+    CPU
     python experiments/sd_speed.py --device cuda --dtype bf16 --batch 8 --compile
 
-Writes random weights of SD 1.5's true shapes in both layouts, and measures: how long opening takes and at what peak of memory (each in a process
-of its own), and seconds for a step of the U-Net under guidance, ours and theirs in turns, so that what else the machine does meets both.
-The ratio is the median of the turns' ratios. diffusers must be installed (the test extra has it).
+Writes random weights of SD 1.5's true shapes in both layouts, and measures: how long opening takes
+and at what peak of memory (each in a process of its own), and seconds for a step of the U-Net under
+guidance, ours and theirs in turns, so that what else the machine does meets both. The ratio is the
+median of the turns' ratios. diffusers must be installed (the test extra has it).
 """
 
 import json
@@ -190,7 +193,8 @@ def written(small: bool, folder: Path, file: Path) -> dict:
 
 
 def opened(what: str, folder: Path, file: Path, dtype: str) -> dict[str, float]:
-    """Seconds and peak memory of opening a whole model and reading all of it in a new process, beyond those of the imports. Linux only."""
+    """Seconds and peak memory of opening a whole model and reading all of it in a new process,
+    beyond those of the imports. Linux only."""
     if what == "diffusers":
         library, parts = (
             "from diffusers import StableDiffusionPipeline",
@@ -211,7 +215,8 @@ def opened(what: str, folder: Path, file: Path, dtype: str) -> dict[str, float]:
 
 @torch.no_grad()
 def taken_in_turns(calls: dict, steps: int, device: str) -> tuple[dict[str, list[float]], float]:
-    """Seconds of each call in turns, and the largest difference of what they give, relative to its size."""
+    """Seconds of each call in turns, and the largest difference of what they give, relative to its
+    size."""
     outputs = {
         name: call() for name, call in calls.items()
     }  # not counted: memory is found, kernels are chosen or compiled

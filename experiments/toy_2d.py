@@ -1,10 +1,12 @@
-"""A diffusion whose right answer is known: a density in the plane with its exact score, and beside it what a small network learns of both.
+"""A diffusion whose right answer is known: a density in the plane with its exact score, and beside
+it what a small network learns of both.
 
     python experiments/toy_2d.py [--density ring]
 
-A minute on one CPU core. Writes toy_2d.png (draws, score fields and sampling paths, exact and learnt), loss.png and results.json.
-The exact denoiser is an oracle: with the same sampler and the same noise, what differs between the halves of the figure is the network.
-The distances it prints stand beside their floor, the distance between two exact draws of the same size.
+A minute on one CPU core. Writes toy_2d.png (draws, score fields and sampling paths, exact and
+learnt), loss.png and results.json. The exact denoiser is an oracle: with the same sampler and the
+same noise, what differs between the halves of the figure is the network. The distances it prints
+stand beside their floor, the distance between two exact draws of the same size.
 """
 
 import math
@@ -43,7 +45,8 @@ def ring(u: Float[Tensor, "K"]) -> Float[Tensor, "K 2"]:
 
 
 class Curve(Mixture):
-    """64 equal Gaussians along a curve, scaled to zero mean and unit variance: everything about it is known in closed form."""
+    """64 equal Gaussians along a curve, scaled to zero mean and unit variance: everything about it
+    is known in closed form."""
 
     def __init__(self, density: str, std: float = 0.08):
         centres = {"moons": moons, "ring": ring}[density](
@@ -57,7 +60,8 @@ class Curve(Mixture):
         return super().draw(n, generator).float()
 
     def strays(self, x: Float[Tensor, "N 2"]) -> float:
-        """The share of points more than 4 standard deviations from every centre: of exact draws, at most exp(-8) = 0.0003."""
+        """The share of points more than 4 standard deviations from every centre: of exact draws, at
+        most exp(-8) = 0.0003."""
         return (
             (torch.cdist(x.double(), self.means).min(dim=1).values > 4 * self.std[0, 0])
             .double()
@@ -67,7 +71,8 @@ class Curve(Mixture):
 
 
 class MLP(nn.Module):
-    """Waves of x and of t through four hidden layers: from the bare numbers, a network learns the broad shape and blurs the rest."""
+    """Waves of x and of t through four hidden layers: from the bare numbers, a network learns the
+    broad shape and blurs the rest."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -85,7 +90,8 @@ class MLP(nn.Module):
 
 
 def energy_distance(x: Float[Tensor, "N 2"], y: Float[Tensor, "M 2"]) -> float:
-    """2 E|x - y| - E|x - x'| - E|y - y'|: zero only where two distributions are the same (Székely & Rizzo 2013)."""
+    """2 E|x - y| - E|x - x'| - E|y - y'|: zero only where two distributions are the same (Székely &
+    Rizzo 2013)."""
     return (
         2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean()
     ).item()
@@ -167,7 +173,8 @@ def main(
             ((learnt - exact).pow(2).sum() / exact.pow(2).sum()).sqrt().item()
         )
 
-    # Draw the fields on a grid, as far as x_t comes: beyond, no network has ever been shown anything.
+    # Draw the fields on a grid, as far as x_t comes: beyond, no network has ever been shown
+    # anything.
     alpha, sigma = (scale.item() for scale in schedule.alpha_sigma(torch.tensor(field_at)))
     grid = torch.cartesian_prod(torch.linspace(-3, 3, 31), torch.linspace(-3, 3, 31))
     grid = grid[torch.cdist(grid, alpha * truth + sigma * x_T).min(dim=1).values < 0.1]
