@@ -1,8 +1,8 @@
 """Features for CIFAR-10: a small classifier, in minutes of one core, and what distances in its
 features say of distorted pictures.
 
-    python experiments/cifar_features.py                                  # downloads CIFAR-10
-    python experiments/cifar_features.py --data cifar10    # with cifar10/train/<class>/, cifar10/test/
+    python experiments/cifar_features.py                   # downloads CIFAR-10
+    python experiments/cifar_features.py --data cifar10    # its train/<class>/ and test/<class>/
 
 The features are the mean over places before the last layer. A Fréchet distance in them is not an
 FID. Writes cifar10_resnet.safetensors (float16; a copy ships in minidiff/networks), distances.png,
@@ -216,9 +216,8 @@ def main(
         seed=seed,
     )
     print(write_results(out, **made, **right, frechet=found, loss=last_loss(log), **speed))
-    print(
-        f"test accuracy {right['test_accuracy']:.3f}; Fréchet distance {', '.join(f'{name} {distance:.3g}' for name, distance in found.items())}"
-    )
+    distances_text = ", ".join(f"{name} {distance:.3g}" for name, distance in found.items())
+    print(f"test accuracy {right['test_accuracy']:.3f}; Fréchet distance {distances_text}")
 
 
 if __name__ == "__main__":

@@ -132,9 +132,12 @@ def traces(vae, text, unet, side: int) -> str:
     return "\n\n".join(
         [
             f"VAE encoder, from 3 x {side} x {side}\n{table(trace_half(vae.encoder, 3, side))}",
-            f"U-Net, from {z} x {small} x {small} and {words} x {width} of words\n{table(trace_unet(unet, small, words))}",
-            f"VAE decoder, from {z} x {small} x {small}\n{table(trace_half(vae.decoder, z, small))}",
-            f"text tower: {words} tokens to {words} x {width}, {parameters / 1e6:.2f} M parameters",
+            f"U-Net, from {z} x {small} x {small} and {words} x {width} of words\n"
+            f"{table(trace_unet(unet, small, words))}",
+            f"VAE decoder, from {z} x {small} x {small}\n"
+            f"{table(trace_half(vae.decoder, z, small))}",
+            f"text encoder: {words} tokens to {words} x {width}, "
+            f"{parameters / 1e6:.2f} M parameters",
         ]
     )
 

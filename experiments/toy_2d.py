@@ -131,9 +131,9 @@ def main(
     ema = EMA(denoiser, decay=0.999)
 
     def batches(start: int) -> Iterator[Tensor]:
-        for k in count(
-            start
-        ):  # training seeds its noise with steps from 0 up; data made from the same seeds would be correlated with it
+        # Training seeds its noise with steps from 0 up; data of the same seeds would be correlated
+        # with it.
+        for k in count(start):
             yield mixture.draw(batch, torch.Generator().manual_seed(seed_of(seed, -1 - k)))
 
     def loss(x0: Tensor) -> Loss:

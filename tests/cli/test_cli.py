@@ -448,8 +448,7 @@ def test_as_a_process():
         env=os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "40"},
     )
     assert (
-        ran.stderr
-        == "minidiff: unrecognized options: --seeed, 3; perhaps you meant --seed; "
+        ran.stderr == "minidiff: unrecognized options: --seeed, 3; perhaps you meant --seed; "
         "see minidiff generate --help.\n"
     )
 
