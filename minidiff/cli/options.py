@@ -108,18 +108,16 @@ def put_in(diffusion, loras: list[tuple[Path, float]]) -> None:
 
 def put_words_in(diffusion, embeddings: tuple[str, ...]) -> None:
     """Give words the vectors of textual inversions, from FILE or FILE:WORD, and say which."""
-    from minidiff.methods import inversion
+    from minidiff.checkpoints import embedding
 
-    for embedding in embeddings:
-        name, colon, word = embedding.rpartition(":")
+    for text in embeddings:
+        name, colon, word = text.rpartition(":")
         file, word = (
-            (Path(name), word)
-            if colon and not Path(embedding).exists()
-            else (Path(embedding), None)
+            (Path(name), word) if colon and not Path(text).exists() else (Path(text), None)
         )
         if not file.is_file():
-            raise UserError(f'--embedding {embedding}: no file "{file}".')
-        print(f'{file}: the word is "{inversion.load(diffusion.text, file, word)}"')
+            raise UserError(f'--embedding {text}: no file "{file}".')
+        print(f'{file}: the word is "{embedding.load(diffusion.text, file, word)}"')
 
 
 def words(text: str) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from minidiff import latent_diffusion
-from minidiff.checkpoints import files
+from minidiff.checkpoints import embedding, files
 from minidiff.data import latents as cache
 from minidiff.data.latents import Example
 from minidiff.errors import UserError
@@ -176,7 +176,7 @@ def write(model: LatentDiffusion, method: str, out: Path, word: inversion.Word |
             with atomic.write(path, atomic.unsigned) as new:
                 lora.save(model, new)
         if word is not None:
-            path = inversion.save(word.word, word.vector, out / EMBEDDING)
+            path = embedding.save(word.word, word.vector, out / EMBEDDING)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path} could not be written ({str(error).splitlines()[0]}). The training is kept: "
