@@ -1,70 +1,89 @@
-"""DDPM on CIFAR-10: the paper's recipe, or one that shows the same thing on two CPU cores in half an hour.
+"""DDPM on CIFAR-10: the paper's recipe, or one for two CPU cores and half an hour.
 
-    python experiments/cifar_ddpm.py                                      # downloads CIFAR-10; small preset, 10 classes
-    python experiments/cifar_ddpm.py --data cifar10/train                 # or pictures as cifar10/train/<class>/<name>.png
-    python experiments/cifar_ddpm.py --preset paper --device cuda         # Ho et al. 2020: 800,000 steps, unconditional
+    python experiments/cifar_ddpm.py                         # downloads CIFAR-10; small, 10 classes
+    python experiments/cifar_ddpm.py --data cifar10/train    # or cifar10/train/<class>/<name>.png
+    python experiments/cifar_ddpm.py --preset paper --device cuda    # [1]: 800,000 steps
 
-Ctrl-C saves; --resume goes on, bit for bit. Writes model/ (the averaged weights), samples.png, forward.png, reverse.png and .gif, loss.png and
-results.json. --sample-only draws again from model/.
+The preset paper trains and samples with minidiff/ddpm.py itself: equation 14, algorithm 2. Ctrl-C
+saves; --resume goes on, bit for bit. Writes model/ (the averaged weights), samples.png,
+forward.png, reverse.png and .gif, loss.png and results.json. --sample-only draws again from model/.
 
 [1] Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. arXiv:2006.11239
 """
 
+import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
+from tqdm import tqdm
 
 from minidiff import pipeline, samplers, schedules
-from minidiff.cli.script import follow, last_loss, pick_device, read_log, run, write_results
+from minidiff.cli.script import run
 from minidiff.data.cifar10 import cifar10
 from minidiff.data.folder import ClassFolder, load_all, to_model
+from minidiff.ddpm import DDPM
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.figures import chains, plots
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.sampling import SampleConfig
 from minidiff.text import ClassLabels, LabelsConfig, Unconditional
-from minidiff.train import EMA, Loss, TrainConfig, seed_of, train
+from minidiff.train import EMA, TrainConfig, train
+from minidiff.training.device import pick_device
+from minidiff.training.progress import follow, last_loss, write_results
+from minidiff.training.resume import read_log
+from minidiff.training.seeds import generator_of, seed_of
 from minidiff.unet import UNet, UNetConfig, unet_cifar10
 from minidiff.vae import Pixels
 
+Images = Float[Tensor, "B 3 H W"]
 CLASS_DIM = 128  # width of a class as a vector
 
 
 def unet_small(context_dim: int | None) -> UNet:
-    """Narrow where maps are large and dear, wide where they are small; every residual block is told the class."""
-    numbers = dict(
-        channels=(32, 64, 128, 256), blocks=1, depth=(0, 1, 1, 1), heads=(1, 2, 4, 8), ff_mult=0
+    """Narrow where maps are large and costly, wide where they are small; every residual block is
+    told the class."""
+    config = UNetConfig(
+        3,
+        3,
+        channels=(32, 64, 128, 256),
+        blocks=1,
+        depth=(0, 1, 1, 1),
+        heads=(1, 2, 4, 8),
+        ff_mult=0,
+        context_dim=context_dim,
+        pooled=context_dim is not None,
     )
-    return UNet(
-        UNetConfig(3, 3, **numbers, context_dim=context_dim, pooled=context_dim is not None)
-    )
+    return UNet(config)
 
 
 def unet_tiny(context_dim: int | None) -> UNet:
     """For tests."""
-    return UNet(
-        UNetConfig(
-            3,
-            3,
-            channels=(8, 16),
-            blocks=1,
-            depth=(0, 1),
-            heads=(1, 2),
-            context_dim=context_dim,
-            ff_mult=0,
-            groups=4,
-        )
+    config = UNetConfig(
+        3,
+        3,
+        channels=(8, 16),
+        blocks=1,
+        depth=(0, 1),
+        heads=(1, 2),
+        context_dim=context_dim,
+        ff_mult=0,
+        groups=4,
     )
+    return UNet(config)
 
 
-class Preset(NamedTuple):
+@dataclass(frozen=True)
+class Preset:
+    """A recipe. chain: the paper's own chain trains and samples ([1], minidiff/ddpm.py); without
+    one, the library's denoiser and samplers do."""
+
     unet: Callable[[int | None], UNet]
     schedule: schedules.NoiseSchedule
     target: str
@@ -78,42 +97,57 @@ class Preset(NamedTuple):
     sampler: str
     sampling_steps: int
     guidance: float
+    chain: DDPM | None = None
 
 
 PRESETS = {
-    # [1] section 4 and appendix B. One departure: the training loop lets the learning rate fall along half a cosine, the paper holds it.
+    # [1] section 4 and appendix B. One departure: the learning rate falls along half a cosine, the
+    # paper holds it.
     "paper": Preset(
-        unet_cifar10,
-        schedules.linear(),
-        "eps",
-        False,
-        800_000,
-        128,
-        2e-4,
-        5000,
-        (0.9, 0.999),
-        0.9999,
-        "ddpm",
-        1000,
-        1.0,
+        unet=unet_cifar10,
+        schedule=schedules.linear(),
+        target="eps",
+        conditional=False,
+        steps=800_000,
+        batch=128,
+        lr=2e-4,
+        warmup=5000,
+        betas=(0.9, 0.999),
+        ema=0.9999,
+        sampler="ddpm",
+        sampling_steps=1000,
+        guidance=1.0,
+        chain=DDPM(T=1000, beta_1=1e-4, beta_T=0.02),
     ),
     "small": Preset(
-        unet_small,
-        schedules.cosine(),
-        "v",
-        True,
-        3500,
-        32,
-        1e-3,
-        100,
-        (0.9, 0.99),
-        0.999,
-        "ddim",
-        50,
-        2.0,
+        unet=unet_small,
+        schedule=schedules.cosine(),
+        target="v",
+        conditional=True,
+        steps=3500,
+        batch=32,
+        lr=1e-3,
+        warmup=100,
+        betas=(0.9, 0.99),
+        ema=0.999,
+        sampler="ddim",
+        sampling_steps=50,
+        guidance=2.0,
     ),
     "tiny": Preset(
-        unet_tiny, schedules.cosine(), "v", True, 4, 4, 1e-3, 1, (0.9, 0.99), 0.9, "ddim", 2, 2.0
+        unet=unet_tiny,
+        schedule=schedules.cosine(),
+        target="v",
+        conditional=True,
+        steps=4,
+        batch=4,
+        lr=1e-3,
+        warmup=1,
+        betas=(0.9, 0.99),
+        ema=0.9,
+        sampler="ddim",
+        sampling_steps=2,
+        guidance=2.0,
     ),
 }
 
@@ -121,48 +155,105 @@ PRESETS = {
 def batches(
     pictures: UInt8[Tensor, "N 3 32 32"], labels: list[str], batch: int, seed: int, start: int
 ) -> Iterator[tuple[Float[Tensor, "B 3 32 32"], list[str]]]:
-    """Batch k follows from (seed, k) alone: an order for each epoch, and a coin for each picture's flip."""
+    """Batch k follows from (seed, k) alone: an order for each epoch, and a coin for each image's
+    flip."""
     if batch > len(pictures):
         raise UserError(
             f"--batch is {batch}, but there are only {len(pictures)} pictures; lower it."
         )
-    for k in count(start):
+    for k in itertools.count(start):
         epoch, place = divmod(k, len(pictures) // batch)
         if place == 0 or k == start:
-            order = torch.randperm(
-                len(pictures), generator=torch.Generator().manual_seed(seed_of(seed, -1 - epoch))
-            )
+            order = torch.randperm(len(pictures), generator=generator_of(seed, -1 - epoch))
         rows = order[place * batch : (place + 1) * batch]
-        flipped = (
-            torch.rand(batch, generator=torch.Generator().manual_seed(seed_of(seed + 1, -1 - k)))
-            < 0.5
-        )
+        flipped = torch.rand(batch, generator=generator_of(seed + 1, -1 - k)) < 0.5
         images = to_model(pictures[rows])
         images[flipped] = images[flipped].flip(-1)
         yield images, [labels[row] for row in rows.tolist()]
 
 
+def eps_model(model: LatentDiffusion, x: Images, t: Int[Tensor, "B"]) -> Images:
+    """The network as the paper writes it, eps_theta(x_t, t), without a class."""
+    return model.denoiser.output(x, t, model.text.encode([""] * len(x)))
+
+
+def loss(
+    model: LatentDiffusion, chain: DDPM | None, batch: tuple[Images, list[str]]
+) -> dict[str, Tensor]:
+    """Of each example, and where its t lies; under the paper's chain [1] eq. 14."""
+    x0 = batch[0].to(model.device, memory_format=torch.channels_last)
+    t = model.schedule.sample_t(len(x0))
+    if chain is None:
+        each = model.loss(x0, batch[1], t)
+    else:
+        each = chain.simple_loss(partial(eps_model, model), x0, t, torch.randn_like(x0))
+    return {"loss": each, "progress": model.schedule.progress(t)}
+
+
+@torch.no_grad()
+def chain_frames(
+    model: LatentDiffusion, chain: DDPM, batch: int, seed: int, every: int
+) -> Iterator[samplers.Frame]:
+    """The paper's reverse chain, [1] algorithm 2: the states at every `every`-th t, from T to 0,
+    with the estimate of x0 made there."""
+    network = partial(eps_model, model)
+    generator = torch.Generator().manual_seed(seed)
+    x_T = torch.randn(batch, 3, 32, 32, generator=generator).to(model.device)
+    states = itertools.chain([x_T], chain.p_sample_loop(network, x_T, generator))
+    for t, x in zip(range(chain.T, -1, -1), states, strict=True):
+        if t % every == 0:
+            times = torch.full((batch,), t)
+            x0 = chain.predict_x0(x, times, network(x, times)) if t else x
+            yield samplers.Frame(float(t), x, x0)
+
+
+def chain_images(model: LatentDiffusion, chain: DDPM, count: int, seed: int) -> Images:
+    """Images of the paper's chain, 250 at a time."""
+    batches = []
+    for start in tqdm(range(0, count, 250), "sampling", unit="batch", delay=0.01):
+        batch = min(250, count - start)
+        *_, last = chain_frames(model, chain, batch, seed_of(seed, start), chain.T)
+        batches.append(last.x.clamp(-1, 1))
+    return torch.cat(batches)
+
+
 def draw(
     model: LatentDiffusion, preset: Preset, each: int, steps: int, seed: int, out: Path
 ) -> None:
-    """samples.png, with a row for each class where there are classes, and the reverse chain of a few."""
+    """samples.png, with a row for each class where there are classes, and the reverse chain of a
+    few."""
     classes = [name for name in getattr(model.text, "index", {}) if name]
-    config = SampleConfig(steps, sampler=preset.sampler, seed=seed)
     conditions = [name for name in classes or [""] * 10 for _ in range(each)]
-    pictures = pipeline.generate(model, conditions, config, progress=True)
-    rows = {name: pictures[k * each : (k + 1) * each] for k, name in enumerate(classes)}
-    print(
-        plots.strip(rows, [], out / "samples.png")
-        if classes
-        else plots.grid(pictures, None, out / "samples.png", columns=each)
-    )
-    shown = classes[:8] or [""] * 8
-    noise = samplers.Normal.seeded(seed, range(len(shown)))
-    frames = list(model.sample(shown, generator=noise, config=config))
-    for path in chains.plot_reverse(
-        model, frames, shown, out, title=f"reverse chain: {shown[0] or 'unconditional'}"
-    ):
-        print(path)
+    few = classes[:8] or [""] * 8
+    if preset.chain is not None:
+        images = chain_images(model, preset.chain, len(conditions), seed)
+        every = max(1, preset.chain.T // 50)
+        frames = list(chain_frames(model, preset.chain, len(few), seed, every))
+    else:
+        config = SampleConfig(steps, sampler=preset.sampler, seed=seed)
+        images = pipeline.generate(model, conditions, config, progress=True)
+        noise = samplers.Normal.seeded(seed, range(len(few)))
+        frames = list(model.sample(few, generator=noise, config=config))
+    if classes:
+        rows = {name: images[k * each : (k + 1) * each] for k, name in enumerate(classes)}
+        print(plots.strip(rows, [], out / "samples.png"))
+    else:
+        print(plots.grid(images, None, out / "samples.png", columns=each))
+    title = f"reverse chain: {few[0] or 'unconditional'}"
+    print(*chains.plot_reverse(model, frames, few, out, title=title), sep="\n")
+
+
+def check_chain(preset: Preset, conditional: bool, sampling_steps: int) -> None:
+    """Raise a UserError for what the paper's chain does not have."""
+    if preset.chain is None:
+        return
+    if conditional:
+        raise UserError("--conditional: the paper's chain is unconditional; choose another preset.")
+    if sampling_steps != preset.chain.T:
+        raise UserError(
+            f"--sampling-steps is {sampling_steps}, but the paper's chain takes all {preset.chain.T} "
+            'steps; draw with fewer by minidiff generate "" --model OUT/model --steps N.'
+        )
 
 
 def main(
@@ -204,85 +295,59 @@ def main(
         sample_only: train nothing, draw from out/model.
     """
     device, recipe = pick_device(device), PRESETS[preset]
-    steps, batch, lr, sampling_steps = (
-        steps or recipe.steps,
-        batch or recipe.batch,
-        lr or recipe.lr,
-        sampling_steps or recipe.sampling_steps,
-    )
-    if sample_only:
-        return draw(
-            LatentDiffusion.load(out / "model", device), recipe, each, sampling_steps, seed, out
-        )
-
-    # Hold all pictures in memory, as bytes.
-    images, labels = load_all(ClassFolder(data), 32, pictures) if data else cifar10("data")
-    classes = sorted(set(labels))
-
-    torch.manual_seed(seed)
+    steps, batch, lr = steps or recipe.steps, batch or recipe.batch, lr or recipe.lr
+    sampling_steps = sampling_steps or recipe.sampling_steps
     conditional = recipe.conditional if conditional is None else conditional
-    text = ClassLabels(LabelsConfig(classes, CLASS_DIM)) if conditional else Unconditional()
+    check_chain(recipe, conditional, sampling_steps)
+    if sample_only:
+        model = LatentDiffusion.load(out / "model", device)
+        return draw(model, recipe, each, sampling_steps, seed, out)
+
+    # Hold all images in memory, as bytes.
+    images, labels = load_all(ClassFolder(data), 32, pictures) if data else cifar10("data")
+    torch.manual_seed(seed)
+    text = ClassLabels(LabelsConfig(sorted(set(labels)), CLASS_DIM))
+    text = text if conditional else Unconditional()
     denoiser = Denoiser(recipe.unet(text.dim), recipe.schedule, recipe.target)
-    model = LatentDiffusion(Pixels(), text, denoiser, size=32, guidance=recipe.guidance).to(
-        device, memory_format=torch.channels_last
-    )
+    model = LatentDiffusion(Pixels(), text, denoiser, size=32, guidance=recipe.guidance)
+    model.to(device, memory_format=torch.channels_last)
     ema = EMA(model, recipe.ema)
     if compile:
         model.unet.compile()
 
-    def loss(batch: tuple[Tensor, list[str]]) -> Loss:
-        x0 = batch[0].to(device, memory_format=torch.channels_last)
-        t = model.schedule.sample_t(len(x0))
-        return {"loss": model.loss(x0, batch[1], t), "progress": model.schedule.progress(t)}
-
     autocast = torch.bfloat16 if (device == "cuda" if bf16 is None else bf16) else None
     config = TrainConfig(steps, lr, recipe.warmup, betas=recipe.betas, autocast=autocast, seed=seed)
-    training = train(
-        loss,
-        model,
-        partial(batches, images, labels, batch, seed),
-        config,
-        ema,
-        out / "training",
-        resume,
-    )
+    stream = partial(batches, images, labels, batch, seed)
+    objective = partial(loss, model, recipe.chain)
+    training = train(objective, model, stream, config, ema, out / "training", resume)
     speed = follow(training, "training", steps, batch)
     log = read_log(out / "training")
 
     print(ema.average.save(out / "model"))
-    for path in chains.plot_forward(
-        to_model(images[:1]),
-        recipe.schedule,
-        out,
-        torch.Generator().manual_seed(seed),
-        f"forward chain: {labels[0]}",
-    ):
-        print(path)
+    x0, generator = to_model(images[:1]), torch.Generator().manual_seed(seed)
+    title = f"forward chain: {labels[0]}"
+    print(*chains.plot_forward(x0, recipe.schedule, out, generator, title), sep="\n")
     draw(ema.average, recipe, each, sampling_steps, seed, out)
     print(plots.loss(log, out / "loss.png"))
     size = round(sum(p.numel() for p in model.unet.parameters()) / 1e6, 2)
-    made = dict(
-        preset=preset,
-        conditional=conditional,
-        steps=steps,
-        batch=batch,
-        lr=lr,
-        seed=seed,
-        device=device,
-        bf16=autocast is not None,
-    )
+    results = {
+        "preset": preset,
+        "conditional": conditional,
+        "steps": steps,
+        "batch": batch,
+        "lr": lr,
+        "seed": seed,
+        "device": device,
+        "bf16": autocast is not None,
+        "pictures": len(images),
+        "unet_million_parameters": size,
+        "loss": last_loss(log),
+        **speed,
+    }
+    print(write_results(out, **results))
     print(
-        write_results(
-            out,
-            **made,
-            pictures=len(images),
-            unet_million_parameters=size,
-            loss=last_loss(log),
-            **speed,
-        )
-    )
-    print(
-        f"{size} M parameters, {steps} steps of {batch}, {speed['images_per_second']} images/s, loss {last_loss(log)}"
+        f"{size} M parameters, {steps} steps of {batch}, {speed['images_per_second']} images/s, "
+        f"loss {last_loss(log)}"
     )
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Float, UInt8
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minidiff.cli.script import follow, last_loss, read_log, run, write_results
+from minidiff.cli.script import run
 from minidiff.data.cifar10 import cifar10
 from minidiff.data.folder import ClassFolder, load_all, to_model
 from minidiff.errors import UserError
@@ -33,6 +33,8 @@ from minidiff.figures import plots
 from minidiff.figures.curves import COLOURS, new_figure, save, style
 from minidiff.train import Loss, TrainConfig, train
 from minidiff.training import atomic
+from minidiff.training.progress import follow, last_loss, write_results
+from minidiff.training.resume import read_log
 
 Pictures = UInt8[Tensor, "N 3 32 32"]
 

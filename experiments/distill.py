@@ -32,7 +32,7 @@ from tqdm import tqdm
 import minidiff
 from minidiff import pipeline
 from minidiff.checkpoints import lora as lora_files
-from minidiff.cli.script import follow, last_loss, read_log, run, write_results
+from minidiff.cli.script import run
 from minidiff.data import critic
 from minidiff.data.world import World
 from minidiff.denoiser import Denoiser
@@ -53,6 +53,8 @@ from minidiff.options.sampling import Interval, SampleConfig
 from minidiff.recipes.quickstart import COLOURS, SHAPES
 from minidiff.train import EMA, Loss, TrainConfig, seed_of, train
 from minidiff.training import atomic
+from minidiff.training.progress import follow, last_loss, write_results
+from minidiff.training.resume import read_log
 
 TWO_OBJECTS = 0.8  # the share of pictures that show two
 WALK = 8  # steps of dpmpp_2m

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minidiff import load, pipeline
-from minidiff.cli.script import run, write_results
+from minidiff.cli.script import run
 from minidiff.data import critic
 from minidiff.data.folder import CaptionedImages
 from minidiff.data.world import BACKGROUNDS, RELATIONS, SIZES, Scene, Thing, World
@@ -36,6 +36,7 @@ from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.sampling import SampleConfig
 from minidiff.recipes.quickstart import COLOURS, SHAPES, SIZE
 from minidiff.training import atomic
+from minidiff.training.progress import write_results
 
 TOKEN = "panna"  # rare, and one token
 WORD = f"{TOKEN} circle"  # what the ring is called: the token and its class, as in "sks dog"

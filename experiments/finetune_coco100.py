@@ -24,15 +24,7 @@ from torch import Tensor
 
 import minidiff
 from minidiff import pipeline
-from minidiff.cli.script import (
-    follow,
-    last_loss,
-    peak_memory_gb,
-    pick_device,
-    read_log,
-    run,
-    write_results,
-)
+from minidiff.cli.script import run
 from minidiff.data.folder import CaptionedFolder, load_all, to_model
 from minidiff.data.latents import Example
 from minidiff.errors import UserError
@@ -44,6 +36,9 @@ from minidiff.finetuning.loop import finetune
 from minidiff.finetuning.recorder.recorder import Recorder
 from minidiff.options.sampling import SampleConfig, check_size
 from minidiff.train import Loss, TrainConfig, seed_of, train
+from minidiff.training.device import pick_device
+from minidiff.training.progress import follow, last_loss, peak_memory_gb, write_results
+from minidiff.training.resume import read_log
 from minidiff.vae import VAE
 
 PROMPTS = (

@@ -17,13 +17,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 import minidiff
-from minidiff.cli.script import run, write_results
+from minidiff.cli.script import run
 from minidiff.data.folder import to_model
 from minidiff.data.world import World
 from minidiff.errors import UserError
 from minidiff.figures import plots
 from minidiff.finetuning.recorder.recorder import Recorder
 from minidiff.train import NonFiniteError, TrainConfig, seed_of, train
+from minidiff.training.progress import write_results
 
 KNOWN = ("red", "yellow", "green", "blue")  # the colours of the box
 KEPT = {

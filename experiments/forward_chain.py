@@ -13,12 +13,13 @@ from typing import Literal
 
 import torch
 
-from minidiff.cli.script import run, write_results
+from minidiff.cli.script import run
 from minidiff.data.folder import load_image, to_model
 from minidiff.data.world import World
 from minidiff.errors import UserError
 from minidiff.figures import chains, plots
 from minidiff.schedules import Flow, cosine, linear, scaled_linear, sigmoid
+from minidiff.training.progress import write_results
 
 SCHEDULES = {
     "linear": linear(),

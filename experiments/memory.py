@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 
 from minidiff import schedules
-from minidiff.cli.script import run, write_results
+from minidiff.cli.script import run
 from minidiff.denoiser import Denoiser
 from minidiff.finetuning.estimate import Settings, alternatives, estimate, human
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods import lora
 from minidiff.text import CLIPText, TextConfig
 from minidiff.train import EMA, TrainConfig, train
+from minidiff.training.progress import write_results
 from minidiff.unet import UNet, UNetConfig
 from minidiff.vae import VAE, VAEConfig
 

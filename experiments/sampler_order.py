@@ -16,11 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minidiff import schedules
-from minidiff.cli.script import run, write_results
+from minidiff.cli.script import run
 from minidiff.errors import UserError
 from minidiff.figures.curves import COLOURS, new_figure, save, style
 from minidiff.methods.exact import Mixture
 from minidiff.samplers import by_name, sample
+from minidiff.training.progress import write_results
 
 SCHEDULES = {"cosine": schedules.cosine(), "flow": schedules.Flow(), "karras": schedules.Karras()}
 PATHS = {"euler": 1, "heun": 2, "dpmpp_2m": 1, "unipc": 1}  # evaluations a step

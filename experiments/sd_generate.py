@@ -14,12 +14,14 @@ import torch
 from tqdm import tqdm
 
 import minidiff
-from minidiff.cli.script import pick_device, run, write_results
+from minidiff.cli.script import run
 from minidiff.figures import plots
 from minidiff.figures.trace import table, trace_half, trace_unet
 from minidiff.guidance import guide
 from minidiff.samplers import Normal, by_name
 from minidiff.text import clip_vit_l14
+from minidiff.training.device import pick_device
+from minidiff.training.progress import write_results
 from minidiff.unet import unet_sd1
 from minidiff.vae import vae_sd
 

@@ -24,11 +24,13 @@ from minidiff import schedules
 from minidiff.checkpoints.folder import DTYPES, empty
 from minidiff.checkpoints.layouts import STABLE_DIFFUSION
 from minidiff.checkpoints.write import save_compvis, save_diffusers
-from minidiff.cli.script import pick_device, run, write_results
+from minidiff.cli.script import run
 from minidiff.denoiser import Denoiser
 from minidiff.figures.trace import trace_unet
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.text import CLIPText, TextConfig, clip_vit_l14
+from minidiff.training.device import pick_device
+from minidiff.training.progress import write_results
 from minidiff.unet import UNet, UNetConfig, unet_sd1
 from minidiff.vae import VAE, VAEConfig, vae_sd
 

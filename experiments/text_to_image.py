@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minidiff import pipeline, samplers, schedules
-from minidiff.cli.script import follow, last_loss, pick_device, read_log, run, write_results
+from minidiff.cli.script import run
 from minidiff.data.folder import CaptionedFolder, load_all, to_model
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
@@ -26,6 +26,9 @@ from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.sampling import SampleConfig, check_size
 from minidiff.text import CLIPText, TextConfig
 from minidiff.train import EMA, Loss, TrainConfig, seed_of, train
+from minidiff.training.device import pick_device
+from minidiff.training.progress import follow, last_loss, write_results
+from minidiff.training.resume import read_log
 from minidiff.unet import UNet, UNetConfig
 from minidiff.vae import VAE, VAEConfig
 

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minidiff import schedules
-from minidiff.cli.script import follow, last_loss, read_log, run, write_results
+from minidiff.cli.script import run
 from minidiff.denoiser import Denoiser
 from minidiff.figures import plots
 from minidiff.figures.curves import Panel
@@ -28,6 +28,8 @@ from minidiff.layers import timestep_embedding
 from minidiff.methods.exact import Mixture
 from minidiff.samplers import ddim, sample
 from minidiff.train import EMA, Loss, TrainConfig, seed_of, train
+from minidiff.training.progress import follow, last_loss, write_results
+from minidiff.training.resume import read_log
 
 
 def moons(u: Float[Tensor, "K"]) -> Float[Tensor, "K 2"]:

@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 
 from minidiff import load
-from minidiff.cli.script import run, write_results
+from minidiff.cli.script import run
 from minidiff.data.world import World
 from minidiff.evaluation import sweep as trilemma
 from minidiff.evaluation.bench import of_world
 from minidiff.options.sampling import Interval, SampleConfig
 from minidiff.recipes import quickstart
+from minidiff.training.progress import write_results
 
 SAMPLERS = (
     "ddim",

@@ -6,46 +6,31 @@ Names are imported when they are first used, so that `import minidiff` is instan
 import importlib
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    import torch
-
+if TYPE_CHECKING:  # for editors and type checkers; __getattr__ below imports the same when used
+    from minidiff import checkpoints, data, ddpm, denoiser, errors, evaluation, figures  # noqa: I001
+    from minidiff import finetuning, guidance, latent_diffusion, layers, losses, methods, options
+    from minidiff import pipeline, recipes, samplers, schedules, steps, text, train, training
+    from minidiff import unet, vae
+    from minidiff.data.world import World
+    from minidiff.ddpm import DDPM
+    from minidiff.denoiser import Denoiser
+    from minidiff.figures import plots
     from minidiff.latent_diffusion import LatentDiffusion
+    from minidiff.methods import lora
+    from minidiff.text import CLIPText
+    from minidiff.unet import UNet
+    from minidiff.vae import VAE
 
-_HOMES = {
-    "UNet": "minidiff.unet",
-    "VAE": "minidiff.vae",
-    "CLIPText": "minidiff.text",
-    "LatentDiffusion": "minidiff.latent_diffusion",
-    "Denoiser": "minidiff.denoiser",
-    "DDPM": "minidiff.ddpm",
-    "World": "minidiff.data.world",
-}
-_MODULES = (
-    "ddpm",
-    "schedules",
-    "denoiser",
-    "steps",
-    "samplers",
-    "layers",
-    "unet",
+__all__ = [
+    "DDPM", "VAE", "CLIPText", "Denoiser", "LatentDiffusion", "UNet", "World", "checkpoints",
+    "data", "ddpm", "denoiser", "errors", "evaluation", "figures", "finetuning", "guidance",
+    "latent_diffusion", "layers", "load", "lora", "losses", "methods", "options", "pipeline",
+    "plots", "recipes", "samplers", "schedules", "steps", "text", "train", "training", "unet",
     "vae",
-    "text",
-    "latent_diffusion",
-    "train",
-    "methods",
-    "training",
-    "checkpoints",
-    "data",
-    "figures",
-    "evaluation",
-    "finetuning",
-    "recipes",
-)
-_DOORS = {"plots": "minidiff.figures.plots", "lora": "minidiff.methods.lora"}
-
-__all__ = [*_HOMES, *_MODULES, *_DOORS, "load"]
+]  # fmt: skip
+_CLASSES = {"UNet": "unet", "VAE": "vae", "CLIPText": "text", "World": "data.world"}
+_CLASSES |= {"LatentDiffusion": "latent_diffusion", "Denoiser": "denoiser", "DDPM": "ddpm"}
+_SHORT = {"plots": "figures.plots", "lora": "methods.lora"}
 
 
 def load(
@@ -71,12 +56,14 @@ def load(
 
 
 def __getattr__(name: str):
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    if name in _MODULES or name in _DOORS:
-        return importlib.import_module(_DOORS.get(name, f"minidiff.{name}"))
-    raise AttributeError(f"module 'minidiff' has no attribute '{name}'")
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("minidiff")
+    if name not in __all__:
+        raise AttributeError(f"module 'minidiff' has no attribute '{name}'")
+    home = _CLASSES.get(name) or _SHORT.get(name, name)
+    module = importlib.import_module(f"minidiff.{home}")
+    return getattr(module, name) if name in _CLASSES else module
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted({*globals(), *__all__, "__version__"})

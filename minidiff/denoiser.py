@@ -44,6 +44,10 @@ TARGETS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {  # F: 
 }
 
 
+X, Time = Float[Tensor, "B *dims"], Shaped[Tensor, "B"]
+Context = Float[Tensor, "B L D"]
+
+
 class Prediction(NamedTuple):
     """What a denoiser predicts of x_t = alpha_t x0 + sigma_t eps: the clean data and the noise."""
 
@@ -78,16 +82,11 @@ class Denoiser(nn.Module):
         self.weighting = weighting or target
         self.log_error = losses.log_error() if weighting == "learned" else None
 
-    def _row(self, t: Shaped[Tensor, "B"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _row(self, t: Time) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         alpha, sigma = self.schedule.alpha_sigma(t)
         return alpha, sigma, *TARGETS[self.target](alpha, sigma)
 
-    def output(
-        self,
-        x: Float[Tensor, "B *dims"],
-        t: Shaped[Tensor, "B"],
-        context: Float[Tensor, "B L D"] | None = None,
-    ) -> Float[Tensor, "B *dims"]:
+    def output(self, x: X, t: Time, context: Context | None = None) -> X:
         """F, the bare output of the network; the target "edm" scales its input to unit variance."""
         if self.target == "edm":  # c_in, [4] table 1
             alpha, sigma = self.schedule.alpha_sigma(t)
@@ -95,17 +94,10 @@ class Denoiser(nn.Module):
         precise = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has no 999, only 1000
         return self.network(x, self.schedule.c_noise(t).to(precise).to(x.device), context)
 
-    def forward(
-        self,
-        x: Float[Tensor, "B *dims"],
-        t: Shaped[Tensor, "B"],
-        context: Float[Tensor, "B L D"] | None = None,
-    ) -> Prediction:
+    def forward(self, x: X, t: Time, context: Context | None = None) -> Prediction:
         return self.solve(x, t, self.output(x, t, context).to(x.dtype))
 
-    def solve(
-        self, x: Float[Tensor, "B *dims"], t: Shaped[Tensor, "B"], F: Float[Tensor, "B *dims"]
-    ) -> Prediction:
+    def solve(self, x: X, t: Time, F: X) -> Prediction:
         """Solve  x = alpha x0 + sigma eps,  F = a x0 + b eps  for (x0, eps)."""
         alpha, sigma, a, b = self._row(t)
         det = alpha * b - sigma * a
@@ -113,19 +105,17 @@ class Denoiser(nn.Module):
         eps = per_example(alpha / det, x) * F - per_example(a / det, x) * x
         return Prediction(x0, eps)
 
-    def unsolve(self, prediction: Prediction, t: Shaped[Tensor, "B"]) -> Float[Tensor, "B *dims"]:
+    def unsolve(self, prediction: Prediction, t: Time) -> X:
         """The output with this solution:  F = a x0 + b eps."""
-        _, _, a, b = self._row(t)
-        return per_example(a, prediction.x0) * prediction.x0 + (
-            per_example(b, prediction.eps) * prediction.eps
-        )
+        (_, _, a, b), (x0, eps) = self._row(t), prediction
+        return per_example(a, x0) * x0 + per_example(b, eps) * eps
 
     def loss(
         self,
-        x0: Float[Tensor, "B *dims"],
-        context: Float[Tensor, "B L D"] | None = None,
-        t: Shaped[Tensor, "B"] | None = None,
-        eps: Float[Tensor, "B *dims"] | None = None,
+        x0: X,
+        context: Context | None = None,
+        t: Time | None = None,
+        eps: X | None = None,
     ) -> Float[Tensor, "B"]:
         """w(SNR_t) || x0 - x0_hat(x_t) ||^2 of each example (mean over dims).
 

@@ -1,5 +1,6 @@
 """The one exception that is the user's to mend. The command line prints it and exits with 2."""
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -12,6 +13,8 @@ class Terminated(KeyboardInterrupt):
 
 
 def choice(kind: str, name: object, choices: Iterable[str]) -> None:
-    """Raise a UserError unless the name is one of the choices."""
+    """Raise a UserError unless the name is one of the choices; it proposes the nearest."""
     if name not in (known := list(choices)):
-        raise UserError(f'no {kind} "{name}"; there is {", ".join(known)}.')
+        nearest = difflib.get_close_matches(str(name), known, 1)
+        perhaps = f"; perhaps you meant {nearest[0]}" if nearest else ""
+        raise UserError(f'no {kind} "{name}"; there is {", ".join(known)}{perhaps}.')

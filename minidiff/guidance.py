@@ -1,13 +1,10 @@
 """Guidance: how the text, or a worse model, steers a denoiser.
 
 [1] Ho, Salimans. Classifier-Free Diffusion Guidance. 2022. arXiv:2207.12598
-[2] Lin, Liu, Li, Yang. Common Diffusion Noise Schedules and Sample Steps are Flawed.
-    arXiv:2305.08891
+[2] Lin et al. Common Diffusion Noise Schedules and Sample Steps are Flawed. arXiv:2305.08891
 [3] Kynkäänniemi et al. Applying Guidance in a Limited Interval Improves Sample and Distribution
     Quality in Diffusion Models. 2024. arXiv:2404.07724
-[4] Saharia et al. Photorealistic Text-to-Image Diffusion Models with Deep Language Understanding.
-    2022. arXiv:2205.11487
-[5] Karras et al. Guiding a Diffusion Model with a Bad Version of Itself. 2024. arXiv:2406.02507
+[4] Karras et al. Guiding a Diffusion Model with a Bad Version of Itself. 2024. arXiv:2406.02507
 """
 
 from dataclasses import dataclass
@@ -18,7 +15,7 @@ from torch import Tensor
 
 from minidiff.denoiser import Denoise, Denoiser, Prediction
 from minidiff.errors import UserError
-from minidiff.schedules import NoiseSchedule, per_example
+from minidiff.schedules import per_example
 
 X = Float[Tensor, "B *dims"]
 Time = Shaped[Tensor, "B"]
@@ -32,7 +29,6 @@ def guide(
     scale: float,
     rescale: float = 0.0,
     interval: tuple[float, float] | None = None,
-    threshold: float | None = None,
     weak: Denoiser | None = None,
 ) -> Denoise:
     """Classifier-free guidance, [1] eq. 6 as Stable Diffusion counts it: null + scale (context -
@@ -47,7 +43,7 @@ def guide(
     interval: guide only where schedule.progress(t) is in it, 0 data to 1 noise ([3]).
     threshold: the share of x0's values, as 0.995, that must fit into [-1, 1] before x0 is divided
     to make them fit ([4] section 2.3). For pixels; latents have no range.
-    weak: a worse denoiser, with the context, to steer away from in place of null ([5]).
+    weak: a worse denoiser, with the context, to steer away from in place of null ([4]).
     """
     if not 0 <= rescale <= 1:
         raise UserError(f"rescale is {rescale}; it must be from 0 (off) to 1.")
@@ -56,10 +52,7 @@ def guide(
         raise UserError(f"the guidance interval is {interval}; it must be {ends}.")
     if scale != 1 and context is not None and null is None and weak is None:
         raise UserError(f"guidance at scale {scale:g} needs null or weak, to steer away from.")
-    if threshold is not None and not 0 < threshold <= 1:
-        raise UserError(f"threshold is {threshold}; it must be above 0 and up to 1, as in 0.995.")
-    guided = Guided(denoiser, context, null, scale, rescale, interval, weak)
-    return guided if threshold is None else Thresholded(guided, denoiser.schedule, threshold)
+    return Guided(denoiser, context, null, scale, rescale, interval, weak)
 
 
 @dataclass(frozen=True)
@@ -109,21 +102,3 @@ class Guided:
         ratio = self.denoiser.unsolve(towards, t).flatten(1).std(1) / F.flatten(1).std(1)
         factor = per_example(1 - self.rescale + self.rescale * ratio, x)
         return self.denoiser.solve(x, t, factor * F)
-
-
-@dataclass(frozen=True)
-class Thresholded:
-    """Dynamic thresholding, [4] section 2.3: x0 clamped to [-s, s], s a quantile of |x0|, over
-    s."""
-
-    denoise: Denoise
-    schedule: NoiseSchedule
-    threshold: float
-
-    def __call__(self, x: X, t: Time) -> Prediction:
-        x0 = self.denoise(x, t).x0
-        sizes = x0.flatten(1).abs().to(torch.promote_types(x.dtype, torch.float32))
-        s = per_example(sizes.quantile(self.threshold, dim=1).clamp(min=1), x)
-        x0 = x0.clamp(-s, s) / s
-        alpha, sigma = self.schedule.alpha_sigma(t)
-        return Prediction(x0, (x - per_example(alpha, x) * x0) / per_example(sigma, x))

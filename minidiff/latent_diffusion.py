@@ -19,7 +19,8 @@ from minidiff.options.sampling import SampleConfig, check_size
 from minidiff.samplers import SAMPLERS, Frame, Noise, Normal, by_name, sample, times_of
 from minidiff.steps import Step
 
-Latents = Float[Tensor, "B Z h w"]
+Latents, Time = Float[Tensor, "B Z h w"], Shaped[Tensor, "B"]
+Device, Dtype = str | torch.device, str | torch.dtype
 DEFAULTS = SampleConfig()
 
 
@@ -49,13 +50,11 @@ class LatentDiffusion(nn.Module):
         self.sampler, self.spacing = sampler, spacing
 
     def check_widths(self) -> None:
-        """Raise a UserError unless the parts fit; a U-Net of SD 1 and a text encoder of SD 2 do
-        not."""
+        """Raise a UserError unless the parts fit, as those of SD 1 and SD 2 do not."""
         width, expected = self.text.dim, self.unet.context_dim
         if width != expected:
-            raise UserError(
-                f"the text encoder gives vectors of width {width}, the U-Net expects {expected}."
-            )
+            widths = f"gives vectors of width {width}, the U-Net expects {expected}"
+            raise UserError(f"the text encoder {widths}.")
         z, channels = self.vae.latent_channels, self.unet.config.out_channels
         if channels != z:
             raise UserError(f"the VAE's latents have {z} channels, the U-Net gives {channels}.")
@@ -73,10 +72,7 @@ class LatentDiffusion(nn.Module):
         return next(self.parameters()).device
 
     def loss(
-        self,
-        images: Float[Tensor, "B C H W"],
-        captions: list[str],
-        t: Shaped[Tensor, "B"] | None = None,
+        self, images: Float[Tensor, "B C H W"], captions: list[str], t: Time | None = None
     ) -> Float[Tensor, "B"]:
         """The denoiser's loss on the latents of images in [-1, 1]."""
         with torch.no_grad():
@@ -84,7 +80,7 @@ class LatentDiffusion(nn.Module):
         return self.latent_loss(latents, captions, t)
 
     def latent_loss(
-        self, latents: Latents, captions: list[str], t: Shaped[Tensor, "B"] | None = None
+        self, latents: Latents, captions: list[str], t: Time | None = None
     ) -> Float[Tensor, "B"]:
         """The same on latents. A caption is hidden with probability `dropout` ([2] algorithm 1)."""
         hidden = torch.rand(len(captions)) < self.dropout
@@ -117,16 +113,13 @@ class LatentDiffusion(nn.Module):
         step = step or by_name(config.sampler or self.sampler)
         yield from sample(denoise, self.schedule, x.to(self.device), times, step, noise=noise)
 
-    def start(
-        self, batch: int, config: SampleConfig, noise: Noise, t: Shaped[Tensor, ""]
-    ) -> Latents:
+    def start(self, batch: int, config: SampleConfig, noise: Noise, t: Tensor) -> Latents:
         """x_T: noise of the spread that data of unit variance have at time t."""
         alpha, sigma = self.schedule.alpha_sigma(t)
         return (alpha**2 + sigma**2).sqrt().item() * noise(self.blank(batch, config))
 
     def blank(self, batch: int, config: SampleConfig) -> Latents:
-        """Zeros of the shape of the latents; a size that the networks cannot take is a
-        UserError."""
+        """Zeros of the latents' shape; a size that the networks cannot take is a UserError."""
         height, width = config.size or (self.size, self.size)
         for side in (height, width):
             check_size(side, self.multiple)
@@ -169,27 +162,12 @@ class LatentDiffusion(nn.Module):
         return folder.save(self, path)
 
     @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        device: str | torch.device = "cpu",
-        dtype: str | torch.dtype | None = torch.float32,
-    ) -> "LatentDiffusion":
-        """Read a model folder (checkpoints/folder.py)."""
-        from minidiff.checkpoints import folder
-
-        return folder.load(path, device, dtype)
-
-    @classmethod
     def from_pretrained(
-        cls,
-        path: str | Path,
-        device: str | torch.device = "cpu",
-        dtype: str | torch.dtype | None = torch.float32,
+        cls, path: str | Path, device: Device = "cpu", dtype: Dtype | None = torch.float32
     ) -> "LatentDiffusion":
         """Open anything that minidiff.load opens."""
         from minidiff.checkpoints.load import load
 
         return load(path, device, dtype)
 
-    save_pretrained = save
+    load, save_pretrained = from_pretrained, save

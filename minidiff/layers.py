@@ -18,6 +18,9 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+Map, Tokens = Float[Tensor, "B _ H W"], Float[Tensor, "B N D"]
+Context = Float[Tensor, "B L _"]
+
 
 def timestep_embedding(
     t: Shaped[Tensor, "B"], dim: int, max_period: float = 10_000
@@ -71,9 +74,7 @@ class ResBlock(nn.Module):
         same = in_channels == out_channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(
-        self, x: Float[Tensor, "B C H W"], emb: Float[Tensor, "B E"] | None = None
-    ) -> Float[Tensor, "B C2 H W"]:
+    def forward(self, x: Map, emb: Float[Tensor, "B E"] | None = None) -> Map:
         h = self.conv1(F.silu(self.norm1(x)))
         time = self.time(F.silu(emb))[:, :, None, None] if self.time is not None else None
         if self.scale_shift:
@@ -98,12 +99,7 @@ class Attention(nn.Module):
         self.v = nn.Linear(context_dim or dim, dim, bias)
         self.out = nn.Linear(dim, dim)
 
-    def forward(
-        self,
-        x: Float[Tensor, "B N D"],
-        context: Float[Tensor, "B L D2"] | None = None,
-        causal: bool = False,
-    ) -> Float[Tensor, "B N D"]:
+    def forward(self, x: Tokens, context: Context | None = None, causal: bool = False) -> Tokens:
         context = x if context is None else context
         q, k, v = (
             rearrange(p, "b n (h d) -> b h n d", h=self.heads)
@@ -121,7 +117,7 @@ class GEGLU(nn.Module):
         self.up = nn.Linear(dim, 2 * mult * dim)
         self.down = nn.Linear(mult * dim, dim)
 
-    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+    def forward(self, x: Tokens) -> Tokens:
         value, gate = self.up(x).chunk(2, dim=-1)
         return self.down(value * F.gelu(gate))
 
@@ -141,9 +137,7 @@ class TransformerBlock(nn.Module):
             self.norm3, self.ff = nn.LayerNorm(dim), GEGLU(dim, ff_mult)
         self.has_context, self.has_ff = bool(context_dim), bool(ff_mult)
 
-    def forward(
-        self, x: Float[Tensor, "B N D"], context: Float[Tensor, "B L D2"] | None = None
-    ) -> Float[Tensor, "B N D"]:
+    def forward(self, x: Tokens, context: Context | None = None) -> Tokens:
         x = x + self.self_attention(self.norm1(x))
         if self.has_context:
             x = x + self.cross_attention(self.norm2(x), context)
@@ -178,9 +172,7 @@ class SpatialTransformer(nn.Module):
     def _projection(self, channels: int) -> nn.Module:
         return nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
 
-    def forward(
-        self, x: Float[Tensor, "B C H W"], context: Float[Tensor, "B L D"] | None = None
-    ) -> Float[Tensor, "B C H W"]:
+    def forward(self, x: Map, context: Context | None = None) -> Map:
         height = x.shape[2]
         h = self.norm(x)
         if not self.linear:

@@ -32,7 +32,7 @@ from minidiff.steps import (
 )
 from minidiff.training.seeds import generator_of
 
-Times = Shaped[Tensor, "steps1"]
+Times, X = Shaped[Tensor, "steps1"], Float[Tensor, "B *dims"]
 
 SAMPLERS: dict[str, Step] = {
     "ddim": ddim(),
@@ -74,7 +74,7 @@ class Normal:
         seeds = torch.randint(2**63 - 1, (batch,), generator=generator, device=device)
         return cls([torch.Generator().manual_seed(seed) for seed in seeds.tolist()])
 
-    def __call__(self, x: Float[Tensor, "B *dims"]) -> Float[Tensor, "B *dims"]:
+    def __call__(self, x: X) -> X:
         """Numbers of x's shape, dtype and device; drawn on the CPU, in float32 at least."""
         dtype, shape = torch.promote_types(x.dtype, torch.float32), x.shape[1:]
         if len(x) != len(self.generators):
@@ -83,7 +83,7 @@ class Normal:
         return torch.stack(rows).to(x)
 
 
-def unseeded(x: Float[Tensor, "B *dims"]) -> Float[Tensor, "B *dims"]:
+def unseeded(x: X) -> X:
     """Standard normal numbers from torch's own generator on the CPU."""
     return torch.randn(x.shape, dtype=x.dtype).to(x.device)
 
@@ -92,15 +92,15 @@ class Frame(NamedTuple):
     """One stop of the chain: the time, the state there, and the estimate of x0 made from it."""
 
     t: float
-    x: Float[Tensor, "B *dims"]
-    x0: Float[Tensor, "B *dims"]
+    x: X
+    x0: X
 
 
 @torch.no_grad()  # on the generator itself: a `with` around a yield would leak into the caller
 def sample(
     denoise: Denoise,
     schedule: NoiseSchedule,
-    x_T: Float[Tensor, "B *dims"],
+    x_T: X,
     steps: int | Times,
     step: Step,
     spacing: str = "trailing",

@@ -8,16 +8,13 @@ the CPU, because some devices have no float64. `per_example` takes them to the i
 
 [1] Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. arXiv:2006.11239
 [2] Nichol, Dhariwal. Improved Denoising Diffusion Probabilistic Models. 2021. arXiv:2102.09672
-[3] Jabri, Fleet, Chen. Scalable Adaptive Computation for Iterative Generation. 2022.
-    arXiv:2212.11972
-[4] Lin, Liu, Li, Yang. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023.
-    arXiv:2305.08891
-[5] Karras, Aittala, Aila, Laine. Elucidating the Design Space of Diffusion-Based Generative Models.
+[3] Jabri, Fleet, Chen. Scalable Adaptive Computation for Iterative Generation. arXiv:2212.11972
+[4] Lin et al. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023. arXiv:2305.08891
+[5] Karras et al. Elucidating the Design Space of Diffusion-Based Generative Models.
     2022. arXiv:2206.00364
 [6] Esser et al. Scaling Rectified Flow Transformers for High-Resolution Image Synthesis. 2024.
     arXiv:2403.03206
-[7] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. 2022.
-    arXiv:2112.10752
+[7] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. arXiv:2112.10752
 [8] Lu et al. DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling in Around 10
     Steps. 2022. arXiv:2206.00927
 [9] Sabour, Fidler, Kreis. Align Your Steps: Optimizing Sampling Schedules in Diffusion Models.
@@ -25,7 +22,7 @@ the CPU, because some devices have no float64. `per_example` takes them to the i
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -37,20 +34,20 @@ from minidiff.errors import UserError
 # Times are 0..T for Discrete, which is trained at whole numbers, and real for the others.
 Times = Shaped[Tensor, "*B"]
 Scales = Float[Tensor, "*B"]  # float64, on the CPU
+X = Float[Tensor, "B *dims"]  # images, latents, points
 SIGMA_MAX = 80.0  # sigma / alpha above which nothing is seen of data ([5] table 1)
 # [9], Stable Diffusion 1.5 in 10 steps; there counted from 0
 AYS = (1000, 851, 737, 646, 546, 456, 344, 234, 125, 25, 1)
 
 
-def per_example(scale: Float[Tensor, "B"], x: Float[Tensor, "B *dims"]) -> Float[Tensor, "B *ones"]:
+def per_example(scale: Float[Tensor, "B"], x: X) -> Float[Tensor, "B *ones"]:
     """One scale for each example, ready to be multiplied with x."""
     # The cast comes before the move: some devices have no float64.
     return scale.to(x.dtype).to(x.device).view(-1, *[1] * (x.ndim - 1))
 
 
 class NoiseSchedule:
-    """The interface of every schedule. Subclasses are frozen dataclasses: their fields are all
-    there is to save."""
+    """The interface. Subclasses are frozen dataclasses: their fields are all there is to save."""
 
     final = 0  # the time at which the published DDIM stops
 
@@ -58,9 +55,7 @@ class NoiseSchedule:
         """Scales of signal and noise at t."""
         raise NotImplementedError
 
-    def mix(
-        self, x0: Float[Tensor, "B *dims"], eps: Float[Tensor, "B *dims"], t: Times
-    ) -> Float[Tensor, "B *dims"]:
+    def mix(self, x0: X, eps: X, t: Times) -> X:
         """x_t = alpha_t x0 + sigma_t eps, at one t for all examples or one for each."""
         alpha, sigma = self.alpha_sigma(t)
         if t.ndim == 0:
@@ -108,9 +103,8 @@ def _check(steps: int, spacing: str, allowed: tuple[str, ...], most: int | None 
 def _ramp(first: float, last: float, steps: int, spacing: str, rho: float = 7.0) -> Scales:
     """Equal strides in the rho-th root (karras, [5] eq. 5), or in the logarithm (log-snr)."""
     if spacing == "karras":
-        ends = first ** (1 / rho), last ** (1 / rho)
-        return torch.linspace(*ends, steps, dtype=torch.float64) ** rho
-    return torch.linspace(math.log(first), math.log(last), steps, dtype=torch.float64).exp()
+        return _line(first ** (1 / rho), last ** (1 / rho), steps) ** rho
+    return _line(math.log(first), math.log(last), steps).exp()
 
 
 def _normal(batch: int, generator: torch.Generator | None) -> Float[Tensor, "B"]:
@@ -125,14 +119,8 @@ def _between(table: Float[Tensor, "N"], place: Scales) -> Scales:
     return torch.lerp(table[low], table[low + 1], place - low)
 
 
-def _betas_linear(T: int, beta_1: float, beta_T: float) -> Tensor:
-    """[1] section 4."""
-    return torch.linspace(beta_1, beta_T, T, dtype=torch.float64)
-
-
-def _betas_scaled_linear(T: int, beta_1: float, beta_T: float) -> Tensor:
-    """Linear in sqrt(beta): Stable Diffusion's, [7] and its released configuration."""
-    return torch.linspace(beta_1**0.5, beta_T**0.5, T, dtype=torch.float64) ** 2
+def _line(first: float, last: float, count: int) -> Float[Tensor, "N"]:
+    return torch.linspace(first, last, count, dtype=torch.float64)
 
 
 def _betas_from(alpha_bar_of: Tensor) -> Tensor:
@@ -140,23 +128,19 @@ def _betas_from(alpha_bar_of: Tensor) -> Tensor:
     return (1 - alpha_bar_of[1:] / alpha_bar_of[:-1]).clamp(max=0.999)
 
 
-def _betas_cosine(T: int, _1: float, _T: float) -> Tensor:
-    """[2] eq. 17 with s = 0.008."""
-    u = torch.linspace(0, 1, T + 1, dtype=torch.float64)
-    return _betas_from(torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2)
-
-
-def _betas_sigmoid(T: int, _1: float, _T: float) -> Tensor:
+def _betas_sigmoid(T: int) -> Float[Tensor, "T"]:
     """[3] appendix B with start -3, end 3, tau 1: sigmoid, scaled to run from 1 to 0."""
-    u = torch.linspace(-3, 3, T + 1, dtype=torch.float64).sigmoid()
+    u = _line(-3, 3, T + 1).sigmoid()
     return _betas_from((u[-1] - u) / (u[-1] - u[0]))
 
 
-BETAS = {
-    "linear": _betas_linear,
-    "scaled_linear": _betas_scaled_linear,
-    "cosine": _betas_cosine,
-    "sigmoid": _betas_sigmoid,
+BETAS = {  # of T, beta_1, beta_T
+    "linear": lambda T, first, last: _line(first, last, T),  # [1] section 4
+    "scaled_linear": lambda T, first, last: _line(first**0.5, last**0.5, T) ** 2,  # [7]
+    "cosine": lambda T, *_: _betas_from(  # [2] eq. 17 with s = 0.008
+        torch.cos((_line(0, 1, T + 1) + 0.008) / 1.008 * math.pi / 2) ** 2
+    ),
+    "sigmoid": lambda T, *_: _betas_sigmoid(T),
 }
 
 
@@ -230,13 +214,13 @@ class Discrete(NoiseSchedule):
         whole, real = ("trailing", "leading", "linspace"), ("karras", "log-snr", "ays", "shifted")
         _check(steps, spacing, (*whole, *real), most=self.T if spacing in whole else None)
         if spacing == "trailing":
-            return torch.linspace(self.T, 0, steps + 1, dtype=torch.float64).round().long()
+            return _line(self.T, 0, steps + 1).round().long()
         # SD counts from 0 and adds 1; here 0 is clean data, which makes it 2
         if spacing == "leading":
             stride = self.T // steps
             visited = torch.arange(steps).flip(0) * stride + (2 if stride > 1 else 1)
         elif spacing == "linspace":  # rounded in the published count, which starts at 0
-            visited = torch.linspace(self.T - 1, 0, steps, dtype=torch.float64).round().long() + 1
+            visited = _line(self.T - 1, 0, steps).round().long() + 1
         elif spacing == "shifted":
             visited = self.T * Flow(shift=2.0).timesteps(steps)[:-1]
         elif spacing == "ays":
@@ -281,7 +265,7 @@ class Flow(NoiseSchedule):
         1/1000."""
         _check(steps, spacing, ("trailing", "karras", "log-snr"))
         if spacing == "trailing":
-            t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+            t = _line(1, 0, steps + 1)
             return self.shift * t / (1 + (self.shift - 1) * t)
         if spacing == "karras":
             visited = _ramp(1, 1e-3, steps, spacing)
@@ -350,19 +334,3 @@ def cosine() -> Discrete:
 def sigmoid() -> Discrete:
     """[3] appendix B."""
     return Discrete("sigmoid", T=1000)
-
-
-KINDS = {"discrete": Discrete, "flow": Flow, "karras": Karras}
-
-
-def to_json(schedule: NoiseSchedule) -> dict:
-    """The schedule's kind and numbers, for a model folder."""
-    return {
-        "kind": next(name for name, cls in KINDS.items() if type(schedule) is cls),
-        **asdict(schedule),
-    }
-
-
-def from_json(numbers: dict) -> NoiseSchedule:
-    """The inverse of to_json."""
-    return KINDS[numbers["kind"]](**{k: v for k, v in numbers.items() if k != "kind"})

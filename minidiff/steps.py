@@ -9,7 +9,7 @@ is the `memory` that it returns and is given back.
 
 [1] Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. arXiv:2010.02502
 [2] Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. arXiv:2006.11239
-[3] Karras, Aittala, Aila, Laine. Elucidating the Design Space of Diffusion-Based Generative Models.
+[3] Karras et al. Elucidating the Design Space of Diffusion-Based Generative Models.
     2022. arXiv:2206.00364
 [4] Lu et al. DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models. 2022.
     arXiv:2211.01095

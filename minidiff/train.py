@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.training import nonfinite, optimizers
+from minidiff.training.bins import BINS, Loss, by_bin, means
 from minidiff.training.config import TrainConfig
 from minidiff.training.lock import locked
 from minidiff.training.nonfinite import NonFiniteError
@@ -32,11 +33,9 @@ from minidiff.training.workers import workers
 __all__ = ["BINS", "EMA", "Loss", "LossFn", "NonFiniteError", "TrainConfig", "TrainStep", "train"]
 __all__ += ["backward_all", "by_bin", "seed_of"]
 
-# "loss": of each example; its mean is minimized. "progress": where each example lies in [0, 1], for
-# the loss by noise level. The means of all other entries are reported.
-Loss = dict[str, Tensor]
-LossFn = Callable[[Any], Loss]  # of a batch of any kind
-BINS = 10
+# "loss": of each example; its mean is minimized. "progress": where each lies in [0, 1], for the loss
+# by noise level. The means of all other entries are reported.
+LossFn = Callable[[Any], Loss]
 
 
 class TrainStep(NamedTuple):
@@ -83,9 +82,9 @@ def train(
     numbers. config.pieces: batches() yields each batch in so many pieces, for small machines.
 
     With a folder, which is locked meanwhile, every step adds a line to log.jsonl, and a checkpoint
-    is written every config.save_every steps, at the end, and on Ctrl-C and SIGTERM. resume: go on from
-    the newest checkpoint. Its step is yielded once more, because a kill may have come before the
-    caller was done with it.
+    is written every config.save_every steps, at the end, and on Ctrl-C and SIGTERM. resume: go on
+    from the newest one. Its step is yielded once more: a kill may have come before the caller was
+    done with it.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     device, groups = parameters[0].device, optimizers.grouped(parameters, config.weight_decay)
@@ -126,7 +125,7 @@ def train(
                 ema.update(step + 1)
 
             lr, mean, bins = config.learning_rate(step), loss.mean().item(), by_bin(loss, losses)
-            done = TrainStep(step + 1, mean, bins, lr, norm.item(), _means(losses))
+            done = TrainStep(step + 1, mean, bins, lr, norm.item(), means(losses))
             progress.log(done._asdict())
             if done.step % config.save_every == 0 or done.step == config.steps or signals.received:
                 progress.save(done._asdict())
@@ -146,7 +145,7 @@ def backward_all(
     batches: list[Any],
     pool: ThreadPoolExecutor | None = None,
 ) -> list[Loss]:
-    """Add the gradients of the mean loss over all batches to .grad; returns the losses."""
+    """Add the gradients of the mean loss over all batches to .grad; returns losses."""
     if pool is None:
         return [_backward(forward, len(batches), batch) for batch in batches]
     losses, gradients = [], partial(_gradients, forward, parameters, len(batches))
@@ -156,21 +155,6 @@ def backward_all(
             if g is not None:
                 p.grad = g if p.grad is None else p.grad.add_(g)
     return losses
-
-
-def by_bin(loss: Tensor, losses: list[Loss]) -> list[float | None]:
-    """Mean loss in each tenth of [0, 1]."""
-    if any(each.get("progress") is None for each in losses):
-        return [None] * BINS
-    progress = torch.cat([each["progress"] for each in losses]).cpu()
-    index = (progress * BINS).long().clamp(0, BINS - 1)
-    return [loss[index == b].mean().item() if (index == b).any() else None for b in range(BINS)]
-
-
-def _means(losses: list[Loss]) -> dict[str, float]:
-    names = [name for name in losses[0] if name not in ("loss", "progress")]
-    entries = {name: torch.cat([each[name] for each in losses]) for name in names}
-    return {name: values.float().mean().item() for name, values in entries.items()}
 
 
 def _forward(loss_fn: LossFn, device: str, autocast: torch.dtype | None, batch: Any) -> Loss:

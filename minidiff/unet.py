@@ -27,6 +27,9 @@ from torch import Tensor, nn
 from minidiff.errors import UserError
 from minidiff.layers import ResBlock, SpatialTransformer, group_norm, run, timestep_embedding
 
+Map, Context = Float[Tensor, "B _ H W"], Float[Tensor, "B L D"]
+Embedding = Float[Tensor, "B E"]  # of time
+
 
 class Downsample(nn.Module):
     """Halve the size: 3x3 convolution of stride 2, padded by 1 on all sides."""
@@ -113,13 +116,8 @@ class Level(nn.Module):
         self.resample = resample(c) if resample else None
 
     def block(
-        self,
-        i: int,
-        x: Float[Tensor, "B C H W"],
-        emb: Float[Tensor, "B E"],
-        context: Float[Tensor, "B L D"] | None,
-        skip: Float[Tensor, "B C3 H W"] | None = None,
-    ) -> Float[Tensor, "B C2 H W"]:
+        self, i: int, x: Map, emb: Embedding, context: Context | None, skip: Map | None = None
+    ) -> Map:
         """The i-th residual block, and its transformer."""
         x = self.residual[i](x if skip is None else torch.cat([x, skip], dim=1), emb)
         return self.attention[i](x, context) if self.attention else x
@@ -176,12 +174,7 @@ class UNet(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(
-        self,
-        x: Float[Tensor, "B C H W"],
-        t: Shaped[Tensor, "B"],
-        context: Float[Tensor, "B L D"] | None = None,
-    ) -> Float[Tensor, "B C2 H W"]:
+    def forward(self, x: Map, t: Shaped[Tensor, "B"], context: Context | None = None) -> Map:
         """t: from the schedule's c_noise. Computed in the weights' precision, returned in x's."""
         height, width = x.shape[2:]
         if height % self.multiple or width % self.multiple:

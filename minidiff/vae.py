@@ -18,6 +18,8 @@ from minidiff.errors import UserError
 from minidiff.layers import Attention, ResBlock, group_norm
 from minidiff.unet import Upsample
 
+Images, Latents = Float[Tensor, "B C H W"], Float[Tensor, "B Z h w"]
+
 
 class Downsample(nn.Module):
     """Halve the size: 3x3 convolution of stride 2, padded at the right and bottom only."""
@@ -148,28 +150,24 @@ class VAE(nn.Module):
                 nn.init.zeros_(module.conv2.bias)
         nn.init.constant_(self.quant.bias.data[self.latent_channels :], -6.0)
 
-    def posterior(
-        self, images: Float[Tensor, "B C H W"]
-    ) -> tuple[Float[Tensor, "B Z h w"], Float[Tensor, "B Z h w"]]:
+    def posterior(self, images: Images) -> tuple[Latents, Latents]:
         """Mean and log-variance of q(z | image), [1] section 3, before the latent scale."""
         moments = self.quant(self.encoder(images.to(self.quant.weight.dtype))).to(images.dtype)
         mean, log_variance = moments.chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)
 
-    def encode(
-        self, images: Float[Tensor, "B C H W"], noise: Float[Tensor, "B Z h w"] | None = None
-    ) -> Float[Tensor, "B Z h w"]:
+    def encode(self, images: Images, noise: Latents | None = None) -> Latents:
         """Scaled latents: the posterior's mean, or with standard normal noise a draw from it."""
         mean, log_variance = self.posterior(images)
         z = mean if noise is None else mean + (0.5 * log_variance).exp() * noise
         return z * self.latent_scale
 
-    def decode(self, latents: Float[Tensor, "B Z h w"]) -> Float[Tensor, "B C H W"]:
+    def decode(self, latents: Latents) -> Images:
         """Pictures from scaled latents; about [-1, 1], not clamped."""
         z = (latents / self.latent_scale).to(self.post_quant.weight.dtype)
         return self.decoder(self.post_quant(z)).to(latents.dtype)
 
-    def loss(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B"]:
+    def loss(self, images: Images) -> Float[Tensor, "B"]:
         """[1] eq. 7, with |error| as in [2]:  |error| + kl_weight KL(q(z | image) || N(0, I))."""
         mean, log_variance = self.posterior(images)
         z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
@@ -180,7 +178,7 @@ class VAE(nn.Module):
         return error + self.config.kl_weight * kl
 
     @torch.no_grad()
-    def measure_scale(self, images: Float[Tensor, "B C H W"]) -> float:
+    def measure_scale(self, images: Images) -> float:
         """Set the latent scale to 1 / std of the images' raw latents, [2] appendix G; return it."""
         self.latent_scale.fill_(1 / self.posterior(images)[0].std())
         return self.latent_scale.item()
@@ -201,10 +199,10 @@ class Pixels(nn.Module):
         self.config = config or PixelsConfig()
         self.latent_channels, self.factor = self.config.channels, 1
 
-    def encode(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+    def encode(self, images: Images) -> Images:
         return images
 
-    def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+    def decode(self, latents: Images) -> Images:
         return latents
 
 

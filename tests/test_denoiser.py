@@ -8,6 +8,7 @@ from minidiff.denoiser import TARGETS, Denoiser, Prediction
 from minidiff.errors import UserError
 from minidiff.guidance import guide
 from minidiff.losses import LEVELS, LR_MULTIPLIER, SIGMA_DATA, WEIGHTINGS
+from minidiff.methods.thresholding import Thresholded
 
 ALL_SCHEDULES = [
     schedules.linear(),
@@ -341,7 +342,7 @@ def test_dynamic_thresholding_equals_diffusers():
     denoiser, _, x, t, context, null = pictures()
     plain, found = (
         guide(denoiser, context, null, 7.5)(x, t),
-        guide(denoiser, context, null, 7.5, threshold=0.9)(x, t),
+        Thresholded(guide(denoiser, context, null, 7.5), denoiser.schedule, 0.9)(x, t),
     )
     assert plain.x0.abs().max() > 1 >= found.x0.abs().max()
     torch.testing.assert_close(
@@ -353,7 +354,7 @@ def test_dynamic_thresholding_equals_diffusers():
     )  # eps says the same as x0
     small = Denoiser(Shifts(), denoiser.schedule, "x0")
     torch.testing.assert_close(
-        guide(small, None, None, 1, threshold=1.0)(0.1 * x, t).x0, small(0.1 * x, t).x0
+        Thresholded(small, denoiser.schedule, 1.0)(0.1 * x, t).x0, small(0.1 * x, t).x0
     )  # within [-1, 1]: untouched
 
 
@@ -388,14 +389,20 @@ def test_autoguidance_steers_away_from_a_weak_denoiser():
         ({"rescale": 1.5}, "rescale is 1.5; it must be from 0"),
         ({"interval": (0.6, 0.2)}, "smaller one first"),
         ({"interval": (0.0, 600)}, "from 0 .data. to 1"),
-        ({"threshold": 0.0}, "threshold is 0.0; it must be above 0"),
-        ({"threshold": 99.5}, "as in 0.995"),
     ],
 )
 def test_bad_guidance(how, complaint):
     denoiser, _, _, _, context, null = pictures()
     with pytest.raises(UserError, match=complaint):
         guide(denoiser, context, null, 7.5, **how)
+
+
+@pytest.mark.parametrize(
+    "share, complaint", [(0.0, "0.0; it must be above 0"), (99.5, "as in 0.995")]
+)
+def test_bad_thresholds(share, complaint):
+    with pytest.raises(UserError, match=complaint):
+        Thresholded(lambda x, t: None, schedules.linear(), share)
 
 
 @pytest.mark.parametrize("scale", [7.5, 0.0])

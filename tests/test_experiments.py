@@ -19,10 +19,17 @@ from minidiff.cli import script
 from minidiff.data import critic
 from minidiff.data.folder import load_image, to_uint8
 from minidiff.data.world import World
+from minidiff.ddpm import DDPM
+from minidiff.denoiser import Denoiser
 from minidiff.errors import Terminated, UserError
 from minidiff.evaluation import features, sweep
+from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.sampling import SampleConfig
+from minidiff.text import Unconditional
+from minidiff.training import device, progress
+from minidiff.vae import Pixels
 
+simple_loss = DDPM.simple_loss
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 with install_import_hook(
@@ -266,8 +273,55 @@ def test_the_feature_network_that_ships_sees_distortions(real_data):
     assert found["test"] < found["tint 0.4"] / 2
 
 
+def test_cifar_paper_trains_and_draws_with_the_papers_chain(classes, tmp_path, monkeypatch):
+    """The loss is DDPM's equation 14, the images come out of DDPM's loop, and main uses both."""
+    chain = DDPM(6, 0.05, 0.4)
+    preset = replace(
+        cifar_ddpm.PRESETS["paper"],
+        unet=cifar_ddpm.unet_tiny,
+        chain=chain,
+        schedule=schedules.Discrete("linear", T=6, beta_1=0.05, beta_T=0.4),
+        steps=2,
+        batch=2,
+        sampling_steps=6,
+    )
+    torch.nn.init.normal_((unet := cifar_ddpm.unet_tiny(None)).conv_out.weight, std=0.1)
+    model = LatentDiffusion(Pixels(), Unconditional(), Denoiser(unet, preset.schedule, "eps"), 32)
+
+    def network(x, t):
+        return unet(x, t - 1.0)
+
+    x0 = (torch.rand(4, 3, 32, 32) * 2 - 1).contiguous(memory_format=torch.channels_last)
+    with torch.random.fork_rng():
+        found = cifar_ddpm.loss(model, chain, (x0, [""] * 4))["loss"]
+    t, eps = preset.schedule.sample_t(4), torch.randn_like(x0)
+    torch.testing.assert_close(found, chain.simple_loss(network, x0, t, eps))
+
+    generator = torch.Generator().manual_seed(cifar_ddpm.seed_of(3, 0))
+    x_T = torch.randn(2, 3, 32, 32, generator=generator)
+    *_, expected = chain.p_sample_loop(network, x_T, generator)
+    found = cifar_ddpm.chain_images(model, chain, 2, seed=3)
+    torch.testing.assert_close(found, expected.clamp(-1, 1))
+
+    calls = []
+    monkeypatch.setattr(
+        DDPM, "simple_loss", lambda self, *a: calls.append(1) or simple_loss(self, *a)
+    )
+    monkeypatch.setitem(cifar_ddpm.PRESETS, "paper", preset)
+    cifar_ddpm.main(data=classes / "train", preset="paper", each=1, out=tmp_path / "out")
+    written(tmp_path / "out", "samples.png", "reverse.gif", "loss.png", "model/model.json")
+    assert len(calls) == 2
+    for wrong, message in (
+        ({"conditional": True}, "unconditional"),
+        ({"sampling_steps": 3}, "all 6"),
+    ):
+        with pytest.raises(UserError, match=message):
+            cifar_ddpm.main(data=classes / "train", preset="paper", out=tmp_path / "no", **wrong)
+
+
 def test_cifar_paper_preset_is_the_paper():
     paper = cifar_ddpm.PRESETS["paper"]
+    assert torch.equal(paper.chain.alpha_bar, DDPM().alpha_bar)
     unet = paper.unet(None)
     assert sum(p.numel() for p in unet.parameters()) == pytest.approx(
         35.7e6, rel=0.03
@@ -567,15 +621,16 @@ def test_ctrl_c_is_exit_code_130_and_sigterm_143(kind, code, monkeypatch, capsys
 
 
 def test_a_device_that_is_not_there():
-    with pytest.raises(UserError, match="--device is one of auto"):
-        script.pick_device("tpu")
-    assert script.pick_device("auto") in ("cpu", "cuda", "mps")
+    with pytest.raises(UserError, match='no device "tpu"; there is auto, cpu, cuda, mps'):
+        device.pick_device("tpu")
+    assert device.pick_device("auto") in ("cpu", "cuda", "mps")
+    assert device.pick_device(torch.device("cpu")) == "cpu"
 
 
 def test_peak_memory_is_this_process_and_windows_does_not_say(monkeypatch):
-    assert 0.1 < script.peak_memory_gb() < 100  # torch alone takes more than the one
+    assert 0.1 < progress.peak_memory_gb() < 100  # torch alone takes more than the one
     monkeypatch.setattr("sys.platform", "win32")
-    assert script.peak_memory_gb() is None
+    assert progress.peak_memory_gb() is None
 
 
 def test_stable_diffusion_line_by_line(sd, tmp_path, capsys):

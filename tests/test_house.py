@@ -12,7 +12,7 @@ CORE = (
     "ddpm schedules denoiser losses guidance steps samplers layers unet vae text latent_diffusion train"
 ).split()
 ORDER = [
-    ["errors"], ["options"], ["training"], CORE, ["methods"], ["pipeline"], ["data", "checkpoints"],
+    ["errors"], ["options"], ["training"], CORE, ["methods"], ["pipeline"], ["checkpoints"], ["data"],
     ["figures"], ["evaluation"], ["finetuning", "recipes"], ["cli"],
 ]  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from minidiff import schedules
+from minidiff.checkpoints.folder import schedule_from_json, schedule_to_json
 from minidiff.errors import UserError
 
 ALL = [
@@ -208,7 +209,7 @@ def test_what_every_schedule_promises(schedule):
     t = schedule.sample_t(1000, torch.Generator().manual_seed(0))
     assert t.min() > 0 and 0 <= schedule.progress(t).min() and schedule.progress(t).max() <= 1
     assert torch.equal(t, schedule.sample_t(1000, torch.Generator().manual_seed(0)))
-    assert schedules.from_json(schedules.to_json(schedule)) == schedule
+    assert schedule_from_json(schedule_to_json(schedule)) == schedule
 
 
 @pytest.mark.parametrize(
@@ -314,7 +315,7 @@ def test_discrete_training_times_can_be_logit_normal():
             abs((t <= level).double().mean().item() - share)
             < 5 * (share * (1 - share) / 100_000) ** 0.5
         )
-    assert schedules.from_json(schedules.to_json(schedule)) == schedule
+    assert schedule_from_json(schedule_to_json(schedule)) == schedule
 
 
 @pytest.mark.parametrize(
@@ -345,6 +346,6 @@ def test_unknown_betas():
 
 
 def test_an_older_model_folder_has_no_final():
-    numbers = schedules.to_json(schedules.scaled_linear())
+    numbers = schedule_to_json(schedules.scaled_linear())
     assert numbers.pop("final") == 0
-    assert schedules.from_json(numbers) == schedules.scaled_linear()
+    assert schedule_from_json(numbers) == schedules.scaled_linear()

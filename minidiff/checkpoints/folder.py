@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minidiff import schedules
 from minidiff.checkpoints import files
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods.lora import merged_state
+from minidiff.schedules import Discrete, Flow, Karras, NoiseSchedule
 from minidiff.text import ClassLabels, CLIPText, Unconditional
 from minidiff.training import atomic
 from minidiff.unet import UNet
@@ -26,6 +26,7 @@ from minidiff.vae import VAE, Pixels
 FORMAT = "minidiff 1"
 KINDS = {cls.__name__: cls for cls in (VAE, Pixels, CLIPText, ClassLabels, Unconditional, UNet)}
 PARTS = ("vae", "text", "unet")
+SCHEDULES = {"discrete": Discrete, "flow": Flow, "karras": Karras}
 SETTINGS = ("size", "dropout", "guidance", "sampler", "spacing")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ZeroDivisionError)
@@ -44,7 +45,7 @@ def save(model: LatentDiffusion, path: str | Path) -> Path:
         "denoiser": {
             "target": model.denoiser.target,
             "weighting": model.denoiser.weighting,
-            "schedule": schedules.to_json(model.schedule),
+            "schedule": schedule_to_json(model.schedule),
         },
         **{n: {"kind": type(part).__name__, **asdict(part.config)} for n, part in parts.items()},
     }
@@ -112,6 +113,17 @@ def load(
     return model.to(device).eval()
 
 
+def schedule_to_json(schedule: NoiseSchedule) -> dict:
+    """A schedule's kind and fields."""
+    kind = next(name for name, cls in SCHEDULES.items() if type(schedule) is cls)
+    return {"kind": kind, **asdict(schedule)}
+
+
+def schedule_from_json(described: dict) -> NoiseSchedule:
+    """The inverse of schedule_to_json."""
+    return SCHEDULES[described["kind"]](**{k: v for k, v in described.items() if k != "kind"})
+
+
 def network(described: dict) -> nn.Module:
     """A part as model.json describes it: its kind, and its config. Its tensors have no memory
     yet."""
@@ -125,7 +137,7 @@ def _model(whole: dict) -> LatentDiffusion:
         raise ValueError(f'format "{whole["format"]}", but this version reads "{FORMAT}"')
     vae, text, unet = (network(whole[name]) for name in PARTS)
     described = whole["denoiser"]
-    schedule = schedules.from_json(described["schedule"])
+    schedule = schedule_from_json(described["schedule"])
     schedule.timesteps(1)  # values of the wrong kind fail here, not in the middle of an image
     return LatentDiffusion(
         vae,

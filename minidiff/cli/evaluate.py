@@ -1,205 +1,227 @@
 """The verb that measures: quality, diversity and speed."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import tyro
 
 from minidiff.cli import options
-from minidiff.cli.options import (
-    MODEL,
-    Device,
-    Integer,
-    Listed,
-    Number,
-    Numbers,
-    Sampler,
-    Spacing,
-    numbers,
-    words,
-)
-from minidiff.errors import UserError
+from minidiff.cli.options import MODEL, SAMPLE, Device, Listed, Numbers
+from minidiff.errors import UserError, choice
+from minidiff.options.sampling import SampleConfig, SamplerName
 
-STEPS, SAMPLERS, SWEEP_STEPS, SWEEP_GUIDANCE = (
-    25,
-    "ddim,ddpm,dpmpp_2m",
-    "5,10,25",
-    "1,2,4",
-)  # unless told otherwise
-LEAST = 10  # pictures: fewer have no neighbours to speak of
+if TYPE_CHECKING:
+    from minidiff.evaluation.bench import Bench, Figure
+    from minidiff.latent_diffusion import LatentDiffusion
+
+LEAST = 10  # images: fewer have no neighbours to speak of
+LISTS = ("samplers", "sweep_steps", "sweep_guidance")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What to measure, and against what."""
+
+    # a captioned folder to measure against. Default: the built-in world
+    data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    # images; a fourth as many again are made for diversity. Of a folder, at most half
+    n: int = 500
+    # how much of the built-in world the model knows: what quickstart teaches, or the whole
+    world: Literal["quickstart", "whole"] = "quickstart"
+    # what distances are measured in: pixels-8x8, random-conv-0, critic-attributes, cifar10-resnet,
+    # inception-v3-compat. Default: the first two, and for the built-in world the third
+    features: Listed = ""
+    # also the CLIP score, if CLIP's weights can be had
+    clip: bool = False
+    # where the folder's metadata.jsonl has the captions
+    caption_column: str = "text"
+
+    def __post_init__(self) -> None:
+        options.check_least("n", self.n, LEAST)
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """Every combination of three lists."""
+
+    # measure every combination of the three lists below instead; goes on where it stopped
+    trilemma: bool = False
+    # for the trilemma
+    samplers: Listed = "ddim,ddpm,dpmpp_2m"
+    # for the trilemma
+    sweep_steps: Numbers = "5,10,25"
+    # for the trilemma
+    sweep_guidance: Numbers = "1,2,4"
+
+    def __post_init__(self) -> None:
+        if not self.trilemma and (names := options.changed(self, LISTS)):
+            raise UserError(f"{names[0]} does nothing without --trilemma.")
+        if not options.words(self.samplers):
+            raise UserError("--samplers names none; write them as in ddim,dpmpp_2m.")
+        for name in options.words(self.samplers):
+            choice("sampler", name, get_args(SamplerName))
+        for count in options.numbers("sweep_steps", self.sweep_steps):
+            if count != int(count):
+                raise UserError(f"sweep_steps holds {count:g}; steps are whole numbers.")
+        options.numbers("sweep_guidance", self.sweep_guidance)
+
+    def configs(self, config: SampleConfig) -> list[SampleConfig]:
+        """A config for each combination; each checks itself."""
+        steps = map(int, options.numbers("sweep_steps", self.sweep_steps))
+        guidance = options.numbers("sweep_guidance", self.sweep_guidance)
+        return [
+            replace(config, sampler=sampler, steps=count, guidance=scale)
+            for sampler, count, scale in product(options.words(self.samplers), steps, guidance)
+        ]
+
+
+BENCH, SWEEP = EvaluateOptions(), SweepOptions()
 
 
 def evaluate(
     model: Path = MODEL,
-    data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
-    n: int = 500,
-    steps: Integer = None,
-    guidance: Number = None,
-    sampler: Sampler = None,
-    spacing: Spacing = None,
-    interval: Numbers = "0,1",
-    world: Annotated[str, tyro.conf.arg(metavar="quickstart|whole")] = "quickstart",
-    features: Listed = "",
-    clip: bool = False,
-    caption_column: str = "text",
-    trilemma: bool = False,
-    samplers: Listed = "",
-    sweep_steps: Numbers = "",
-    sweep_guidance: Numbers = "",
-    seed: int = 0,
+    config: SampleConfig = SAMPLE,
+    measure: EvaluateOptions = BENCH,
+    sweep: SweepOptions = SWEEP,
     device: Device = "auto",
     out: Path = Path("out/evaluate"),
 ) -> None:
-    """Measure a model: quality, diversity and speed, each beside what real pictures score.
+    """Measure a model: quality, diversity and speed, each beside what real images score.
+
+    Example: minidiff evaluate --model out/quickstart/model --n 500 --sampler dpmpp_2m --steps 10
 
     Args:
-        model: our folder, a diffusers folder, one .safetensors or .ckpt file of Stable Diffusion, or a name on the Hugging Face Hub.
-        data: a captioned folder to measure against; left out, it is the built-in world.
-        n: pictures; a fourth as many again are drawn for diversity. Of a folder, at most half.
-        steps: sampling steps. Left out, 25.
-        guidance: how strongly the text steers. Left out, it is the model's own.
-        sampler: how to step from noise to picture. Left out, it is the model's own.
-        spacing: which times are visited. Left out, it is the model's own.
-        interval: guide only in this stretch of the way, from 0 (data) to 1 (noise); a step that is not guided costs half.
-        world: how much of the built-in world the model knows: what quickstart teaches, or the whole.
-        features: what distances are measured in: pixels-8x8, random-conv-0, critic-attributes, cifar10-resnet, inception-v3-compat.
-            Left out, the first two, and for the built-in world the third.
-        clip: also the CLIP score, if CLIP's weights can be had.
-        caption_column: where the folder's metadata.jsonl has the captions.
-        trilemma: measure every combination of the three lists below instead; goes on where it stopped.
-        samplers: for the trilemma. Left out, ddim,ddpm,dpmpp_2m.
-        sweep_steps: for the trilemma. Left out, 5,10,25.
-        sweep_guidance: for the trilemma. Left out, 1,2,4.
-        seed: everything random follows from it.
+        model: our folder, a diffusers folder, one .safetensors or .ckpt file of Stable Diffusion,
+            or a name on the Hugging Face Hub.
         device: where to compute; auto takes a GPU if there is one.
         out: folder for results.json and evaluate.csv, or trilemma.csv and trilemma.png.
     """
-    options.check_out(out, *(["trilemma.png"] if trilemma else ["results.json"]))
-    if n < LEAST:
-        raise UserError(f"--n is {n}; it must be at least {LEAST}.")
-    if world not in ("quickstart", "whole"):
-        raise UserError(f'no world "{world}"; --world is quickstart or whole.')
-    single = {
-        "--steps": steps,
-        "--guidance": guidance,
-        "--sampler": sampler,
-        "--features": features or None,
-    }
-    lists = {
-        "--samplers": samplers or None,
-        "--sweep-steps": sweep_steps or None,
-        "--sweep-guidance": sweep_guidance or None,
-    }
-    for option, value in (single if trilemma else lists).items():
-        if value is not None:
-            raise UserError(
-                f"{option} does nothing {'beside' if trilemma else 'without'} --trilemma, which takes {', '.join(lists)}."
-            )
-    listed = (
-        numbers("--sweep-steps", sweep_steps or SWEEP_STEPS),
-        numbers("--sweep-guidance", sweep_guidance or SWEEP_GUIDANCE),
-    )
-    between, steps = options.parsed_interval(interval), STEPS if steps is None else steps
-    diffusion, config = options.sampling(
-        model, steps, guidance, sampler, seed, device, out, spacing, between
-    )
-    from minidiff.cli.script import write_results
-    from minidiff.data.world import World
-    from minidiff.evaluation import bench as evaluate
+    check_idle(config, measure, sweep)
+    options.check_out(out, "trilemma.png" if sweep.trilemma else "results.json")
+    device = options.pick_device(device)
+    from minidiff import load
+    from minidiff.evaluation import features
     from minidiff.evaluation import sweep as sweeps
-    from minidiff.evaluation.features import DEFAULTS, INCEPTION, by_name
-    from minidiff.recipes import quickstart
 
-    suit = [name for name in DEFAULTS if data is None or name != "critic-attributes"]
-    networks = sweeps.NETWORKS if trilemma else words(features) or suit
+    networks = networks_of(measure, sweep)
     for network in networks:
-        by_name(network)
-    sweeps.read(
-        out / ("trilemma.csv" if trilemma else "evaluate.csv")
-    )  # complains of other people's files before anything slow
-    if data is None:
-        parts = (quickstart.SHAPES, quickstart.COLOURS) if world == "quickstart" else ()
-        bench = evaluate.of_world(World(diffusion.size, *parts), n, seed, networks, clip)
-    else:
-        bench = evaluate.of_folder(data, diffusion.size, n, seed, networks, clip, caption_column)
+        features.by_name(network)
+    table = out / ("trilemma.csv" if sweep.trilemma else "evaluate.csv")
+    sweeps.read(table)  # complains of other people's files before anything slow
+    loaded = load(model, device)
+    config = options.completed(config, loaded)
+    configs = sweep.configs(config) if sweep.trilemma else [config]
+    for each in configs:
+        loaded.schedule.timesteps(each.steps, each.spacing)
+    bench = bench_of(measure, loaded.size, networks, config.seed)
     run = {
         "model": str(model),
-        "weights": sweeps.fingerprint(diffusion),
-        "data": str(data or f"{world} world"),
-        "n": str(n),
-        "seed": str(seed),
+        "weights": sweeps.fingerprint(loaded),
+        "data": str(measure.data or f"{measure.world} world"),
+        "n": str(measure.n),
+        "seed": str(config.seed),
     }
-    if trilemma:
-        settings = swept(diffusion, words(samplers or SAMPLERS), *listed, config)
-        rows = sweeps.sweep(diffusion, bench, settings, out / "trilemma.csv", run)
-        best = sweeps.cheapest(rows)
-        print(
-            "the Pareto front of quality, diversity and speed:",
-            *map(sweeps.name, sweeps.front(rows)),
-            sep="\n  ",
+    if sweep.trilemma:
+        trilemma(loaded, bench, configs, table, run)
+    else:
+        single(loaded, bench, config, table, run)
+
+
+def check_idle(config: SampleConfig, measure: EvaluateOptions, sweep: SweepOptions) -> None:
+    """Raise a UserError for an option that would do nothing."""
+    if names := options.changed(config, ("size", "tile")):
+        raise UserError(f"{names[0]} does nothing here: images are measured at the training size.")
+    names = options.changed(config, ("steps", "guidance", "sampler")) + options.changed(
+        measure, ("features",)
+    )
+    if sweep.trilemma and names:
+        lists = ", ".join(f"--{name.replace('_', '-')}" for name in LISTS)
+        raise UserError(f"{names[0]} does nothing beside --trilemma, which takes {lists}.")
+
+
+def networks_of(measure: EvaluateOptions, sweep: SweepOptions) -> list[str]:
+    """The names of the networks whose features are compared."""
+    from minidiff.evaluation import sweep as sweeps
+    from minidiff.evaluation.features import DEFAULTS
+
+    if sweep.trilemma:
+        return sweeps.NETWORKS
+    suited = [name for name in DEFAULTS if measure.data is None or name != "critic-attributes"]
+    return options.words(measure.features) or suited
+
+
+def bench_of(measure: EvaluateOptions, size: int, networks: list[str], seed: int) -> "Bench":
+    """Real images of this size, and prompts."""
+    from minidiff.data.world import World
+    from minidiff.evaluation import bench
+    from minidiff.recipes import quickstart
+
+    if measure.data is not None:
+        return bench.of_folder(
+            measure.data, size, measure.n, seed, networks, measure.clip, measure.caption_column
         )
-        said = f"{sweeps.quality(best)} {best[sweeps.quality(best)]} at {best[sweeps.SPEED]} evaluations per picture"
-        print(f"99 % of the best quality at the fewest evaluations: {sweeps.name(best)} ({said})")
-        print(out / "trilemma.csv", sweeps.figure(rows, out / "trilemma.png"), sep="\n")
-        return
-    drawn = evaluate.draw(diffusion, bench, config, progress=True)
-    rows = evaluate.figures(bench, drawn, seed)
-    print(table(rows))
-    if data is None:
+    world = World(size)
+    if measure.world == "quickstart":
+        world = World(size, quickstart.SHAPES, quickstart.COLOURS)
+    return bench.of_world(world, measure.n, seed, networks, measure.clip)
+
+
+def trilemma(
+    model: "LatentDiffusion",
+    bench: "Bench",
+    configs: list[SampleConfig],
+    table: Path,
+    run: dict[str, str],
+) -> None:
+    """Measure what is not in the table yet; print the Pareto front, draw the figure."""
+    from minidiff.evaluation import sweep
+
+    rows = sweep.sweep(model, bench, configs, table, run)
+    print("the Pareto front of quality, diversity and speed:", end="\n  ")
+    print(*map(sweep.name, sweep.front(rows)), sep="\n  ")
+    best = sweep.cheapest(rows)
+    column = sweep.quality(best)
+    score = f"{column} {best[column]} at {best[sweep.SPEED]} evaluations per picture"
+    print(f"99 % of the best quality at the fewest evaluations: {sweep.name(best)} ({score})")
+    print(table, sweep.figure(rows, table.with_suffix(".png")), sep="\n")
+
+
+def single(
+    model: "LatentDiffusion", bench: "Bench", config: SampleConfig, table: Path, run: dict[str, str]
+) -> None:
+    """Measure one way to sample; print the figures, write results.json, add a line to the table."""
+    from minidiff.evaluation import bench as benches
+    from minidiff.evaluation import sweep
+    from minidiff.evaluation.features import INCEPTION
+    from minidiff.training.progress import write_results
+
+    drawn = benches.draw(model, bench, config, progress=True)
+    figures = benches.figures(bench, drawn, config.seed)
+    print(as_text(figures))
+    if "accuracy" in bench.real:  # of the built-in world
         print(
-            "prompts are held-out captions; a floor is what as many real pictures score in the model's place."
+            "prompts are held-out captions; "
+            "a floor is what as many real images score in the model's place."
         )
-    if INCEPTION not in networks:
+    if INCEPTION not in bench.networks:
         print(
-            "no Fréchet distance here is an FID: that name belongs to Inception's features (--features inception-v3-compat)."
+            "no Fréchet distance here is an FID: that name belongs to Inception's features "
+            f"(--features {INCEPTION})."
         )
-    key = run | sweeps.columns(config)
-    written = write_results(out, **key, figures=[row._asdict() for row in rows])
-    print(written, sweeps.append(out / "evaluate.csv", key | sweeps.flat(rows)), sep="\n")
+    key = run | sweep.columns(config)
+    print(write_results(table.parent, **key, figures=[figure._asdict() for figure in figures]))
+    print(sweep.append(table, key | sweep.flat(figures)))
 
 
-def swept(
-    diffusion,
-    names: list[str],
-    steps: list[float],
-    guidance: list[float],
-    config,  # SampleConfig
-):
-    """Every combination, each checked before anything slow."""
-    from minidiff.samplers import by_name
-
-    for name in names:
-        by_name(name)
-    for count in steps:
-        if count != int(count):
-            raise UserError(f"--sweep-steps holds {count:g}; steps are whole numbers.")
-        diffusion.schedule.timesteps(int(count), config.spacing)
-    if not names:
-        raise UserError("--samplers names none; write them as in ddim,dpmpp_2m.")
-    return [
-        replace(config, sampler=name, steps=int(count), guidance=scale)
-        for name in names
-        for count in steps
-        for scale in guidance
-    ]
-
-
-def table(rows) -> str:
+def as_text(figures: list["Figure"]) -> str:
     """Figures in columns; the interval is the middle 95 % of a bootstrap."""
     lines = [("metric", "features", "value", "95 %", "floor", "n")]
-    for row in rows:
-        between = "" if row.low is None else f"{row.low:.3g} .. {row.high:.3g}"
-        lines.append(
-            (
-                row.metric,
-                row.features,
-                f"{row.value:.4g}",
-                between,
-                "" if row.floor is None else f"{row.floor:.4g}",
-                str(row.n),
-            )
-        )
+    for row in figures:
+        interval = "" if row.low is None else f"{row.low:.3g} .. {row.high:.3g}"
+        floor = "" if row.floor is None else f"{row.floor:.4g}"
+        lines.append((row.metric, row.features, f"{row.value:.4g}", interval, floor, str(row.n)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

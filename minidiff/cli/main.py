@@ -1,37 +1,47 @@
-"""The command line: every verb is one function in verbs/, and its signature is its options. Torch is imported by the verbs, not by --help.
+"""The command line: the table of verbs. A verb is one function; its signature is its options.
 
-Bad input ends with one line and exit code 2; the library says so by raising UserError.
+Torch is imported by the verbs when they run, not by --help. Bad input ends with one line and exit
+code 2; the library says so by raising UserError.
 """
 
 import sys
 from collections.abc import Callable
 
-from minidiff.cli import checkpoint, console, data, draw, dreambooth, evaluate, finetune, plot
+from minidiff.cli import console, data, plot
+from minidiff.cli.convert import convert
+from minidiff.cli.dreambooth import dreambooth
+from minidiff.cli.evaluate import evaluate
+from minidiff.cli.finetune import finetune
+from minidiff.cli.generate import generate
+from minidiff.cli.inspect import inspect
+from minidiff.cli.quickstart import quickstart
 
 VERBS: dict[str, Callable[..., None]] = {
-    "quickstart": draw.quickstart,
-    "generate": draw.generate,
+    "quickstart": quickstart,
+    "generate": generate,
     "plot forward": plot.forward,
     "plot reverse": plot.reverse,
     "plot schedules": plot.schedules,
     "data coco": data.coco,
     "data check": data.check,
-    "finetune": finetune.finetune,
-    "dreambooth": dreambooth.dreambooth,
-    "evaluate": evaluate.evaluate,
-    "inspect": checkpoint.inspect,
-    "convert": checkpoint.convert,
+    "finetune": finetune,
+    "dreambooth": dreambooth,
+    "evaluate": evaluate,
+    "inspect": inspect,
+    "convert": convert,
 }
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run one verb. Exit code 0 on success, 2 with one line on bad input, 130 on Ctrl-C, 143 on SIGTERM."""
-    console.run(
-        "minidiff",
-        "Text-to-image diffusion from scratch.",
-        VERBS,
-        sys.argv[1:] if args is None else args,
-    )
+    """Run one verb. Exit code 0 on success, 2 with one line on bad input, 130 on Ctrl-C, 143 on
+    SIGTERM."""
+    args = sys.argv[1:] if args is None else args
+    if args[:1] == ["--version"]:
+        from minidiff import __version__
+
+        print(f"minidiff {__version__}")
+        return
+    console.run("minidiff", "Text-to-image diffusion from scratch.", VERBS, args)
 
 
 if __name__ == "__main__":

@@ -1,126 +1,136 @@
-"""What the verbs share: options, and checks that find all that can be wrong before anything slow. Torch is imported where it is needed."""
+"""What the verbs share: types of options, groups of options, and checks before anything slow.
+
+Torch is imported where it is needed.
+"""
 
 import functools
 import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from minidiff.errors import UserError
-from minidiff.options.sampling import Interval, SampleConfig
+from minidiff.options.sampling import SampleConfig
 from minidiff.training import atomic
 
-Device = Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda|mps")]
-Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
-Sampler = Annotated[
-    str | None,
-    tyro.conf.arg(metavar="ddim|ddpm|euler|euler_ancestral|heun|dpmpp_2m|dpmpp_2m_sde|unipc|lcm"),
-]  # all of SAMPLERS
-Integer = Annotated[int | None, tyro.conf.arg(metavar="INT")]
-Size = Annotated[str | None, tyro.conf.arg(metavar="INT|WIDTHxHEIGHT")]
-Spacing = Annotated[
-    str | None, tyro.conf.arg(metavar="trailing|leading|linspace|karras|log-snr|ays|shifted")
-]
-Target = Annotated[str | None, tyro.conf.arg(metavar="eps|v")]
-Dtype = Annotated[str, tyro.conf.arg(metavar="fp32|bf16|fp16")]
+if TYPE_CHECKING:
+    from minidiff.latent_diffusion import LatentDiffusion
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Dtype = Literal["fp32", "bf16", "fp16"]
+Target = Literal["eps", "v"]
+Number = float | None
+Integer = int | None
+File = Path | None
+Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 Listed = Annotated[str, tyro.conf.arg(metavar="NAME,NAME")]
 Numbers = Annotated[str, tyro.conf.arg(metavar="N,N")]
-File = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
 Loras = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE[:SCALE]"), tyro.conf.UseAppendAction]
 Embeddings = Annotated[
     tuple[str, ...], tyro.conf.arg(metavar="FILE[:WORD]"), tyro.conf.UseAppendAction
 ]
 Prompts = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PROMPT ...")]]
+Source = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FILE_OR_DIR")]]
 
 MODEL = Path("box")  # what minidiff.load takes for the model that ships with it
 EXAMPLE = "a small blue circle above a large red square"
+SAMPLE = SampleConfig()
 
 
-def sampling(
-    model: Path,
-    steps: int,
-    guidance: float | None,
-    sampler: str | None,
-    seed: int,
-    device: str,
-    out: Path,
-    spacing: str | None = None,
-    interval: tuple[float, float] = (0.0, 1.0),
-    **loading: object,
-):
-    """The model (LatentDiffusion), and a SampleConfig with the model's own values filled in.
-    loading: more of minidiff.load's arguments."""
-    check_out(out)
-    check_seed(seed)
-    check_positive("--steps", steps)
-    if guidance is not None and not math.isfinite(guidance):
-        raise UserError(f"--guidance is {guidance}; it must be finite, as in --guidance 4.")
-    device = pick_device(device)
-    from minidiff import load
-    from minidiff.samplers import by_name
+@dataclass(frozen=True)
+class Parts:
+    """Where the parts of a model come from, and what is added to them."""
 
-    if sampler is not None:
-        by_name(sampler)  # complains of unknown ones before anything slow
-    diffusion = load(model, device, **loading)
-    sampler, spacing = sampler or diffusion.sampler, spacing or diffusion.spacing
-    guidance = diffusion.guidance if guidance is None else guidance
-    # complains of unknown spacings, and of more steps than noise levels
-    diffusion.schedule.timesteps(steps, spacing)
-    return diffusion, SampleConfig(
-        steps, guidance, sampler, spacing, interval=Interval(*interval), seed=seed
-    )
+    # what the U-Net predicts, if its file does not say: single files of SD 2.x predict v at 768
+    # pixels, eps at 512
+    target: Target | None = None
+    # take the VAE from this checkpoint instead
+    vae: Path | None = None
+    # take the text encoder from this checkpoint instead; or MODEL:TAG of open_clip, as in
+    # ViT-L-14:openai
+    text: Path | None = None
+    # take the U-Net from this checkpoint instead
+    unet: Path | None = None
+    # low-rank weights to add to the model's, and how much of them, as in style.safetensors:0.8;
+    # give it again for more
+    lora: Loras = ()
+    # the vector of a word that textual inversion learnt; with :WORD, the word of the vocabulary
+    # that is to mean it
+    embedding: Embeddings = ()
 
+    def __post_init__(self) -> None:
+        for (file, scale), text in zip(self.loras(), self.lora, strict=True):
+            if not math.isfinite(scale):
+                raise UserError(
+                    f"--lora {text}: the scale must be finite, as in --lora {file}:0.8."
+                )
+            if not file.is_file():
+                raise UserError(f'--lora {text}: no file "{file}".')
+        for (file, _), text in zip(self.embeddings(), self.embedding, strict=True):
+            if not file.is_file():
+                raise UserError(f'--embedding {text}: no file "{file}".')
 
-def parsed_loras(loras: tuple[str, ...]) -> list[tuple[Path, float]]:
-    """Files and scales, from FILE or FILE:SCALE."""
-    pairs = []
-    for lora in loras:
-        name, colon, scale = lora.rpartition(":")
-        try:
-            pair = (
-                (Path(name), float(scale))
-                if colon and not Path(lora).exists()
-                else (Path(lora), 1.0)
-            )
-        except ValueError:  # the colon is a part of the name
-            pair = Path(lora), 1.0
-        if not math.isfinite(pair[1]):
-            raise UserError(f"--lora {lora}: the scale must be finite, as in --lora {name}:0.8.")
-        if not pair[0].is_file():
-            raise UserError(f'--lora {lora}: no file "{pair[0]}".')
-        pairs.append(pair)
-    return pairs
+    def loras(self) -> list[tuple[Path, float]]:
+        """Files and scales."""
+        pairs = []
+        for text in self.lora:
+            file, scale = divided(text)
+            try:
+                pairs.append((Path(file), 1.0 if scale is None else float(scale)))
+            except ValueError:  # the colon is a part of the name
+                pairs.append((Path(text), 1.0))
+        return pairs
 
+    def embeddings(self) -> list[tuple[Path, str | None]]:
+        """Files and words."""
+        return [(Path(file), word) for file, word in map(divided, self.embedding)]
 
-def put_in(diffusion, loras: list[tuple[Path, float]]) -> None:
-    """Merge LoRAs into the weights for good, one after the other, and say what each did."""
-    from minidiff.checkpoints import lora as lora_files
-    from minidiff.methods import lora
+    def load(self, model: Path, device: str, dtype: str | None) -> "LatentDiffusion":
+        """The model of these parts; prints what each LoRA and each embedding changed."""
+        from minidiff import load
+        from minidiff.checkpoints import lora as lora_files
+        from minidiff.methods import inversion, lora
 
-    for file, scale in loras:
-        found = lora_files.load(diffusion, file, scale)
-        lora.merge(diffusion)
-        lora.remove(diffusion)
-        print(f"{file}: {len(found.layers)} layers, probe moved by {100 * found.moved:.2g} %")
-
-
-def put_words_in(diffusion, embeddings: tuple[str, ...]) -> None:
-    """Give words the vectors of textual inversions, from FILE or FILE:WORD, and say which."""
-    from minidiff.methods import inversion
-
-    for embedding in embeddings:
-        name, colon, word = embedding.rpartition(":")
-        file, word = (
-            (Path(name), word)
-            if colon and not Path(embedding).exists()
-            else (Path(embedding), None)
+        loaded = load(
+            model,
+            device,
+            dtype,
+            target=self.target,
+            vae=self.vae,
+            text=self.text,
+            unet=self.unet,
         )
-        if not file.is_file():
-            raise UserError(f'--embedding {embedding}: no file "{file}".')
-        print(f'{file}: the word is "{inversion.load(diffusion.text, file, word)}"')
+        for file, scale in self.loras():
+            report = lora_files.load(loaded, file, scale)
+            lora.merge(loaded)
+            lora.remove(loaded)
+            print(f"{file}: {len(report.layers)} layers, probe moved by {100 * report.moved:.2g} %")
+        for file, word in self.embeddings():
+            print(f'{file}: the word is "{inversion.load(loaded.text, file, word)}"')
+        return loaded
+
+
+def divided(text: str) -> tuple[str, str | None]:
+    """FILE:REST as FILE and REST; a file with a colon in its name is a file."""
+    file, colon, rest = text.rpartition(":")
+    return (file, rest) if colon and not Path(text).exists() else (text, None)
+
+
+def completed(config: SampleConfig, model: "LatentDiffusion") -> SampleConfig:
+    """The config with the model's own values filled in; what its schedule cannot do is a
+    UserError."""
+    config = replace(
+        config,
+        guidance=model.guidance if config.guidance is None else config.guidance,
+        sampler=config.sampler or model.sampler,
+        spacing=config.spacing or model.spacing,
+    )
+    model.schedule.timesteps(config.steps, config.spacing)
+    return config
 
 
 def words(text: str) -> list[str]:
@@ -128,40 +138,36 @@ def words(text: str) -> list[str]:
     return [word for part in text.split(",") if (word := part.strip())]
 
 
-def numbers(option: str, text: str) -> list[float]:
-    """The numbers of "5, 10, 25"."""
+def numbers(name: str, text: str) -> list[float]:
+    """The numbers of "5, 10, 25"; name is the option's."""
     try:
-        found = [float(part) for part in words(text)]
+        values = [float(part) for part in words(text)]
     except ValueError:
-        found = []
-    if not found or not all(map(math.isfinite, found)):
-        raise UserError(f'{option} is "{text}"; write numbers with commas between, as in 5,10,25.')
-    return found
+        values = []
+    if not values or not all(map(math.isfinite, values)):
+        raise UserError(f'{name} is "{text}"; write numbers with commas between, as in 5,10,25.')
+    return values
 
 
-def parsed_interval(text: str) -> tuple[float, float]:
-    """Where guidance acts, of "0.8,1"."""
-    ends = tuple(numbers("--interval", text))
-    if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1:
-        raise UserError(
-            f'--interval is "{text}"; write two numbers from 0 (data) to 1 (noise), the smaller one first, as in 0.8,1.'
-        )
-    return ends
+def changed(config: object, names: tuple[str, ...]) -> list[str]:
+    """Which of these fields of a dataclass have another value than their default."""
+    defaults = {field.name: field.default for field in fields(config)}
+    return [name for name in names if getattr(config, name) != defaults[name]]
 
 
-def check_positive(option: str, value: int) -> None:
-    if value < 1:
-        raise UserError(f"{option} is {value}; it must be at least 1.")
+def check_least(name: str, value: int | None, least: int = 1) -> None:
+    """Raise a UserError if the option of this name is given and too small."""
+    if value is not None and value < least:
+        raise UserError(f"{name} is {value}; it must be at least {least}.")
 
 
 def check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed is {seed}; it must be from 0 to {2**63 - 1}.")
+    SampleConfig(seed=seed)  # its check, in its words
 
 
 def check_out(out: Path, *names: str) -> None:
-    """That files can be written there, and that files of these names are ours to replace; nothing is made yet, so that bad input leaves
-    nothing behind."""
+    """Check that files can be written there, and that files of these names are ours to replace.
+    Nothing is made yet, so that bad input leaves nothing behind."""
     there = next(place for place in (out, *out.absolute().parents) if place.exists())
     if not there.is_dir():
         raise UserError(f'--out {out}: "{there}" is a file; name a folder.')
@@ -186,7 +192,7 @@ def alone(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 def pick_device(name: str) -> str:
-    """The device a name means here; finding out imports torch."""
-    from minidiff.cli import script
+    """The device a name means here; to tell, it imports torch."""
+    from minidiff.training import device
 
-    return script.pick_device(name)
+    return device.pick_device(name)

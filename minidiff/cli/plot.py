@@ -1,122 +1,110 @@
-"""Verbs that plot chains and schedules."""
+"""The verbs that plot chains and schedules."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tqdm import tqdm
 
 from minidiff.cli import options
-from minidiff.cli.options import EXAMPLE, MODEL, Device, Number, Prompts, Sampler
-from minidiff.errors import UserError
+from minidiff.cli.options import EXAMPLE, MODEL, SAMPLE, Device, Prompts
+from minidiff.options.sampling import SampleConfig
 
-Names = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")]]
+if TYPE_CHECKING:
+    from minidiff.schedules import NoiseSchedule
+
+ScheduleName = Literal["linear", "scaled_linear", "cosine", "sigmoid", "flow", "karras"]
+ScheduleNames = tyro.conf.Positional[
+    Annotated[tuple[ScheduleName, ...], tyro.conf.arg(metavar="NAME ...")]
+]
 
 
 def forward(
     image: Path | None = None,
-    schedule: str = "linear",
+    schedule: ScheduleName = "linear",
     size: int = 64,
     seed: int = 0,
-    device: Device = "auto",
     out: Path = Path("out/plot"),
 ) -> None:
-    """The forward chain: a picture turning into noise, as PNG and GIF.
+    """The forward chain: an image turning into noise, as PNG and GIF.
+
+    Example: minidiff plot forward --image cat.png --schedule cosine
 
     Args:
-        image: the picture to drown in noise; left out, one of the built-in world.
-        schedule: linear, scaled_linear, cosine, sigmoid, flow or karras.
-        size: side of the picture in pixels.
-        seed: of the noise, and of the built-in world's picture.
-        device: accepted as everywhere; this is quick on the CPU.
+        image: the image to turn into noise. Default: one of the built-in world.
+        schedule: the noise schedule.
+        size: side of the image in pixels.
+        seed: of the noise, and of the built-in world's image.
         out: folder for forward.png and forward.gif.
     """
     options.check_out(out, "forward.png", "forward.gif")
     options.check_seed(seed)
-    options.check_positive("--size", size)
-    options.pick_device(device)
+    options.check_least("size", size)
     import torch
 
     from minidiff.data.folder import load_image, to_model
     from minidiff.data.world import World
     from minidiff.figures import chains
 
-    noises = named_schedule(schedule)
-    picture = (
-        to_model(load_image(image, size)[None])
-        if image
-        else World(size).batch(1, seed, objects=2)[0]
-    )
-    title = f"forward chain, {schedule} schedule"
-    print(
-        *chains.plot_forward(picture, noises, out, torch.Generator().manual_seed(seed), title),
-        sep="\n",
-    )
+    if image is None:
+        x0 = World(size).batch(1, seed, objects=2)[0]
+    else:
+        x0 = to_model(load_image(image, size)[None])
+    title, generator = f"forward chain, {schedule} schedule", torch.Generator().manual_seed(seed)
+    print(*chains.plot_forward(x0, by_name(schedule), out, generator, title), sep="\n")
 
 
 def reverse(
     prompts: Prompts = (EXAMPLE,),
     model: Path = MODEL,
-    steps: int = 25,
-    guidance: Number = None,
-    sampler: Sampler = None,
-    seed: int = 0,
+    config: SampleConfig = SAMPLE,
     device: Device = "auto",
     out: Path = Path("out/plot"),
 ) -> None:
-    """The reverse chain: noise turning into pictures, with the model's guess of the end at every step, as PNG and GIF.
+    """The reverse chain: noise turning into images, with the guess of the end at every step.
+
+    Example: minidiff plot reverse "a small blue circle" --steps 20 --sampler euler
 
     Args:
-        prompts: what to draw; the PNG shows the first, the GIF all.
-        model: box, the small model that ships with minidiff; or our folder, a diffusers folder, one .safetensors or .ckpt file of Stable Diffusion.
-        steps: sampling steps.
-        guidance: how strongly the text steers; 1 is off, 0 ignores the text. Left out, it is the model's own.
-        sampler: how to step from noise to picture; dpmpp_2m or unipc where steps are few. Left out, it is the model's own.
-        seed: everything random follows from it.
+        prompts: what to show; the PNG has the first, the GIF all.
+        model: box, the small model that ships with minidiff; or our folder, a diffusers folder, one
+            .safetensors or .ckpt file of Stable Diffusion.
         device: where to compute; auto takes a GPU if there is one.
         out: folder for reverse.png and reverse.gif.
     """
     options.check_out(out, "reverse.png", "reverse.gif")
-    diffusion, config = options.sampling(model, steps, guidance, sampler, seed, device, out)
+    device = options.pick_device(device)
+    from minidiff import load
     from minidiff.figures import chains
     from minidiff.samplers import Normal
 
-    noise = Normal.seeded(seed, range(len(prompts)))
-    chain = diffusion.sample(list(prompts), generator=noise, config=config)
-    frames = list(tqdm(chain, "sampling", steps + 1, unit="frame", delay=0.01))
-    print(*chains.plot_reverse(diffusion, frames, list(prompts), out), sep="\n")
+    loaded, captions = load(model, device), list(prompts)
+    config = options.completed(config, loaded)
+    noise = Normal.seeded(config.seed, range(len(captions)))
+    chain = loaded.sample(captions, generator=noise, config=config)
+    frames = list(tqdm(chain, "sampling", config.steps + 1, unit="frame", delay=0.01))
+    print(*chains.plot_reverse(loaded, frames, captions, out), sep="\n")
 
 
 def schedules(
-    schedules: Names = ("linear", "scaled_linear", "cosine", "sigmoid", "flow"),
-    seed: int = 0,
-    device: Device = "auto",
+    schedules: ScheduleNames = ("linear", "scaled_linear", "cosine", "sigmoid", "flow"),
     out: Path = Path("out/plot"),
 ) -> None:
     """Noise schedules side by side: alpha, sigma and the signal-to-noise ratio against t.
 
+    Example: minidiff plot schedules linear cosine
+
     Args:
         schedules: any of linear, scaled_linear, cosine, sigmoid, flow, karras.
-        seed: accepted as everywhere; nothing here is random.
-        device: accepted as everywhere; this is quick on the CPU.
         out: folder for schedules.png.
     """
     options.check_out(out, "schedules.png")
-    options.check_seed(seed)
-    options.pick_device(device)
     from minidiff.figures import chains
 
-    print(chains.plot_schedules({name: named_schedule(name) for name in schedules}, out))
+    print(chains.plot_schedules({name: by_name(name) for name in schedules}, out))
 
 
-def named_schedule(name: str):  # a NoiseSchedule
+def by_name(name: str) -> "NoiseSchedule":
     from minidiff import schedules
 
-    known = {
-        make.__name__: make
-        for make in (schedules.linear, schedules.scaled_linear, schedules.cosine, schedules.sigmoid)
-    }
-    known |= {"flow": schedules.Flow, "karras": schedules.Karras}
-    if name not in known:
-        raise UserError(f'no schedule "{name}"; there is {", ".join(known)}.')
-    return known[name]()
+    return getattr(schedules, {"flow": "Flow", "karras": "Karras"}.get(name, name))()

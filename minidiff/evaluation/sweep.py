@@ -1,11 +1,14 @@
-"""Quality, diversity, speed: pick two. One line of a CSV file for every way to sample, the ways that no other beats, and the figure, in this file.
+"""Quality, diversity, speed: pick two. A table with one line for each way to sample, those that no
+other beats, and the figure of the table.
 
-[1] Xiao, Kreis, Vahdat. Tackling the Generative Learning Trilemma with Denoising Diffusion GANs. 2022. arXiv:2112.07804
+[1] Xiao, Kreis, Vahdat. Tackling the Generative Learning Trilemma with Denoising Diffusion GANs.
+    2022. arXiv:2112.07804
 """
 
 import csv
 import hashlib
 import io
+import logging
 import math
 from collections.abc import Iterable
 from itertools import cycle
@@ -22,9 +25,9 @@ NETWORKS = ["pixels-8x8", "random-conv-0"]
 QUALITY = ("accuracy critic", "precision random-conv-0")  # the first that was measured
 OURS = {"sampler", "steps", "guidance"}  # columns of every line
 DIVERSITY, SPEED = "diversity per prompt pixels-8x8", "evaluations per picture"
-
-
 Row = dict[str, str]  # a line of the CSV file, its numbers as they are written there
+
+logger = logging.getLogger(__name__)
 
 
 def columns(config: SampleConfig) -> Row:
@@ -38,7 +41,7 @@ def columns(config: SampleConfig) -> Row:
     }
 
 
-def flat(rows: Iterable[Figure]) -> dict[str, str]:
+def flat(rows: Iterable[Figure]) -> Row:
     """Figures as columns: "frechet pixels-8x8", and beside it "frechet pixels-8x8 floor"."""
     columns = {}
     for row in rows:
@@ -50,7 +53,8 @@ def flat(rows: Iterable[Figure]) -> dict[str, str]:
 
 
 def read(path: Path) -> list[Row]:
-    """The lines of a file that `append` wrote; any other file is refused, for `append` would write over it."""
+    """The lines of a file that `append` wrote; any other file is a UserError, for `append` would
+    write over it."""
     if not path.exists():
         return []
     try:
@@ -59,9 +63,8 @@ def read(path: Path) -> list[Row]:
         text = "?"  # no header of ours
     table = csv.DictReader(io.StringIO(text, newline=""))
     rows = list(table)
-    if not OURS <= set(table.fieldnames or OURS) or any(
-        None in row or None in row.values() for row in rows
-    ):
+    uneven = any(None in row or None in row.values() for row in rows)
+    if uneven or not OURS <= set(table.fieldnames or OURS):
         raise UserError(
             f"{path} is not a table of evaluations; name another --out, or move the file away."
         )
@@ -69,48 +72,47 @@ def read(path: Path) -> list[Row]:
 
 
 def append(path: Path, row: Row) -> Path:
-    """One line more, and never half a line: written beside, then renamed. What only some lines have is empty in the others."""
-    rows = read(path)
+    """One line more, and never half a line. What only some lines have is empty in the others."""
+    rows = [*read(path), row]
     text = io.StringIO()
-    writer = csv.DictWriter(
-        text, dict.fromkeys(column for each in (*rows, row) for column in each), lineterminator="\n"
-    )
+    names = dict.fromkeys(column for each in rows for column in each)
+    writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows([*rows, row])
+    writer.writerows(rows)
     with atomic.write(path) as new:
         new.write_text(text.getvalue(), encoding="utf-8")
     return path
 
 
 def fingerprint(model: LatentDiffusion) -> str:
-    """Eight letters that change with the weights: a line measured on another training of the same folder is not taken for this one's."""
+    """Eight letters that change with the weights, so that a line of another training of the same
+    folder does not count for this one."""
     sums = [weight.double().sum().item() for weight in model.state_dict().values()]
     return hashlib.sha256(repr(sums).encode()).hexdigest()[:8]
 
 
 def sweep(
-    model: LatentDiffusion,
-    bench: Bench,
-    settings: list[SampleConfig],
-    path: Path,
-    run: Row,
+    model: LatentDiffusion, bench: Bench, configs: list[SampleConfig], path: Path, run: Row
 ) -> list[Row]:
-    """Measure the settings that have no line in the file yet; returns the lines of all. run: what else a line must have in common to count."""
-    wanted = [run | columns(config) for config in settings]
-    for number, (config, key) in enumerate(zip(settings, wanted, strict=True), 1):
+    """Measure the configs that have no line in the file yet; returns the lines of all.
+
+    run: what else a line must have in common to count.
+    """
+    wanted = [run | columns(config) for config in configs]
+    for number, (config, key) in enumerate(zip(configs, wanted, strict=True), 1):
         if not any(key.items() <= row.items() for row in read(path)):
-            print(f"{number} of {len(settings)}: {name(key)}", flush=True)
-            drawn = draw(model, bench, config, progress=True)
-            append(path, key | flat(figures(bench, drawn, config.seed)))
+            logger.info("%d of %d: %s", number, len(configs), name(key))
+            generated = draw(model, bench, config, progress=True)
+            append(path, key | flat(figures(bench, generated, config.seed)))
     rows = read(path)
     return [next(row for row in rows if key.items() <= row.items()) for key in wanted]
 
 
 def name(row: Row) -> str:
-    """Said as shortly as it can be: what is as usual is left out."""
+    """A line's settings in short: the usual ones are left out."""
     where = "" if row["interval"] == "0-1" or row["guidance"] == "1" else f" in {row['interval']}"
-    grid = "" if row["spacing"] == "trailing" else f", {row['spacing']}"
-    return f"{row['sampler']}, {row['steps']} steps{grid}, guidance {row['guidance']}{where}"
+    spacing = "" if row["spacing"] == "trailing" else f", {row['spacing']}"
+    return f"{row['sampler']}, {row['steps']} steps{spacing}, guidance {row['guidance']}{where}"
 
 
 def quality(row: Row) -> str:
@@ -119,12 +121,10 @@ def quality(row: Row) -> str:
 
 
 def point(row: Row) -> tuple[float, float, float]:
-    """Quality, diversity and minus the evaluations: more is better in each. More diversity than real pictures have counts as theirs: it is errors."""
-    return (
-        float(row[quality(row)]),
-        min(float(row[DIVERSITY]), real_diversity(row)),
-        -float(row[SPEED]),
-    )
+    """Quality, diversity and minus the evaluations: more is better in each. More diversity than
+    real images have counts as theirs: the rest is errors."""
+    diversity = min(float(row[DIVERSITY]), real_diversity(row))
+    return float(row[quality(row)]), diversity, -float(row[SPEED])
 
 
 def real_diversity(row: Row) -> float:
@@ -132,40 +132,34 @@ def real_diversity(row: Row) -> float:
 
 
 def front(rows: list[Row]) -> list[Row]:
-    """The Pareto front: those that no other equals in quality, diversity and speed and beats in one of them."""
+    """The Pareto front: the lines that no other beats."""
+    return [row for row in rows if not any(beats(point(other), point(row)) for other in rows)]
 
-    def beaten(row: Row) -> bool:
-        return any(
-            point(other) != point(row)
-            and all(a >= b for a, b in zip(point(other), point(row), strict=True))
-            for other in rows
-        )
 
-    return [row for row in rows if not beaten(row)]
+def beats(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    """Whether a is at least as good in everything, and better in something."""
+    return a != b and all(x >= y for x, y in zip(a, b, strict=True))
 
 
 def cheapest(rows: list[Row], share: float = 0.99) -> Row:
     """The fewest evaluations that reach this share of the best quality; of equals the better."""
     enough = share * max(point(row)[0] for row in rows)
-    return max(
-        (row for row in rows if point(row)[0] >= enough),
-        key=lambda row: (point(row)[2], point(row)[0]),
-    )
+    good = [row for row in rows if point(row)[0] >= enough]
+    return max(good, key=lambda row: (point(row)[2], point(row)[0]))
 
 
 def figure(rows: list[Row], path: Path) -> Path:
-    """Quality against diversity, colour for speed, a mark for each sampler; the front is ringed, numbered from the fastest, and named beside.
-    Those that came out alike share a number: where they take the same steps, a name stands for all."""
+    """Quality against diversity, colour for speed, a mark for each sampler; the front is ringed,
+    numbered from the fastest, and named beside it. Lines that are equal share a number and a name.
+    """
     import matplotlib.figure
     from matplotlib.colors import LogNorm
 
     best: dict[tuple, list[Row]] = {}
     for row in sorted(front(rows), key=lambda row: -point(row)[2]):
         best.setdefault(point(row), []).append(row)
-    speed, samplers = (
-        [float(row[SPEED]) for row in rows],
-        list(dict.fromkeys(row["sampler"] for row in rows)),
-    )
+    speed = [float(row[SPEED]) for row in rows]
+    samplers = list(dict.fromkeys(row["sampler"] for row in rows))
     colours = LogNorm(min(speed), max(speed) * 1.01)
     with style():
         sheet = matplotlib.figure.Figure((9.0, 5.0), layout="constrained")
@@ -210,6 +204,6 @@ def figure(rows: list[Row], path: Path) -> Path:
             name(row) + (f", and {len(others)} more" if others else "")
             for row, *others in best.values()
         ]
-        said = "\n".join(f"{number}  {line}" for number, line in enumerate(alike, 1))
-        names.text(0, 1, f"The Pareto front\n\n{said}", verticalalignment="top", fontsize=7)
+        lines = "\n".join(f"{number}  {line}" for number, line in enumerate(alike, 1))
+        names.text(0, 1, f"The Pareto front\n\n{lines}", verticalalignment="top", fontsize=7)
         return save(sheet, path)

@@ -1,14 +1,20 @@
-"""A text tower learns to read before it sees a picture: the lessons, all in this file.
+"""A text encoder learns to read before it sees an image.
 
-Stable Diffusion's tower was taught by CLIP [1], from four hundred million pictures with captions, and is frozen while the U-Net learns [2]. Here
-the scene behind a caption is known, and the tower is taught by that. Every (place, attribute), such as (above, red) or (alone, circle), has a
-direction of its own among vectors of words, all at right angles; the sum of a caption's vectors is to be the sum of the directions of what there
-is to see. "A small red circle above a large blue square" and "a large blue square below a small red circle" are then one sum, and "a small blue
-circle above a large red square" is another. What a caption leaves unsaid is answered by the mean of what it may be. So which colour is whose is
-settled in a minute; from pictures and captions alone a tower this small learns it slowly (docs/box.md).
+Stable Diffusion's text encoder was trained by CLIP [1], on four hundred million images with
+captions, and is frozen while the U-Net learns [2]. Here the scene behind a caption is known, and
+the text encoder is trained on that. Every (place, attribute), such as (above, red) or (alone,
+circle), has a direction of its own, at right angles to all others. The target of a caption is the
+sum of the directions of what the scene shows, and the sum of the caption's vectors is trained to
+be equal to it. So "a small red circle above a large blue square" and "a large blue square below a
+small red circle" have one sum, and "a small blue circle above a large red square" has another.
+What a caption does not say is answered by the mean over what it may be. This settles in a minute
+which colour belongs to which object; from images and captions alone a text encoder this small
+learns it slowly (docs/box.md).
 
-[1] Radford et al. Learning Transferable Visual Models From Natural Language Supervision. 2021. arXiv:2103.00020
-[2] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. 2022. arXiv:2112.10752
+[1] Radford et al. Learning Transferable Visual Models From Natural Language Supervision. 2021.
+    arXiv:2103.00020
+[2] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. 2022.
+    arXiv:2112.10752
 """
 
 import random
@@ -31,16 +37,17 @@ class Lesson(NamedTuple):
     """Captions, and what the vectors of each should add up to."""
 
     captions: list[str]
-    meant: Float[Tensor, "B D"]
+    sums: Float[Tensor, "B D"]
 
 
 def pairs(scene: Scene) -> list[tuple[str, str]]:
-    """All there is to see, as (place, attribute): "A above B" and "B below A" are the same list in another order."""
+    """All that a scene shows, as (place, attribute): "A above B" and "B below A" are the same list
+    in another order."""
     places = (scene.relation, INVERSE[scene.relation]) if scene.relation else ("alone",)
     things = [
-        (place, said)
+        (place, attribute)
         for place, thing in zip(places, scene.things, strict=True)
-        for said in (thing.shape, thing.colour, thing.size)
+        for attribute in (thing.shape, thing.colour, thing.size)
     ]
     return [("behind", scene.background), *things]
 
@@ -55,31 +62,31 @@ def all_pairs(world: World) -> list[tuple[str, str]]:
 
 
 def codes(world: World, dim: int) -> Codes:
-    """A random direction for every pair, at right angles to all others, as long as a vector of unit variance; dim of them at most."""
+    """A random direction for every pair, at right angles to all others, as long as a vector of unit
+    variance; there is room for dim of them."""
     names = all_pairs(world)
     if len(names) > dim:
         raise UserError(
-            f"{len(names)} directions do not fit at right angles in {dim} dimensions; take a smaller world or wider words."
+            f"{len(names)} directions do not fit at right angles in {dim} dimensions; "
+            "take a smaller world or wider words."
         )
-    return dict(
-        zip(names, nn.init.orthogonal_(torch.empty(len(names), dim)) * dim**0.5, strict=True)
-    )
+    directions = nn.init.orthogonal_(torch.empty(len(names), dim)) * dim**0.5
+    return dict(zip(names, directions, strict=True))
 
 
 def lessons(
     world: World, codes: Codes, batch: int, two_objects: float, seed: int, start: int
 ) -> Iterator[Lesson]:
-    """Lessons start, start + 1, ... of the endless world. two_objects: the share of captions that name two things."""
+    """Lessons start, start + 1, ... of the endless world. two_objects: the share of captions that
+    name two objects."""
     for k in count(start):
         rng = random.Random(f"text {seed} {k}")
         scenes = [world.scene(rng, two_objects=two_objects) for _ in range(batch)]
-        meant = torch.stack(
-            [torch.stack([codes[pair] for pair in pairs(scene)]).sum(0) for scene in scenes]
-        )
-        yield Lesson([world.caption(scene, rng) for scene in scenes], meant)
+        sums = [torch.stack([codes[pair] for pair in pairs(scene)]).sum(0) for scene in scenes]
+        yield Lesson([world.caption(scene, rng) for scene in scenes], torch.stack(sums))
 
 
 def loss(text: CLIPText, lesson: Lesson) -> dict[str, Float[Tensor, "B"]]:
-    """How far the sums of the words' vectors are from what is meant."""
-    said = text.encode(lesson.captions).sum(1)
-    return {"loss": (said - lesson.meant.to(said)).pow(2).mean(1)}
+    """How far the sums of the captions' vectors are from what they should be."""
+    sums = text.encode(lesson.captions).sum(1)
+    return {"loss": (sums - lesson.sums.to(sums)).pow(2).mean(1)}

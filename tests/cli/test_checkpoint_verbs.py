@@ -188,7 +188,8 @@ def test_what_cannot_be_converted(sd, refused, single, tmp_path):
     assert 'no file "' in refused("inspect", tmp_path / "nowhere.safetensors").replace(
         "no file or folder", "no file"
     )
-    assert "--to" in refused("convert", single, tmp_path / "x", "--to", "onnx")
+    said = refused("convert", single, tmp_path / "x", "--to", "onx")
+    assert said == 'no layout "onx"; there is minidiff, diffusers, compvis.'
     assert 'no dtype "fp8"; there is fp32, bf16, fp16' in refused(
         "convert", single, tmp_path / "x", "--to", "minidiff", "--dtype", "fp8"
     )

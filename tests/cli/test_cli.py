@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +67,16 @@ def shell(*args, **how):
 
 # Help.
 
+SEED, DEVICE = {"--seed INT"}, {"--device auto|cpu|cuda|mps"}
+IDLE = {  # what would do nothing there
+    "plot forward": DEVICE,
+    "plot schedules": SEED | DEVICE,
+    "data coco": DEVICE,
+    "data check": DEVICE,
+    "inspect": SEED | DEVICE,
+    "convert": SEED | DEVICE,
+}
+
 
 def test_help_lists_every_verb_and_imports_nothing_heavy():
     heavy = ("torch", "numpy", "matplotlib", "PIL", "open_clip")
@@ -97,8 +108,8 @@ def test_help_of_every_verb(ran, verb):
     assert f"usage: minidiff {verb} " in said and VERBS[verb].__doc__.splitlines()[0].rstrip(
         "."
     ) in " ".join(said.split())
-    for option in ("--seed INT", "--device auto|cpu|cuda|mps", "--out PATH"):
-        assert option in said
+    options = {"--seed INT", "--device auto|cpu|cuda|mps", "--out PATH"}
+    assert {option for option in options if option in said} == options - IDLE.get(verb, set())
 
 
 # What the verbs do.
@@ -182,7 +193,8 @@ def test_a_picture_carries_its_settings(ran, tiny, tmp_path):
             "model": "tiny",
         }
         settings |= {"spacing": "trailing", "dtype": "fp32", "interval": "0.6,1"}
-        assert picture.text == {"prompt": "苹果 on white", "picture": "1 of 1", **settings}
+        carried = {"prompt": "苹果 on white", "picture": "1 of 1", "first": "0", **settings}
+        assert picture.text == carried
 
 
 def test_generate_takes_the_models_own_guidance_and_shows_progress(
@@ -261,7 +273,7 @@ def test_a_long_prompt_says_in_one_line_which_words_fell_off(ran, tiny, tmp_path
     (["generate", PROMPT, "--guidance", "it's"], '--guidance takes a number, not "it\'s"; see'),
     (["plot", "reverse", "--seed"], "--seed"),
     (["data"], "data what? There is data coco, data check."),
-    (["data", "check"], "missing from minidiff data check: DIR the folder to check."),
+    (["data", "check"], "missing from minidiff data check: DIR; see minidiff data check --help."),
     (["data", "coco", "--size", "3"], "missing from minidiff data coco: --annotations FILE"),
     (["data", "coco", "--annotations"], "no annotations; name a COCO caption file, such as captions_val2017.json."),
     (["generate", PROMPT, "--n", "2", PROMPT], f"{PROMPT}; see minidiff generate --help."),
@@ -277,12 +289,12 @@ def test_arguments_that_cannot_be_understood(refused, args, said):
     (["--steps", 0], "--steps is 0; it must be at least 1."),
     (["--steps", -3], "--steps is -3; it must be at least 1."),
     (["--steps", 1001], "steps is 1001; it must be at least 1 and at most 1000."),
-    (["--guidance", "nan"], "--guidance is nan; it must be finite, as in --guidance 4."),
+    (["--guidance", "nan"], "--guidance is nan; it must be finite, as in 4."),
     (["--guidance", "inf"], "--guidance is inf; it must be finite"),
     (["--sampler", "dimm"], 'no sampler "dimm"; there is ddim, ddpm'),
     (["--size", 33], "size 33 is not divisible by 16; the nearest valid sizes are 32 and 48"),
     (["--size", 0], "size 0 is not divisible by 16; the nearest valid size is 16"),
-    (["--device", "tpu"], 'no device "tpu"; --device is one of auto, cpu, cuda, mps.'),
+    (["--device", "tpu"], 'no device "tpu"; there is auto, cpu, cuda, mps; perhaps'),
     (["--seed", -1], "--seed is -1; it must be from 0 to 9223372036854775807."),
     (["--seed", 2**63], "it must be from 0 to 9223372036854775807."),
 ])  # fmt: skip
@@ -295,16 +307,10 @@ def test_settings_that_cannot_be(refused, tiny, tmp_path, options, said):
 def test_a_device_that_is_not_there(refused, monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    data = ["data", "check", "."], ["data", "coco", "--annotations", "captions.json"]
-    for verb in (
-        ["quickstart"],
-        ["generate", PROMPT],
-        *data,
-        *(name.split() for name in VERBS if name.startswith("plot ")),
-    ):
+    for verb in (["quickstart"], ["generate", PROMPT], ["plot", "reverse"], ["evaluate"]):
         assert (
             refused(*verb, "--device", device)
-            == f'no "{device}" on this machine; pass --device cpu, or auto.'
+            == f'no "{device}" on this machine; choose the device cpu, or auto.'
         )
 
 
@@ -439,7 +445,117 @@ def test_as_a_process():
     )
 
 
-def test_a_complaint_in_no_known_box_is_still_one_line():
-    assert (
-        console.complaint("\x1b[31mSomething\x1b[0m new\n  is wrong.\n") == "something new is wrong"
+def test_a_complaint_of_no_known_kind_is_still_one_line():
+    box = "╭─ Error ───╮\n│ \x1b[31mSomething\x1b[0m new │\n│  is wrong.  │\n╰───────────╯\n"
+    assert console.plain(box) == "Error Something new is wrong"
+
+
+# What is asked for by its number, and what is read in another way than it may be meant.
+
+
+def test_image_k_of_a_run_is_made_alone(ran, tiny, tmp_path):
+    """The settings inside a PNG draw it again."""
+    args = ("generate", PROMPT, "--model", tiny, "--steps", 2, "--seed", 5, "--sampler", "ddpm")
+    ran(*args, "--n", 3, "--out", tmp_path / "all")
+    third = tmp_path / "all" / "002-a-small-blue-circle.png"
+    with Image.open(third) as picture:
+        assert picture.text["first"] == "2"
+        ran(*args, "--first", picture.text["first"], "--out", tmp_path / "one")
+        with Image.open(tmp_path / "one" / "000-a-small-blue-circle.png") as again:
+            assert again.tobytes() == picture.tobytes()
+            assert again.text["first"] == "2" and again.text["picture"] == "1 of 1"
+
+
+@pytest.mark.parametrize("prompts, warning", [
+    (["a", "small", "blue", "circle"], '4 words are 4 prompts; put one prompt in quotes, as in "a small blue circle"'),
+    (["a (red:1.5) circle"], '"(red:1.5)" is read as it stands: prompts have no weights here'),
+    (["a circle BREAK a square"], '"BREAK" is read as it stands'),
+    (["a circle", "a square", "a triangle"], ""),
+    (["a circle (small, red)"], ""),
+    (["cat", "dog"], ""),
+])  # fmt: skip
+def test_generate_warns_of_prompts_that_may_be_meant_otherwise(
+    ran, tiny, tmp_path, prompts, warning
+):
+    said = ran("generate", *prompts, "--model", tiny, "--steps", 1, "--out", tmp_path).err
+    lines = [line for line in said.replace("\r", "\n").splitlines() if "minidiff:" in line]
+    assert any(warning in line for line in lines) if warning else not lines
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_generate_warns_of_bf16_that_is_imitated(ran, tiny, tmp_path, monkeypatch, native):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native, raising=False)
+    args = ("generate", PROMPT, "--model", tiny, "--steps", 1, "--device", "cpu", "--out", tmp_path)
+    assert ("does not compute in bf16" in ran(*args, "--dtype", "bf16").err) is not native
+    assert "does not compute in bf16" not in ran(*args).err
+
+
+@pytest.mark.parametrize("args, nearest", [
+    (["generate", PROMPT, "--sampler", "dpm_2m"], "dpmpp_2m"),
+    (["generate", PROMPT, "--spacing", "karas"], "karras"),
+    (["plot", "forward", "--schedule", "cosin"], "cosine"),
+    (["plot", "schedules", "linear", "sigmiod"], "sigmoid"),
+    (["convert", "a", "b", "--to", "difusers"], "diffusers"),
+    (["evaluate", "--trilemma", "--samplers", "ddim,hein"], "heun"),
+])  # fmt: skip
+def test_an_unknown_name_has_the_nearest_proposed(refused, args, nearest):
+    assert refused(*args).endswith(f"; perhaps you meant {nearest}.")
+
+
+@pytest.mark.parametrize("args, said", [
+    (["--size", "3"], "--size does nothing here"),
+    (["--trilemma", "--steps", "4"], "--steps does nothing beside --trilemma"),
+    (["--trilemma", "--guidance", "3"], "--guidance does nothing beside --trilemma"),
+    (["--rescale", "7"], "--rescale is 7; it must be from 0 to 1."),
+])  # fmt: skip
+def test_what_evaluate_refuses_before_it_loads_anything(refused, args, said):
+    assert said in refused("evaluate", "--model", "nowhere", *args)
+
+
+def test_every_help_has_an_example(ran):
+    for verb in set(VERBS) - {"quickstart", "finetune", "dreambooth"}:
+        assert f"Example: minidiff {verb} " in ran(*verb.split(), "--help").out
+
+
+@pytest.mark.parametrize("args", [
+    ["--version"], ["inspect", "--help"], ["generate", "--help"], ["evaluate", "--help"],
+    ["finetune", "--help"], ["generate", "--stepps", "3"], ["generate", "x", "--sampler", "dimm"],
+    ["generate", "x", "--steps", "0"],
+])  # fmt: skip
+def test_what_needs_no_torch_imports_none(args):
+    code = "import sys; from minidiff.cli.main import main\ntry: main(sys.argv[1:])\n"
+    code += "finally: print('torch' in sys.modules)"
+    assert shell("-c", code, *args).stdout.splitlines()[-1] == "False"
+
+
+def test_version(ran):
+    from importlib.metadata import version
+
+    import minidiff
+
+    assert minidiff.__version__ == version("minidiff")
+    assert ran("--version").out == f"minidiff {version('minidiff')}\n"
+
+
+# The package itself.
+
+
+def test_every_name_is_there_after_import_minidiff():
+    code = (
+        "import sys, minidiff; assert 'torch' not in sys.modules\n"
+        "assert set(minidiff.__all__) <= set(dir(minidiff)) and '__version__' in dir(minidiff)\n"
+        "for name in minidiff.__all__: assert getattr(minidiff, name) is not None, name\n"
+        "assert minidiff.plots.__name__ == 'minidiff.figures.plots' and minidiff.UNet.__name__ == 'UNet'\n"
+        "import minidiff.finetuning.loop; assert minidiff.finetuning.loop.__name__"
     )
+    ran = shell("-c", code)
+    assert ran.returncode == 0, ran.stderr
+    with pytest.raises(AttributeError, match="no attribute 'unett'"):
+        __import__("minidiff").unett  # noqa: B018
+
+
+def test_type_checkers_read_the_package():
+    import minidiff
+
+    assert (Path(minidiff.__file__).parent / "py.typed").exists()

@@ -389,9 +389,11 @@ def test_what_cannot_be(refused, files):
     assert "none of the 5 pictures that were asked for is in" in refused(
         images=("--images", picture(files / "other/a.jpg", 0).parent)
     )
-    assert 'no crop "center"; crop is centre or none.' in refused("--crop", "center")
-    assert "pixels is 0; it must be at least 1." in refused("--pixels", 0)
-    assert "size is 0; it must be at least 1." in refused("--size", 0)
+    assert 'no crop "center"; there is centre, none; perhaps you meant centre.' in refused(
+        "--crop", "center"
+    )
+    assert "--pixels is 0; it must be at least 1." in refused("--pixels", 0)
+    assert "--size is 0; it must be at least 1." in refused("--size", 0)
     for i in (1, 2, 3, 4):
         (files / f"images/00{i}.jpg").write_bytes(b"broken")
     assert (

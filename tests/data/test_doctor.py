@@ -24,6 +24,7 @@ from minidiff.data.doctor import examine as doctor
 from minidiff.data.doctor.traps import TRAPS, near_duplicates
 from minidiff.data.folder import CaptionedFolder, ClassFolder, load_image
 from minidiff.errors import UserError
+from minidiff.figures.contact import contact_sheet
 
 META = "metadata.jsonl"
 
@@ -757,7 +758,8 @@ def test_the_doctor_survives_every_folder_and_agrees_with_the_loader(
         report = doctor.examine(folder, layout, size=16)
         if layout == "captions":
             agree(folder, report)
-        for path in doctor.write(report, Path(place, "out")):
+        out = Path(place, "out")
+        for path in (doctor.write(report, out), *contact_sheet(report.data, out / "contact.png")):
             assert path.is_file()
         json.loads(Path(place, "out/report.json").read_text())
         text = doctor.as_text(report)

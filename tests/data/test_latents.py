@@ -209,7 +209,7 @@ def test_a_file_that_is_no_cache_is_not_written_over(vae, paths, tmp_path, text)
     file = tmp_path / "latents.safetensors"
     file.write_bytes(text)
     with pytest.raises(UserError, match=r"latents.safetensors was not written by minidiff"):
-        encoded(vae, paths, [SIZE] * 3, tmp_path)
+        encode_images(vae, paths, [SIZE] * 3, tmp_path)
     assert file.read_bytes() == text and vae.seen == 0
 
 

@@ -14,7 +14,7 @@ from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.evaluation import bench as evaluate
 from minidiff.evaluation import sweep as trilemma
-from minidiff.evaluation.bench import Drawn
+from minidiff.evaluation.bench import Generated
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.sampling import SampleConfig
 from minidiff.recipes import quickstart
@@ -56,9 +56,9 @@ def by_metric(figures):
 
 def seen(bench, pictures, repeated):
     """As if a model had drawn these."""
-    return Drawn(
-        bench.look([(pictures, bench.prompts)]),
-        bench.look([(repeated, bench.repeated[: len(repeated)])]),
+    return Generated(
+        bench.measure([(pictures, bench.prompts)]),
+        bench.measure([(repeated, bench.repeated[: len(repeated)])]),
         0.0,
         0.0,
     )
@@ -76,7 +76,7 @@ def alive_at_most(most, batches):
 
 def test_real_pictures_in_the_models_place_score_their_floors(bench):
     """The floors are no other computation: given the very pictures they are measured on, every figure is its floor."""
-    rows = evaluate.figures(bench, Drawn(bench.instead, bench.repeated_instead, 0.0, 0.0))
+    rows = evaluate.figures(bench, Generated(bench.floor, bench.repeated_floor, 0.0, 0.0))
     measured = [row for row in rows if row.floor is not None]
     assert len(measured) == 3 + 7 * len(NETWORKS)
     assert [row.value for row in measured] == pytest.approx(
@@ -114,20 +114,20 @@ def test_the_bench_of_the_world_is_held_out_and_follows_from_its_seed(bench):
         torch.equal(again.real[NETWORKS[0]], bench.real[NETWORKS[0]])
         and again.prompts == bench.prompts != other.prompts
     )
-    assert not torch.equal(bench.real[NETWORKS[0]], bench.instead[NETWORKS[0]])
-    assert len(bench.repeated) == len(bench.repeated_instead["accuracy"]) == 2 * evaluate.EACH
+    assert not torch.equal(bench.real[NETWORKS[0]], bench.floor[NETWORKS[0]])
+    assert len(bench.repeated) == len(bench.repeated_floor["accuracy"]) == 2 * evaluate.EACH
     assert bench.repeated[0] == bench.repeated[evaluate.EACH - 1] != bench.repeated[evaluate.EACH]
 
 
 def test_pictures_go_by_and_are_not_held(model, tmp_path, monkeypatch):
     """Memory does not grow by n pictures: of real ones, of a folder's and of the model's, no more than two batches are there at a time."""
-    looked, look = [], evaluate.look
+    looked, measure = [], evaluate.measure
 
     def watched(batches, **how):
-        looked.append(look(alive_at_most(2, batches), **how))
+        looked.append(measure(alive_at_most(2, batches), **how))
         return looked[-1]
 
-    monkeypatch.setattr(evaluate, "look", watched)
+    monkeypatch.setattr(evaluate, "measure", watched)
     monkeypatch.setattr(evaluate, "AT_ONCE", 7)
     bench = evaluate.of_world(WORLD, 20, 0, NETWORKS[:1])
     monkeypatch.setattr(pipeline, "draw", partial(pipeline.draw, batch=8))
@@ -140,7 +140,7 @@ def test_pictures_go_by_and_are_not_held(model, tmp_path, monkeypatch):
 def test_real_pictures_do_not_depend_on_how_many_are_drawn_at_once_where_they_are_few(bench):
     whole = WORLD.batch(20, ("real", 0), 1, "held-out", full=True)[0]
     torch.testing.assert_close(
-        bench.look([(whole, bench.prompts[:20])])["pixels-8x8"], bench.real["pixels-8x8"][:20]
+        bench.measure([(whole, bench.prompts[:20])])["pixels-8x8"], bench.real["pixels-8x8"][:20]
     )
 
 
@@ -149,9 +149,9 @@ def test_evaluations_are_counted(model, bench, guidance, evaluations):
     few = bench._replace(prompts=bench.prompts[:3], repeated=bench.repeated[:2])
     config = SampleConfig(steps=3, guidance=guidance, sampler="ddim")
     drawn = evaluate.draw(model, few, config)
-    first = drawn.pictures["pixels-8x8"]
+    first = drawn.images["pixels-8x8"]
     assert (len(first), len(drawn.repeated["pixels-8x8"]), drawn.evaluations) == (3, 2, evaluations)
-    assert torch.equal(first, evaluate.draw(model, few, config).pictures["pixels-8x8"])
+    assert torch.equal(first, evaluate.draw(model, few, config).images["pixels-8x8"])
     assert (
         evaluate.draw(model, few, SampleConfig(3, 1.0, "heun")).evaluations == 5
     )  # two a step, but for the last
@@ -173,17 +173,17 @@ def captioned(place, pictures):
 def test_a_folder_is_halved_and_copies_of_it_are_memorised(tmp_path):
     place = captioned(tmp_path / "data", WORLD.batch(30, "folder")[0])
     halves = evaluate.of_folder(place, 32, 15, 0, NETWORKS[:1])
-    real, instead = halves.real["pixels-8x8"], halves.instead["pixels-8x8"]
+    real, instead = halves.real["pixels-8x8"], halves.floor["pixels-8x8"]
     assert (
         len(real) == len(instead) == len(halves.prompts) == 15
         and len(halves.training["pixels-8x8"]) == 30
     )
     assert not any((a == b).all() for a in real for b in instead)
-    fresh = halves.look([(WORLD.batch(15, "fresh")[0], halves.prompts)])
+    fresh = halves.measure([(WORLD.batch(15, "fresh")[0], halves.prompts)])
     found = {}
-    for what, drawn in (("copies", halves.instead), ("fresh", fresh)):
+    for what, drawn in (("copies", halves.floor), ("fresh", fresh)):
         rows = by_metric(
-            evaluate.figures(halves, Drawn(drawn, evaluate.only(drawn, slice(10)), 0.0, 0.0))
+            evaluate.figures(halves, Generated(drawn, evaluate.rows_of(drawn, slice(10)), 0.0, 0.0))
         )
         found[what], floor = (
             rows["memorised", "pixels-8x8"].value,
@@ -298,11 +298,11 @@ def test_the_sweep_goes_on_where_it_stopped(ran, folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("args", "said"), [
     (["--n", "3"], "--n is 3; it must be at least 10."),
-    (["--world", "mars"], 'no world "mars"; --world is quickstart or whole.'),
+    (["--world", "mars"], 'no world "mars"; there is quickstart, whole.'),
     (["--features", "vgg"], 'no features "vgg"; there is pixels-8x8'),
     (["--interval", "0.8"], '--interval is "0.8"; write two numbers from 0 (data) to 1 (noise), the smaller one first'),
-    (["--interval", "1,0"], '--interval is "1,0"; write'),
-    (["--spacing", "odd"], 'no spacing "odd" for this schedule; there is'),
+    (["--interval", "1,0"], "--interval is 1,0; it must be two numbers"),
+    (["--spacing", "odd"], 'no spacing "odd"; there is trailing'),
     (["--trilemma", "--sweep-steps", "5,x"], '--sweep-steps is "5,x"; write numbers'),
     (["--trilemma", "--sweep-steps", "2.5"], "--sweep-steps holds 2.5; steps are whole numbers."),
     (["--trilemma", "--samplers", "magic"], 'no sampler "magic"; there is ddim'),

@@ -1,6 +1,7 @@
 """On a CUDA device: the same images as on the CPU, from a generator on either. Run with `pytest -m gpu tests/gpu`."""
 
 import copy
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from minidiff import pipeline, schedules
 from minidiff.data.folder import load_picture
+from minidiff.ddpm import DDPM
 from minidiff.denoiser import Denoiser
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.sampling import SampleConfig
@@ -66,12 +68,12 @@ def test_a_seed_is_an_image_on_every_device(sampler):
 
 
 def test_cifar_ddpm_draws(monkeypatch, tmp_path):
-    """The experiment's own call, with the sampler of the paper: ancestral steps, each with new noise."""
+    """The experiment's own call, with the paper's own chain, each step with new noise; of 5 steps."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "experiments")
     sys.modules.pop("cifar_ddpm", None)
     import cifar_ddpm
 
-    preset = cifar_ddpm.PRESETS["paper"]
+    preset = dataclasses.replace(cifar_ddpm.PRESETS["paper"], chain=DDPM(5, 0.1, 0.5))
     unet = cifar_ddpm.unet_tiny(None)
     torch.nn.init.normal_(unet.conv_out.weight, std=0.1)
     tiny = LatentDiffusion(
@@ -79,12 +81,12 @@ def test_cifar_ddpm_draws(monkeypatch, tmp_path):
         Unconditional(),
         Denoiser(unet, preset.schedule, preset.target),
         size=32,
-        guidance=preset.guidance,
-        sampler=preset.sampler,
     ).eval()
     for device in ("cpu", DEVICE):
         (tmp_path / device).mkdir(exist_ok=True)
         cifar_ddpm.draw(tiny.to(device), preset, 2, 5, 0, tmp_path / device)
+        x0 = torch.rand(2, 3, 32, 32) * 2 - 1
+        assert cifar_ddpm.loss(tiny, preset.chain, (x0, ["", ""]))["loss"].isfinite().all()
     expected, found = (load_picture(tmp_path / d / "samples.png").int() for d in ("cpu", DEVICE))
     assert expected.float().std() > 10 and (found - expected).abs().max() <= 2
 

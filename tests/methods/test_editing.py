@@ -286,7 +286,7 @@ def test_generate_from_parts_of_several_files(ran, refused, model, tmp_path):
     (["--image", "nowhere.png"], "nowhere.png: no such picture"),
     (["--image", "red.png", "--mask", "black.png"], "black.png: nothing in it is white"),
     (["--rescale", 2], "--rescale is 2; it must be from 0 to 1"),
-    (["--interval", "1,0.5"], '--interval is "1,0.5"; write two numbers'),
+    (["--interval", "1,0.5"], "--interval is 1,0.5; it must be two numbers"),
     (["--spacing", "wide"], 'no spacing "wide"'),
     (["--dtype", "fp8"], 'no dtype "fp8"'),
     (["--target", "y"], 'no target "y"'),

@@ -110,7 +110,7 @@ def test_parts_follow_from_seed_and_number_alone(monkeypatch):
             assert torch.allclose(kept, vae.encode(shown), atol=1e-5)
 
     def take(start, n, dropout=0.0):
-        stream = quickstart.parts(WORLD, one, two, 5, dropout, start)
+        stream = quickstart.latent_batches(WORLD, one, two, 5, dropout, start)
         return [next(stream) for _ in range(n)]
 
     for a, b in zip(take(0, 6)[2:], take(2, 4), strict=True):

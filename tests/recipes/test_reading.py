@@ -50,11 +50,11 @@ def test_lessons_follow_from_seed_and_number_alone():
         reading.lessons(WORLD, codes, 4, 0.5, 1, 2),
         strict=False,
     ):
-        assert a.captions == b.captions and torch.equal(a.meant, b.meant)
+        assert a.captions == b.captions and torch.equal(a.sums, b.sums)
     lesson = next(reading.lessons(WORLD, codes, 4, 0.5, 1, 0))
     assert lesson.captions != next(reading.lessons(WORLD, codes, 4, 0.5, 2, 0)).captions
     assert torch.allclose(
-        lesson.meant.pow(2).sum(1) / 64,
+        lesson.sums.pow(2).sum(1) / 64,
         torch.tensor([7.0 if names_two(caption) else 4.0 for caption in lesson.captions]),
     )
 

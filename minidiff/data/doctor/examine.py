@@ -8,7 +8,6 @@ a note, from the table in traps.py.
 import itertools
 import json
 import os
-import random
 import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from tqdm import tqdm
 
 from minidiff.data import folder as loader
@@ -25,7 +23,6 @@ from minidiff.data.doctor import traps
 from minidiff.data.doctor.traps import TRAPS, Entry, Folder, ImageInfo, examine_image
 from minidiff.data.folder import Fault, images_in
 from minidiff.errors import UserError
-from minidiff.figures import plots
 from minidiff.options.sampling import check_size
 from minidiff.text import token_ids
 from minidiff.training import atomic
@@ -40,7 +37,6 @@ WITHOUT_CAPTIONS = (
     "a folder that needs none: --layout classes (a folder for each), "
     "or --layout pictures (a DreamBooth subject)"
 )
-SHEET = 48  # images on the sheet at most
 
 
 class Finding(NamedTuple):
@@ -263,11 +259,8 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def write(report: Report, out: Path, seed: int = 0) -> list[Path]:
-    """Write report.json with every finding, and contact.png.
-
-    contact.png shows up to 48 images, chosen by the seed, cut as training at a square size does.
-    """
+def write(report: Report, out: Path) -> Path:
+    """Write report.json, with every finding."""
     groups = [
         {
             "trap": trap,
@@ -288,19 +281,4 @@ def write(report: Report, out: Path, seed: int = 0) -> list[Path]:
     }
     with atomic.write(out / "report.json", atomic.unsigned) as new:
         new.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-    return [out / "report.json", *_sheet(report.data, out / "contact.png", seed)]
-
-
-def _sheet(data: Folder, path: Path, seed: int) -> list[Path]:
-    entries = [entry for entry in data.entries if entry.name in data.images]
-    if not entries:
-        return []
-    count = min(SHEET, len(entries))
-    chosen = [entries[i] for i in sorted(random.Random(seed).sample(range(len(entries)), count))]
-    images = torch.stack([loader.load_image(entry.path, 200) for entry in chosen])
-    captions = [Path(e.name).name if e.caption is None else e.caption for e in chosen]
-    name = data.folder.resolve().name
-    title = printable(f"{count} of {len(entries)} pictures of {name}, as training sees them")
-    columns = 8 if count > 16 else None
-    captions = [printable(caption) for caption in captions]
-    return [plots.grid(loader.to_model(images), captions, path, columns, title)]
+    return out / "report.json"

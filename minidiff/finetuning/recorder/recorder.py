@@ -30,7 +30,6 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from minidiff.cli.script import peak_memory_gb
 from minidiff.data.folder import to_model, to_uint8
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
@@ -42,6 +41,7 @@ from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.samplers import Normal
 from minidiff.train import BINS, seed_of
 from minidiff.training import atomic
+from minidiff.training.progress import peak_memory_gb
 
 Example = tuple[
     Float[Tensor, "Z _ _"], Float[Tensor, "L D"] | str

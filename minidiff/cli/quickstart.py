@@ -1,0 +1,26 @@
+"""The verb that trains a small model from nothing."""
+
+from pathlib import Path
+
+from minidiff.cli import options
+from minidiff.cli.options import Device
+
+
+@options.alone
+def quickstart(
+    out: Path = Path("out/quickstart"), seed: int = 0, device: Device = "auto", resume: bool = False
+) -> None:
+    """Train a small text-to-image model here and now, from nothing, and show how it happened.
+
+    Args:
+        out: folder for the model, the pictures and results.json.
+        seed: everything random follows from it.
+        device: where to compute; auto takes the CPU, which the recipe is made for.
+        resume: go on where an interrupted run stopped.
+    """
+    options.check_out(out)
+    options.check_seed(seed)
+    device = "cpu" if device == "auto" else options.pick_device(device)
+    from minidiff.recipes.quickstart import quickstart as train
+
+    train(out, seed, device, resume)
