@@ -4,7 +4,7 @@
 
 Five ways from the same pictures: all weights with prior preservation, without it, a LoRA with it, that LoRA again from what was right of its
 own drawings ([3]), and textual inversion. The critic counts rings in 100 new contexts, and judges captions that have nothing to do with them. Writes
-subject/, second/, an OUT for each way, dreambooth.png and results.json. The numbers of the recipe stand in minidiff/dreambooth.py.
+subject/, second/, an OUT for each way, dreambooth.png and results.json. The recipes are in minidiff/finetuning/dreambooth.py.
 
 [1] Ruiz et al. DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation. 2022. arXiv:2208.12242
 [2] Gal et al. An Image is Worth One Word: Personalizing Text-to-Image Generation using Textual Inversion. 2022. arXiv:2208.01618
@@ -30,9 +30,10 @@ from minidiff.data.world import BACKGROUNDS, RELATIONS, SIZES, Scene, Thing, Wor
 from minidiff.evaluation import bench as evaluate
 from minidiff.figures import plots
 from minidiff.finetuning import dreambooth as booth
-from minidiff.finetuning.groups import Group
-from minidiff.finetuning.loop import encoded, finetune
+from minidiff.finetuning.groups import Group, encoded
+from minidiff.finetuning.loop import finetune
 from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.options.finetuning import DreamBoothConfig
 from minidiff.options.sampling import SampleConfig
 from minidiff.recipes.quickstart import COLOURS, SHAPES, SIZE
 from minidiff.training import atomic
@@ -143,37 +144,30 @@ def taught(
         {"LoRA": "lora", "second round": "lora", "inversion": "inversion"}.get(way, "full"),
     )
     recipe = booth.recipe(model, method)
-    steps = steps or recipe.steps
+    config = booth.completed(
+        DreamBoothConfig(
+            prompt=f"a {WORD}",
+            class_prompt=tuple(CLASS),
+            method=method,
+            prior=0.0 if way == "without prior" else None,
+            steps=steps,
+            every=steps or recipe.steps,
+            seed=seed,
+        ),
+        recipe,
+    )
     examples = booth.subject_examples(
-        model, booth.subject_pictures(subject, ""), recipe.shift, out / "cache", seed
+        model, booth.subject_pictures(subject, ""), config, out / "cache"
     )
     groups = [Group("subject", examples)]
-    if way not in ("without prior", "inversion"):
+    if config.preserves:
         groups.append(
             Group(
-                "class", encoded(model, classes, model.size, out / "cache" / "class"), recipe.prior
+                "class", encoded(model, classes, model.size, out / "cache" / "class"), config.prior
             )
         )
-    how = dict(
-        method=method,
-        lr=recipe.lr,
-        batch=recipe.batch,
-        rank=recipe.rank,
-        text=recipe.text == "yes",
-        ema=recipe.ema,
-        levels=recipe.levels,
-    )
-    how |= dict(word=TOKEN, word_lr=recipe.word_lr) if recipe.text == "word" else {}
-    return finetune(
-        model,
-        groups,
-        out,
-        steps=steps,
-        every=steps,
-        seed=seed,
-        dropout=0.0 if way == "inversion" else None,
-        **how,
-    )
+    word = TOKEN if config.text == "word" else None
+    return finetune(model, groups, out, booth.finetune_config(config, recipe, word))
 
 
 def judged(
@@ -201,7 +195,7 @@ def figure(
     labels: list[str],
     path: Path,
 ) -> Path:
-    """Pictures of the same prompts and seeds, a row for each way, and bars beside them."""
+    """CaptionedImages of the same prompts and seeds, a row for each way, and bars beside them."""
     from matplotlib.figure import Figure  # the object API: no window, no global state
 
     sheet = Figure((15, 1.35 * len(rows) + 1.2), layout="constrained")

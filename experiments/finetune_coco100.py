@@ -34,6 +34,7 @@ from minidiff.figures import curves, plots
 from minidiff.finetuning.groups import Group, split
 from minidiff.finetuning.loop import finetune
 from minidiff.finetuning.recorder.recorder import Recorder
+from minidiff.options.finetuning import FineTuneConfig, RecorderConfig
 from minidiff.options.sampling import SampleConfig, check_size
 from minidiff.train import Loss, TrainConfig, seed_of, train
 from minidiff.training.device import pick_device
@@ -207,8 +208,9 @@ def main(
         )
     base = minidiff.load(model, pick_device(device)).to(memory_format=torch.channels_last)
     check_size(size, base.vae.factor * base.unet.multiple)
-    pictures, captions = load_all(CaptionedFolder(data, size, caption_column), size)
-    images, (kept, held) = to_model(pictures), split(len(captions), validation, seed)
+    folder = CaptionedFolder(data, size, caption_column)
+    pictures, captions = load_all(folder, size)
+    images, (kept, held) = to_model(pictures), split(folder.paths, validation, seed)
     if not held:
         raise UserError(
             f"{data}: none of {len(captions)} pictures is held out at --validation {validation:g}; take a larger share."
@@ -248,21 +250,20 @@ def main(
         images[kept],
         validating,
         training,
+        RecorderConfig(every=every, steps=sampling_steps, seed=seed),
+    )
+    config = FineTuneConfig(
+        steps=steps,
+        lr=lr,
+        batch=batch,
+        warmup=min(100, steps // 10),
+        text=True,
+        ema=0.995,
         every=every,
-        steps=sampling_steps,
         seed=seed,
     )
-    how = dict(
-        steps=steps, lr=lr, batch=batch, text=True, ema=0.995, every=every, seed=seed, resume=resume
-    )
-    base = finetune(
-        base,
-        [Group("pictures", training)],
-        out / "finetune",
-        warmup=min(100, steps // 10),
-        recorder=measured,
-        **how,
-    )
+    groups = [Group("pictures", training)]
+    base = finetune(base, groups, out / "finetune", config, measured, resume)
 
     # Before and after, under the same seeds; then the losses, and what is copied.
     after, names = (

@@ -23,6 +23,7 @@ from minidiff.data.world import World
 from minidiff.errors import UserError
 from minidiff.figures import plots
 from minidiff.finetuning.recorder.recorder import Recorder
+from minidiff.options.finetuning import RecorderConfig
 from minidiff.train import NonFiniteError, TrainConfig, seed_of, train
 from minidiff.training.progress import write_results
 
@@ -124,14 +125,12 @@ def fly(flight: Flight, every: int, sampling_steps: int, seed: int, folder: Path
         "new caption": "a large blue heart on a pink background",
         **KEPT,
     }
-    how = dict(
-        every=every,
-        steps=sampling_steps,
-        seed=seed,
-        network="critic-attributes",
-        settings=flight._asdict(),
+    config = RecorderConfig(
+        every=every, steps=sampling_steps, seed=seed, network="critic-attributes"
     )
-    recorder = Recorder(model, folder, prompts, pictures, validation, examples, **how)
+    recorder = Recorder(
+        model, folder, prompts, pictures, validation, examples, config, flight._asdict()
+    )
     recorder.measure(0, {})
     losses: list[float] = []
     config = TrainConfig(flight.steps, flight.lr, warmup=10, seed=seed)

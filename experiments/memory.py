@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from minidiff import schedules
+from minidiff.cli.flags import in_flags
 from minidiff.cli.script import run
 from minidiff.denoiser import Denoiser
 from minidiff.finetuning.estimate import Settings, alternatives, estimate, human
@@ -151,27 +152,32 @@ def composed(numbers: dict) -> LatentDiffusion:
     return LatentDiffusion(vae, text, Denoiser(unet, schedules.scaled_linear()), 512)
 
 
-def by_switch(numbers: dict, how: Settings) -> dict:
+def by_switch(numbers: dict, settings: Settings) -> dict:
     """The estimate of full fine-tuning, of each switch by itself, and of some together."""
     with torch.device("meta"):
         model = composed(numbers)
-    ways = {"full": how, "full, latents not cached": how._replace(cached=False)} | alternatives(how)
-    ways["lora, checkpointing"] = how._replace(rank=8, checkpointing=True)
-    ways["full, text tower too"] = how._replace(text=True)
-    ways["full, checkpointing, adamw8bit"] = how._replace(checkpointing=True, optimizer="adamw8bit")
-    ways["full, EMA"] = how._replace(ema=True)
-    found = {}
+    ways = {
+        "full": settings,
+        "full, latents not cached": settings._replace(cached=False),
+    } | {in_flags(name): changed for name, changed in alternatives(settings).items()}
+    ways["lora, checkpointing"] = settings._replace(rank=8, checkpointing=True)
+    ways["full, text encoder too"] = settings._replace(text=True)
+    ways["full, checkpointing, adamw8bit"] = settings._replace(
+        checkpointing=True, optimizer="adamw8bit"
+    )
+    ways["full, EMA"] = settings._replace(ema=True)
+    table = {}
     for name, way in ways.items():
-        begun, said = time.process_time(), estimate(model, way)
-        found[name] = said._asdict() | {
-            "total": said.total,
-            "line": f"{said}; {said.flops / 1e12:.2f} TFLOP",
+        begun, need = time.process_time(), estimate(model, way)
+        table[name] = need._asdict() | {
+            "total": need.total,
+            "line": f"{human(need.total)} = {need.parts}; {need.flops / 1e12:.2f} TFLOP",
             "took": time.process_time() - begun,
         }
-    return found
+    return table
 
 
-def measured(numbers: dict, how: Settings) -> tuple[int, float]:
+def measured(numbers: dict, settings: Settings) -> tuple[int, float]:
     """Bytes by which this process's peak grows from building and training, and seconds of the third step."""
     torch.set_num_threads(1)
     trained(
@@ -180,30 +186,33 @@ def measured(numbers: dict, how: Settings) -> tuple[int, float]:
     gc.collect()
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    seconds = trained(numbers, how)
+    seconds = trained(numbers, settings)
     return memory("VmHWM") - before, seconds
 
 
-def trained(numbers: dict, how: Settings) -> float:
+def trained(numbers: dict, settings: Settings) -> float:
     """Three steps on noise; seconds of the last."""
     model = composed(numbers).requires_grad_(False)
-    unet, side = model.unet, how.size[0] // model.vae.factor
-    if how.rank:
-        lora.add(unet, how.rank)
+    unet, side = model.unet, settings.size[0] // model.vae.factor
+    if settings.rank:
+        lora.add(unet, settings.rank)
     else:
         unet.requires_grad_(True)
-    unet.checkpointing = how.checkpointing
-    latents = torch.randn(how.batch, 4, side, side)
+    unet.checkpointing = settings.checkpointing
+    latents = torch.randn(settings.batch, 4, side, side)
     with torch.no_grad():
-        context = model.text.encode([""] * how.batch)
+        context = model.text.encode([""] * settings.batch)
     steps = train(
         lambda batch: {"loss": model.denoiser.loss(*batch)},
         unet,
         lambda _: repeat((latents, context)),
         TrainConfig(
-            3, 1e-6, accumulate=how.accumulate, autocast=torch.bfloat16 if how.bf16 else None
+            3,
+            1e-6,
+            accumulate=settings.accumulate,
+            autocast=torch.bfloat16 if settings.bf16 else None,
         ),
-        EMA(unet, 0.99) if how.ema else None,
+        EMA(unet, 0.99) if settings.ema else None,
     )
     seconds, begun = 0.0, time.perf_counter()
     for _ in steps:

@@ -294,11 +294,13 @@ def test_best_steps_of_others_stay(place, tmp_path):
             "best_step_x/a",
         ],
     )
-    from minidiff.finetuning.outcome import keep
+    from minidiff.finetuning.run import write_best
     from minidiff.latent_diffusion import LatentDiffusion
+    from minidiff.options.finetuning import FineTuneConfig
 
-    keep(LatentDiffusion.load(place / "tiny"), "full", tmp_path / "out", None, 1, 2)
-    keep(LatentDiffusion.load(place / "tiny"), "full", tmp_path / "out", None, 2, 2)
+    for step in (1, 2):
+        model = LatentDiffusion.load(place / "tiny")
+        write_best(model, FineTuneConfig(steps=2), tmp_path / "out", None, step)
     intact(planted)
     assert not (tmp_path / "out" / "best_step_1").exists()
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from minidiff.checkpoints import files, names
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.methods.lora import Layer, LoRA, adapted, check_free, ends, hang
+from minidiff.methods.lora import Layer, LoRA, adapted, attach, check_free, ends
 from minidiff.text import CLIPText
 from minidiff.training import atomic
 from minidiff.unet import UNet
@@ -142,7 +142,7 @@ def load(model: LatentDiffusion, file: str | Path, scale: float = 1.0) -> Loaded
     before = _probe(model)
     for _, lora in loras.values():
         lora.scale = float(scale)
-    hang(model, loras.values())
+    attach(model, loras.values())
     change = _probe(model) - before
     moved = (change.norm() / before.norm().clamp(min=1e-12)).item()
     if moved == 0:

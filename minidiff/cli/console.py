@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 import tyro
 from tqdm import tqdm
 
+from minidiff.cli.flags import in_flags
 from minidiff.cli.types import REGISTRY, without_none
 from minidiff.errors import Terminated, UserError, choice
 
@@ -288,9 +289,9 @@ class _Log(logging.Handler):
 
 
 def _warn(program: str, message: Warning | str, *_: object, **__: object) -> None:
-    tqdm.write(f"{program}: {' '.join(str(message).split())}", file=sys.stderr)
+    tqdm.write(f"{program}: {in_flags(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 def _fail(program: str, message: str, code: int) -> None:
-    print(f"{program}: {' '.join(message.splitlines())}", file=sys.stderr)
+    print(f"{program}: {in_flags(' '.join(message.splitlines()))}", file=sys.stderr)
     sys.exit(code)

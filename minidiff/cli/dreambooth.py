@@ -1,216 +1,82 @@
-"""The verb that teaches a model one subject, from a handful of pictures."""
+"""The verb that teaches a model one subject, from a handful of images."""
 
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
 from minidiff.cli import options
-from minidiff.cli.finetune import THUMBNAIL, Optimizer, Precision, use
-from minidiff.cli.options import EXAMPLE, MODEL, Device, Integer, Number
-from minidiff.errors import UserError
-
-Subject = Annotated[Path, tyro.conf.arg(metavar="DIR")]
-Method = Annotated[str, tyro.conf.arg(metavar="full|lora|inversion")]
-Choice = Annotated[str, tyro.conf.arg(metavar="auto|yes|no|word")]
-Texts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="PROMPT"), tyro.conf.UseAppendAction]
-Word = Annotated[str | None, tyro.conf.arg(metavar="WORD")]
+from minidiff.cli.finetune import commands, recorder_of, report
+from minidiff.cli.flags import Flat
+from minidiff.cli.options import EXAMPLE, MODEL, Device
+from minidiff.options.finetuning import DreamBoothConfig, RecorderConfig, SubjectConfig
+from minidiff.options.sampling import check_size
 
 
 @options.alone
 def dreambooth(
-    subject: Subject,
-    prompt: Annotated[str, tyro.conf.arg(metavar="PROMPT")],
-    class_prompt: Texts = (),
+    images: Flat[SubjectConfig],
+    config: tyro.conf.UseAppendAction[Flat[DreamBoothConfig]],
     model: Path = MODEL,
-    method: Method = "full",
-    prior: Number = None,
-    class_pictures: Integer = None,
-    steps: Integer = None,
-    lr: Number = None,
-    batch: Integer = None,
-    rank: Integer = None,
-    text: Choice = "auto",
-    ema: Number = None,
-    shift: Number = None,
-    like: Word = None,
     unrelated: str = EXAMPLE,
-    dtype: Precision = "fp32",
-    checkpointing: bool = False,
-    optimizer: Optimizer = "adamw",
-    every: int = 200,
+    recorder: bool = True,
     resume: bool = False,
-    seed: int = 0,
     device: Device = "auto",
     out: Path = Path("out/dreambooth"),
 ) -> None:
-    """Teach a model one subject from 3 to 6 pictures, so that it can be drawn anywhere, and keep what else the model knows.
+    """Teach a model one subject from 3 to 6 images, so that it can be drawn anywhere.
 
     Args:
-        subject: a folder with the pictures of the subject; captions of their own, in a metadata.jsonl there, are taken instead of the prompt.
-        prompt: what the pictures show, with a rare token for the subject, as in "a photo of sks dog".
-        class_prompt: the same without the token, as in "a photo of a dog": the model draws this before training, and goes on learning it, so
-            that it is not forgotten. Give it again for more; {red|blue} stands for either.
-        model: box, the small model that ships with minidiff; our folder, a diffusers folder, one .safetensors or .ckpt file of Stable Diffusion,
-            or a name on the Hugging Face Hub.
-        method: full moves every weight of the U-Net and writes a model; lora trains a few numbers and writes a small file; inversion trains one
-            word's vector alone.
-        prior: the weight of the class pictures' loss; 0 does without them, and the model forgets. Left out, this and the next eight are numbers
-            that suit the model and the method.
-        class_pictures: how many to draw; they are kept, and drawn again only when something they follow from has changed.
-        steps: optimizer steps.
-        lr: the peak learning rate.
-        batch: pictures of the subject in a batch, and as many of the class.
-        rank: of the LoRA.
-        text: train the text tower too: yes, no, or of it the rare token's vector alone (word), which a LoRA then needs beside it.
-        ema: write an average of the weights, of this decay, as in 0.99.
-        shift: show the pictures moved about by up to this share of their side.
-        like: where the rare token's vector is trained, the word whose vector to begin from, as in dog. Left out, it is the token's own.
-        unrelated: a prompt that has nothing to do with the subject; the report shows what becomes of it.
-        dtype: the precision to compute in; what is trained stays in fp32.
-        checkpointing: compute activations a second time on the way back: far less memory, a third more time.
-        optimizer: adamw8bit takes a quarter of AdamW's memory, and needs bitsandbytes.
-        every: steps between two checkpoints, and between two rows of the report.
-        resume: go on where an interrupted run stopped, bit for bit.
-        seed: everything random follows from it.
+        images: what to learn from.
+        config: how to learn.
+        model: box (the small model that ships with minidiff), our folder, a diffusers folder, a
+            .safetensors or .ckpt file of Stable Diffusion, or a name on the Hugging Face Hub.
+        unrelated: a prompt about something else; the report shows what becomes of it.
+        recorder: measure the model every few steps, and write report.html.
+        resume: continue an interrupted run where it stopped, bit for bit.
         device: where to compute; auto takes a GPU if there is one.
-        out: folder for the result, report.html, the class pictures, and the training's checkpoint and log.
+        out: folder for the result, report.html, the class images, and the training's checkpoint
+            and log.
     """
-    options.check_out(out)
-    options.check_seed(seed)
-    checked(method, prior, class_pictures, class_prompt, prompt, text, shift)
     device = options.pick_device(device)
     from minidiff import load
     from minidiff.finetuning import dreambooth as booth
-    from minidiff.finetuning import loop as tuning
-    from minidiff.finetuning.identity import check_free
-    from minidiff.methods import inversion
+    from minidiff.finetuning import loop, run
+    from minidiff.finetuning.groups import Group, encoded
 
-    data = booth.subject_pictures(subject, prompt)
-    words = booth.check_prompts(data.captions, list(class_prompt))
-    check_free(out, resume)
+    # All that can be wrong, before anything slow.
+    data = booth.subject_pictures(images.subject, config.prompt, images.caption_column)
+    words = booth.check_prompts(data.captions, list(config.class_prompt))
+    run.check_free(out, resume)
     diffusion = load(model, device)
-    usual = booth.recipe(diffusion, method)
-    chosen = {"steps": steps, "lr": lr, "batch": batch, "rank": rank, "ema": ema, "shift": shift}
-    numbers = {
-        name: getattr(usual, name) if value is None else value for name, value in chosen.items()
-    }
-    share, count = (
-        numbers.pop("shift"),
-        usual.class_pictures if class_pictures is None else class_pictures,
-    )
-    learns = usual.text if text == "auto" or method == "inversion" else text
-    word = inversion.word_of(words, prompt) if learns == "word" else None
-    tuning.check(
-        method,
-        optimizer,
-        dtype,
-        word,
-        accumulate=1,
-        every=every,
-        warmup=10,
-        dropout=None,
-        **numbers,
-    )
+    recipe = booth.recipe(diffusion, config.method)
+    config = booth.completed(config, recipe)
+    side = images.size or diffusion.size
+    check_size(side, diffusion.vae.factor * diffusion.unet.multiple)
+    word = booth.word_to_train(words, config.prompt) if config.text == "word" else None
+    tuning = booth.finetune_config(config, recipe, word)
 
-    examples = booth.subject_examples(diffusion, data, share, out / "cache", seed)
-    groups = [tuning.Group("subject", examples)]
-    weight = usual.prior if prior is None else prior
-    if weight and method != "inversion":
-        prompts = booth.expand(list(class_prompt), count, seed)
-        drawn = booth.class_pictures(diffusion, prompts, out / "class", seed=seed)
-        groups.append(
-            tuning.Group(
-                "class",
-                tuning.encoded(diffusion, drawn, diffusion.size, out / "cache" / "class"),
-                weight,
-            )
-        )
-    print(
-        ", ".join(f"{len(group.examples)} of the {group.name}" for group in groups),
-        f"to learn from; {numbers['steps']} steps",
-    )
-    recorder = recorded(diffusion, out, data, examples, list(class_prompt), unrelated, every, seed)
-    how = dict(
-        method=method,
-        text=learns == "yes",
-        word=word,
-        like=like,
-        dtype=dtype,
-        checkpointing=checkpointing,
-        optimizer=optimizer,
-    )
-    how |= dict(
-        word_lr=numbers["lr"] if method == "inversion" else usual.word_lr,
-        dropout=0.0 if method == "inversion" else None,
-    )
-    how |= dict(levels=usual.levels, every=every, seed=seed, resume=resume)
-    tuning.finetune(diffusion, groups, out, recorder=recorder, **numbers, **how)
-    print(recorder.advice(), recorder.report(), sep="\n")
-    print(*use(diffusion, method, model, out, data.captions[0], recorder.best()), sep="\n")
+    # The groups.
+    examples = booth.subject_examples(diffusion, data, config, out / "cache", side, images.flip)
+    groups = [Group("subject", examples)]
+    if config.preserves:
+        drawn = booth.class_images(diffusion, config, out / "class", images.class_dir)
+        folder = out / "cache" / "class"
+        groups.append(Group("class", encoded(diffusion, drawn, side, folder), config.prior))
+    counts = ", ".join(f"{len(group.examples)} of the {group.name}" for group in groups)
+    print(f"{counts} to learn from; {config.steps} steps")
+    if word:
+        print(f'the word whose vector is trained: "{word}"')
 
-
-def checked(
-    method: str,
-    prior: float | None,
-    class_pictures: int | None,
-    class_prompt: tuple[str, ...],
-    prompt: str,
-    text: str,
-    shift: float | None,
-) -> None:
-    """What can be told before anything is read."""
-    if method not in ("full", "lora", "inversion"):
-        raise UserError(f'no method "{method}"; there is full, lora, inversion.')
-    if text not in ("auto", "yes", "no", "word"):
-        raise UserError(f'--text is auto, yes, no or word, not "{text}".')
-    if not prompt.strip():
-        raise UserError(
-            '--prompt is empty; say what the pictures show, with a rare token for the subject, as in "a photo of sks dog".'
-        )
-    if prior is not None and not 0 <= prior < float("inf"):
-        raise UserError(
-            f"--prior is {prior:g}; it must be 0 or above; 1 weighs the class as the subject."
-        )
-    if shift is not None and not 0 <= shift <= 0.5:
-        raise UserError(f"--shift is {shift:g}; it must be a share from 0 to 0.5 of the side.")
-    if method == "inversion" or prior == 0:
-        return
-    if not class_prompt:
-        advice = 'pass --class-prompt, the prompt without its rare token, as in "a photo of a dog"; or --prior 0, and the model forgets'
-        raise UserError(f"prior preservation needs to know what class to preserve: {advice}.")
-    if class_pictures is not None and class_pictures < 1:
-        raise UserError(
-            f"--class-pictures is {class_pictures}: prior preservation with none preserves nothing; draw some (200), or pass --prior 0."
-        )
-
-
-def recorded(
-    diffusion,
-    out: Path,
-    data,
-    examples: list,
-    class_prompt: list[str],
-    unrelated: str,
-    every: int,
-    seed: int,
-):
-    """The flight recorder: the subject, its class, and what has nothing to do with it."""
-    import torch
-
-    from minidiff.data.folder import load_image, to_model
-    from minidiff.finetuning.dreambooth import expand
-    from minidiff.finetuning.recorder.recorder import Recorder
-
-    prompts = (
-        {"subject": data.captions[0]}
-        | ({"class": expand(class_prompt, 1, seed)[0]} if class_prompt else {})
-        | {"unrelated": unrelated}
-    )
-    shown = torch.stack(
-        [
-            to_model(load_image(path, min(diffusion.size, THUMBNAIL)))
-            for path in dict.fromkeys(data.paths)
-        ]
-    )
-    return Recorder(diffusion, out, prompts, shown, examples=examples, every=every, seed=seed)
+    # Training, recorded.
+    observer = None
+    if recorder:
+        prompts = {"subject": data.captions[0]}
+        templates = list(config.class_prompt)
+        prompts |= {"class": booth.expand(templates, 1, config.seed)[0]} if templates else {}
+        prompts |= {"unrelated": unrelated}
+        settings = RecorderConfig(every=config.every, seed=config.seed)
+        observer = recorder_of(diffusion, out, prompts, data.paths, [], examples, settings)
+    loop.finetune(diffusion, groups, out, tuning, observer, resume)
+    report(observer)
+    best = observer.best() if observer else None
+    print(*commands(diffusion, config.method, model, out, data.captions[0], best), sep="\n")

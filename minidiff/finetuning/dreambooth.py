@@ -1,13 +1,15 @@
-"""DreamBooth: from a handful of pictures a model learns a subject that it can then draw anywhere. What it learns from is all in this file; the
-training itself is finetune.py's.
+"""DreamBooth: from a handful of images a model learns a subject that it can then draw anywhere.
 
-The subject is called by a rare token, "a photo of sks dog". Were that all, the model would forget every other dog: so it also goes on
-learning from pictures of the class, "a photo of a dog", that it drew itself before training. Prior preservation, [1] eq. 2, is two
-groups of examples and the sum of their losses:
+This file makes what it learns from; the training itself is loop.py's. The subject is called by a
+rare token, "a photo of sks dog". Were that all, the model would forget every other dog: so it also
+goes on learning from images of the class, "a photo of a dog", which it drew itself before training.
+Prior preservation, [1] eq. 2, is two groups of examples and the sum of their losses:
 
-    E || x0_hat(x_t, "a photo of sks dog") - x0 ||^2  +  lambda E || x0_hat(x'_t', "a photo of a dog") - x'0 ||^2
+    E || x0_hat(x_t, "a photo of sks dog") - x0 ||^2
+      + lambda E || x0_hat(x'_t', "a photo of a dog") - x'0 ||^2
 
-[1] Ruiz et al. DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation. 2022. arXiv:2208.12242
+[1] Ruiz et al. DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven
+    Generation. 2022. arXiv:2208.12242
 """
 
 import hashlib
@@ -15,6 +17,7 @@ import json
 import random
 import re
 import warnings
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,60 +40,117 @@ from minidiff.data.folder import (
 from minidiff.data.latents import Example, fingerprint
 from minidiff.errors import UserError
 from minidiff.figures import plots
-from minidiff.finetuning.loop import encoded
+from minidiff.finetuning.groups import encoded
 from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.methods import inversion
+from minidiff.options.finetuning import (
+    DreamBoothConfig,
+    FineTuneConfig,
+    LoRAConfig,
+    Method,
+    TrainText,
+    TuningConfig,
+)
 from minidiff.options.sampling import SampleConfig
 from minidiff.text import token_ids
 from minidiff.training import atomic
 
 SMALL = 64  # pixels
-COPIES = 24  # of every picture, each moved otherwise
-MANY = 30  # pictures of a subject, above which plain fine-tuning with a caption each is likely the better way
-EVERYDAY = 40_000  # CLIP's vocabulary is sorted by how often a token was met: a word below this has a meaning that training would have to undo
-BATCH = 8  # class pictures drawn at once: a part of what they are, since a sampler's noise is drawn for all of a batch
+COPIES = 24  # of every image, each moved differently
+MANY = 30  # with more images, plain fine-tuning with a caption each is likely better
+EVERYDAY = 40_000  # CLIP's tokens are sorted by frequency: those below have a meaning to undo
+BATCH = 8  # class images drawn at once: all of a batch are drawn anew if one is missing
 
 
 class Recipe(NamedTuple):
-    """Numbers that suit a model and a method, where the user names none."""
+    """Options that suit a model and a method. The names are those of DreamBoothConfig."""
 
     steps: int
     lr: float
     batch: int
-    text: str  # "yes": train the text tower too, "word": of it the vector of the rare token alone
-    ema: float | None
-    shift: float  # how far a picture is moved at most, as a share of its side
+    text: TrainText
+    ema: float | None = None
+    shift: float = 0.0
     class_pictures: int = 200
     prior: float = 1.0
     rank: int = 4
-    word_lr: float = 5e-4  # of that vector
-    levels: tuple[float, float] | None = (
-        None  # mean and spread of logit(t / T), where training draws t otherwise than the schedule
+    word_lr: float = 5e-4  # of the rare token's vector
+    t_mean: float | None = None  # see FineTuneConfig
+    t_std: float | None = None
+
+
+# for images of up to SMALL pixels, as measured with the model in the box (docs/dreambooth.md)
+BOX = Recipe(
+    steps=800,
+    lr=4e-4,
+    batch=16,
+    text="word",
+    ema=0.97,
+    shift=0.15,
+    class_pictures=800,
+    prior=3.0,
+    word_lr=2e-2,
+    t_mean=1.3,
+    t_std=1.4,
+)
+BOX_RECIPES = {
+    "full": BOX,
+    "lora": BOX._replace(steps=1000, lr=2e-3, rank=2),
+    "inversion": Recipe(steps=300, lr=2e-2, batch=16, text="word", shift=0.15, word_lr=2e-2),
+}
+RECIPES = {  # for Stable Diffusion: [1]'s, and what became usual
+    "full": Recipe(steps=1000, lr=5e-6, batch=1, text="no"),
+    "lora": Recipe(steps=500, lr=1e-4, batch=1, text="no"),
+    "inversion": Recipe(steps=3000, lr=5e-4, batch=1, text="word"),
+}
+
+
+def recipe(model: LatentDiffusion, method: Method) -> Recipe:
+    """The recipe for this model."""
+    if model.size > SMALL:
+        return RECIPES[method]
+    if hasattr(model.schedule, "mean"):
+        return BOX_RECIPES[method]
+    return BOX_RECIPES[method]._replace(t_mean=None, t_std=None)
+
+
+def completed(config: DreamBoothConfig, recipe: Recipe) -> DreamBoothConfig:
+    """The config with the recipe's values where it has none."""
+    values = {name: value for name, value in recipe._asdict().items() if hasattr(config, name)}
+    unset = {name: value for name, value in values.items() if getattr(config, name) is None}
+    if config.text == "auto" or config.method == "inversion":
+        unset["text"] = recipe.text
+    return replace(config, **unset)
+
+
+def finetune_config(config: DreamBoothConfig, recipe: Recipe, word: str | None) -> FineTuneConfig:
+    """How to fine-tune, for a completed config. word: whose vector is trained, if any."""
+    shared = {field.name: getattr(config, field.name) for field in fields(TuningConfig)}
+    alone = config.method == "inversion"
+    return FineTuneConfig(
+        **shared,
+        steps=config.steps,
+        lr=config.lr,
+        batch=config.batch,
+        lora=LoRAConfig(config.rank, config.alpha),
+        text=config.text == "yes",
+        word=word,
+        word_lr=config.lr if alone else recipe.word_lr,
+        dropout=0.0 if alone else None,
+        t_mean=recipe.t_mean,
+        t_std=recipe.t_std,
+        every=config.every,
     )
 
 
-TOY = {
-    "full": Recipe(800, 4e-4, 16, "word", 0.97, 0.15, 800, 3.0, word_lr=2e-2, levels=(1.3, 1.4)),
-    "lora": Recipe(1000, 2e-3, 16, "word", 0.97, 0.15, 800, 3.0, 2, 2e-2, (1.3, 1.4)),
-    "inversion": Recipe(300, 2e-2, 16, "word", None, 0.15, 0, word_lr=2e-2),
-}  # for pictures of up to SMALL pixels, as measured with the model in the box (docs/dreambooth.md)
-
-
-def recipe(model: LatentDiffusion, method: str) -> Recipe:
-    """The box's, or for Stable Diffusion [1]'s 1,000 steps at 5e-6; for a LoRA and a word's vector what became usual."""
-    if model.size <= SMALL:
-        return TOY[method] if hasattr(model.schedule, "mean") else TOY[method]._replace(levels=None)
-    return {
-        "full": Recipe(1000, 5e-6, 1, "no", None, 0.0),
-        "lora": Recipe(500, 1e-4, 1, "no", None, 0.0),
-        "inversion": Recipe(3000, 5e-4, 1, "word", None, 0.0),
-    }[method]
-
-
 def subject_pictures(folder: Path, prompt: str, caption_column: str = "text") -> CaptionedImages:
-    """The pictures of the subject: each with the prompt, or with its own captions where the folder has a metadata.jsonl."""
+    """The images of the subject: each with the prompt, or with its own captions where the folder
+    has a metadata.jsonl."""
     folder = check_folder(folder)
     if (folder / "metadata.jsonl").exists():
         data = CaptionedFolder(folder, caption_column=caption_column)
+        if prompt.strip():
+            warn(f"{folder}: the captions of its metadata.jsonl are used instead of the prompt")
     else:
         paths = images_in(folder)
         data = CaptionedImages(paths, [prompt] * len(paths))
@@ -98,49 +158,92 @@ def subject_pictures(folder: Path, prompt: str, caption_column: str = "text") ->
     if not count:
         raise UserError(f"{folder}: there are no pictures in it; put 3 to 6 of the subject there.")
     if count == 1:
-        said = f"{folder}: one picture; its background and pose will be learnt with the subject. Take 3 to 6, each in another place"
-        warnings.warn(said, stacklevel=2)
+        warn(
+            f"{folder}: one picture; its background and pose will be learnt with the subject. Take "
+            "3 to 6, each in another place"
+        )
     if count > MANY:
-        said = f"{folder}: {count} pictures; a subject needs 3 to 6. For many, caption each and use minidiff finetune"
-        warnings.warn(said, stacklevel=2)
+        warn(
+            f"{folder}: {count} pictures; a subject needs 3 to 6. For many, caption each and use "
+            "minidiff finetune"
+        )
     return data
 
 
+def warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
 def expand(templates: list[str], n: int, seed: int) -> list[str]:
-    """n prompts: the templates in turn, and of every {one|or another} in them one, chosen at random."""
+    """n prompts: the templates in turn, with one of every {one|or another}, chosen at random."""
     rng = random.Random(f"class {seed}")
-    return [
-        re.sub(
-            r"\{([^{}]*)\}",
-            lambda choice: rng.choice(choice[1].split("|")),
-            templates[k % len(templates)],
-        )
-        for k in range(n)
-    ]
+    return [_filled(templates[k % len(templates)], rng) for k in range(n)]
+
+
+def _filled(template: str, rng: random.Random) -> str:
+    return re.sub(r"\{([^{}]*)\}", lambda choices: rng.choice(choices[1].split("|")), template)
 
 
 def rare_words(prompt: str, class_prompts: list[str]) -> list[str]:
-    """The words that the prompt has and no class prompt does: what the subject is called."""
-    known = {word for template in class_prompts for word in re.findall(r"\w+", template.lower())}
-    return [word for word in dict.fromkeys(re.findall(r"\w+", prompt.lower())) if word not in known]
+    """The words of the prompt that are in no class prompt: what the subject is called."""
+    common = {word for template in class_prompts for word in _words(template)}
+    return [word for word in dict.fromkeys(_words(prompt)) if word not in common]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
 
 
 def check_prompts(captions: list[str], class_prompts: list[str]) -> list[str]:
-    """Warn of prompts that will teach something else than a subject; returns the words that call it: of all captions and of no class prompt."""
-    spoken = [set(re.findall(r"\w+", caption.lower())) for caption in captions]
+    """Warn of prompts that teach something else than a subject; returns the words that call it: in
+    all captions, and in no class prompt."""
+    by_caption = [set(_words(caption)) for caption in captions]
     words = [
         word
         for word in rare_words(captions[0], class_prompts)
-        if all(word in caption for caption in spoken)
+        if all(word in caption for caption in by_caption)
     ]
     if class_prompts and not words:
-        said = f'"{captions[0]}" has no word that the class prompt lacks, so the whole class becomes the subject; add a rare token, as "sks"'
-        warnings.warn(said, stacklevel=2)
+        warn(
+            f'"{captions[0]}" has no word that the class prompt lacks, so the whole class becomes '
+            'the subject; add a rare token, as "sks"'
+        )
     rare = [word for word in words if len(token_ids(word)) > 1 or token_ids(word)[0] >= EVERYDAY]
     if words and class_prompts and not rare:
-        said = f'"{" ".join(words)}" is an everyday word, whose meaning for the model will mix with the subject; a rare token, as "sks", has none'
-        warnings.warn(said, stacklevel=2)
+        warn(
+            f'"{" ".join(words)}" is an everyday word, whose meaning for the model will mix with '
+            'the subject; a rare token, as "sks", has none'
+        )
     return rare or words
+
+
+def word_to_train(words: list[str], prompt: str) -> str:
+    """The word whose vector is trained: a placeholder of the prompt, as in "a <sks> dog", or else
+    the rarest of the words that call the subject."""
+    placeholder = re.search(r"<([^<>]+)>|\[([^][]+)\]", prompt)
+    if placeholder:
+        word = placeholder[1] or placeholder[2]
+    else:
+        word = inversion.word_of(words, prompt)
+    if inversion.token_of(word) < EVERYDAY:
+        raise UserError(
+            f'the word "{word}" is an everyday one, and training its vector would change what it '
+            'means in every prompt; use a rare token for the subject, as "sks".'
+        )
+    return word
+
+
+def class_images(
+    model: LatentDiffusion, config: DreamBoothConfig, folder: Path, own: Path | None = None
+) -> CaptionedImages:
+    """The images of the class with their prompts: drawn by the model into a folder, or your own."""
+    if own is None:
+        prompts = expand(list(config.class_prompt), config.class_pictures, config.seed)
+        return class_pictures(model, prompts, folder, seed=config.seed)
+    paths = images_in(check_folder(own))
+    if not paths:
+        raise UserError(f"{own}: there are no pictures in it; put some of the class there.")
+    return CaptionedImages(paths, expand(list(config.class_prompt), len(paths), config.seed))
 
 
 def class_pictures(
@@ -151,99 +254,116 @@ def class_pictures(
     guidance: float | None = None,
     seed: int = 0,
 ) -> CaptionedImages:
-    """A picture for each prompt, drawn by the model as it is now, into folder/0000.png and so on.
+    """Draw an image for each prompt with the model as it is now, as folder/0000.png and so on.
 
-    Every file carries the key of all that it follows from: the weights, the prompts of its batch, sampler, steps, guidance, seed. One that is
-    there under the key wanted is not drawn again; any other with a key is, and so is one that cannot be read. A file of such a name without a key
-    is not ours, and is refused; whatever else lies in the folder is left alone.
+    Every file carries a key of all that it follows from: the weights, the prompts of its batch,
+    sampler, steps, guidance, seed. A batch whose files carry the right key is not drawn again. A
+    file of such a name without any key is not ours, and is refused; whatever else lies in the
+    folder is left alone.
     """
     if not prompts:
-        raise UserError(
-            "no class pictures: prior preservation has nothing to preserve. Ask for some, or go without it."
-        )
+        raise UserError("no class pictures, so there is nothing to preserve; ask for some.")
     guidance = model.guidance if guidance is None else guidance
     weights = [fingerprint(part) for part in (model.vae, model.text, model.unet)]
     paths = [folder / f"{k:04d}.png" for k in range(len(prompts))]
-    for path in paths:
-        atomic.check(path, foreign)
-    for path in set(folder.glob("[0-9]*.png")) - set(paths):
-        if path.stem.isdecimal() and foreign(path) is None:  # of an earlier run that drew more
-            path.unlink()
-    others = [path for path in (images_in(folder) if folder.is_dir() else []) if foreign(path)]
-    if others:
-        warnings.warn(
-            f"{folder}: {len(others)} pictures are not ours, {others[0].name} for one; they are left alone, and not used",
-            stacklevel=2,
-        )
-    starts = range(0, len(prompts), BATCH)
+    make_room(folder, paths)
     with tqdm(desc="drawing class pictures", total=len(prompts), unit="", delay=0.5) as bar:
-        for start in starts:
-            some, places = prompts[start : start + BATCH], paths[start : start + BATCH]
-            how = [steps, guidance, model.sampler, model.spacing, model.size, seed, start]
-            key = hashlib.sha256(json.dumps([weights, some, how]).encode()).hexdigest()
-            if not all(carries(path, key) for path in places):
+        for start in range(0, len(prompts), BATCH):
+            batch, files = prompts[start : start + BATCH], paths[start : start + BATCH]
+            settings = [steps, guidance, model.sampler, model.spacing, model.size, seed, start]
+            content = json.dumps([weights, batch, settings])
+            key = hashlib.sha256(content.encode()).hexdigest()
+            if not all(key_of(path) == key for path in files):
                 config = SampleConfig(steps, guidance, seed=seed)
-                drawn = pipeline.generate(model, some, config, first=start)
-                for path, picture, prompt in zip(places, drawn.float().cpu(), some, strict=True):
-                    plots.save_png(picture, path, {"prompt": prompt, "key": key}, foreign)
-            bar.update(len(some))
+                images = pipeline.generate(model, batch, config, first=start).float().cpu()
+                for path, image, prompt in zip(files, images, batch, strict=True):
+                    plots.save_png(image, path, {"prompt": prompt, "key": key}, foreign)
+            bar.update(len(batch))
     return CaptionedImages(paths, prompts)
 
 
+def make_room(folder: Path, paths: list[Path]) -> None:
+    """Refuse strangers' files at these paths, and warn of others; remove ours from an earlier run
+    that drew more."""
+    for path in paths:
+        atomic.check(path, foreign)
+    for path in set(folder.glob("[0-9]*.png")) - set(paths):
+        if path.stem.isdecimal() and foreign(path) is None:
+            path.unlink()
+    others = [path for path in (images_in(folder) if folder.is_dir() else []) if foreign(path)]
+    if others:
+        warn(
+            f"{folder}: {len(others)} pictures are not ours, {others[0].name} for one; they are "
+            "left alone, and not used"
+        )
+
+
 def foreign(path: Path) -> Path | None:
-    """path, where it is not a class picture of ours: one that carries a key, or is damaged and carries our signature; see atomic.Stranger."""
+    """path, unless it is a class picture of ours: it carries a key, or is damaged and carries our
+    signature; see atomic.Stranger."""
     try:
         load_image(path)
     except UserError:
         return atomic.unsigned(path)
-    with Image.open(path) as picture:
-        return None if picture.info.get("key") else path
+    return None if key_of(path) else path
 
 
-def carries(path: Path, key: str) -> bool:
-    """Whether a whole picture lies there that carries this key."""
+def key_of(path: Path) -> str | None:
+    """The key that a whole picture carries."""
     if not path.exists():
-        return False
+        return None
     try:
         load_image(path)
     except UserError:
-        return False
-    with Image.open(path) as picture:
-        return picture.info.get("key") == key
+        return None
+    with Image.open(path) as image:
+        return image.info.get("key")
 
 
 def subject_examples(
-    model: LatentDiffusion, data: CaptionedImages, shift: float, folder: Path, seed: int
+    model: LatentDiffusion,
+    data: CaptionedImages,
+    config: DreamBoothConfig,
+    folder: Path,
+    size: int | None = None,
+    flip: bool = False,
 ) -> list[Example]:
-    """The subject as training sees it: every picture as it is or, with a shift, moved about."""
-    return (
-        moved_about(model, data, shift, seed) if shift else encoded(model, data, model.size, folder)
-    )
+    """The subject as examples: every image as it is or, with a shift, moved about. folder: where
+    latents are cached."""
+    size = size or model.size
+    if config.shift:
+        return moved_about(model, data, config.shift, config.seed, size, flip)
+    return encoded(model, data, size, folder, flip)
 
 
 @torch.no_grad()
 def moved_about(
-    model: LatentDiffusion, data: CaptionedImages, shift: float, seed: int
+    model: LatentDiffusion,
+    data: CaptionedImages,
+    shift: float,
+    seed: int,
+    size: int,
+    flip: bool = False,
 ) -> list[Example]:
-    """COPIES of every picture as examples, each moved by up to `shift` of the side in each direction, its edge repeated where it leaves: a subject
-    that was always seen in the same five places is drawn in these only."""
+    """COPIES of every image as examples, each moved by up to `shift` of the side in each direction,
+    with its edge repeated: a subject seen in five places only is drawn in these places only."""
     generator, examples = torch.Generator().manual_seed(seed), []
-    reach = round(shift * model.size)
+    reach = round(shift * size)
     for path, caption in zip(data.paths, data.captions, strict=True):
-        picture = to_model(load_image(path, model.size))
-        copies = torch.stack([moved(picture, reach, generator) for _ in range(COPIES)])
-        examples += [
-            Example(latents, caption) for latents in model.vae.encode(copies.to(model.device)).cpu()
-        ]
+        image = to_model(load_image(path, size))
+        copies = torch.stack([moved(image, reach, generator) for _ in range(COPIES)])
+        if flip:
+            copies[::2] = copies[::2].flip(-1)
+        latents = model.vae.encode(copies.to(model.device)).cpu()
+        examples += [Example(z, caption) for z in latents]
     return examples
 
 
 def moved(
-    picture: Float[Tensor, "3 H W"], reach: int, generator: torch.Generator
+    image: Float[Tensor, "3 H W"], reach: int, generator: torch.Generator
 ) -> Float[Tensor, "3 H W"]:
-    """The picture, moved by up to `reach` pixels each way."""
-    _, height, width = picture.shape
+    """The image, moved by up to `reach` pixels each way."""
+    _, height, width = image.shape
     top, left = torch.randint(2 * reach + 1, (2,), generator=generator).tolist()
-    return F.pad(picture[None], (reach,) * 4, mode="replicate")[
-        0, :, top : top + height, left : left + width
-    ]
+    padded = F.pad(image[None], (reach,) * 4, mode="replicate")
+    return padded[0, :, top : top + height, left : left + width]

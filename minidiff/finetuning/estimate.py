@@ -1,9 +1,10 @@
-"""How much memory and time a training will take, told before its first step, and which switch would save most. All in this file.
+"""How much memory and time a training takes, told before its first step, and what would save most.
 
-Nothing is guessed from formulas of networks: one step, forward and backward, runs on tensors that have shapes and no memory (PyTorch's fake
-tensors), while a ledger notes every storage that comes to life and dies, and the multiplications and additions of every operation. To the
-peak of that come the optimizer's moments and the average of the weights. What a device needs for itself (libraries, a GPU's context, what the
-allocator holds in reserve) is not in it; docs/memory.md has estimates beside measurements.
+No formula of networks is used: one step, forward and backward, runs on tensors with shapes and no
+memory (PyTorch's fake tensors), while a ledger notes every storage that is made and freed, and the
+multiplications and additions of every operation. The optimizer's moments and the average of the
+weights are added to the peak. What a device needs for itself (libraries, a GPU's context, what the
+allocator holds in reserve) is left out; docs/memory.md has estimates beside measurements.
 
 [1] Chen et al. Training Deep Nets with Sublinear Memory Cost. 2016. arXiv:1604.06174
 [2] Dettmers et al. 8-bit Optimizers via Block-wise Quantization. 2022. arXiv:2110.02861
@@ -26,25 +27,42 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from minidiff.denoiser import Denoiser
+from minidiff.finetuning.loop import targets
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods import lora
+from minidiff.options.finetuning import FineTuneConfig
 
 
 class Settings(NamedTuple):
     """What memory and time depend on besides the model."""
 
     batch: int
-    size: tuple[int, int]  # height and width of the pictures, in pixels
-    accumulate: int = 1  # batches to a step
-    rank: int | None = None  # of LoRAs; None: every weight is trained
+    size: tuple[int, int]  # height and width of the images, in pixels
+    accumulate: int = 1  # batches in a step
+    rank: int | None = None  # of LoRAs; None trains every weight
     targets: tuple[str, ...] = lora.ATTENTION
-    text: bool = False  # the text tower is trained too
+    text: bool = False  # train the text encoder too
     checkpointing: bool = False
     bf16: bool = False  # compute in it; the weights stay as they are
     optimizer: str = "adamw"
     ema: bool = False
-    cached: bool = (
-        True  # latents, and contexts where the text tower is not trained, are computed beforehand
+    cached: bool = True  # latents, and contexts unless the text encoder is trained, computed before
+
+
+def settings(config: FineTuneConfig, unet: nn.Module, size: tuple[int, int]) -> Settings:
+    """Those of a fine-tune."""
+    by_lora = config.method == "lora"
+    return Settings(
+        config.batch,
+        size,
+        config.accumulate,
+        config.lora.rank if by_lora else None,
+        targets(unet, config) if by_lora else lora.ATTENTION,
+        config.text,
+        config.checkpointing,
+        config.dtype == "bf16",
+        config.optimizer,
+        config.ema is not None,
     )
 
 
@@ -52,37 +70,35 @@ class Estimate(NamedTuple):
     """Bytes, and operations."""
 
     weights: int  # of all parts, trained or not
-    step: int  # the most that gradients and activations take together at any moment
+    step: int  # the most that gradients and activations take together
     moments: int  # the optimizer's two numbers for each trained weight
     average: int  # the EMA's copy
-    trained: int  # how many numbers are trained
-    flops: (
-        int  # multiplications and additions of one step, all its batches and the way back included
-    )
+    trained: int  # how many weights are trained
+    flops: int  # multiplications and additions of one step, forward and backward, all batches
 
     @property
     def total(self) -> int:
         return self.weights + self.step + self.moments + self.average
 
-    def __str__(self) -> str:
+    @property
+    def parts(self) -> str:
+        """The total as a sum."""
         parts = {
             "weights": self.weights,
             "gradients and activations": self.step,
             "optimizer": self.moments,
             "average of the weights": self.average,
         }
-        return f"{human(self.total)} = " + " + ".join(
-            f"{name} {human(count)}" for name, count in parts.items() if count
-        )
+        return " + ".join(f"{name} {human(count)}" for name, count in parts.items() if count)
 
 
 class Ledger(TorchDispatchMode):
-    """Notes while it is entered: bytes alive now and at most, every storage once; and FLOPs."""
+    """Counts inside a with block: bytes now and at most, every storage once; and FLOPs."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = self.flops = 0
-        self.known: set[int] = set()
+        self.storages: set[int] = set()
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -99,156 +115,147 @@ class Ledger(TorchDispatchMode):
 
     def note(self, storage: torch.UntypedStorage) -> None:
         place, size = storage._cdata, storage.nbytes()
-        if place not in self.known:
-            self.known.add(place)
+        if place not in self.storages:
+            self.storages.add(place)
             self.now += size
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self.forget, place, size)
 
     def forget(self, place: int, size: int) -> None:
-        self.known.discard(place)
+        self.storages.discard(place)
         self.now -= size
 
 
-def estimate(model: LatentDiffusion, how: Settings) -> Estimate:
-    """Of training the model in this way; the model itself is only asked for its numbers and precision."""
-    weights, step, flops, trained = _simulated(model, how)
-    moments = sum(_moments(numbers, size, how.optimizer) for numbers, size in trained)
-    average = sum(size for _, size in trained) if how.ema else 0
+def estimate(model: LatentDiffusion, settings: Settings) -> Estimate:
+    """Of training the model so; only the model's configs and precision matter."""
+    weights, step, flops, trained = _simulated(model, settings)
+    moments = sum(_moments(numbers, size, settings.optimizer) for numbers, size in trained)
+    average = sum(size for _, size in trained) if settings.ema else 0
     return Estimate(weights, step, moments, average, sum(numbers for numbers, _ in trained), flops)
 
 
 def _simulated(
-    model: LatentDiffusion, how: Settings
+    model: LatentDiffusion, settings: Settings
 ) -> tuple[int, int, int, list[tuple[int, int]]]:
-    """Bytes of the weights, most bytes beyond them in a step, FLOPs of a step, and (numbers, bytes) of each trained tensor."""
-    device = (
-        "cuda" if model.device.type == "cuda" else "cpu"
-    )  # which kernels there are decides what is kept
-    ledger, schedule = (
-        Ledger(),
-        copy.deepcopy(model.schedule),
-    )  # whatever it keeps of what it computes must not be fake in the model
+    """Bytes of the weights, most bytes beyond them in a step, FLOPs of a step, and (numbers, bytes)
+    of each trained tensor."""
+    # which kernels exist decides what is saved for the backward pass
+    device = "cuda" if model.device.type == "cuda" else "cpu"
+    ledger = Ledger()
+    schedule = copy.deepcopy(model.schedule)  # what it caches must not be fake in the model
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device), ledger:
         vae, text, unet = (_twin(part) for part in (model.vae, model.text, model.unet))
         denoiser = Denoiser(unet, schedule, model.denoiser.target, model.denoiser.weighting)
         for network in (unet, text):
-            network.checkpointing = how.checkpointing
-        trained = _to_train(unet, text, how)
+            network.checkpointing = settings.checkpointing
+        trained = _to_train(unet, text, settings)
         weights = ledger.now
-        kept = text.encode([""] * how.batch) if how.cached and not how.text else None
+        cached = settings.cached and not settings.text
+        context = text.encode([""] * settings.batch) if cached else None
         ledger.peak = ledger.now
-        for _ in range(
-            min(how.accumulate, 2)
-        ):  # from the second on, the gradients of the first are there
+        # from the second batch on, the gradients of the first are there
+        for _ in range(min(settings.accumulate, 2)):
             ledger.flops = 0
-            with torch.autocast(device, torch.bfloat16, enabled=how.bf16):
-                loss = _loss(vae, text, denoiser, how, kept)
-            (loss.mean() / how.accumulate).backward()
+            with torch.autocast(device, torch.bfloat16, enabled=settings.bf16):
+                loss = _loss(vae, text, denoiser, settings, context)
+            (loss.mean() / settings.accumulate).backward()
             del loss
-    return (
-        weights,
-        ledger.peak - weights,
-        how.accumulate * ledger.flops,
-        [(p.numel(), p.nbytes) for p in trained],
-    )
+    sizes = [(p.numel(), p.nbytes) for p in trained]
+    return weights, ledger.peak - weights, settings.accumulate * ledger.flops, sizes
 
 
 def _twin(part: nn.Module) -> nn.Module:
-    """A network of the same numbers and precision, frozen; of fake tensors, so that it has no memory."""
+    """A frozen network with the same config and precision, of fake tensors."""
     twin, dtype = type(part)(part.config), next((p.dtype for p in part.parameters()), None)
     for module in twin.modules():
         for name, p in module.named_parameters(recurse=False):
-            setattr(
-                module, name, nn.Parameter(p.to(dtype), requires_grad=False)
-            )  # module.to() does not work on fake tensors
+            # module.to() does not work on fake tensors
+            setattr(module, name, nn.Parameter(p.to(dtype), requires_grad=False))
     return twin
 
 
-def _to_train(unet: nn.Module, text: nn.Module, how: Settings) -> list[nn.Parameter]:
-    for network in (unet, text) if how.text else (unet,):
-        if how.rank:
-            lora.add(network, how.rank, targets=how.targets if network is unet else lora.ATTENTION)
+def _to_train(unet: nn.Module, text: nn.Module, settings: Settings) -> list[nn.Parameter]:
+    for network in (unet, text) if settings.text else (unet,):
+        if settings.rank:
+            names = settings.targets if network is unet else lora.ATTENTION
+            lora.add(network, settings.rank, targets=names)
         else:
             network.requires_grad_(True)
     return [p for network in (unet, text) for p in network.parameters() if p.requires_grad]
 
 
 def _loss(
-    vae: nn.Module, text: nn.Module, denoiser: Denoiser, how: Settings, context: Tensor | None
+    vae: nn.Module, text: nn.Module, denoiser: Denoiser, settings: Settings, context: Tensor | None
 ) -> Tensor:
-    """That of one batch, as fine-tuning computes it; the context is given where it was computed beforehand."""
-    height, width = how.size
-    latents = torch.randn(how.batch, vae.latent_channels, height // vae.factor, width // vae.factor)
-    if not how.cached:
+    """Of one batch, as fine-tuning computes it. context: where it is cached."""
+    (height, width), batch = settings.size, settings.batch
+    latents = torch.randn(batch, vae.latent_channels, height // vae.factor, width // vae.factor)
+    if not settings.cached:
+        channels = getattr(vae.config, "in_channels", vae.latent_channels)
         with torch.no_grad():
-            latents = vae.encode(
-                torch.randn(
-                    how.batch,
-                    getattr(vae.config, "in_channels", vae.latent_channels),
-                    height,
-                    width,
-                )
-            )
+            latents = vae.encode(torch.randn(batch, channels, height, width))
     if context is None:
-        with torch.set_grad_enabled(how.text):
-            context = text.encode([""] * how.batch)
-    return denoiser.loss(latents, context, t=torch.ones(how.batch, dtype=torch.long, device="cpu"))
+        with torch.set_grad_enabled(settings.text):
+            context = text.encode([""] * batch)
+    return denoiser.loss(latents, context, t=torch.ones(batch, dtype=torch.long, device="cpu"))
 
 
 def _moments(numbers: int, size: int, optimizer: str) -> int:
-    """Bytes of Adam's two moments. In 8 bits there is a scale to each block of 256, and tensors below 4,096 numbers are left in 32: bitsandbytes'
-    own numbers."""
+    """Bytes of Adam's two moments. In 8 bits, as bitsandbytes has them, each block of 256 has a
+    scale, and tensors below 4,096 numbers stay in 32 bits."""
     if optimizer == "adamw8bit" and numbers >= 4096:
         return 2 * (numbers + 4 * -(-numbers // 256))
     return 2 * size
 
 
-def alternatives(how: Settings) -> dict[str, Settings]:
-    """The switches of the command line that save memory, each turned on by itself."""
-    ways = {
-        "--checkpointing": how._replace(checkpointing=True),
-        "--method lora": how._replace(rank=how.rank or 8),
-        f"--batch 1 --accumulate {how.batch * how.accumulate}": how._replace(
-            batch=1, accumulate=how.batch * how.accumulate
-        ),
-        "--dtype bf16": how._replace(bf16=True),
-        "--optimizer adamw8bit": how._replace(optimizer="adamw8bit"),
-        "caching latents": how._replace(cached=True),
+def alternatives(settings: Settings) -> dict[str, Settings]:
+    """The options that save memory, each turned on by itself."""
+    batches = settings.batch * settings.accumulate
+    options = {
+        "`checkpointing`": settings._replace(checkpointing=True),
+        "`method=lora`": settings._replace(rank=settings.rank or 8),
+        f"`batch=1` `accumulate={batches}`": settings._replace(batch=1, accumulate=batches),
+        "`dtype=bf16`": settings._replace(bf16=True),
+        "`optimizer=adamw8bit`": settings._replace(optimizer="adamw8bit"),
+        "caching latents": settings._replace(cached=True),
     }
-    return {name: way for name, way in ways.items() if way != how}
+    return {name: changed for name, changed in options.items() if changed != settings}
 
 
-def advice(model: LatentDiffusion, how: Settings, total: int, without: Iterable[str] = ()) -> str:
-    """The switch that would save most of this total, and how much; `without` are switches that cannot be had, as adamw8bit without a GPU."""
+def advice(
+    model: LatentDiffusion, settings: Settings, total: int, without: Iterable[str] = ()
+) -> str:
+    """The option that would save most of this total, and how much. without: options that are not
+    possible here, as adamw8bit without a GPU."""
     saved = {
-        name: total - estimate(model, way).total
-        for name, way in alternatives(how).items()
+        name: total - estimate(model, changed).total
+        for name, changed in alternatives(settings).items()
         if name not in without
     }
     best = max(saved, key=lambda name: saved[name], default=None)
     if best is None or saved[best] < 0.05 * total:
-        return "no switch would save more than a twentieth of it"
+        return "no option would save more than a twentieth of it"
     return f"{best} would save {human(saved[best])} of {human(total)}"
 
 
-def forecast(model: LatentDiffusion, how: Settings, steps: int) -> str:
+def forecast(model: LatentDiffusion, settings: Settings, steps: int) -> str:
     """What to print before the first step. Warns where the device has less memory than that."""
-    said, device = estimate(model, how), model.device
-    hint = advice(
-        model, how, said.total, without=() if device.type == "cuda" else ("--optimizer adamw8bit",)
-    )
-    have = room(device) + (
-        said.weights if device.type == "cuda" else 0
-    )  # the model is on the device already
-    if said.total > have:
+    need, device = estimate(model, settings), model.device
+    impossible = () if device.type == "cuda" else ("`optimizer=adamw8bit`",)
+    hint = advice(model, settings, need.total, impossible)
+    # on a GPU the model takes its part of the memory already
+    available = room(device) + (need.weights if device.type == "cuda" else 0)
+    if need.total > available:
         warnings.warn(
-            f"this needs about {human(said.total)}, and the device has {human(have)}: {hint}",
+            f"this needs about {human(need.total)}, and the device has {human(available)}: {hint}",
             stacklevel=2,
         )
-    each = said.flops / speed(device, how.bf16)
-    needs = f"memory: about {human(said.total)} ({str(said).split(' = ')[1]}); {hint}."
-    return f"{needs}\ntime: about {duration(each)} a step, {duration(steps * each)} in all, estimated from {said.flops / 1e9:,.0f} GFLOP a step."
+    seconds = need.flops / speed(device, settings.bf16)
+    return (
+        f"memory: about {human(need.total)} ({need.parts}); {hint}.\n"
+        f"time: about {duration(seconds)} a step, {duration(steps * seconds)} in all, estimated "
+        f"from {need.flops / 1e9:,.0f} GFLOP a step."
+    )
 
 
 def room(device: torch.device) -> int:
@@ -259,31 +266,29 @@ def room(device: torch.device) -> int:
 
 
 def speed(device: torch.device, bf16: bool = False) -> float:
-    """FLOP/s of this device, forward and backward through a 3x3 convolution and a linear layer of 256 channels at 32x32, the median of several."""
+    """FLOP/s of this device, the median of several runs: forward and backward through a 3x3
+    convolution and a linear layer of 256 channels at 32x32."""
     dtype = torch.bfloat16 if bf16 else torch.float32
-    maps = torch.randn(2, 256, 32, 32, device=device, dtype=dtype, requires_grad=True)
-    kernel, matrix = (
-        torch.randn(256, 256, *k, device=device, dtype=dtype, requires_grad=True)
-        for k in ((3, 3), ())
+    x, kernel, matrix = (
+        torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+        for shape in ((2, 256, 32, 32), (256, 256, 3, 3), (256, 256))
     )
+    seconds = sorted(_seconds(x, kernel, matrix) for _ in range(8))[4]
+    return 3 * 2 * 2 * 32 * 32 * 256 * 256 * (9 + 1) / seconds
 
-    def once() -> float:
-        begun = time.perf_counter()
-        F.linear(F.conv2d(maps, kernel, padding=1).flatten(2).mT, matrix).sum().backward()
-        maps.grad.flatten()[0].item()  # waits until the device is done
-        return time.perf_counter() - begun
 
-    taken = sorted(once() for _ in range(8))[4]
-    return 3 * 2 * 2 * 32 * 32 * 256 * 256 * (9 + 1) / taken
+def _seconds(x: Tensor, kernel: Tensor, matrix: Tensor) -> float:
+    start = time.perf_counter()
+    F.linear(F.conv2d(x, kernel, padding=1).flatten(2).mT, matrix).sum().backward()
+    x.grad.flatten()[0].item()  # waits until the device is done
+    return time.perf_counter() - start
 
 
 def human(count: float) -> str:
     """Bytes, as 14.9 GB, 95 MB, 3.2 MB."""
-    return (
-        f"{count / 1e9:.1f} GB"
-        if count >= 1e9
-        else f"{count / 1e6:.{0 if count >= 1e7 else 1}f} MB"
-    )
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e6:.{0 if count >= 1e7 else 1}f} MB"
 
 
 def duration(seconds: float) -> str:

@@ -1,14 +1,16 @@
-"""What fine-tuning learns from: groups of examples, the endless batches of them, and the loss over groups, are all in this file.
+"""What fine-tuning learns from: groups of examples, endless batches of them, and their loss.
 
-All that is random about batch k follows from (seed, k).
+Everything random about batch k follows from (seed, k).
 
 [1] Ho, Salimans. Classifier-Free Diffusion Guidance. 2022. arXiv:2207.12598
-[2] Ruiz et al. DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation. 2022. arXiv:2208.12242
+[2] Ruiz et al. DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven
+    Generation. 2022. arXiv:2208.12242
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from itertools import count
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,15 +18,18 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from minidiff.data import buckets
-from minidiff.data.latents import Example
+from minidiff.data.folder import CaptionedImages, load_image
+from minidiff.data.latents import Example, encode_images
 from minidiff.denoiser import Denoiser
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.schedules import NoiseSchedule
-from minidiff.train import Loss, seed_of
+from minidiff.train import Loss
+from minidiff.training.seeds import generator_of, seed_of
 
 
 class Group(NamedTuple):
-    """Examples that weigh together. Fine-tuning has one group; DreamBooth has its subject, and its class with a weight of its own ([2] eq. 2)."""
+    """Examples with one weight. Fine-tuning has one group; DreamBooth has its subject, and its
+    class with a weight of its own ([2] eq. 2)."""
 
     name: str
     examples: list[Example]
@@ -32,7 +37,7 @@ class Group(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What a batch has of one group, with all that is random about it."""
+    """The share of one group in a batch, with everything random about it."""
 
     group: str
     weight: float
@@ -45,43 +50,75 @@ class Part(NamedTuple):
 Batch = list[Part]  # one for each group
 
 
-def split(n: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """The numbers below n as (to train on, held out): a seeded choice of this share, rounded down."""
-    held = sorted(random.Random(f"held out {seed}").sample(range(n), int(share * n)))
-    return [i for i in range(n) if i not in set(held)], held
+def encoded(
+    model: LatentDiffusion,
+    data: CaptionedImages,
+    size: int,
+    folder: Path | None,
+    flip: bool = False,
+    shapes: bool = False,
+) -> list[Example]:
+    """The images of a captioned folder as examples: squares of this side, or with shapes each in
+    the bucket nearest to its own shape, with the same area. With flip a mirrored copy of each
+    follows. folder: where the latents are cached."""
+    sizes = [(size, size)] * len(data)
+    if shapes:
+        multiple = model.vae.factor * model.unet.multiple
+        heights_widths = (load_image(path).shape[1:] for path in data.paths)
+        sizes = [
+            buckets.bucket(width, height, size**2, multiple) for height, width in heights_widths
+        ]
+    latents = encode_images(model.vae, data.paths, sizes, folder, flip)
+    captions = data.captions * (2 if flip else 1)
+    return [Example(z, caption) for z, caption in zip(latents, captions, strict=True)]
+
+
+def split(images: Sequence[Hashable], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """The indices of the examples (to train on, held out), where images[i] is the image of example
+    i. A seeded choice of this share of the images, rounded down: an image with several captions is
+    on one side with all of them."""
+    distinct = list(dict.fromkeys(images))
+    chosen = random.Random(f"held out {seed}").sample(
+        range(len(distinct)), int(share * len(distinct))
+    )
+    apart = {distinct[k] for k in chosen}
+    training = [i for i, image in enumerate(images) if image not in apart]
+    return training, [i for i, image in enumerate(images) if image in apart]
 
 
 def batches(
     groups: list[Group], schedule: NoiseSchedule, batch: int, dropout: float, seed: int, start: int
 ) -> Iterator[Batch]:
-    """Batches start, start + 1, ...: `batch` examples of every group, those of a group of one shape (buckets.py). A caption is hidden with
-    probability `dropout` ([1] algorithm 1)."""
+    """Batches start, start + 1, ...: `batch` examples of every group, those of a group of one shape
+    (buckets.py). A caption is hidden with probability `dropout` ([1] algorithm 1)."""
     orders = [
         buckets.batches(
             [tuple(e.latents.shape[1:]) for e in group.examples], batch, seed_of(seed, place), start
         )
         for place, group in enumerate(groups)
     ]
-    for k, *chosen in zip(count(start), *orders, strict=False):
-        generator, parts = torch.Generator().manual_seed(seed_of(seed, k)), []
-        for group, indices in zip(groups, chosen, strict=True):
-            latents = torch.stack([group.examples[i].latents for i in indices])
-            hidden = (torch.rand(batch, generator=generator) < dropout).tolist()
-            captions = [
-                "" if h else group.examples[i].caption for i, h in zip(indices, hidden, strict=True)
-            ]
-            t = schedule.sample_t(batch, generator)
-            parts.append(
-                Part(
-                    group.name,
-                    group.weight,
-                    latents,
-                    captions,
-                    t,
-                    torch.randn(latents.shape, generator=generator),
-                )
-            )
-        yield parts
+    for k, *indices in zip(count(start), *orders, strict=False):
+        generator = generator_of(seed, k)
+        yield [
+            _part(group, [group.examples[i] for i in chosen], schedule, dropout, generator)
+            for group, chosen in zip(groups, indices, strict=True)
+        ]
+
+
+def _part(
+    group: Group,
+    examples: list[Example],
+    schedule: NoiseSchedule,
+    dropout: float,
+    generator: torch.Generator,
+) -> Part:
+    """These examples of a group, with hidden captions, t and noise."""
+    latents = torch.stack([example.latents for example in examples])
+    hidden = (torch.rand(len(examples), generator=generator) < dropout).tolist()
+    captions = ["" if h else e.caption for e, h in zip(examples, hidden, strict=True)]
+    t = schedule.sample_t(len(examples), generator)
+    eps = torch.randn(latents.shape, generator=generator)
+    return Part(group.name, group.weight, latents, captions, t, eps)
 
 
 def pieces(batch: Batch, count: int) -> list[Batch]:
@@ -97,8 +134,9 @@ def _cut(part: Part, rows: slice) -> Part:
 
 
 class GroupLoss:
-    """The loss of a Batch: the sum over its groups of weight times the group's mean, [2] eq. 2. A batch of one group gives a loss for each
-    example, of several that sum alone, as one number. Beside it stand the losses of each group, by its name and without its weight."""
+    """The loss of a Batch: the sum over its groups of weight times the group's mean, [2] eq. 2. One
+    group gives a loss for each example; several give their sum, as one number. Each group's own
+    losses stand beside it by the group's name, without the weight."""
 
     def __init__(
         self,
@@ -106,50 +144,32 @@ class GroupLoss:
         contexts: dict[str, Float[Tensor, "L D"]] | None = None,
         denoiser: Denoiser | None = None,
     ):
-        """contexts: what the text encoder says of every caption; None asks it anew, so that it can learn too. denoiser: the model's own, unless
-        another weighting is wanted."""
+        """contexts: of every caption; None encodes captions at every step, so that the text encoder
+        can learn. denoiser: the model's own, unless another weighting is wanted."""
         self.model, self.contexts, self.denoiser = model, contexts, denoiser or model.denoiser
 
     def __call__(self, batch: Batch) -> Loss:
-        alike = (
-            len({part.latents.shape[1:] for part in batch}) == 1
-        )  # then one pass of the network does for all groups
-        each = (
-            self._together(batch)
-            if alike
-            else [loss for part in batch for loss in self._together([part])]
-        )
-        groups = {part.group: loss for part, loss in zip(batch, each, strict=True)}
+        if len({part.latents.shape[1:] for part in batch}) == 1:
+            losses = self._together(batch)
+        else:
+            losses = [self._together([part])[0] for part in batch]
+        by_group = {part.group: loss for part, loss in zip(batch, losses, strict=True)}
         if len(batch) == 1:
-            return {
-                "loss": batch[0].weight * each[0],
-                "progress": self.model.schedule.progress(batch[0].t),
-                **groups,
-            }
-        return {
-            "loss": sum(part.weight * loss.mean() for part, loss in zip(batch, each, strict=True))[
-                None
-            ],
-            **groups,
-        }
+            progress = self.model.schedule.progress(batch[0].t)
+            return {"loss": batch[0].weight * losses[0], "progress": progress, **by_group}
+        total = sum(part.weight * loss.mean() for part, loss in zip(batch, losses, strict=True))
+        return {"loss": total[None], **by_group}
 
     def _together(self, parts: list[Part]) -> list[Float[Tensor, "B"]]:
-        """The losses of parts of one shape."""
-        captions, device = (
-            [caption for part in parts for caption in part.captions],
-            self.model.device,
-        )
-        contexts = self.contexts
-        context = (
-            self.model.text.encode(captions)
-            if contexts is None
-            else torch.stack([contexts[caption] for caption in captions]).to(device)
-        )
-        latents, t, eps = (
-            torch.cat([getattr(part, name) for part in parts]) for name in ("latents", "t", "eps")
-        )
-        return list(
-            self.denoiser.loss(latents.to(device), context, t, eps.to(device)).split(
-                [len(part.t) for part in parts]
-            )
-        )
+        """The losses of parts of one shape, in one pass of the network."""
+        device = self.model.device
+        captions = [caption for part in parts for caption in part.captions]
+        if self.contexts is None:
+            context = self.model.text.encode(captions)
+        else:
+            context = torch.stack([self.contexts[caption] for caption in captions]).to(device)
+        latents = torch.cat([part.latents for part in parts]).to(device)
+        t = torch.cat([part.t for part in parts])
+        eps = torch.cat([part.eps for part in parts]).to(device)
+        losses = self.denoiser.loss(latents, context, t, eps)
+        return list(losses.split([len(part.t) for part in parts]))

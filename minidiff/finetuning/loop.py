@@ -1,354 +1,284 @@
-"""Fine-tuning: a trained model goes on learning, from pictures of yours. What is trained, and with what, is all in this file;
-what it learns from is in groups.py, the loop in train.py, what it writes in outcome.py.
+"""Fine-tuning: a trained model learns on, from your images.
 
-Full training moves every weight of the U-Net, and of the text tower if asked; LoRA (lora.py) trains a few numbers beside them; textual inversion
-(inversion.py) one word's vector, alone or beside either. OUT/run.json keeps what a run was made of, so that a resumed run is the same run, or is
-refused.
+This file says what is trained and how. What it learns from is in groups.py, the folder it writes in
+run.py, the options in options/finetuning.py, and the loop itself in train.py. Full training changes
+every weight of the U-Net, and of the text encoder if asked; a LoRA (methods/lora.py) trains a few
+weights beside them; textual inversion (methods/inversion.py) one word's vector, alone or beside
+either.
 
 [1] Hang et al. Efficient Diffusion Training via Min-SNR Weighting Strategy. 2023. arXiv:2303.09556
 """
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from minidiff.data.buckets import bucket
-from minidiff.data.folder import CaptionedImages, load_image
-from minidiff.data.latents import Example, encode_captions, encode_images
+from minidiff.data.latents import encode_captions
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
+from minidiff.finetuning import run
 from minidiff.finetuning.groups import Batch, Group, GroupLoss, batches, pieces
-from minidiff.finetuning.identity import identity, same_run
-from minidiff.finetuning.outcome import keep, write
-from minidiff.finetuning.recorder.recorder import Recorder
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.losses import LEVELS, LR_MULTIPLIER
 from minidiff.methods import inversion, lora
+from minidiff.options.finetuning import FineTuneConfig
+from minidiff.schedules import NoiseSchedule
 from minidiff.train import EMA, LossFn, TrainConfig, train
-from minidiff.training.optimizers import OPTIMIZERS
 from minidiff.training.resume import checkpoints, read_log
 
-METHODS = ("full", "lora", "inversion")
+LR = {"full": 1e-5, "lora": 1e-4, "inversion": 5e-4}  # what is usual for Stable Diffusion
+SMALL, SMALL_LR = 50_000_000, 20  # a U-Net of fewer weights learns at a rate that many times higher
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
-SHARED = 50_000_000  # trained numbers below which a CPU's cores share a batch by pictures; above, a second set of gradients would cost too much
+SHARED = 50_000_000  # with more trained weights a second set of gradients costs too much memory
 
 
-def encoded(
-    model: LatentDiffusion,
-    data: CaptionedImages,
-    size: int,
-    folder: Path | None,
-    flip: bool = False,
-    shapes: bool = False,
-) -> list[Example]:
-    """The pictures of a captioned folder as examples: squares of this side, or with shapes each of the shape nearest its own, and the same area.
-    With flip each is there a second time, mirrored. folder: where the latents are kept."""
-    sizes = [(size, size)] * len(data)
-    if shapes:
-        seen = (load_image(path).shape for path in data.paths)
-        sizes = [
-            bucket(width, height, size**2, model.vae.factor * model.unet.multiple)
-            for _, height, width in seen
-        ]
-    latents = encode_images(model.vae, data.paths, sizes, folder, flip)
-    return [
-        Example(z, caption) for z, caption in zip(latents, data.captions * (1 + flip), strict=True)
-    ]
+@runtime_checkable
+class Observer(Protocol):
+    """Measures the model every few steps, and names the best step so far: the flight recorder."""
 
+    def measure(self, step: int, losses: dict[str, float], lr: float | None = None) -> object: ...
 
-def hearing(unet: nn.Module) -> tuple[str, ...]:
-    """The layers a LoRA should adapt unless told otherwise: attention, and in a U-Net whose residual blocks hear the text too, these."""
-    return (
-        (*lora.ATTENTION, "pool", "conv1", "conv2")
-        if getattr(unet, "pool", None) is not None
-        else lora.ATTENTION
-    )
+    def last(self) -> int | None: ...
 
-
-def to_train(
-    model: LatentDiffusion,
-    denoiser: Denoiser,
-    method: str,
-    rank: int,
-    alpha: float | None,
-    layers: tuple[str, ...],
-    text: bool,
-    word: inversion.Word | None = None,
-) -> nn.ModuleList:
-    """What is trained, in float32, and nothing else: so a checkpoint holds no frozen weights. All else in the model is frozen."""
-    model.requires_grad_(False)
-    words = [] if word is None else [word]
-    if method == "inversion":
-        return nn.ModuleList(words)
-    if method == "full":
-        parts = [denoiser, *([model.text] if text else [])]
-        return nn.ModuleList([*(part.float().requires_grad_(True) for part in parts), *words])
-    lora.add(model.unet, rank, alpha, layers or hearing(model.unet))
-    if text:
-        lora.add(model.text, rank, alpha)
-    found = nn.ModuleList([*(layer.lora for layer in lora.adapted(model).values()), *words])
-    if denoiser.log_error is not None:
-        found.append(nn.ParameterList([denoiser.log_error.requires_grad_(True)]))
-    return found
+    def best(self) -> int | None: ...
 
 
 def finetune(
     model: LatentDiffusion,
     groups: list[Group],
     out: Path,
-    *,
-    method: str = "full",
-    steps: int,
-    lr: float,
-    batch: int = 4,
-    accumulate: int = 1,
-    warmup: int = 10,
-    rank: int = 8,
-    alpha: float | None = None,
-    layers: tuple[str, ...] = (),
-    text: bool = False,
-    word: str | None = None,
-    word_lr: float | None = None,
-    like: str | None = None,
-    dropout: float | None = None,
-    levels: tuple[float, float] | None = None,
-    min_snr: bool = False,
-    ema: float | None = None,
-    dtype: str = "fp32",
-    checkpointing: bool = False,
-    optimizer: str = "adamw",
-    every: int = 100,
-    seed: int = 0,
-    recorder: Recorder | None = None,
+    config: FineTuneConfig,
+    recorder: Observer | None = None,
     resume: bool = False,
 ) -> LatentDiffusion:
-    """Train `method` of the model on groups of examples; returns the model, trained. Writes OUT/model, OUT/lora.safetensors or
-    OUT/embedding.safetensors.
+    """Train the model on groups of examples; returns it, trained. Writes OUT/model, or
+    OUT/lora.safetensors, OUT/embedding.safetensors or both, and OUT/run.json, which a resumed run
+    must match. With config.ema the averages are what is recorded and written."""
+    config = completed(config, model)
+    check(groups, config, model.schedule)
+    run.start(out, run.identity(model, groups, config), resume)
 
-    batch: examples of every group in a batch, accumulate: batches in a step. rank, alpha, layers: of LoRA (lora.add); layers of the U-Net, by
-    default those it hears by. text: train the text tower too. word: train this word's vector too, at the rate word_lr (None: lr), from that of
-    the word `like` (None: from its own); the method "inversion" trains nothing else. dropout: how often a caption is hidden; None is the model's
-    own. levels: mean and spread of logit(t / T) of the t that are trained on; None draws t as the schedule does. min_snr: weigh noise levels as
-    [1]. ema: the decay of an average of the weights, which is then what is recorded and written. every: steps between two checkpoints and two
-    measurements of the recorder.
-    """
-    numbers = dict(
-        steps=steps, lr=lr, batch=batch, accumulate=accumulate, warmup=warmup, every=every
-    )
-    check(method, optimizer, dtype, word, **numbers, rank=rank, ema=ema, dropout=dropout)
-    for group in groups:
-        if not group.examples:
-            raise UserError(f'nothing to learn from: the group "{group.name}" has no pictures.')
-    if levels and not hasattr(model.schedule, "mean"):
-        raise UserError(
-            f"levels cannot be chosen for a schedule of the kind {type(model.schedule).__name__}; it draws t its own way."
-        )
-    dropout = model.dropout if dropout is None else dropout
-    settings = {"method": method} | numbers
-    settings |= dict(
-        text=text,
-        dropout=dropout,
-        min_snr=min_snr,
-        ema=ema,
-        dtype=dtype,
-        optimizer=optimizer,
-        seed=seed,
-    )
-    settings |= dict(rank=rank, alpha=alpha, layers=",".join(layers)) if method == "lora" else {}
-    settings |= {"levels": list(levels)} if levels else {}
-    settings |= dict(word=word, word_lr=word_lr, like=like) if word else {}
-    same_run(out, identity(model, groups, settings), resume)
-
-    torch.manual_seed(seed)  # LoRA's A
-    denoiser = (
-        Denoiser(model.unet, model.schedule, model.denoiser.target, "min-snr")
-        if min_snr
-        else model.denoiser
-    )
-    named = (
-        inversion.Word(model.text, word, like, (word_lr or lr) / lr).to(model.device)
-        if word
-        else None
-    )
-    trained = to_train(model, denoiser, method, rank, alpha, layers, text, named)
-    hook = named.hang(model.text) if named else None
-    for part in (model.unet, model.text):
-        part.checkpointing = checkpointing
-    captions = [example.caption for group in groups for example in group.examples]
-    contexts = (
-        None
-        if text or word or model.text.dim is None
-        else encode_captions(model.text, captions, out / "cache")
-    )
-    average, loss_fn = (
-        None if ema is None else EMA(trained, ema),
-        GroupLoss(model, contexts, denoiser),
-    )
-    times = replace(model.schedule, mean=levels[0], std=levels[1]) if levels else model.schedule
-    whole = partial(batches, groups, times, batch, dropout, seed)
+    # The parts: what is trained, its average, its loss, its batches.
+    torch.manual_seed(config.seed)  # LoRA's A
+    denoiser = model.denoiser
+    if config.min_snr:
+        denoiser = Denoiser(model.unet, model.schedule, denoiser.target, "min-snr")
+    word = trained_word(model, config)
+    trained = to_train(model, denoiser, config, word)
+    attached = word.attach(model.text) if word else None
+    for network in (model.unet, model.text):
+        network.checkpointing = config.checkpointing
+    average = None if config.ema is None else EMA(trained, config.ema)
+    loss_fn = GroupLoss(model, fixed_contexts(model, groups, config, out), denoiser)
+    schedule = model.schedule
+    if config.t_mean is not None:
+        schedule = replace(schedule, mean=config.t_mean, std=config.t_std)
+    whole = partial(batches, groups, schedule, config.batch, config.dropout, config.seed)
     if denoiser.log_error is not None:
         settle(denoiser, loss_fn, whole(0))
-    count = shares(model, trained, batch)
-    config = TrainConfig(
-        steps,
-        lr,
-        warmup=warmup,
-        accumulate=accumulate,
-        pieces=count,
-        threads=min(count, torch.get_num_threads()),
-        autocast=DTYPES[dtype],
-        optimizer=optimizer,
-        seed=seed,
-        save_every=every,
-    )
-    record = partial(
-        measure, recorder, average, partial(keep, model, method, out, named, steps=steps)
-    )
+    training = train_config(config, shares(model, trained, config.batch))
+
+    # The loop.
+    keep = partial(run.write_best, model, config, out, word)
+    observe = partial(measure, recorder, average, keep)
     if recorder and not checkpoints(out / "training"):
-        record(0, {}, None)
+        observe(0, {}, None)
+    cut = partial(in_pieces, whole, training.pieces)
+    steps = train(loss_fn, trained, cut, training, average, out / "training", resume)
     recent: deque[dict[str, float]] = deque(maxlen=20)
-    loop = train(
-        loss_fn, trained, partial(cut, whole, count), config, average, out / "training", resume
-    )
-    with closing(loop), tqdm(desc=f"fine-tuning ({method})", total=steps, unit="step") as bar:
-        for step in loop:
+    title = f"fine-tuning ({config.method})"
+    with closing(steps), tqdm(desc=title, total=config.steps, unit="step") as bar:
+        for step in steps:
             if not bar.n:
-                bar.initial = bar.n = step.step - 1  # a resumed loop starts further on
+                bar.initial = bar.n = step.step - 1  # a resumed run starts further on
             recent.append(step.parts)
-            bar.set_postfix_str(
-                ", ".join(f"{name} {value:.3f}" for name, value in mean(list(recent)).items()),
-                refresh=False,
-            )
+            losses = (f"{name} {value:.3f}" for name, value in mean(list(recent)).items())
+            bar.set_postfix_str(", ".join(losses), refresh=False)
             bar.update()
-            if recorder and (step.step % every == 0 or step.step == steps):
-                since = read_log(out / "training")[
-                    (step.step - 1) // every * every : step.step
-                ]  # the steps since the last record
-                record(
-                    step.step, mean([line["parts"] for line in since if line.get("parts")]), step.lr
-                )
+            if recorder and (step.step % config.every == 0 or step.step == config.steps):
+                observe(step.step, since_last(out, step.step, config.every), step.lr)
+
+    # The results.
     if average is not None:
         with torch.no_grad():
             torch._foreach_copy_(average.weights, average.averages)
-    if named:
-        hook.remove()
-    write(model, method, out, named)
+    if attached is not None:
+        attached.remove()
+    run.write(model, config.method, out, word)
     return model.eval()
 
 
-def cut(whole: Callable[[int], Iterator[Batch]], count: int, start: int) -> Iterator[Batch]:
+def completed(config: FineTuneConfig, model: LatentDiffusion) -> FineTuneConfig:
+    """The config with the learning rate and the dropout that suit this model filled in."""
+    dropout = model.dropout if config.dropout is None else config.dropout
+    lr = config.lr
+    if lr is None:
+        small = sum(p.numel() for p in model.unet.parameters()) < SMALL
+        lr = LR[config.method] * (SMALL_LR if small else 1)
+    return replace(config, lr=lr, dropout=dropout)
+
+
+def check(groups: list[Group], config: FineTuneConfig, schedule: NoiseSchedule) -> None:
+    for group in groups:
+        if not group.examples:
+            raise UserError(f'nothing to learn from: the group "{group.name}" has no images.')
+    if config.t_mean is not None and not hasattr(schedule, "mean"):
+        raise UserError(
+            "t_mean and t_std cannot be chosen for a schedule of the kind "
+            f"{type(schedule).__name__}; it has its own distribution of t."
+        )
+
+
+def trained_word(model: LatentDiffusion, config: FineTuneConfig) -> inversion.Word | None:
+    """The word whose vector is trained, if any."""
+    if not config.word:
+        return None
+    multiplier = (config.word_lr or config.lr) / config.lr
+    return inversion.Word(model.text, config.word, config.like, multiplier).to(model.device)
+
+
+def to_train(
+    model: LatentDiffusion,
+    denoiser: Denoiser,
+    config: FineTuneConfig,
+    word: inversion.Word | None = None,
+) -> nn.ModuleList:
+    """What is trained, in float32, and nothing else: so a checkpoint holds no frozen weights. All
+    else in the model is frozen."""
+    model.requires_grad_(False)
+    trained = nn.ModuleList()
+    if config.method == "full":
+        parts = [denoiser, model.text] if config.text else [denoiser]
+        trained.extend(part.float().requires_grad_(True) for part in parts)
+    if config.method == "lora":
+        rank, alpha = config.lora.rank, config.lora.alpha
+        lora.add(model.unet, rank, alpha, targets(model.unet, config))
+        if config.text:
+            lora.add(model.text, rank, alpha)
+        trained.extend(layer.lora for layer in lora.adapted(model).values())
+    if word is not None:
+        trained.append(word)
+    if config.method == "lora" and denoiser.log_error is not None:
+        trained.append(nn.ParameterList([denoiser.log_error.requires_grad_(True)]))
+    return trained
+
+
+def targets(unet: nn.Module, config: FineTuneConfig) -> tuple[str, ...]:
+    """The names of the layers that get a LoRA. Default: all that read the text, which is attention,
+    and in a U-Net whose residual blocks read it too, these as well."""
+    if config.lora.targets:
+        return config.lora.targets
+    pooled = getattr(unet, "pool", None) is not None
+    return (*lora.ATTENTION, "pool", "conv1", "conv2") if pooled else lora.ATTENTION
+
+
+def fixed_contexts(
+    model: LatentDiffusion, groups: list[Group], config: FineTuneConfig, out: Path
+) -> dict[str, torch.Tensor] | None:
+    """The contexts of all captions, cached, unless the text encoder learns (or has no width)."""
+    if config.text or config.word or model.text.dim is None:
+        return None
+    captions = [example.caption for group in groups for example in group.examples]
+    return encode_captions(model.text, captions, out / "cache")
+
+
+def train_config(config: FineTuneConfig, pieces: int) -> TrainConfig:
+    return TrainConfig(
+        steps=config.steps,
+        lr=config.lr,
+        warmup=config.warmup,
+        accumulate=config.accumulate,
+        pieces=pieces,
+        threads=min(pieces, torch.get_num_threads()),
+        autocast=DTYPES[config.dtype],
+        optimizer=config.optimizer,
+        seed=config.seed,
+        save_every=config.every,
+    )
+
+
+def in_pieces(whole: Callable[[int], Iterator[Batch]], count: int, start: int) -> Iterator[Batch]:
     """The pieces of batches start, start + 1, ..."""
     for batch in whole(start):
         yield from pieces(batch, count)
 
 
 def measure(
-    recorder: Recorder,
+    recorder: Observer,
     average: EMA | None,
-    keep_best: Callable[[int], None],
+    keep: Callable[[int], None],
     step: int,
     losses: dict[str, float],
     lr: float | None,
 ) -> None:
-    """Have the recorder look at the averages, where there are some, unless it has before a resume; keep the weights of the best step so far."""
+    """Have the recorder measure the averaged weights, unless it did so before a resume; keep the
+    weights of the best step so far."""
     with averaged(average):
         if not step or recorder.last() != step:
             recorder.measure(step, losses, lr)
         if step and recorder.best() == step:
-            keep_best(step)
+            keep(step)
 
 
-@torch.no_grad()
-def settle(denoiser: Denoiser, loss_fn: LossFn, data: Iterator[Batch], count: int = 320) -> None:
-    """Begin the learned weighting at its optimum, u = log E[error | t], measured on some examples: no file keeps it, and from 0 it would take a
-    fine-tune's length to get there."""
-    errors, places = [], []
-    denoiser.log_error.zero_()
-    for batch in data:
-        for part in batch:  # each alone is a batch whose loss is known for each example
-            loss = loss_fn([part._replace(weight=1.0)])
-            errors.append(loss["loss"].cpu())
-            places.append(loss["progress"])
-        if sum(map(len, errors)) >= count:
-            break
-    level = (torch.cat(places) * LEVELS).long().clamp(max=LEVELS - 1)
-    for place in level.unique():
-        denoiser.log_error[place] = torch.cat(errors)[level == place].mean().log() / LR_MULTIPLIER
-
-
-def shares(model: LatentDiffusion, trained: nn.Module, batch: int) -> int:
-    """Into how many pieces a batch is cut, so that two cores work on pictures and not on one operation: 2 where that is possible, else 1.
-    It does not follow from how many cores there are today: the sum of two halves has other last bits than the whole."""
-    few = sum(p.numel() for p in trained.parameters()) < SHARED
-    random_inside = (
-        getattr(model.unet.config, "dropout", 0) > 0
-    )  # threads that draw from one generator draw in any order
-    return 2 if model.device.type == "cpu" and batch % 2 == 0 and few and not random_inside else 1
+def since_last(out: Path, step: int, every: int) -> dict[str, float]:
+    """The mean losses of the steps since the measurement before this one, from the log."""
+    log = read_log(out / "training")[(step - 1) // every * every : step]
+    return mean([line["parts"] for line in log if line.get("parts")])
 
 
 def mean(losses: list[dict[str, float]]) -> dict[str, float]:
     """Of each group, over some steps."""
-    return {
-        name: sum(each[name] for each in losses) / len(losses)
-        for name in (losses[0] if losses else ())
-    }
+    names = losses[0] if losses else ()
+    return {name: sum(each[name] for each in losses) / len(losses) for name in names}
+
+
+@torch.no_grad()
+def settle(denoiser: Denoiser, loss_fn: LossFn, data: Iterator[Batch], count: int = 320) -> None:
+    """Start the learned weighting at its optimum, u = log E[error | t], measured on some examples.
+    No file keeps it, and from 0 it would take the whole fine-tune to get there."""
+    errors, progress = [], []
+    denoiser.log_error.zero_()
+    for batch in data:
+        for part in batch:  # alone, so that there is a loss for each example
+            loss = loss_fn([part._replace(weight=1.0)])
+            errors.append(loss["loss"].cpu())
+            progress.append(loss["progress"])
+        if sum(map(len, errors)) >= count:
+            break
+    level = (torch.cat(progress) * LEVELS).long().clamp(max=LEVELS - 1)
+    for k in level.unique():
+        denoiser.log_error[k] = torch.cat(errors)[level == k].mean().log() / LR_MULTIPLIER
+
+
+def shares(model: LatentDiffusion, trained: nn.Module, batch: int) -> int:
+    """Into how many pieces a batch is cut, so that two cores work on images and not on one
+    operation: 2 where that is possible, else 1. The number of cores plays no part: the sum of two
+    halves has other last bits than the whole."""
+    few = sum(p.numel() for p in trained.parameters()) < SHARED
+    # threads that draw from one generator draw in any order
+    random_inside = getattr(model.unet.config, "dropout", 0) > 0
+    return 2 if model.device.type == "cpu" and batch % 2 == 0 and few and not random_inside else 1
 
 
 @contextmanager
 def averaged(ema: EMA | None) -> Iterator[None]:
-    """The averages in the weights' place, for as long as one looks."""
+    """The averages in the place of the weights, inside a with block."""
     if ema is None:
         yield
         return
-    kept = [weight.detach().clone() for weight in ema.weights]
+    weights = [weight.detach().clone() for weight in ema.weights]
     with torch.no_grad():
         torch._foreach_copy_(ema.weights, ema.averages)
     try:
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(ema.weights, kept)
-
-
-def check(
-    method: str, optimizer: str, dtype: str, word: str | None = None, **numbers: float | None
-) -> None:
-    """Every number that cannot be, before anything slow."""
-    if method not in METHODS:
-        raise UserError(f'no method "{method}"; there is {", ".join(METHODS)}.')
-    if method == "inversion" and not word:
-        raise UserError(
-            'the method "inversion" learns one word\'s vector, and none is named; minidiff dreambooth finds it in its prompt.'
-        )
-    if optimizer not in OPTIMIZERS:
-        raise UserError(f'no optimizer "{optimizer}"; there is {", ".join(OPTIMIZERS)}.')
-    if dtype not in DTYPES:
-        raise UserError(
-            f'no dtype "{dtype}" to train in; there is {", ".join(DTYPES)} (in fp16 gradients vanish).'
-        )
-    if not math.isfinite(numbers["lr"]) or numbers["lr"] <= 0:
-        raise UserError(f"lr is {numbers['lr']:g}; it must be above 0, as in 1e-4.")
-    for name, least in (
-        ("steps", 1),
-        ("batch", 1),
-        ("accumulate", 1),
-        ("every", 1),
-        ("rank", 1),
-        ("warmup", 0),
-    ):
-        if numbers[name] < least:
-            raise UserError(f"{name} is {numbers[name]}; it must be at least {least}.")
-    if numbers["ema"] is not None and not 0 < numbers["ema"] < 1:
-        raise UserError(f"ema is {numbers['ema']:g}; it must be between 0 and 1, as in 0.999.")
-    if numbers["dropout"] is not None and not 0 <= numbers["dropout"] < 1:
-        raise UserError(
-            f"dropout is {numbers['dropout']:g}; it must be from 0 to below 1, as in 0.1."
-        )
+            torch._foreach_copy_(ema.weights, weights)

@@ -1,14 +1,17 @@
-"""Textual inversion: the vector of one word as something that is trained, saved and loaded, all in this file; the training is finetune.py's.
+"""Textual inversion: the vector of one word, to be trained, saved and loaded.
 
-A vector v of the text tower's vocabulary is sought that makes captions with the word fit the pictures, [1] eq. 2:
+A vector v of the text encoder's vocabulary is trained so that captions with the word fit the
+images, [1] eq. 2:
 
-    v* = argmin_v  E || eps - eps_theta(x_t, t, c_v(caption)) ||^2         everything but v is frozen
+    v* = argmin_v  E || eps - eps_theta(x_t, t, c_v(caption)) ||^2         all but v is frozen
 
-So the file is 3 KB, and the model can draw nothing that it could not draw before: only what no words of its own would have called. Trained beside
-the U-Net or a LoRA of it, v finds a place in the tower's language for what the U-Net learns to draw, and the tower stays as it is (pivotal
-tuning [2]).
+So the file is 3 KB, and the model can draw nothing new: only what it could draw all along and no
+word of its own would call. Trained beside the U-Net or a LoRA, v finds a place in the text
+encoder's language for what the U-Net learns to draw, while the encoder stays as it is (pivotal
+tuning [2]). The training loop is finetuning/loop.py.
 
-[1] Gal et al. An Image is Worth One Word: Personalizing Text-to-Image Generation using Textual Inversion. 2022. arXiv:2208.01618
+[1] Gal et al. An Image is Worth One Word: Personalizing Text-to-Image Generation using Textual
+    Inversion. 2022. arXiv:2208.01618
 [2] Roich et al. Pivotal Tuning for Latent-based Editing of Real Images. 2021. arXiv:2106.05744
 """
 
@@ -32,48 +35,52 @@ def token_of(word: str) -> int:
     ids = token_ids(word.strip().removeprefix("<").removesuffix(">"))
     if len(ids) != 1:
         raise UserError(
-            f'"{word}" is {len(ids)} tokens of the vocabulary; a vector can be learnt for one. Take a word that is one, as "sks".'
+            f'"{word}" is {len(ids)} tokens of the vocabulary; a vector can be trained for one. '
+            'Take a word that is one token, as "sks".'
         )
     return ids[0]
 
 
 def word_of(words: list[str], prompt: str) -> str:
-    """The word of a prompt whose vector is to be learnt: of those that may call the subject the one that is rarest; it must be one token."""
-    said = words or re.findall(r"\w+", prompt)
-    single = [word for word in said if len(token_ids(word)) == 1]
+    """The word of a prompt whose vector is to be trained: the rarest of those that may name the
+    subject (or of the whole prompt); it must be one token."""
+    candidates = words or re.findall(r"\w+", prompt)
+    single = [word for word in candidates if len(token_ids(word)) == 1]
     if not single:
-        token_of(said[0])
+        token_of(candidates[0])
     return max(single, key=token_of)
 
 
 class Word(nn.Module):
-    """The vector of one token, trained in the place of the tower's own for as long as the hook that hang() gives is there."""
+    """The vector of one token. While attached, the text encoder reads it in place of its own."""
 
-    def __init__(self, text: CLIPText, word: str, like: str | None = None, haste: float = 1.0):
-        """like: a word whose vector to begin from, the coarse class of the subject ([1] section 4); None begins from the token's own.
-        haste: learn this many times as fast as the learning rate says. Adam's steps do not depend on how large gradients are, so they are
-        of the change divided by haste."""
+    def __init__(
+        self, text: CLIPText, word: str, like: str | None = None, lr_multiplier: float = 1.0
+    ):
+        """like: start from the vector of this word, the coarse class of the subject ([1] section
+        4); None starts from the token's own.
+        lr_multiplier: we train change / lr_multiplier, because Adam's step size does not depend on
+        the gradient's scale; so the vector learns at lr_multiplier times the learning rate."""
         super().__init__()
-        self.word, self.token, self.haste = word, token_of(word), haste
+        self.word, self.token, self.lr_multiplier = word, token_of(word), lr_multiplier
         start = text.token_embedding.weight[token_of(like) if like else self.token]
         self.register_buffer("start", start.detach().float().clone(), persistent=False)
         self.change = nn.Parameter(torch.zeros_like(self.start))
 
     @property
     def vector(self) -> Float[Tensor, "D"]:
-        return self.start + self.haste * self.change
+        return self.start + self.lr_multiplier * self.change
 
-    def hang(self, text: CLIPText) -> RemovableHandle:
-        """Have the tower read this vector where it meets the token."""
+    def attach(self, text: CLIPText) -> RemovableHandle:
+        """Have the text encoder read this vector for the token, until the handle's remove()."""
+        return text.token_embedding.register_forward_hook(self._replaced)
 
-        def replaced(
-            _: nn.Module, inputs: tuple[Tensor, ...], output: Float[Tensor, "B L D"]
-        ) -> Float[Tensor, "B L D"]:
-            return torch.where(
-                (inputs[0] == self.token)[..., None], self.vector.to(output.dtype), output
-            )
-
-        return text.token_embedding.register_forward_hook(replaced)
+    def _replaced(
+        self, _: nn.Module, inputs: tuple[Tensor, ...], output: Float[Tensor, "B L D"]
+    ) -> Float[Tensor, "B L D"]:
+        """The forward hook of the token embedding."""
+        here = (inputs[0] == self.token)[..., None]
+        return torch.where(here, self.vector.to(output.dtype), output)
 
 
 @torch.no_grad()
@@ -83,7 +90,8 @@ def put_in(text: CLIPText, word: str, vector: Float[Tensor, "D"]) -> None:
 
 
 def save(word: str, vector: Float[Tensor, "D"], file: Path) -> Path:
-    """{"<word>": (1, D)}, as diffusers' load_textual_inversion reads it; another file of that name is not written over."""
+    """Write {"<word>": (1, D)}, as diffusers' load_textual_inversion reads it. A stranger's file of
+    that name is not written over."""
     with atomic.write(file, atomic.unsigned) as new:
         save_file(
             {f"<{word}>": vector.detach().float().cpu()[None].contiguous()},
@@ -94,24 +102,26 @@ def save(word: str, vector: Float[Tensor, "D"], file: Path) -> Path:
 
 
 def load(text: CLIPText, file: Path, word: str | None = None) -> str:
-    """Give a word the vector of a file, for good; returns the word. It is the one that the file names, unless another is given: in other tools
-    a word can be new, here it is one token of CLIP's vocabulary."""
+    """Give a word the vector of a file, for good; returns the word. Default: the word that the file
+    names. In other tools a word can be new; here it is one token of CLIP's vocabulary."""
     tensors = files.tensors(file)
     if len(tensors) != 1:
         raise UserError(
-            f"{file}: {len(tensors)} tensors, {', '.join(list(tensors)[:3])}; a textual inversion has one, named as its word."
+            f"{file}: {len(tensors)} tensors, {', '.join(list(tensors)[:3])}; a textual inversion "
+            "has one, with the name of its word."
         )
     ((name, vector),) = tensors.items()
     vector = vector[None] if vector.ndim == 1 else vector
     if tuple(vector.shape) != (1, text.dim):
-        fit = f"1 vector of width {text.dim}"
         raise UserError(
-            f'{file}: "{name}" has the shape {tuple(vector.shape)}; this text tower takes {fit}.'
+            f'{file}: "{name}" has the shape {tuple(vector.shape)}; this text encoder takes 1 '
+            f"vector of width {text.dim}."
         )
     word = word or name.strip().removeprefix("<").removesuffix(">")
     if len(token_ids(word)) != 1:
         raise UserError(
-            f'{file}: its word "{name}" is not one token of the vocabulary; say which word is to mean it, as in {file}:sks.'
+            f'{file}: its word "{name}" is not one token of the vocabulary; name another word for '
+            f"it, as in {file}:sks."
         )
     put_in(text, word, vector[0])
     return word

@@ -1,12 +1,12 @@
-"""LoRA, low-rank adaptation: few trained numbers beside many frozen ones.
+"""LoRA, low-rank adaptation: a few trained weights beside many frozen ones.
 
-checkpoints/lora.py reads and writes the files.
+The whole method is in this file; other tools' names for it are in checkpoints/lora.py.
 
-    y = W x + b + (alpha / r) B A x        W (out, in) is frozen; A (r, in) and B (out, r) are
-trained; B starts at zero
+    y = W x + b + (alpha / r) B A x
 
-W moves only by a matrix of rank r ([1] section 4.1). For a convolution A has the layer's kernel and
-stride, and B is 1x1.
+W (out, in) is frozen; A (r, in) and B (out, r) are trained, and B starts at zero. So W changes only
+by a matrix of rank r ([1] section 4.1). For a convolution A has the layer's kernel and stride, and
+B is 1x1.
 
     lora.add(model.unet, rank=4)                      # now only A and B are trainable
     lora.merge(model), lora.unmerge(model)            # into the weights, and back to the bit
@@ -33,29 +33,24 @@ ATTENTION = ("q", "k", "v", "out")  # what [1] section 4.2 adapts, and most publ
 
 
 class LoRA(nn.Module):
-    """(alpha / r) B A x for one layer, times `scale`, a knob to turn while sampling. Trained in
+    """(alpha / r) B A x for one layer, times `scale`, which may change while sampling. Trained in
     float32, computed in x's precision."""
 
     def __init__(self, layer: Layer, rank: int, alpha: float):
         super().__init__()
-        (out, *inner), dtype = (
-            layer.weight.shape,
-            torch.promote_types(layer.weight.dtype, torch.float32),
-        )
-        self.A = nn.Parameter(torch.empty(rank, *inner, dtype=dtype, device=layer.weight.device))
-        self.B = nn.Parameter(
-            torch.zeros(out, rank, *[1] * (len(inner) - 1), dtype=dtype, device=layer.weight.device)
-        )
-        nn.init.kaiming_uniform_(
-            self.A, a=math.sqrt(5)
-        )  # as PyTorch's layers and PEFT begin, so that learning rates carry over; [1] says Gaussian
+        out, *inner = layer.weight.shape
+        dtype, device = torch.promote_types(layer.weight.dtype, torch.float32), layer.weight.device
+        kernel = [1] * (len(inner) - 1)
+        self.A = nn.Parameter(torch.empty(rank, *inner, dtype=dtype, device=device))
+        self.B = nn.Parameter(torch.zeros(out, rank, *kernel, dtype=dtype, device=device))
+        # as PyTorch's layers and PEFT begin, so that learning rates carry over; [1] says Gaussian
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.alpha, self.scale = float(alpha), 1.0
-        self.how = (
-            {name: getattr(layer, name) for name in ("stride", "padding", "dilation")}
-            if inner[1:]
-            else {}
-        )
-        self.register_buffer("kept", None, persistent=False)  # while merged: the layer's own weight
+        names = ("stride", "padding", "dilation") if kernel else ()
+        self.convolution = {name: getattr(layer, name) for name in names}
+        self.register_buffer(
+            "own_weight", None, persistent=False
+        )  # while merged: the layer's own weight
 
     @property
     def factor(self) -> float:
@@ -63,8 +58,9 @@ class LoRA(nn.Module):
 
     def forward(self, x: Float[Tensor, "B *dims"]) -> Float[Tensor, "B *dims2"]:
         A, B = self.A.to(x.dtype), self.B.to(x.dtype)
-        h = F.conv2d(F.conv2d(x, A, **self.how), B) if self.how else F.linear(F.linear(x, A), B)
-        return self.factor * h
+        if self.convolution:
+            return self.factor * F.conv2d(F.conv2d(x, A, **self.convolution), B)
+        return self.factor * F.linear(F.linear(x, A), B)
 
     @torch.no_grad()
     def merged(self, weight: Float[Tensor, "out *inner"]) -> Float[Tensor, "out *inner"]:
@@ -76,12 +72,11 @@ class LoRA(nn.Module):
 
 def _added(layer: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """The forward hook of a layer that has a LoRA."""
-    return output if layer.lora.kept is not None else output + layer.lora(inputs[0])
+    return output if layer.lora.own_weight is not None else output + layer.lora(inputs[0])
 
 
-def hang(module: nn.Module, pairs: Iterable[tuple[Layer, LoRA]]) -> None:
-    """Give each of these layers of the module its LoRA, and freeze the module but for all LoRAs in
-    it."""
+def attach(module: nn.Module, pairs: Iterable[tuple[Layer, LoRA]]) -> None:
+    """Give each of these layers its LoRA, and freeze the module but for all LoRAs in it."""
     for layer, lora in pairs:
         layer.lora, lora.hook = lora, layer.register_forward_hook(_added)
     module.requires_grad_(False)
@@ -93,16 +88,14 @@ def add(
     module: nn.Module, rank: int, alpha: float | None = None, targets: Iterable[str] = ATTENTION
 ) -> list[str]:
     """Give a LoRA to every linear layer and convolution whose name is one of the targets or ends in
-    one ("q", "cross_attention.k", "conv1"); all of the module but its LoRAs is frozen. alpha is the
-    rank if left out. Returns the names of the layers."""
+    one ("q", "cross_attention.k", "conv1"); all of the module but its LoRAs is frozen. alpha: None
+    is the rank. Returns the names of the layers."""
     if rank < 1:
         raise UserError(f"a LoRA of rank {rank}; the rank must be at least 1.")
     layers = chosen(module, tuple(targets))
     check_free(layers)
-    hang(
-        module,
-        [(layer, LoRA(layer, rank, rank if alpha is None else alpha)) for layer in layers.values()],
-    )
+    alpha = rank if alpha is None else alpha
+    attach(module, [(layer, LoRA(layer, rank, alpha)) for layer in layers.values()])
     return list(layers)
 
 
@@ -113,7 +106,8 @@ def chosen(module: nn.Module, targets: tuple[str, ...]) -> dict[str, Layer]:
     if idle or not targets:
         endings = sorted({name.rsplit(".")[-1] for name in layers} - {""})
         raise UserError(
-            f"no layer is named {' or '.join(idle) or 'by no target'}; names of this network end in {', '.join(endings)}."
+            f"no layer is named {' or '.join(idle) or 'by no target'}; names of this network end "
+            f"in {', '.join(endings)}."
         )
     return {
         name: layer
@@ -130,7 +124,7 @@ def check_free(layers: dict[str, Layer]) -> None:
     taken = next((name for name, layer in layers.items() if hasattr(layer, "lora")), None)
     if taken is not None:
         raise UserError(
-            f"{taken} has a LoRA already; remove it, or merge it and then remove it to put another on top."
+            f"{taken} has a LoRA already; remove it, or merge and remove it to put another on top."
         )
 
 
@@ -144,7 +138,7 @@ def adapted(module: nn.Module) -> dict[str, Layer]:
 
 
 def state(module: nn.Module) -> dict[str, Tensor]:
-    """A and B of every LoRA under their names in the module's state_dict; load_state_dict(...,
+    """A and B of every LoRA by their names in the module's state_dict; load_state_dict(...,
     strict=False) takes them back."""
     return {
         f"{name}.lora.{half}": getattr(layer.lora, half).detach()
@@ -157,29 +151,28 @@ def scale(module: nn.Module, by: float) -> None:
     """Weigh every LoRA by this much: 0 is the model without it, 1 as it was trained."""
     for layer in adapted(module).values():
         layer.lora.scale = float(by)
-        if layer.lora.kept is not None:
-            layer.weight.data = layer.lora.merged(layer.lora.kept)
+        if layer.lora.own_weight is not None:
+            layer.weight.data = layer.lora.merged(layer.lora.own_weight)
 
 
 def merge(module: nn.Module) -> None:
-    """Add every LoRA to the weight of its layer: sampling costs nothing more. Until unmerge or
-    remove the old weight is kept beside it."""
+    """Add every LoRA to the weight of its layer: sampling costs nothing more. The old weight is
+    kept until unmerge or remove."""
     for layer in adapted(module).values():
-        if layer.lora.kept is None:
-            layer.lora.kept = layer.weight.data
-            layer.weight.data = layer.lora.merged(layer.lora.kept)
+        if layer.lora.own_weight is None:
+            layer.lora.own_weight = layer.weight.data
+            layer.weight.data = layer.lora.merged(layer.lora.own_weight)
 
 
 def unmerge(module: nn.Module) -> None:
     """Give every layer the very weight it had before merge."""
     for layer in adapted(module).values():
-        if layer.lora.kept is not None:
-            layer.weight.data, layer.lora.kept = layer.lora.kept, None
+        if layer.lora.own_weight is not None:
+            layer.weight.data, layer.lora.own_weight = layer.lora.own_weight, None
 
 
 def remove(module: nn.Module) -> None:
-    """Take every LoRA away and make all parameters trainable again. Weights stay as they are: what
-    was merged stays merged."""
+    """Remove every LoRA and make all parameters trainable again. What was merged stays merged."""
     for layer in adapted(module).values():
         layer.lora.hook.remove()
         del layer.lora
@@ -187,12 +180,12 @@ def remove(module: nn.Module) -> None:
 
 
 def merged_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state_dict that the module would have with every LoRA merged and removed; the module
-    stays as it is."""
+    """The state_dict of the module with every LoRA merged and removed; the module stays as it
+    is."""
     whole = module.state_dict()
     for name, layer in adapted(module).items():
         for half in ("A", "B"):
             del whole[f"{name}.lora.{half}"]
-        if layer.lora.kept is None:
+        if layer.lora.own_weight is None:
             whole[f"{name}.weight"] = layer.lora.merged(layer.weight)
     return whole

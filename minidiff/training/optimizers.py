@@ -6,12 +6,15 @@ imported only where it is asked for.
     arXiv:2110.02861
 """
 
+from typing import get_args
+
 import torch
 from torch import nn
 
 from minidiff.errors import UserError
+from minidiff.options.finetuning import OptimizerName
 
-OPTIMIZERS = ("adamw", "adamw8bit")
+OPTIMIZERS = get_args(OptimizerName)
 
 
 def grouped(parameters: list[nn.Parameter], weight_decay: float) -> list[dict]:

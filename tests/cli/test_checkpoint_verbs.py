@@ -179,7 +179,7 @@ def test_convert_there_and_back(ran, single, tmp_path):
 
 def test_what_cannot_be_converted(sd, refused, single, tmp_path):
     (tmp_path / "there").mkdir()
-    assert "exists; nothing is written over it" in refused(
+    assert "exists and is not overwritten" in refused(
         "convert", single, tmp_path / "there", "--to", "diffusers"
     )
     assert "should end in .safetensors" in refused(

@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from minidiff import load
-from minidiff.checkpoints import lora as lora_files
 from minidiff.data.folder import CaptionedImages, load_image
 from minidiff.data.latents import fingerprint
 from minidiff.data.world import World
@@ -20,9 +20,11 @@ from minidiff.finetuning import dreambooth
 from minidiff.finetuning.groups import Group
 from minidiff.finetuning.loop import finetune
 from minidiff.finetuning.recorder.recorder import Recorder
-from minidiff.methods import inversion
+from minidiff.methods import inversion, lora
+from minidiff.options.finetuning import DreamBoothConfig, FineTuneConfig, LoRAConfig
 from minidiff.text import CLIPText, TextConfig
 
+UNMOVED = DreamBoothConfig(prompt="a sks circle", prior=0.0, shift=0.0)
 WORDS = ("--prompt", "a sks circle", "--class-prompt", "a {red|blue} circle")
 
 
@@ -114,12 +116,33 @@ def test_prompts_are_wondered_at(prompt, class_prompt, words, warned):
     assert [warned in str(each.message) for each in caught] == ([True] if warned else [])
 
 
+@pytest.mark.parametrize(
+    "prompt, complaint",
+    [
+        ("a <cat-toy> on a table", '"cat-toy" is 3 tokens'),
+        ("a photo of [V] dog", 'the word "V" is an everyday one'),
+        ("a photo of happy dog", 'the word "happy" is an everyday one'),
+        ("a photo of zwx dog", "is 2 tokens"),
+    ],
+)
+def test_a_word_that_others_need_is_not_trained(prompt, complaint):
+    """Not a part of a placeholder, nor a word with a meaning of its own."""
+    with pytest.raises(UserError, match=complaint):
+        words = dreambooth.rare_words(prompt, ["a photo of a dog on a table"])
+        dreambooth.word_to_train(words, prompt)
+
+
+def test_a_placeholder_is_the_word_that_is_trained():
+    for prompt in ("a <sks> dog", "a photo of [sks] dog", "a sks dog"):
+        assert dreambooth.word_to_train(["sks"], prompt) == "sks"
+
+
 def test_captions_of_the_folder_are_taken(subject):
     lines = [{"file_name": f"{k}.png", "text": f"a sks circle, {k}"} for k in range(3)]
     (subject / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert dreambooth.subject_pictures(subject, "a sks").captions == [
-        line["text"] for line in lines
-    ]
+    with pytest.warns(UserWarning, match="instead of the prompt"):
+        data = dreambooth.subject_pictures(subject, "a sks")
+    assert data.captions == [line["text"] for line in lines]
 
 
 def test_pictures_move_by_no_more_than_they_may_and_keep_their_edge():
@@ -137,11 +160,11 @@ def test_one_vector_is_trained_and_nothing_else(box, subject, tmp_path):
     model = load()
     paths = sorted(subject.glob("*.png"))
     examples = dreambooth.subject_examples(
-        model, CaptionedImages(paths, ["a sks circle"] * 3), 0.0, tmp_path / "cache", 0
+        model, CaptionedImages(paths, ["a sks circle"] * 3), UNMOVED, tmp_path / "cache"
     )
     before, token = fingerprint(model.unet), inversion.token_of("sks")
     how = dict(method="inversion", word="sks", steps=3, lr=1e-2, batch=2, dropout=0.0)
-    finetune(model, [Group("subject", examples)], tmp_path / "out", **how)
+    finetune(model, [Group("subject", examples)], tmp_path / "out", FineTuneConfig(**how))
     file = tmp_path / "out" / "embedding.safetensors"
     tensors = load_file(file)
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {"<sks>": (1, 64)}
@@ -164,10 +187,10 @@ def test_one_vector_is_trained_and_nothing_else(box, subject, tmp_path):
     )
 
 
-def test_the_trained_vector_is_what_the_tower_reads():
+def test_the_trained_vector_is_what_the_text_encoder_reads():
     text = CLIPText(TextConfig(8, 1, 1))
-    word = inversion.Word(text, "sks", like="dog", haste=4.0)
-    hook = word.hang(text)
+    word = inversion.Word(text, "sks", like="dog", lr_multiplier=4.0)
+    hook = word.attach(text)
     text.requires_grad_(False)
     assert torch.equal(word.vector, text.token_embedding.weight[inversion.token_of("dog")])
     text.encode(
@@ -193,24 +216,26 @@ def test_the_trained_vector_is_what_the_tower_reads():
 def test_a_word_is_learnt_beside_the_network_and_its_files_draw_the_same(
     method, written, box, subject, tmp_path
 ):
-    """What is written, loaded into the model as it was, is the model that was trained; and of the tower only the word has changed."""
+    """What is written, loaded into the model as it was, is the model that was trained; and of the text encoder only the word has changed."""
     model, paths, token = load(), sorted(subject.glob("*.png")), inversion.token_of("sks")
     examples = dreambooth.subject_examples(
-        model, CaptionedImages(paths, ["a sks circle"] * 3), 0.0, tmp_path / "cache", 0
+        model, CaptionedImages(paths, ["a sks circle"] * 3), UNMOVED, tmp_path / "cache"
     )
     out = tmp_path / "out"
     finetune(
         model,
         [Group("subject", examples)],
         out,
-        method=method,
-        word="sks",
-        word_lr=1e-2,
-        steps=3,
-        lr=1e-4,
-        batch=2,
-        rank=1,
-        ema=0.9,
+        FineTuneConfig(
+            method=method,
+            word="sks",
+            word_lr=1e-2,
+            steps=3,
+            lr=1e-4,
+            batch=2,
+            lora=LoRAConfig(rank=1),
+            ema=0.9,
+        ),
     )
     assert all((out / name).exists() for name in written) and len(
         list(out.glob("*.safetensors"))
@@ -233,7 +258,7 @@ def test_a_word_is_learnt_beside_the_network_and_its_files_draw_the_same(
         fresh = load(out / "model")
     else:
         fresh = load()
-        lora_files.load(fresh, out / "lora.safetensors")
+        lora.load(fresh, out / "lora.safetensors")
         inversion.load(fresh.text, out / "embedding.safetensors")
     x, t = torch.randn(1, 4, 16, 16), torch.tensor([500])
     said = [each.denoiser(x, t, each.text.encode(["a sks circle"])).x0 for each in (fresh, model)]
@@ -249,26 +274,30 @@ def test_a_word_is_resumed_bit_for_bit(method, subject, tmp_path):
         examples = dreambooth.subject_examples(
             model,
             CaptionedImages(sorted(subject.glob("*.png")), ["a sks circle"] * 3),
-            0.0,
+            UNMOVED,
             tmp_path / "cache",
-            0,
         )
-        how = dict(
+        config = FineTuneConfig(
             method=method,
             word="sks",
             steps=6,
             lr=1e-3,
             word_lr=1e-2,
             batch=2,
-            rank=1,
+            lora=LoRAConfig(rank=1),
             every=2,
-            resume=(out / "training").exists(),
         )
+        resume = (out / "training").exists()
         if steps_before_death is None:
-            return finetune(model, [Group("subject", examples)], out, **how)
+            return finetune(model, [Group("subject", examples)], out, config, resume=resume)
         with pytest.raises(KeyError, match="died"):
             finetune(
-                model, [Group("subject", examples)], out, **how, recorder=Dying(steps_before_death)
+                model,
+                [Group("subject", examples)],
+                out,
+                config,
+                Dying(steps_before_death),
+                resume,
             )
 
     class Dying(Recorder):
@@ -290,7 +319,7 @@ def test_a_word_is_resumed_bit_for_bit(method, subject, tmp_path):
 def test_files_that_are_no_word_are_refused(tmp_path):
     text = CLIPText(TextConfig(8, 1, 1))
     for tensors, said in (
-        ({"<sks>": torch.zeros(1, 9)}, "this text tower takes 1 vector of width 8"),
+        ({"<sks>": torch.zeros(1, 9)}, "this text encoder takes 1 vector of width 8"),
         ({"<sks>": torch.zeros(2, 8)}, "1 vector"),
         ({"<sks>": torch.zeros(1, 8), "b": torch.zeros(1)}, "a textual inversion has one"),
         ({"<cat-toy>": torch.zeros(1, 8)}, "is not one token of the vocabulary"),
@@ -329,12 +358,38 @@ def test_the_verb(method, written, subject, tmp_path, ran):
         assert 'the word is "sks"' in drawn
 
 
+def test_your_own_class_images_mirrored_at_another_size(subject, tmp_path, ran):
+    classes = tmp_path / "classes"
+    shutil.copytree(subject, classes)
+    few = ("--steps", 1, "--batch", 2, "--rank", 1, "--alpha", 2, "--accumulate", 2, "--min-snr")
+    sizes = ("--size", 16, "--flip", "--shift", 0, "--no-recorder")
+    said = ran(
+        *("dreambooth", "--subject", subject, *WORDS, *few, *sizes, "--method", "lora"),
+        *("--class-dir", classes, "--out", tmp_path / "out"),
+    ).out
+    assert "6 of the subject, 3 of the class to learn from" in said
+    assert 'the word whose vector is trained: "sks"' in said
+    settings = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]
+    assert (settings["alpha"], settings["accumulate"], settings["min_snr"]) == (2.0, 2, True)
+
+
+def test_recipes_are_filled_in_where_nothing_is_chosen(box):
+    config = DreamBoothConfig(prompt="a sks dog", class_prompt=("a dog",), steps=7)
+    recipe = dreambooth.recipe(box, "full")
+    config = dreambooth.completed(config, recipe)
+    assert (config.steps, config.lr, config.text) == (7, recipe.lr, "word")
+    tuning = dreambooth.finetune_config(config, recipe, "sks")
+    assert (tuning.steps, tuning.word_lr, tuning.t_mean) == (7, recipe.word_lr, recipe.t_mean)
+    chosen = dreambooth.completed(replace(UNMOVED, text="no"), recipe)
+    assert (chosen.text, chosen.prior, chosen.shift) == ("no", 0.0, 0.0)
+
+
 def test_pictures_of_a_real_subject_are_read(real_data, tmp_path, ran):
     for name, n in (("cat2", 5), ("berry_bowl", 6)):
         data = dreambooth.subject_pictures(real_data / "dreambooth" / name, "a photo of sks thing")
-        assert len(data) == n and dreambooth.subject_examples(load(), data, 0.1, tmp_path, 0)[
-            0
-        ].latents.shape == (4, 16, 16)
+        assert len(data) == n and dreambooth.subject_examples(
+            load(), data, replace(UNMOVED, shift=0.1), tmp_path
+        )[0].latents.shape == (4, 16, 16)
     few = (
         "--class-pictures",
         2,
@@ -375,7 +430,7 @@ def test_bad_input_is_one_line(subject, tmp_path, refused):
     assert "--prior is -1" in refuse("--prior", -1)
     assert 'no method "dora"' in refuse("--method", "dora")
     assert "--shift is 2" in refuse("--shift", 2)
-    assert "--text is auto" in refuse("--text", "maybe")
+    assert 'no text "maybe"; there is auto, yes, no, word' in refuse("--text", "maybe")
     assert "--prompt is empty" in refuse(words=("--prompt", " ", "--class-prompt", "a dog"))
     assert "is 2 tokens" in refuse(
         "--method", "inversion", words=("--prompt", "zwx", "--class-prompt", "a dog")

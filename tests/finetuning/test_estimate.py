@@ -173,7 +173,7 @@ def test_advice(model, plain):
     assert advice(model, HOW, plain.total, without=[best]).startswith(second)
     least = Settings(1, (32, 32), rank=8, checkpointing=True, bf16=True, optimizer="adamw8bit")
     assert module.alternatives(least) == {}
-    assert advice(model, least, 10**6) == "no switch would save more than a twentieth of it"
+    assert advice(model, least, 10**6) == "no option would save more than a twentieth of it"
 
 
 def test_forecast(model, plain, monkeypatch, recwarn):
@@ -192,7 +192,7 @@ def test_forecast(model, plain, monkeypatch, recwarn):
     )
     monkeypatch.setattr(module, "room", lambda _: plain.total - 1)
     with pytest.warns(
-        UserWarning, match=r"^this needs about .* MB, and the device has .* MB: --.* would save"
+        UserWarning, match=r"^this needs about .* MB, and the device has .* MB: `.* would save"
     ) as warned:
         forecast(model, HOW, 60)
     assert len(warned) == 1

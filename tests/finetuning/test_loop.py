@@ -20,12 +20,13 @@ from minidiff.errors import UserError
 from minidiff.finetuning import estimate
 from minidiff.finetuning.estimate import Settings
 from minidiff.finetuning.groups import Group, GroupLoss, batches, pieces, split
-from minidiff.finetuning.loop import averaged, finetune, hearing, settle, shares, to_train
-from minidiff.finetuning.outcome import kept
+from minidiff.finetuning.loop import averaged, finetune, settle, shares, targets, to_train
 from minidiff.finetuning.recorder.recorder import Recorder
+from minidiff.finetuning.run import best_folder
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.losses import LEVELS, LR_MULTIPLIER
 from minidiff.methods import lora
+from minidiff.options.finetuning import FineTuneConfig, LoRAConfig
 from minidiff.text import ClassLabels, CLIPText, LabelsConfig, TextConfig
 from minidiff.train import EMA
 from minidiff.training.resume import checkpoints
@@ -59,13 +60,11 @@ def two_groups():
     return [Group("subject", examples(3, 1)), Group("class", examples(5, 2), 0.7)]
 
 
-def run(out, model=None, groups=None, **how):
-    return finetune(
-        model or tiny(),
-        groups or [Group("data", examples(6))],
-        out,
-        **(dict(steps=6, lr=1e-3, every=2, warmup=2, batch=2) | how),
-    )
+def run(out, model=None, groups=None, recorder=None, resume=False, **how):
+    how = dict(steps=6, lr=1e-3, every=2, warmup=2, batch=2) | how
+    how["lora"] = LoRAConfig(**{name: how.pop(name) for name in ("rank",) if name in how})
+    groups = groups or [Group("data", examples(6))]
+    return finetune(model or tiny(), groups, out, FineTuneConfig(**how), recorder, resume)
 
 
 class Recording(Recorder):
@@ -146,10 +145,17 @@ def test_every_batch_is_of_one_shape_and_every_picture_is_met():
 
 
 def test_split_is_seeded_and_rounds_down():
-    kept, held = split(20, 0.1, 0)
+    kept, held = split(range(20), 0.1, 0)
     assert len(held) == 2 and sorted(kept + held) == list(range(20))
-    assert split(20, 0.1, 0) == (kept, held) != split(20, 0.1, 1)
-    assert split(5, 0.1, 0) == ([0, 1, 2, 3, 4], [])
+    assert split(range(20), 0.1, 0) == (kept, held) != split(range(20), 0.1, 1)
+    assert split(range(5), 0.1, 0) == ([0, 1, 2, 3, 4], [])
+
+
+def test_an_image_with_several_captions_is_held_out_with_all_of_them():
+    images = [f"{k // 5}.png" for k in range(100)]
+    training, held_out = split(images, 0.1, 0)
+    assert sorted(training + held_out) == list(range(100)) and len(held_out) == 10
+    assert not {images[i] for i in training} & {images[i] for i in held_out}
 
 
 # The loss.
@@ -299,7 +305,7 @@ def test_full_trains_the_unet_and_nothing_else(tmp_path):
     )
 
 
-def test_with_text_the_text_tower_learns_too(tmp_path):
+def test_with_text_the_text_encoder_learns_too(tmp_path):
     model = tiny()
     before = weights(model)
     run(tmp_path, model, text=True)
@@ -330,7 +336,8 @@ def test_lora_trains_a_and_b_alone_and_writes_what_load_reads(tmp_path):
 def test_lora_on_text_and_on_named_layers(tmp_path):
     text = CLIPText(TextConfig(8, 1, 1, context_length=8))
     model = tiny(text=text)
-    trained = to_train(model, model.denoiser, "lora", 2, None, ("conv1",), True)
+    config = FineTuneConfig(method="lora", lora=LoRAConfig(2, layers="conv1"), text=True)
+    trained = to_train(model, model.denoiser, config)
     names = set(lora.adapted(model))
     assert {name.rsplit(".", 1)[-1] for name in names if name.startswith("denoiser")} == {"conv1"}
     assert {name.rsplit(".", 1)[-1] for name in names if name.startswith("text")} == set(
@@ -341,13 +348,14 @@ def test_lora_on_text_and_on_named_layers(tmp_path):
     )
 
 
-def test_lora_goes_where_a_unet_hears_words():
-    assert hearing(tiny().unet) == lora.ATTENTION
-    assert hearing(tiny(pooled=True).unet) == (*lora.ATTENTION, "pool", "conv1", "conv2")
+def test_lora_goes_where_a_unet_reads_the_text():
+    config = FineTuneConfig(method="lora")
+    assert targets(tiny().unet, config) == lora.ATTENTION
+    assert targets(tiny(pooled=True).unet, config) == (*lora.ATTENTION, "pool", "conv1", "conv2")
 
 
 def test_the_noise_levels_trained_on_can_be_chosen(tmp_path, monkeypatch):
-    """t comes from the levels asked for, and is a part of the run; a schedule that draws sigma has none to choose."""
+    """t comes from the distribution asked for, and is a part of the run; a schedule that draws sigma has none to choose."""
     times, drawn = [], batches
 
     def spied(*how):
@@ -356,17 +364,17 @@ def test_the_noise_levels_trained_on_can_be_chosen(tmp_path, monkeypatch):
             yield batch
 
     monkeypatch.setattr("minidiff.finetuning.loop.batches", spied)
-    run(tmp_path / "a", levels=(3.0, 0.1), batch=8)
+    run(tmp_path / "a", t_mean=3.0, t_std=0.1, batch=8)
     middle = 1000 / (1 + math.exp(-3))
     assert len(times) >= 48 and all(abs(t - middle) < 50 for t in times)
-    with pytest.raises(UserError, match="levels"):
-        run(tmp_path / "a", levels=(2.0, 0.1), batch=8, resume=True)
+    with pytest.raises(UserError, match="t_mean"):
+        run(tmp_path / "a", t_mean=2.0, t_std=0.1, batch=8, resume=True)
     model = tiny()
     model.denoiser.schedule = schedules.Karras()
     with pytest.raises(
-        UserError, match="levels cannot be chosen for a schedule of the kind Karras"
+        UserError, match="t_mean and t_std cannot be chosen for a schedule of the kind Karras"
     ):
-        run(tmp_path / "b", model, levels=(2.0, 0.1))
+        run(tmp_path / "b", model, t_mean=2.0, t_std=0.1)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -384,7 +392,7 @@ def test_the_weights_that_advice_goes_back_to_are_kept(method, tmp_path):
     recorder = Recording(look)
     run(tmp_path / "a", model, method=method, ema=0.9, recorder=recorder)
     assert [folder.name for folder in (tmp_path / "a").glob("best*")] == ["best_step_4"]
-    folder, found = kept(tmp_path / "a", 4), tiny()
+    folder, found = best_folder(tmp_path / "a", 4), tiny()
     if method == "full":
         found = LatentDiffusion.load(folder / "model")
     else:
@@ -544,34 +552,60 @@ def done(tmp_path_factory):
         (dict(model=tiny("v")), "from a model with another denoiser"),
         (
             dict(model=tiny(text=ClassLabels(LabelsConfig(NAMES, 8)).requires_grad_(False))),
-            "from a model with another text tower",
+            "from a model with another text encoder",
         ),
         (
             dict(groups=[Group("data", examples(6)[:5])]),
-            r'of "data" there were 6 pictures, now 5; what differs first is "a dog"',
+            r'of "data" there were 6 images, now 5; the first difference is "a dog"',
         ),
         (
             dict(groups=[Group("data", [*examples(5), examples(1, 8)[0]])]),
-            r'of "data" there were 6 pictures, now 6; what differs first is "a dog"',
+            r'of "data" there were 6 images, now 6; the first difference is "a dog"',
         ),
-        (dict(groups=[Group("data", examples(6), 0.5)]), "what differs first is weight 1"),
-        (dict(groups=[Group("data", examples(6)[::-1])]), "stand in another order"),
+        (dict(groups=[Group("data", examples(6), 0.5)]), "the first difference is weight 1"),
+        (dict(groups=[Group("data", examples(6)[::-1])]), "are in another order"),
     ],
 )
 def test_another_run_is_not_resumed(done, change, complaint):
     before = {file: file.read_bytes() for file in done.rglob("*") if file.is_file()}
     with pytest.raises(UserError, match=complaint) as refused:
         run(done, resume=True, **change)
-    assert "run.json" in str(refused.value) and "another --out" in str(refused.value)
+    assert "run.json" in str(refused.value) and "another `out`" in str(refused.value)
     assert {file: file.read_bytes() for file in done.rglob("*") if file.is_file()} == before
 
 
 def test_a_run_is_not_written_over(done):
     with pytest.raises(
         UserError,
-        match="holds a training already; pass --resume to go on with it, or another --out",
+        match="holds a training already; pass `resume` to go on with it, or another `out`",
     ):
         run(done)
+
+
+def old(settings):
+    """The settings of a run.json as the version before this one wrote them."""
+    names = "method steps lr batch accumulate warmup every text dropout min_snr ema dtype optimizer"
+    old = {name: settings[name] for name in [*names.split(), "seed"]}
+    old |= {name: settings[name] for name in ("rank", "alpha", "layers") if name in settings}
+    old |= {"levels": [settings["t_mean"], settings["t_std"]]}
+    return old | {name: settings[name] for name in ("word", "word_lr", "like") if name in settings}
+
+
+def test_a_run_of_the_last_version_goes_on(tmp_path):
+    text = CLIPText(TextConfig(8, 1, 1, context_length=8))
+    how = dict(method="lora", rank=2, t_mean=1.0, t_std=2.0, word="cat", word_lr=1e-2, like="dog")
+    with pytest.raises(InterruptedError):
+        run(tmp_path, tiny(text=text), recorder=Recording(stop_at_4), **how)
+    file = tmp_path / "run.json"
+    before = json.loads(file.read_text())
+    weights = before["weights"]
+    weights = {"VAE": weights["VAE"], "text tower": weights.pop("text encoder")} | weights
+    before |= {"settings": old(before["settings"]), "weights": weights}
+    file.write_text(json.dumps(before, indent=1) + "\n")
+    with pytest.raises(UserError, match=r"with t_mean 1\.0, not 1\.5; resume it with that"):
+        run(tmp_path, tiny(text=text), resume=True, **how | {"t_mean": 1.5})
+    run(tmp_path, tiny(text=text), resume=True, **how)
+    assert (tmp_path / "lora.safetensors").exists()
 
 
 FULL = """
@@ -620,7 +654,7 @@ def test_a_result_that_cannot_be_written_can_be_later(tmp_path, monkeypatch):
 
     with (
         monkeypatch.context() as patch,
-        pytest.raises(UserError, match=r"model could not be written .*No space left.*--resume"),
+        pytest.raises(UserError, match=r"model could not be written .*No space left.*`resume`"),
     ):
         patch.setattr(
             os,
@@ -763,11 +797,26 @@ def test_a_lora_of_wide_and_mirrored_pictures_and_its_commands(folder, tmp_path,
     )  # a weight; every picture and its mirror image
 
 
+def test_without_a_recorder(folder, tmp_path, ran, forecasts):
+    """No report and no measurement; and a word's vector is trained beside a LoRA."""
+    word = ("--method", "lora", "--word", "sks", "--word-lr", 1e-2)
+    said = ran(
+        *("finetune", "--model", folder / "model", "--data", folder, "--out", tmp_path),
+        *(*BRIEF, *word, "--no-recorder"),
+    ).out
+    files = {file.name for file in tmp_path.iterdir()}
+    assert {"lora.safetensors", "embedding.safetensors"} < files
+    assert not {"report.html", "record.jsonl", "grids"} & files and "draw with it" in said
+
+
 @pytest.mark.parametrize(
     "options, complaint",
     [
+        (["--alpha", 0], "--alpha is 0; it must be above 0"),
+        (["--method", "inversion"], "say which (--word)"),
+        (["--word", "zwx"], "is 2 tokens of the vocabulary"),
         (["--method", "half"], 'no method "half"; there is full, lora'),
-        (["--rank", 0], "rank is 0; it must be at least 1"),
+        (["--rank", 0], "--rank is 0; it must be at least 1"),
         (
             ["--method", "lora", "--layers", "nose"],
             "no layer is named nose; names of this network end in",
@@ -782,7 +831,7 @@ def test_a_lora_of_wide_and_mirrored_pictures_and_its_commands(folder, tmp_path,
         (["--ema", 1], "ema is 1; it must be between 0 and 1"),
         (["--dropout", 1], "dropout is 1; it must be from 0 to below 1"),
         (["--validation", 1], "--validation is 1; it must be a share"),
-        (["--dtype", "fp16"], 'no dtype "fp16" to train in; there is fp32, bf16'),
+        (["--dtype", "fp16"], 'no dtype "fp16"; there is fp32, bf16'),
         (["--optimizer", "sgd"], 'no optimizer "sgd"; there is adamw, adamw8bit'),
         (["--device", "abacus"], 'no device "abacus"'),
         (["--size", 15], "size 15 is not divisible by 4"),

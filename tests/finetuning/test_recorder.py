@@ -18,10 +18,12 @@ from minidiff import schedules
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.evaluation.features import pixels, random_conv
+from minidiff.figures.plots import save_png
 from minidiff.finetuning.recorder.advice import Record, advise, best, relative
-from minidiff.finetuning.recorder.recorder import Recorder
-from minidiff.finetuning.recorder.report import SHOWN, page, shown
+from minidiff.finetuning.recorder.recorder import Recorder, Thumbnails
+from minidiff.finetuning.recorder.report import SHOWN, page, steps_shown
 from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.options.finetuning import RecorderConfig
 from minidiff.text import ClassLabels, LabelsConfig
 from minidiff.train import TrainConfig, seed_of, train
 from minidiff.unet import UNet, UNetConfig
@@ -66,7 +68,17 @@ def data(n=6):
 def recorder(folder, model=None, **how):
     pictures, examples = data()
     how = dict(every=2, n=2, steps=1, probe=2, noises=1) | how
-    return Recorder(model or tiny(), folder, PROMPTS, pictures, examples[3:], examples[:3], **how)
+    settings = how.pop("settings", None)
+    return Recorder(
+        model or tiny(),
+        folder,
+        PROMPTS,
+        pictures,
+        examples[3:],
+        examples[:3],
+        RecorderConfig(**how),
+        settings,
+    )
 
 
 def run(folder=None, steps=4, **how):
@@ -189,7 +201,7 @@ def test_copies_are_found_and_named(tmp_path):
     drawn.measure(0, {})
     samples = drawn.first["caption"].float() / 127.5 - 1
     training = torch.cat([data()[0], samples])
-    watching = Recorder(model, tmp_path, PROMPTS, training, n=2, steps=2)
+    watching = Recorder(model, tmp_path, PROMPTS, training, config=RecorderConfig(n=2, steps=2))
     record = watching.measure(0, {})
     assert record.nearest == {"caption": [(0.0, 6), (0.0, 7)]} and record.copies == 1.0
     apart = (
@@ -204,7 +216,9 @@ def test_copies_are_found_and_named(tmp_path):
 
 
 def test_a_single_training_picture_has_no_copies_that_could_be_told(tmp_path):
-    watching = Recorder(tiny(), tmp_path, PROMPTS, data()[0][:1], n=2, steps=1)
+    watching = Recorder(
+        tiny(), tmp_path, PROMPTS, data()[0][:1], config=RecorderConfig(n=2, steps=1)
+    )
     assert [watching.measure(step, {}).copies for step in (0, 2)] == [None, None]
     assert watching.advice().startswith("Look at the pictures of step 2")
 
@@ -218,8 +232,27 @@ def test_numbers_that_are_not_finite_are_recorded_not_fatal(tmp_path):
     assert math.isnan(record.moved["caption"]) and math.isnan(record.validation[0])
     assert watching.advice().startswith("Lower the learning rate")
     assert (
-        len(Recorder(model, tmp_path, PROMPTS, data()[0], n=2, steps=2).records) == 2
+        len(
+            Recorder(
+                model, tmp_path, PROMPTS, data()[0], config=RecorderConfig(n=2, steps=2)
+            ).records
+        )
+        == 2
     )  # NaN can be read back
+
+
+def test_image_files_are_read_when_they_are_compared(tmp_path):
+    """Not all at once and kept: the same numbers, and only one chunk in memory."""
+    images, _ = data(5)
+    paths = [tmp_path / f"{k}.png" for k in range(5)]
+    for image, path in zip(images, paths, strict=True):
+        save_png(image, path)
+    thumbnails = Thumbnails(paths, SIDE)
+    config = RecorderConfig(n=2, steps=1)
+    lazy = Recorder(tiny(), tmp_path / "a", PROMPTS, thumbnails, config=config)
+    eager = Recorder(tiny(), tmp_path / "b", PROMPTS, torch.stack(list(thumbnails)), config=config)
+    assert torch.equal(lazy.rows, eager.rows)
+    assert lazy.measure(0, {}).nearest == eager.measure(0, {}).nearest
 
 
 # What is kept.
@@ -445,11 +478,11 @@ def test_the_page_escapes_what_others_wrote():
 
 def test_a_long_run_shows_the_first_the_best_and_the_last():
     validation = [1 + abs(k - 13) for k in range(40)]
-    steps = shown(flight(validation=validation))
+    steps = steps_shown(flight(validation=validation))
     assert len(steps) <= SHOWN + 1 and {0, 1300, 3900} <= set(steps) and steps == sorted(steps)
-    assert shown(flight(train=[1.0] * 3)) == [0, 100, 200] and shown(flight(validation=[1.0])) == [
-        0
-    ]
+    assert steps_shown(flight(train=[1.0] * 3)) == [0, 100, 200] and steps_shown(
+        flight(validation=[1.0])
+    ) == [0]
 
 
 # The study.

@@ -10,6 +10,7 @@ from minidiff.data.latents import Example
 from minidiff.denoiser import Denoiser
 from minidiff.finetuning.groups import Group, GroupLoss, batches
 from minidiff.finetuning.loop import to_train
+from minidiff.options.finetuning import FineTuneConfig
 from minidiff.train import TrainConfig, train
 
 diffusers = pytest.importorskip("diffusers")
@@ -78,7 +79,7 @@ def test_a_step_is_theirs(pipeline, min_snr):
         if min_snr
         else model.denoiser
     )
-    trained = to_train(model, denoiser, "full", 8, None, (), False)
+    trained = to_train(model, denoiser, FineTuneConfig())
     with pytest.MonkeyPatch.context() as patch:
         real = torch.optim.AdamW
         patch.setattr(torch.optim, "AdamW", lambda *args, **how: real(*args, **how, eps=1e-4))

@@ -14,6 +14,7 @@ from minidiff.errors import Terminated, UserError
 from minidiff.finetuning import loop as finetune
 from minidiff.finetuning.groups import Group
 from minidiff.finetuning.recorder.recorder import Recorder
+from minidiff.options.finetuning import RecorderConfig
 from minidiff.training.lock import LOCK, locked
 from tests.finetuning.test_loop import Recording, examples, moved, run, stop_at_4, tiny, weights
 
@@ -114,10 +115,9 @@ def test_a_kill_between_checkpoint_and_measure_loses_no_line(tmp_path):
                     raise InterruptedError
                 return super().measure(step, losses, lr)
 
-        how = dict(
-            examples=examples(2), every=2, n=2, steps=2, probe=2, noises=1, network="pixels-8x8"
-        )
-        return Killed(model, out, {"training caption": "a cat"}, pictures, **how)
+        config = RecorderConfig(every=2, n=2, steps=2, probe=2, noises=1, network="pixels-8x8")
+        prompts = {"training caption": "a cat"}
+        return Killed(model, out, prompts, pictures, examples=examples(2), config=config)
 
     def go(out, killed_at=None, **how):
         model = tiny()
@@ -282,14 +282,17 @@ from minidiff.cli import console
 from minidiff.errors import UserError
 from tests.finetuning.test_loop import Group, examples, tiny, run
 from minidiff.finetuning.recorder.recorder import Recorder
+from minidiff.options.finetuning import RecorderConfig
 torch.set_num_threads(1)
 out, kills = Path(sys.argv[1]), int(sys.argv[2])
 pictures = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 def go(folder):
     model = tiny()
-    how = dict(examples=examples(2), every=2, n=2, steps=2, probe=2, noises=1, network="pixels-8x8")
-    recorder = Recorder(model, folder, {"training caption": "a cat"}, pictures, **how)
+    config = RecorderConfig(every=2, n=2, steps=2, probe=2, noises=1, network="pixels-8x8")
+    recorder = Recorder(
+        model, folder, {"training caption": "a cat"}, pictures, examples=examples(2), config=config
+    )
     run(folder, model, groups=[Group("data", examples(6))], steps=14, ema=0.9, recorder=recorder, resume=True)
 
 go(out / "whole")

@@ -1,20 +1,23 @@
-"""The flight recorder of a fine-tune: what is measured every K steps, how it is kept, and where a picture of it comes from, are in this file.
+"""The flight recorder of a fine-tune: what is measured every few steps, and how it is kept.
 
-    recorder = Recorder(model, folder, {"caption": "a red heart", "unrelated": "a blue square"}, pictures, validation, examples, every=100)
-    recorder.measure(0, {})                          # before the first step: all later ones are compared with it
+    prompts = {"caption": "a red heart", "unrelated": "a blue square"}
+    recorder = Recorder(model, folder, prompts, images, validation, examples, RecorderConfig())
+    recorder.measure(0, {})                 # before the first step: what later ones compare with
     for step in train(...):
         if recorder.due(step.step):
             recorder.measure(step.step, {"loss": step.loss}, step.lr)
     print(recorder.advice(), recorder.report())
 
-The losses of training jump about because t, the noise and the examples are new at every step. Here they are the same at every measure, so
-a curve moves only because the model did. Nothing is drawn from the random state that training draws from, and every module is put back into
-the mode it was in: a run with a recorder ends at the weights of a run without one.
+The losses of training jump about because t, the noise and the examples are new at every step. Here
+they are the same at every measurement, so a curve moves only because the model did. No random state
+of the training is touched, and every module is put back into its mode: a run with a recorder ends
+at the weights of a run without one.
 
-A label that begins with "unrelated" is a prompt that should stay as it is, one that begins with "class" may change with the subject, and
-any other is a prompt that is being taught.
+A label that begins with "unrelated" is a prompt that should stay as it is, one that begins with
+"class" may change with the subject, and any other is a prompt that is being taught.
 
-[1] Yoon, Choi, Kwon, Ryu. Diffusion Probabilistic Models Generalize when They Fail to Memorize. 2023. ICML workshop SPIGM
+[1] Yoon, Choi, Kwon, Ryu. Diffusion Probabilistic Models Generalize when They Fail to Memorize.
+    2023. ICML workshop SPIGM
 """
 
 import json
@@ -30,83 +33,83 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from minidiff.data.folder import to_model, to_uint8
+from minidiff.data.folder import load_image, to_model, to_uint8
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.evaluation import features, metrics
 from minidiff.figures import plots
 from minidiff.finetuning.recorder.advice import Record, advise, best
-from minidiff.finetuning.recorder.report import Pair, page, shown
+from minidiff.finetuning.recorder.report import Pair, page, steps_shown
 from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.options.finetuning import RecorderConfig
 from minidiff.samplers import Normal
-from minidiff.train import BINS, seed_of
+from minidiff.train import BINS
 from minidiff.training import atomic
 from minidiff.training.progress import peak_memory_gb
+from minidiff.training.seeds import generator_of
 
-Example = tuple[
-    Float[Tensor, "Z _ _"], Float[Tensor, "L D"] | str
-]  # latents, and what the text tower said; a caption is encoded at every measure
-Drawn = dict[str, UInt8[Tensor, "n 3 H W"]]  # by label
+# latents, and their context; a caption in its place is encoded at every measurement
+Pairing = tuple[Float[Tensor, "Z _ _"], Float[Tensor, "L D"] | str]
+Grid = dict[str, UInt8[Tensor, "n 3 H W"]]  # images by label
+CHUNK = 64  # images whose features are computed at once
+THUMBNAIL = 128  # pixels: the largest side that samples are compared at
+
+
+class Thumbnails(Sequence):
+    """Small copies of image files in [-1, 1], read when asked for: no data set is too large."""
+
+    def __init__(self, paths: list[Path], size: int):
+        self.paths, self.size = paths, min(size, THUMBNAIL)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> Float[Tensor, "3 H W"]:
+        return to_model(load_image(self.paths[i], self.size))
 
 
 class Recorder:
-    """Measures a LatentDiffusion while something else trains it, and writes folder/record.jsonl, folder/grids and folder/report.html."""
+    """Measures a LatentDiffusion while something else trains it, and writes folder/record.jsonl,
+    folder/grids and folder/report.html."""
 
     def __init__(
         self,
         model: LatentDiffusion,
         folder: Path,
         prompts: dict[str, str],
-        training: Float[Tensor, "N 3 H W"],
-        validation: Sequence[Example] = (),
-        examples: Sequence[Example] = (),
-        *,
-        every: int = 100,
-        n: int = 4,
-        steps: int = 25,
-        guidance: float | None = None,
-        seed: int = 0,
-        probe: int = 8,
-        noises: int = 2,
-        network: str = "random-conv-0",
+        training: Sequence | Float[Tensor, "N 3 H W"],
+        validation: Sequence[Pairing] = (),
+        examples: Sequence[Pairing] = (),
+        config: RecorderConfig = RecorderConfig(),  # noqa: B008 (it is frozen)
         settings: dict[str, object] | None = None,
     ):
-        """prompts: label -> prompt. training: the pictures trained on, in [-1, 1]. validation, examples: what is left out of training, and what
-        is not; the first `probe` of each are measured, with `noises` times and noises in each tenth of t. every: of the trainer's steps.
-        n, steps, guidance: of the pictures of each prompt. network: whose features (features.py) say how far they moved; of pictures of the
-        built-in world "critic-attributes" sees most. settings: what the report's table should say of the run."""
-        if n < 2:
-            raise UserError(
-                f"a grid of {n} picture of each prompt has no second seed to compare with; take at least 2."
-            )
-        if every < 1:
-            raise UserError(f"measuring every {every} steps is not possible; take at least 1.")
+        """prompts: by label. training: the images trained on, (3, H, W) in [-1, 1]. validation,
+        examples: what is held out, and what is trained on; the first config.probe of each are
+        measured. config.network: of images of the built-in world "critic-attributes" sees most.
+        settings: what the report's table should say of the run."""
         if not prompts:
             raise UserError("nothing to draw: the recorder needs at least one prompt.")
         if len(training) < 1:
-            raise UserError(
-                "no training pictures to compare with; the recorder needs at least one."
-            )
-        self.model, self.folder, self.prompts, self.every = model, Path(folder), prompts, every
-        self.n, self.steps, self.guidance, self.seed, self.noises = n, steps, guidance, seed, noises
-        self.validation = list(validation)[:probe]
-        self.examples = list(examples)[: len(self.validation) or probe]
-        self.settings = settings or {}
-        self.training = training
-        self.network, self.near, self.far = network, features.pixels, features.by_name(network)
-        self.known = self.near(training)
-        self.floor = metrics.radii(self.known, 1).median().item() if len(training) > 1 else None
-        self.copies_floor = (
-            metrics.memorised_floor(self.known).mean().item() if len(training) > 2 else 0.0
-        )
+            raise UserError("no training images to compare with; the recorder needs at least one.")
+        self.model, self.folder, self.prompts, self.config = model, Path(folder), prompts, config
+        self.validation = list(validation[: config.probe])
+        self.examples = list(examples[: len(self.validation) or config.probe])
+        self.training, self.settings = training, settings or {}
+        self.far = features.by_name(config.network)
+        self.rows = torch.cat(list(_rows(training)))
+        many = len(training) > 1
+        self.floor = metrics.radii(self.rows, 1).median().item() if many else None
+        self.copies_floor = 0.0
+        if len(training) > 2:
+            self.copies_floor = metrics.memorised_floor(self.rows).mean().item()
         self.t, self.bin = self._times()
         self.records = self._read()
         atomic.check(self.folder / "report.html", atomic.unsigned)
-        self.clock: tuple[int, float] | None = None
-        self.first: Drawn = {}
+        self.clock: tuple[int, float] | None = None  # the step and the time of the last measurement
+        self.first: Grid = {}
 
     def due(self, step: int) -> bool:
-        return step % self.every == 0
+        return step % self.config.every == 0
 
     def last(self) -> int | None:
         """The last step that was measured."""
@@ -115,236 +118,231 @@ class Recorder:
     # Measuring.
 
     def measure(self, step: int, losses: dict[str, float], lr: float | None = None) -> Record:
-        """Draw the grid, measure everything, add a line to record.jsonl, write the report anew. Lines of this step and above, which a run
-        that was killed and resumed has left behind, are dropped: they have just happened again."""
+        """Draw the grid, measure everything, add a line to record.jsonl, write the report anew.
+        Lines of this step and above, left by a run that was killed and resumed, are dropped: these
+        steps have just happened again."""
         start = time.perf_counter()
-        per_step = (
-            (start - self.clock[1]) / (step - self.clock[0])
-            if self.clock and step > self.clock[0]
-            else None
-        )
+        per_step = None
+        if self.clock and step > self.clock[0]:
+            per_step = (start - self.clock[1]) / (step - self.clock[0])
         while self.records and self.records[-1].step >= step:
             grid = self._grid_file(self.records.pop().step)
             if grid.exists() and atomic.unsigned(grid) is None:
                 grid.unlink()
         with _evaluating(self.model):
             validation, train = self._losses(self.validation), self._losses(self.examples)
-            drawn, broken = self._draw()
-        first = self._first(drawn)
+            images, broken = self._draw()
+        first = self._first(images)
         moved = {
-            label: math.nan if label in broken else self._moved(drawn[label], first[label])
-            for label in drawn
+            label: math.nan if label in broken else self._moved(images[label], first[label])
+            for label in images
         }
-        nearest, copies = self._nearest(drawn)
-        self._save_grid(step, drawn)
-        memory = (
-            round(torch.cuda.max_memory_allocated() / 2**30, 2)
-            if self.model.device.type == "cuda"
-            else peak_memory_gb()
-        )
-        seconds = round(time.perf_counter() - start, 2)
+        nearest, copies = self._nearest(images)
+        self._save_grid(step, images)
+        if self.model.device.type == "cuda":
+            memory = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        else:
+            memory = peak_memory_gb()
         record = Record(
-            step,
-            losses,
-            lr,
-            validation,
-            train,
-            moved,
-            nearest,
-            copies,
-            self.copies_floor,
-            per_step,
-            seconds,
-            memory,
+            step=step,
+            losses=losses,
+            lr=lr,
+            validation=validation,
+            train=train,
+            moved=moved,
+            nearest=nearest,
+            copies=copies,
+            copies_floor=self.copies_floor,
+            seconds_per_step=per_step,
+            seconds=round(time.perf_counter() - start, 2),
+            memory_gb=memory,
         )
         self.records.append(record)
-        _replace(
-            self.folder / "record.jsonl",
-            "".join(json.dumps(r._asdict()) + "\n" for r in self.records),
-        )
+        lines = "".join(json.dumps(record._asdict()) + "\n" for record in self.records)
+        _write(self.folder / "record.jsonl", lines)
         self.report()
         self.clock = step, time.perf_counter()
         return record
 
     def advice(self) -> str:
-        """One plain sentence about the run so far: advice.py has the rules."""
+        """One plain sentence about the run so far; the rules are in advice.py."""
         return advise(self.records)
 
     def best(self) -> int | None:
-        """The step whose weights to use, of those measured; None where that is the untrained model's."""
+        """The step whose weights to use, of those measured; None for the untrained model's."""
         return best(self.records)
 
     def report(self) -> Path:
         """Write folder/report.html: one file that needs no other."""
         if not self.records:
-            raise UserError(
-                f"{self.folder}: nothing was measured yet, so there is nothing to report."
-            )
-        last, grids = self.records[-1], {step: self.pictures(step) for step in shown(self.records)}
+            raise UserError(f"{self.folder}: nothing was measured yet, so there is no report.")
+        last = self.records[-1]
+        grids = {step: self.pictures(step) for step in steps_shown(self.records)}
         pairs = [
             Pair(label, grids[last.step][label][k], to_uint8(self.training[which].cpu()), distance)
             for label, near in last.nearest.items()
             for k, (distance, which) in enumerate(near)
         ]
-        return _replace(
-            self.folder / "report.html",
-            page(self.advice(), self.records, self.prompts, grids, pairs, self._settings()),
-        )
+        settings = self._settings()
+        html = page(self.advice(), self.records, self.prompts, grids, pairs, settings)
+        return _write(self.folder / "report.html", html)
 
     # What is measured.
 
     def _times(self) -> tuple[Tensor, Tensor]:
-        """Fixed times, `noises` in each tenth of progress(t) that training visits, and the tenth of each."""
-        generator = torch.Generator().manual_seed(seed_of(self.seed, 0))
-        t = self.model.schedule.sample_t(2**14, generator)
+        """Fixed times, config.noises in each tenth of progress(t) that training visits, and the
+        tenth of each."""
+        t = self.model.schedule.sample_t(2**14, generator_of(self.config.seed, 0))
         tenth = (self.model.schedule.progress(t) * BINS).long().clamp(0, BINS - 1)
-        chosen = torch.cat([(tenth == b).nonzero()[: self.noises, 0] for b in range(BINS)])
+        noises = self.config.noises
+        chosen = torch.cat([(tenth == b).nonzero()[:noises, 0] for b in range(BINS)])
         return t[chosen], tenth[chosen]
 
     @torch.no_grad()
-    def _losses(self, examples: list[Example]) -> list[float | None]:
-        """Mean loss in each tenth: the squared error of the network's output, whatever weighting training uses, so that it is never negative
-        and means the same in every run. Example k meets the same noise at every measure, as does the k-th of the other set."""
+    def _losses(self, examples: list[Pairing]) -> list[float | None]:
+        """Mean loss in each tenth: the squared error of the network's output, whatever the
+        weighting of the training, so that it means the same in every run. Example k has the same
+        noise at every measurement, as has the k-th of the other set."""
         if not examples:
             return []
         model, device = self.model, self.model.device
         plain = Denoiser(model.unet, model.schedule, model.denoiser.target)
-        each = []
+        count, losses = len(self.t), []
         for k, (latents, context) in enumerate(examples):
             context = model.text.encode([context])[0] if isinstance(context, str) else context
-            eps = torch.randn(
-                len(self.t),
-                *latents.shape,
-                generator=torch.Generator().manual_seed(seed_of(self.seed, k + 1)),
-            )
-            x0, context = (
-                part.to(device).expand(len(self.t), *part.shape) for part in (latents, context)
-            )
-            each.append(plain.loss(x0, context, self.t, eps.to(x0)).float().cpu())
-        mean = torch.stack(each).mean(0)
+            generator = generator_of(self.config.seed, k + 1)
+            eps = torch.randn(count, *latents.shape, generator=generator)
+            x0 = latents.to(device).expand(count, *latents.shape)
+            context = context.to(device).expand(count, *context.shape)
+            losses.append(plain.loss(x0, context, self.t, eps.to(x0)).float().cpu())
+        mean = torch.stack(losses).mean(0)
         return [
             mean[self.bin == b].mean().item() if (self.bin == b).any() else None
             for b in range(BINS)
         ]
 
     @torch.no_grad()
-    def _draw(self) -> tuple[Drawn, set[str]]:
-        """The pictures of each prompt, the same seeds for all, as bytes; and the labels whose pictures are not finite."""
-        drawn, broken = {}, set()
+    def _draw(self) -> tuple[Grid, set[str]]:
+        """The images of each prompt, the same seeds for all, as bytes; and the labels whose images
+        are not finite."""
+        config, grid, broken = self.config, {}, set()
         for label, prompt in self.prompts.items():
-            noise = Normal.seeded(self.seed, range(self.n))
+            noise = Normal.seeded(config.seed, range(config.n))
             *_, last = self.model.sample(
-                [prompt] * self.n, self.steps, self.guidance, generator=noise
+                [prompt] * config.n, config.steps, config.guidance, generator=noise
             )
-            pictures = self.model.decode(last.x0).float().cpu()
-            if not pictures.isfinite().all():
+            images = self.model.decode(last.x0).float().cpu()
+            if not images.isfinite().all():
                 broken.add(label)
-            drawn[label] = to_uint8(pictures.nan_to_num(0.0).expand(-1, 3, -1, -1))
-        return drawn, broken
+            grid[label] = to_uint8(images.nan_to_num(0.0).expand(-1, 3, -1, -1))
+        return grid, broken
 
-    def _first(self, drawn: Drawn) -> Drawn:
-        """What was drawn at the first measure: read back, where this is a resumed run."""
+    def _first(self, images: Grid) -> Grid:
+        """The images of the first measurement; a resumed run reads them back."""
         if not self.records:
-            self.first = drawn
+            self.first = images
         self.first = self.first or self.pictures(self.records[0].step)
         return self.first
 
     def _moved(self, now: UInt8[Tensor, "n 3 H W"], before: UInt8[Tensor, "n 3 H W"]) -> float:
-        """Mean distance between the pictures of one seed, now and before, over that between two seeds before."""
+        """Mean distance between the images of one seed, now and before, over that between two seeds
+        before."""
         now, before = self.far(to_model(now)), self.far(to_model(before))
-        return ((now - before).norm(dim=1).mean().item()) / max(
-            metrics.diversity(before[None]).item(), 1e-12
-        )
+        distance = (now - before).norm(dim=1).mean().item()
+        return distance / max(metrics.diversity(before[None]).item(), 1e-12)
 
-    def _nearest(self, drawn: Drawn) -> tuple[dict[str, list[tuple[float, int]]], float | None]:
-        """The training picture nearest to each picture of a taught prompt, its distance in units of the floor (where there is one: a single picture
-        has none, nor have twins); and the share of copies, [1]."""
+    def _nearest(self, images: Grid) -> tuple[dict[str, list[tuple[float, int]]], float | None]:
+        """For each image of a taught prompt its distance to the nearest training image, in units of
+        the floor where there is one (one image alone has none, nor have twins), and which that is;
+        and the share of copies, [1]."""
         taught = {
-            label: self.near(to_model(pictures))
-            for label, pictures in drawn.items()
+            label: features.pixels(to_model(grid))
+            for label, grid in images.items()
             if not label.startswith(("unrelated", "class"))
         }
         near = {}
         for label, rows in taught.items():
-            distance, which = metrics.nearest(rows, self.known)
-            near[label] = [
-                (d / (self.floor or 1.0), w)
-                for d, w in zip(distance[:, 0].tolist(), which[:, 0].tolist(), strict=True)
-            ]
+            distance, which = metrics.nearest(rows, self.rows)
+            relative = [d / (self.floor or 1.0) for d in distance[:, 0].tolist()]
+            near[label] = list(zip(relative, which[:, 0].tolist(), strict=True))
         if not taught or not self.floor:
             return near, None
-        return near, metrics.memorised(torch.cat(list(taught.values())), self.known).mean().item()
+        return near, metrics.memorised(torch.cat(list(taught.values())), self.rows).mean().item()
 
     # What is kept.
 
     def _drawn_with(self) -> dict[str, str]:
-        how = {
-            "n": self.n,
-            "steps": self.steps,
-            "guidance": self.guidance,
-            "seed": self.seed,
-            "network": self.network,
-        }
+        """The text in a grid's PNG: a grid of other settings cannot be compared with."""
+        names = ("n", "steps", "guidance", "seed", "network")
         return {f"prompt {label}": prompt for label, prompt in self.prompts.items()} | {
-            name: str(value) for name, value in how.items()
+            name: str(getattr(self.config, name)) for name in names
         }
 
     def _grid_file(self, step: int) -> Path:
         return self.folder / "grids" / f"step_{step:06d}.png"
 
-    def _save_grid(self, step: int, drawn: Drawn) -> None:
-        """A row for each prompt, a column for each seed, pixel by pixel: it can be cut up again."""
-        sheet = torch.cat([torch.cat(list(row), dim=2) for row in drawn.values()], dim=1)
+    def _save_grid(self, step: int, images: Grid) -> None:
+        """A row for each prompt, a column for each seed, pixel by pixel: pictures() cuts it up."""
+        sheet = torch.cat([torch.cat(list(row), dim=2) for row in images.values()], dim=1)
         plots.save_png(to_model(sheet), self._grid_file(step), self._drawn_with())
 
-    def pictures(self, step: int) -> Drawn:
-        """The pictures of a measure, read back."""
+    def pictures(self, step: int) -> Grid:
+        """The images of a measurement, read back."""
         path = self._grid_file(step)
         try:
             with Image.open(path) as image:
-                text, sheet = (
-                    image.text,
-                    torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0),
-                )
+                text = image.text
+                sheet = torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0)
         except OSError as error:
             raise UserError(
-                f"{path}: the pictures of an earlier measure cannot be read; start afresh in another folder."
+                f"{path}: the images of an earlier measurement cannot be read; start afresh in "
+                "another folder."
             ) from error
         if text != self._drawn_with():
             raise UserError(
-                f"{path} was drawn with other prompts or settings; resume with those, or start afresh in another folder."
+                f"{path} was drawn with other prompts or settings; resume with those, or start "
+                "afresh in another folder."
             )
-        rows = [
-            torch.stack(row.chunk(self.n, dim=2)) for row in sheet.chunk(len(self.prompts), dim=1)
-        ]
-        return dict(zip(self.prompts, rows, strict=True))
+        rows = sheet.chunk(len(self.prompts), dim=1)
+        images = [torch.stack(row.chunk(self.config.n, dim=2)) for row in rows]
+        return dict(zip(self.prompts, images, strict=True))
 
     def _read(self) -> list[Record]:
         file = self.folder / "record.jsonl"
         if not file.exists():
             return []
         try:
-            records = [
-                Record(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()
-            ]
-            if not records:
-                raise ValueError("no line")
-            return records
-        except (ValueError, TypeError) as error:
+            lines = file.read_text(encoding="utf-8").splitlines()
+            records = [Record(**json.loads(line)) for line in lines]
+        except (ValueError, TypeError):
+            records = []
+        if not records:
             raise UserError(
-                f"{file} is damaged, or of another version; delete it, or start afresh in another folder."
-            ) from error
+                f"{file} is damaged, or of another version; delete it, or start afresh in another "
+                "folder."
+            )
+        return records
 
     def _settings(self) -> dict[str, object]:
-        guidance = self.model.guidance if self.guidance is None else self.guidance
+        config = self.config
+        guidance = self.model.guidance if config.guidance is None else config.guidance
         return self.settings | {
             "training pictures": len(self.training),
             "copies among the training pictures themselves": f"{self.copies_floor:.0%}",
             "validation examples measured": len(self.validation),
             "training examples measured": len(self.examples),
-            "pictures of a prompt": f"{self.n}, {self.steps} steps, guidance {guidance}, seed {self.seed}",
-            "features": f"{self.network} for how far pictures moved, pixels-8x8 for the nearest training picture",
+            "pictures of a prompt": f"{config.n}, {config.steps} steps, guidance {guidance}, "
+            f"seed {config.seed}",
+            "features": f"{config.network} for how far pictures moved, pixels-8x8 for the nearest "
+            "training picture",
         }
+
+
+def _rows(images: Sequence | Tensor) -> Iterator[Float[Tensor, "N D"]]:
+    """The features of images by which the nearest one is found, a chunk of them at a time."""
+    for start in range(0, len(images), CHUNK):
+        chunk = [images[i] for i in range(start, min(start + CHUNK, len(images)))]
+        yield features.pixels(torch.stack(chunk))
 
 
 @contextmanager
@@ -359,7 +357,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _replace(path: Path, text: str) -> Path:
+def _write(path: Path, text: str) -> Path:
     """Written whole or not at all."""
     with atomic.write(path) as new:
         new.write_text(text, encoding="utf-8")

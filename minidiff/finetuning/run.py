@@ -1,0 +1,184 @@
+"""The folder of a fine-tune: run.json, which says what the run is made of, and the results.
+
+A run is resumed with what it was started with, or not at all. A checkpoint alone would accept other
+images, other weights or another batch size without a word.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from minidiff.checkpoints import files, folder
+from minidiff.checkpoints import lora as lora_files
+from minidiff.data import latents
+from minidiff.data.latents import Example
+from minidiff.errors import UserError
+from minidiff.finetuning.groups import Group
+from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.methods import inversion
+from minidiff.options.finetuning import FineTuneConfig
+from minidiff.training import atomic
+
+MODEL, LORA, EMBEDDING = "model", "lora.safetensors", "embedding.safetensors"
+RESULTS = ("training", MODEL, LORA, EMBEDDING, "best_step_[0-9]*")
+PARTS = {"settings", "weights", "data"}  # of run.json
+
+
+def identity(
+    model: LatentDiffusion, groups: list[Group], config: FineTuneConfig
+) -> dict[str, dict]:
+    """The content of run.json: the settings by name, a hash for the weights of each part, and the
+    fingerprints of each group."""
+    parts = {"VAE": model.vae, "text encoder": model.text, "U-Net": model.unet}
+    weights = {name: latents.fingerprint(part) for name, part in parts.items()}
+    weights["denoiser"] = f"{model.denoiser.target}, {model.denoiser.weighting}, {model.schedule}"
+    data = {
+        group.name: [f"weight {group.weight:g}", *map(fingerprint, group.examples)]
+        for group in groups
+    }
+    return {"settings": config.identity(), "weights": weights, "data": data}
+
+
+def fingerprint(example: Example) -> str:
+    """Sixteen letters that change with the latents, then the caption."""
+    content = example.latents.contiguous().view(torch.uint8).numpy()
+    return f"{hashlib.sha256(content).hexdigest()[:16]} {example.caption}"
+
+
+def upgraded(run: dict[str, dict]) -> dict[str, dict]:
+    """A run.json of an earlier version under today's names."""
+    settings, weights = dict(run["settings"]), dict(run["weights"])
+    if "levels" in settings:
+        settings["t_mean"], settings["t_std"] = settings.pop("levels")
+    if "text tower" in weights:
+        weights["text encoder"] = weights.pop("text tower")
+    return {"settings": settings, "weights": weights, "data": run["data"]}
+
+
+def check_free(out: Path, resume: bool) -> None:
+    """Raise unless the folder is free for this run: nothing is written over, neither another run
+    nor a stranger's file with one of our names."""
+    result = next((path for name in RESULTS for path in out.glob(name)), None)
+    if resume and result is not None and not (out / "training").exists():
+        raise UserError(f"{result} is there, but no training to go on with; choose another `out`.")
+    if not resume and result is not None:
+        raise UserError(
+            f"{out} holds a training already; pass `resume` to go on with it, or another `out`."
+        )
+    for name, stranger in {"run.json": foreign_run, "report.html": atomic.unsigned}.items():
+        atomic.check(out / name, stranger)
+    for grid in out.glob("grids/step_*.png"):
+        atomic.check(grid, atomic.unsigned)
+
+
+def foreign_run(path: Path) -> Path | None:
+    """path, unless it is a run.json of ours; see atomic.Stranger."""
+    try:
+        run = files.read_json(path)
+    except (UserError, OSError):
+        return path
+    return None if isinstance(run, dict) and run.keys() == PARTS else path
+
+
+def start(out: Path, run: dict[str, dict], resume: bool) -> None:
+    """Write OUT/run.json; where training has begun already, compare with it instead."""
+    check_free(out, resume)
+    file = out / "run.json"
+    if not (out / "training").exists():
+        with atomic.write(file, foreign_run) as new:
+            new.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        return
+    before = files.read_json(file)
+    if before.keys() != PARTS or not all(isinstance(part, dict) for part in before.values()):
+        raise UserError(f"{file} is not of a fine-tune; choose another `out`.")
+    before = upgraded(before)
+    for part in run:
+        for name in {**run[part], **before[part]}:
+            old, new = before[part].get(name), run[part].get(name)
+            if old != new:
+                raise UserError(
+                    f"{file}: this run was started {_change(part, name, old, new)}, or choose "
+                    "another `out`."
+                )
+
+
+def _change(part: str, name: str, old: object, new: object) -> str:
+    """What a setting, the weights or the data were before, and how to go on."""
+    if part == "settings":
+        return f"with {name} {old}, not {new}; resume it with that"
+    if part == "weights":
+        return f"from a model with another {name}; resume it with the same `model`"
+    return f"on other data: {_difference(name, old or [], new or [])}; put it back"
+
+
+def _difference(group: str, old: list[str], new: list[str]) -> str:
+    """The first example of a group that has changed."""
+    changed = [line for line in [*old, *new] if (line in old) != (line in new)]
+    if not changed:
+        return f'the images of "{group}" are in another order, or one is there twice'
+    first = changed[0]
+    if not first.startswith("weight "):
+        first = f'"{first.partition(" ")[2]}"'
+    counts = f"there were {max(0, len(old) - 1)} images, now {max(0, len(new) - 1)}"
+    return f'of "{group}" {counts}; the first difference is {first}'
+
+
+def best_folder(out: Path, step: int) -> Path:
+    return out / f"best_step_{step}"
+
+
+def write_best(
+    model: LatentDiffusion,
+    config: FineTuneConfig,
+    out: Path,
+    word: inversion.Word | None,
+    step: int,
+) -> None:
+    """Write the weights of the best step so far to a folder of their own, and remove the one
+    before. Those of the last step are in OUT anyway."""
+    folder = best_folder(out, step)
+    if step < config.steps:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(model, config.method, folder, word)
+    for older in set(out.glob("best_step_*")) - {folder}:
+        if foreign_best(older) is None:
+            shutil.rmtree(older)
+
+
+def foreign_best(path: Path) -> Path | None:
+    """What in a folder write_best() did not write; see atomic.Stranger."""
+    numbered = path.name.removeprefix("best_step_").isdecimal()
+    if path.is_symlink() or not path.is_dir() or not numbered:
+        return path
+    owners = {MODEL: folder.foreign, LORA: atomic.unsigned, EMBEDDING: atomic.unsigned}
+    for entry in sorted(path.iterdir()):
+        stranger = owners[entry.name](entry) if entry.name in owners else entry
+        if stranger is not None:
+            return stranger
+    return None
+
+
+def write(model: LatentDiffusion, method: str, out: Path, word: inversion.Word | None) -> None:
+    """Write OUT/model; or OUT/lora.safetensors, OUT/embedding.safetensors or both. A disk that is
+    full loses nothing: the last checkpoint has it all."""
+    if word is not None:
+        inversion.put_in(model.text, word.word, word.vector.detach())
+    path = out / {"full": MODEL, "lora": LORA, "inversion": EMBEDDING}[method]
+    try:
+        if method == "full":
+            model.save(path)
+            return
+        if method == "lora":
+            with atomic.write(path, atomic.unsigned) as new:
+                lora_files.save(model, new)
+        if word is not None:
+            path = inversion.save(word.word, word.vector, out / EMBEDDING)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} could not be written ({str(error).splitlines()[0]}). The training is kept: "
+            "make room, and write it with `resume`."
+        ) from error

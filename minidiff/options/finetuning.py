@@ -1,0 +1,280 @@
+"""The options of fine-tuning, of LoRAs and of DreamBooth."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from minidiff.errors import UserError, choice
+
+Method = Literal["full", "lora", "inversion"]
+Precision = Literal["fp32", "bf16"]
+OptimizerName = Literal["adamw", "adamw8bit"]
+TrainText = Literal["auto", "yes", "no", "word"]
+MACHINE = ("checkpointing",)  # what suits the machine changes no result, and is no part of a run
+
+
+def _at_least(config: object, **limits: int) -> None:
+    for name, least in limits.items():
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise UserError(f"{name} is {value}; it must be at least {least}.")
+
+
+def _positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UserError(f"{name} is {value:g}; it must be above 0, as in 1e-4.")
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Which layers a LoRA adapts, and how strongly."""
+
+    # rank of the LoRA: how much it can learn, and how large its file is
+    rank: int = 8
+    # the LoRA's change is multiplied by alpha / rank. Default: the rank
+    alpha: float | None = None
+    # adapt the U-Net's layers whose names end so, as in q,k,v,out. Default: those that read the
+    # text
+    layers: str = ""
+
+    def __post_init__(self) -> None:
+        _at_least(self, rank=1)
+        _positive(self, "alpha")
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """layers as single names; empty for the default."""
+        return tuple(name for part in self.layers.split(",") if (name := part.strip()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningConfig:
+    """What fine-tuning and DreamBooth have in common."""
+
+    # full trains every weight of the U-Net and writes a model; lora trains a few weights beside
+    # them and writes a small file; inversion trains the vector of one word alone
+    method: Method = "full"
+    # batches in a step: a larger step in the same memory
+    accumulate: int = 1
+    # weight noise levels by min(SNR, 5): steadier, for Stable Diffusion
+    min_snr: bool = False
+    # also keep an average of the weights with this decay, as in 0.999, and write that
+    ema: float | None = None
+    # start the trained word's vector from that of this word, as in dog. Default: its own
+    like: str | None = None
+    # precision to compute in; trained weights stay in fp32
+    dtype: Precision = "fp32"
+    # compute activations again in the backward pass: far less memory, a third more time
+    checkpointing: bool = False
+    # adamw8bit takes a quarter of AdamW's memory, and needs bitsandbytes
+    optimizer: OptimizerName = "adamw"
+    # everything random follows from it
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        choice("method", self.method, get_args(Method))
+        choice("optimizer", self.optimizer, get_args(OptimizerName))
+        choice("dtype", self.dtype, get_args(Precision))  # in fp16 gradients vanish
+        _at_least(self, accumulate=1)
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UserError(f"ema is {self.ema:g}; it must be between 0 and 1, as in 0.999.")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed is {self.seed}; it must be from 0 to {2**63 - 1}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneConfig(TuningConfig):
+    """How a model is fine-tuned."""
+
+    # optimizer steps
+    steps: int = 400
+    # peak learning rate; after the warm-up it falls to 0 as half a cosine. Default: 1e-5 for full,
+    # 1e-4 for lora, 5e-4 for inversion; 20 times that for a small U-Net such as the box's
+    lr: float | None = None
+    # images of each group in a batch
+    batch: int = 4
+    # steps in which the learning rate rises
+    warmup: int = 10
+    # the LoRA
+    lora: LoRAConfig = LoRAConfig()
+    # train the text encoder too
+    text: bool = False
+    # train the vector of this word too; the method inversion trains nothing else
+    word: str | None = None
+    # peak learning rate of the word's vector. Default: that of all else
+    word_lr: float | None = None
+    # how often a caption is hidden, so that guidance still works. Default: the model's own
+    dropout: float | None = None
+    # mean of logit(t / T) in training; needs t_std. Default: the schedule's own distribution
+    t_mean: float | None = None
+    # standard deviation of logit(t / T) in training; needs t_mean
+    t_std: float | None = None
+    # steps between two checkpoints, and between two rows of the report
+    every: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, steps=1, batch=1, every=1, warmup=0)
+        _positive(self, "lr", "word_lr", "t_std")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise UserError(
+                f"dropout is {self.dropout:g}; it must be from 0 to below 1, as in 0.1."
+            )
+        if (self.t_mean is None) != (self.t_std is None):
+            raise UserError("t_mean and t_std go together; set both or neither.")
+        if self.method == "inversion" and not self.word:
+            raise UserError(
+                'the method "inversion" trains the vector of one word; say which (`word`), or use '
+                "minidiff dreambooth, which takes it from its prompt."
+            )
+
+    def identity(self) -> dict[str, object]:
+        """What a run must have in common with the run that it resumes, by name."""
+        settings = {name: value for name, value in asdict(self).items() if name not in MACHINE}
+        settings |= settings.pop("lora")
+        unused = [] if self.method == "lora" else ["rank", "alpha", "layers"]
+        unused += [] if self.word else ["word", "word_lr", "like"]
+        unused += ["t_mean", "t_std"] if self.t_mean is None else []
+        return {name: value for name, value in settings.items() if name not in unused}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images a fine-tune learns from, and how they are prepared."""
+
+    # a captioned folder (metadata.jsonl and images); `minidiff data check` says whether it is fit
+    data: Path
+    # where metadata.jsonl has the captions
+    caption_column: str = "text"
+    # side of the images in pixels. Default: the size the model was trained at
+    size: int | None = None
+    # nearly keep the images' shapes, all with the same area. Default: cut out the middle square
+    buckets: bool = False
+    # show mirrored images too; not where captions say left and right
+    flip: bool = False
+    # share of the images to hold out: never trained on
+    validation: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation < 1:
+            raise UserError(
+                f"validation is {self.validation:g}; it must be a share from 0 to below 1."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubjectConfig:
+    """The images of a subject and of its class."""
+
+    # a folder with the images of the subject; where it has a metadata.jsonl, its captions are used
+    # instead of the prompt
+    subject: Path
+    # where metadata.jsonl has the captions
+    caption_column: str = "text"
+    # side of the images in pixels. Default: the size the model was trained at
+    size: int | None = None
+    # show mirrored images of the subject too; not where left and right matter
+    flip: bool = False
+    # a folder with class images of your own. Default: the model draws them
+    class_dir: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecorderConfig:
+    """What the flight recorder measures."""
+
+    # steps of the training between two measurements
+    every: int = 100
+    # images of each prompt
+    n: int = 4
+    # sampling steps and guidance for them (None: the model's own)
+    steps: int = 25
+    guidance: float | None = None
+    # everything random follows from it
+    seed: int = 0
+    # how many held-out and how many training examples are measured
+    probe: int = 8
+    # times t, with a noise each, in each tenth of the way from data to noise
+    noises: int = 2
+    # whose features (evaluation/features.py) say how far images moved
+    network: str = "random-conv-0"
+
+    def __post_init__(self) -> None:
+        _at_least(self, every=1, steps=1, probe=1, noises=1)
+        if self.n < 2:
+            raise UserError(
+                f"n is {self.n}; a grid has no second seed to compare with; take at least 2."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamBoothConfig(TuningConfig):
+    """How a model is taught a subject. None stands for what suits the model and the method."""
+
+    # what the images show, with a rare token for the subject, as in "a photo of sks dog"
+    prompt: str
+    # the prompt without the token, as in "a photo of a dog": the model draws it before training
+    # and goes on learning it, so that it is not forgotten. Repeat for more; {red|blue} stands for
+    # either
+    class_prompt: tuple[str, ...] = ()
+    # weight of the class images' loss; 0 does without them, and the model forgets the class.
+    # Default: chosen for the model and method
+    prior: float | None = None
+    # how many class images to draw; they are drawn again only when what they follow from changes.
+    # Default: chosen for the model and method
+    class_pictures: int | None = None
+    # optimizer steps. Default: chosen for the model and method
+    steps: int | None = None
+    # peak learning rate. Default: chosen for the model and method
+    lr: float | None = None
+    # images of the subject in a batch, and as many of the class. Default: chosen for the model and
+    # method
+    batch: int | None = None
+    # rank of the LoRA. Default: chosen for the model and method
+    rank: int | None = None
+    # the LoRA's change is multiplied by alpha / rank. Default: the rank
+    alpha: float | None = None
+    # train the text encoder too: yes, no, or the rare token's vector alone (word), which a LoRA
+    # then needs beside it. auto: chosen for the model and method
+    text: TrainText = "auto"
+    # move the images about by up to this share of their side. Default: chosen for the model and
+    # method
+    shift: float | None = None
+    # steps between two checkpoints, and between two rows of the report
+    every: int = 200
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choice("text", self.text, get_args(TrainText))
+        _at_least(self, steps=1, batch=1, rank=1, every=1)
+        _positive(self, "lr", "alpha")
+        if not self.prompt.strip():
+            raise UserError(
+                "prompt is empty; say what the images show, with a rare token for the subject, as "
+                'in "a photo of sks dog".'
+            )
+        if self.prior is not None and not 0 <= self.prior < math.inf:
+            raise UserError(f"prior is {self.prior:g}; it must be 0 or above; 1 is usual.")
+        if self.shift is not None and not 0 <= self.shift <= 0.5:
+            raise UserError(f"shift is {self.shift:g}; it must be from 0 to 0.5 of the side.")
+        if not self.preserves:
+            return
+        if not self.class_prompt:
+            raise UserError(
+                "prior preservation needs to know what class to preserve: give `class_prompt`, the "
+                'prompt without its rare token, as in "a photo of a dog"; or `prior=0`, and the '
+                "model forgets."
+            )
+        if self.class_pictures is not None and self.class_pictures < 1:
+            raise UserError(
+                f"class_pictures is {self.class_pictures}, which preserves nothing; draw some "
+                "(200), or give `prior=0`."
+            )
+
+    @property
+    def preserves(self) -> bool:
+        """Whether the class is trained on as well; textual inversion leaves the network alone."""
+        return self.method != "inversion" and self.prior != 0
