@@ -207,7 +207,7 @@ def opened(what: str, folder: Path, file: Path, dtype: str) -> dict[str, float]:
             f"StableDiffusionPipeline.from_pretrained({str(folder)!r}, torch_dtype={DTYPES[dtype]})"
         )
     else:
-        library, parts = "import minidiff.weights.load", "model,"
+        library, parts = "import minidiff.checkpoints.load", "model,"
         call = f"minidiff.load({str(file if 'single' in what else folder)!r}, dtype={dtype!r})"
     code = OPENING.format(library=library, call=call, parts=parts)
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
