@@ -56,10 +56,11 @@ from minidiff.methods.distill import (
 )
 from minidiff.options.sampling import Interval, SampleConfig
 from minidiff.recipes.quickstart import COLOURS, SHAPES
-from minidiff.train import EMA, Loss, TrainConfig, seed_of, train
+from minidiff.train import EMA, Loss, TrainConfig, train
 from minidiff.training import atomic
 from minidiff.training.progress import follow, last_loss, write_results
 from minidiff.training.resume import read_log
+from minidiff.training.seeds import generator_of
 
 TWO_OBJECTS = 0.8  # the share of pictures that show two
 WALK = 8  # steps of dpmpp_2m
@@ -110,7 +111,7 @@ def walked(
     on the way."""
     rng, generator = (
         random.Random(f"walks {seed} {k}"),
-        torch.Generator().manual_seed(seed_of(seed, -1 - k)),
+        generator_of(seed, -1 - k),
     )
     scenes = [world.scene(rng, two_objects=TWO_OBJECTS) for _ in range(size)]
     captions = [world.caption(scene, rng, full=rng.random() < 0.5) for scene in scenes]
@@ -173,7 +174,7 @@ def points(
     """Batches start, start + 1, ...; a share `far` of the points, and some more by chance, is pure
     noise, from which the way is longest."""
     for k in count(start):
-        generator = torch.Generator().manual_seed(seed_of(seed, k))
+        generator = generator_of(seed, k)
         i = torch.randint(0, len(walks.x), (batch,), generator=generator)
         n = torch.randint(0, len(times) - 1, (batch,), generator=generator) * (
             torch.rand(batch, generator=generator) < 1 - far

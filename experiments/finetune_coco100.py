@@ -36,10 +36,11 @@ from minidiff.finetuning.loop import finetune
 from minidiff.finetuning.recorder.recorder import Recorder
 from minidiff.options.finetuning import FineTuneConfig, RecorderConfig
 from minidiff.options.sampling import SampleConfig, check_size
-from minidiff.train import Loss, TrainConfig, seed_of, train
+from minidiff.train import Loss, TrainConfig, train
 from minidiff.training.device import pick_device
 from minidiff.training.progress import follow, last_loss, peak_memory_gb, write_results
 from minidiff.training.resume import read_log
+from minidiff.training.seeds import generator_of
 from minidiff.vae import VAE
 
 PROMPTS = (
@@ -56,7 +57,7 @@ def windows(
     whole pictures, and a hundred pictures have thousands of them."""
     side = images.shape[-1] // 2
     for k in count(start):
-        generator = torch.Generator().manual_seed(seed_of(seed, -1 - k))
+        generator = generator_of(seed, -1 - k)
         chosen = images[torch.randint(len(images), (batch,), generator=generator)]
         top, left, mirrored = torch.randint(side + 1, (3,), generator=generator).tolist()
         window = chosen[:, :, top : top + side, left : left + side]

@@ -24,8 +24,9 @@ from minidiff.errors import UserError
 from minidiff.figures import plots
 from minidiff.finetuning.recorder.recorder import Recorder
 from minidiff.options.finetuning import RecorderConfig
-from minidiff.train import NonFiniteError, TrainConfig, seed_of, train
+from minidiff.train import NonFiniteError, TrainConfig, train
 from minidiff.training.progress import write_results
+from minidiff.training.seeds import generator_of
 
 KNOWN = ("red", "yellow", "green", "blue")  # the colours of the box
 KEPT = {
@@ -114,7 +115,7 @@ def fly(flight: Flight, every: int, sampling_steps: int, seed: int, folder: Path
 
     def batches(start: int) -> Iterator[Batch]:
         for k in count(start):
-            generator = torch.Generator().manual_seed(seed_of(seed, k))
+            generator = generator_of(seed, k)
             chosen = torch.randint(len(latents), (BATCH,), generator=generator)
             hidden = torch.rand(BATCH, generator=generator) < HIDDEN
             yield latents[chosen], torch.where(hidden[:, None, None], null, contexts[chosen])

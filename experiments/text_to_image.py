@@ -28,10 +28,11 @@ from minidiff.figures import chains, plots
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.sampling import SampleConfig, check_size
 from minidiff.text import CLIPText, TextConfig
-from minidiff.train import EMA, Loss, TrainConfig, seed_of, train
+from minidiff.train import EMA, Loss, TrainConfig, train
 from minidiff.training.device import pick_device
 from minidiff.training.progress import follow, last_loss, write_results
 from minidiff.training.resume import read_log
+from minidiff.training.seeds import generator_of
 from minidiff.unet import UNet, UNetConfig
 from minidiff.vae import VAE, VAEConfig
 
@@ -42,9 +43,7 @@ def rows(n: int, batch: int, seed: int, start: int) -> Iterator[Int[Tensor, "B"]
     for k in count(
         start
     ):  # training seeds its noise with the steps from 0 up; the data takes the others
-        yield torch.randint(
-            n, (batch,), generator=torch.Generator().manual_seed(seed_of(seed, -1 - k))
-        )
+        yield torch.randint(n, (batch,), generator=generator_of(seed, -1 - k))
 
 
 Half = tuple[Int[Tensor, "B"], Int[Tensor, "B"], Float[Tensor, "B Z h w"], Bool[Tensor, "B"]]
@@ -56,7 +55,7 @@ def halves(
     """Half batches start, start + 1, ... with all that is random about them, so that two can be
     learnt from at once: which of the pictures, t, the noise, and whose caption is hidden."""
     for k, chosen in enumerate(rows(len(latents), -(-batch // 2), seed, start), start):
-        generator = torch.Generator().manual_seed(seed_of(seed, k))
+        generator = generator_of(seed, k)
         t = model.schedule.sample_t(len(chosen), generator)
         eps = torch.randn(len(chosen), *latents.shape[1:], generator=generator)
         yield chosen, t, eps, torch.rand(len(chosen), generator=generator) < model.dropout

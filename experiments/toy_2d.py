@@ -27,9 +27,10 @@ from minidiff.figures.curves import Panel
 from minidiff.layers import timestep_embedding
 from minidiff.methods.exact import Mixture
 from minidiff.samplers import ddim, sample
-from minidiff.train import EMA, Loss, TrainConfig, seed_of, train
+from minidiff.train import EMA, Loss, TrainConfig, train
 from minidiff.training.progress import follow, last_loss, write_results
 from minidiff.training.resume import read_log
+from minidiff.training.seeds import generator_of
 
 
 def moons(u: Float[Tensor, "K"]) -> Float[Tensor, "K 2"]:
@@ -137,7 +138,7 @@ def main(
     def batches(start: int) -> Iterator[Tensor]:
         # Training seeds its noise with steps from 0 up; equal seeds would correlate data and noise.
         for k in count(start):
-            yield mixture.draw(batch, torch.Generator().manual_seed(seed_of(seed, -1 - k)))
+            yield mixture.draw(batch, generator_of(seed, -1 - k))
 
     def loss(x0: Tensor) -> Loss:
         t = schedule.sample_t(len(x0))

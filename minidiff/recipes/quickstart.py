@@ -37,10 +37,11 @@ from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.recipes import reading
 from minidiff.samplers import Normal
 from minidiff.text import CLIPText, TextConfig
-from minidiff.train import EMA, Loss, TrainConfig, seed_of, train
+from minidiff.train import EMA, Loss, TrainConfig, train
 from minidiff.training import atomic
 from minidiff.training.progress import follow, peak_memory_gb, write_results
 from minidiff.training.resume import read_log
+from minidiff.training.seeds import generator_of
 from minidiff.unet import UNet, UNetConfig
 from minidiff.vae import VAE, VAEConfig
 
@@ -203,7 +204,7 @@ def latent_batches(
 ) -> Iterator[LatentBatch]:
     """Batches start, start + 1, ... of the endless stream, small images first."""
     for k in count(start):
-        generator = torch.Generator().manual_seed(seed_of(seed, k))
+        generator = generator_of(seed, k)
         rng, small = random.Random(f"{seed} {k}"), k < SMALL_STEPS * PARTS
         latents, captions = [], []
         for _ in range(SMALL_BATCH if small else BATCH):

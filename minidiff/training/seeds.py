@@ -3,13 +3,7 @@
 So a run that is resumed at step k goes on as if never interrupted, with no random state to save.
 """
 
-from collections.abc import Callable, Iterator
-from itertools import count
-from typing import TypeVar
-
 import torch
-
-T = TypeVar("T")
 
 
 def seed_of(seed: int, index: int) -> int:
@@ -20,8 +14,3 @@ def seed_of(seed: int, index: int) -> int:
 def generator_of(seed: int, index: int) -> torch.Generator:
     """A generator on the CPU whose numbers follow from (seed, index) alone."""
     return torch.Generator().manual_seed(seed_of(seed, index))
-
-
-def stream(draw: Callable[[int, torch.Generator], T], seed: int, start: int = 0) -> Iterator[T]:
-    """draw(k, generator) for k = start, start + 1, ..., each with the generator of (seed, k)."""
-    return (draw(k, generator_of(seed, k)) for k in count(start))
