@@ -251,8 +251,9 @@ def check_chain(preset: Preset, conditional: bool, sampling_steps: int) -> None:
         raise UserError("--conditional: the paper's chain is unconditional; choose another preset.")
     if sampling_steps != preset.chain.T:
         raise UserError(
-            f"--sampling-steps is {sampling_steps}, but the paper's chain takes all {preset.chain.T} "
-            'steps; draw with fewer by minidiff generate "" --model OUT/model --steps N.'
+            f"--sampling-steps is {sampling_steps}, but the paper's chain takes all "
+            f'{preset.chain.T} steps; draw with fewer by minidiff generate "" --model OUT/model '
+            "--steps N."
         )
 
 

@@ -1,19 +1,24 @@
-"""Few steps: what the model in the box draws in 50 evaluations of its U-Net, a student of it draws in one, two or four.
+"""Few steps: what the model in the box draws in 50 evaluations of its U-Net, a student of it draws
+in one, two or four.
 
     python experiments/distill.py
 
-One CPU core. Act one: the teacher walks, guided and deterministic, from noise to latents, and the walks are kept. Act two: the student
-learns to guess, from any point of a walk, where it ends; then, besides, that its guess from pure noise be what its guess from half the
-way would be. Act three: LCM-LoRA, consistency distillation in which only low-rank weights are trained. Act four: another student learns what
-the guided teacher says, in one evaluation a step in place of two: first anywhere, then where its own walks lead. Act five: the critic counts.
-Writes student/ and guided/ (for `minidiff generate --model`), lcm_lora.safetensors (for `--lora`), distill.png, loss.png, lora_loss.png and
-results.json. Ctrl-C saves; --resume goes on.
+One CPU core. Act one: the teacher walks, guided and deterministic, from noise to latents, and the
+walks are kept. Act two: the student learns to guess, from any point of a walk, where it ends; then,
+besides, that its guess from pure noise be what its guess from half the way would be. Act three:
+LCM-LoRA, consistency distillation in which only low-rank weights are trained. Act four: another
+student learns what the guided teacher says, in one evaluation a step in place of two: first
+anywhere, then where its own walks lead. Act five: the critic counts. Writes student/ and guided/
+(for `minidiff generate --model`), lcm_lora.safetensors (for `--lora`), distill.png, loss.png,
+lora_loss.png and results.json. Ctrl-C saves; --resume goes on.
 
-[1] Luhman, Luhman. Knowledge Distillation in Iterative Generative Models for Improved Sampling Speed. 2021. arXiv:2101.02388
+[1] Luhman, Luhman. Knowledge Distillation in Iterative Generative Models for Improved Sampling
+    Speed. 2021. arXiv:2101.02388
 [2] Luo et al. LCM-LoRA: A Universal Stable-Diffusion Acceleration Module. 2023. arXiv:2311.05556
 [3] Sauer, Lorenz, Blattmann, Rombach. Adversarial Diffusion Distillation. 2023. arXiv:2311.17042
 [4] Meng et al. On Distillation of Guided Diffusion Models. 2022. arXiv:2210.03142
-[5] Ross, Gordon, Bagnell. A Reduction of Imitation Learning and Structured Prediction to No-Regret Online Learning. 2011. arXiv:1011.0686
+[5] Ross, Gordon, Bagnell. A Reduction of Imitation Learning and Structured Prediction to No-Regret
+    Online Learning. 2011. arXiv:1011.0686
 """
 
 import copy
@@ -101,7 +106,8 @@ class Walks(NamedTuple):
 def walked(
     model: LatentDiffusion, world: World, k: int, size: int, seed: int, sampler: str, how: dict
 ) -> dict:
-    """Chunk k of a model's walks: captions of training scenes, half of them in full, and the points on the way."""
+    """Chunk k of a model's walks: captions of training scenes, half of them in full, and the points
+    on the way."""
     rng, generator = (
         random.Random(f"walks {seed} {k}"),
         torch.Generator().manual_seed(seed_of(seed, -1 - k)),
@@ -135,7 +141,8 @@ def all_walks(
     sampler: str,
     **how,
 ) -> Walks:
-    """Act one, [1], and again in act four; how: more of `sample`'s arguments. To resume, files that are there are not made again."""
+    """Act one, [1], and again in act four; how: more of `sample`'s arguments. To resume, files that
+    are there are not made again."""
     folder.mkdir(parents=True, exist_ok=True)
     x, contexts = [], []
     for k in tqdm(range(-(-n // CHUNK)), desc=title, unit=f" x {CHUNK}"):
@@ -163,7 +170,8 @@ class Points(NamedTuple):
 def points(
     walks: Walks, times: Shaped[Tensor, "steps1"], batch: int, far: float, seed: int, start: int
 ) -> Iterator[Points]:
-    """Batches start, start + 1, ...; a share `far` of the points, and some more by chance, is pure noise, from which the way is longest."""
+    """Batches start, start + 1, ...; a share `far` of the points, and some more by chance, is pure
+    noise, from which the way is longest."""
     for k in count(start):
         generator = torch.Generator().manual_seed(seed_of(seed, k))
         i = torch.randint(0, len(walks.x), (batch,), generator=generator)
@@ -189,8 +197,9 @@ def train_student(
     seed: int,
     resume: bool,
 ) -> LatentDiffusion:
-    """A round of act two: all weights learn where walks end, [1]; and to sharpen, what `start` makes of their guess given new noise, [3].
-    far: the share of walks' points that are pure noise. Returns the average of the weights, as a model that needs no guidance."""
+    """A round of act two: all weights learn where walks end, [1]; and to sharpen, what `start`
+    makes of their guess given new noise, [3]. far: the share of walks' points that are pure noise.
+    Returns the average of the weights, as a model that needs no guidance."""
     torch.manual_seed(seed)
     student, schedule = copy.deepcopy(start.denoiser).requires_grad_(True), start.schedule
     ema, times = EMA(student.network, decay=0.998), schedule.timesteps(WALK)
@@ -236,7 +245,8 @@ def train_lora(
     seed: int,
     resume: bool,
 ) -> LatentDiffusion:
-    """Act three, [2]: neighbouring times are to agree, the data being what the teacher drew. Returns the teacher with its LoRA beside it."""
+    """Act three, [2]: neighbouring times are to agree, the data being what the teacher drew.
+    Returns the teacher with its LoRA beside it."""
     torch.manual_seed(seed)
     student, schedule = copy.deepcopy(teacher), teacher.schedule
     lora.add(student.unet, rank, targets=LAYERS)
@@ -280,8 +290,10 @@ def train_guided(
     seed: int,
     resume: bool,
 ) -> LatentDiffusion:
-    """A round of act four, the first stage of [4] at one scale: what the teacher says with guidance, said in one evaluation. The data are where
-    the teacher's walks ended, noised; or own walks of the student as they stand: where it goes wrong, it hears what would have been right [5]."""
+    """A round of act four, the first stage of [4] at one scale: what the teacher says with
+    guidance, said in one evaluation. The data are where the teacher's walks ended, noised; or own
+    walks of the student as they stand: where it goes wrong, it hears what would have been right
+    [5]."""
     torch.manual_seed(seed)
     student, schedule, null = (
         copy.deepcopy(start.denoiser).requires_grad_(True),
@@ -349,7 +361,8 @@ def measured(
 
 
 def plot(rows: list[dict], shown: dict[str, Float[Tensor, "B 3 H W"]], path: Path) -> Path:
-    """Left, accuracy against evaluations, a line for each model and sampler; right, the same captions and noise in many and few steps."""
+    """Left, accuracy against evaluations, a line for each model and sampler; right, the same
+    captions and noise in many and few steps."""
     import matplotlib.figure
 
     with curves.style():
@@ -424,7 +437,8 @@ def main(
     seed: int = 0,
     resume: bool = False,
 ) -> None:
-    """Distill the model in the box to a few steps on one CPU core, and let the critic judge teacher and students.
+    """Distill the model in the box to a few steps on one CPU core, and let the critic judge teacher
+    and students.
 
     Args:
         model: the teacher: box, or a model folder of the quickstart's world.

@@ -1,11 +1,15 @@
-"""Stable Diffusion, line by line: everything between a prompt and a picture stands in this file, and the trace of what runs inside.
+"""Stable Diffusion, line by line: everything between a prompt and a picture stands in this file,
+and the trace of what runs inside.
 
-    python experiments/sd_generate.py                                       the trace of Stable Diffusion 1.5, no weights needed
-    python experiments/sd_generate.py --model stable-diffusion-v1-5 --prompt "a photograph of an astronaut riding a horse"
+    python experiments/sd_generate.py                                       the trace of Stable
+    Diffusion 1.5, no weights needed
+    python experiments/sd_generate.py --model stable-diffusion-v1-5 --prompt "a photograph of an
+    astronaut riding a horse"
 
-Writes trace.txt: shapes, parameters and multiply-adds, from 512x512 pixels to the 8x8 bottom of the U-Net and back. With a model also
-picture.png, chain.png (the guess of the picture along the way) and results.json. Look at the trace: five sixths of the U-Net's
-parameters sit where maps are 16x16 or smaller, and two thirds of its work where they are 64x64 and 32x32.
+Writes trace.txt: shapes, parameters and multiply-adds, from 512x512 pixels to the 8x8 bottom of the
+U-Net and back. With a model also picture.png, chain.png (the guess of the picture along the way)
+and results.json. Look at the trace: five sixths of the U-Net's parameters sit where maps are 16x16
+or smaller, and two thirds of its work where they are 64x64 and 32x32.
 """
 
 from pathlib import Path
@@ -42,7 +46,8 @@ def main(
     """Draw one picture with Stable Diffusion, step by step, and say what ran.
 
     Args:
-        model: a diffusers folder, a single file, a folder of ours, or a name on the Hugging Face Hub; left out, only the trace is made.
+        model: a diffusers folder, a single file, a folder of ours, or a name on the Hugging Face
+            Hub. Default: only the trace is made.
         prompt: what to draw.
         negative: what the picture should not show.
         steps: sampling steps.
@@ -68,7 +73,8 @@ def main(
     if model is None:
         return
 
-    # Words become vectors, 77 of them; what guidance steers away from are the vectors of other words, or of none.
+    # Words become vectors, 77 of them; what guidance steers away from are the vectors of other
+    # words, or of none.
     with torch.no_grad():
         context, null = text.encode([prompt]), text.encode([negative])
 
@@ -77,7 +83,8 @@ def main(
     shape = 1, vae.latent_channels, side // vae.factor, side // vae.factor
     x = noise(torch.empty(shape, device=found.device))
 
-    # From noise to latents: at each time the U-Net guesses what is noise in x, once with and once without the words.
+    # From noise to latents: at each time the U-Net guesses what is noise in x, once with and once
+    # without the words.
     denoise, step = guide(found.denoiser, context, null, guidance), by_name(sampler)
     times, guesses, memory = found.schedule.timesteps(steps, found.spacing), [], None
     with torch.no_grad():
@@ -125,9 +132,12 @@ def traces(vae, text, unet, side: int) -> str:
     return "\n\n".join(
         [
             f"VAE encoder, from 3 x {side} x {side}\n{table(trace_half(vae.encoder, 3, side))}",
-            f"U-Net, from {z} x {small} x {small} and {words} x {width} of words\n{table(trace_unet(unet, small, words))}",
-            f"VAE decoder, from {z} x {small} x {small}\n{table(trace_half(vae.decoder, z, small))}",
-            f"text tower: {words} tokens to {words} x {width}, {parameters / 1e6:.2f} M parameters",
+            f"U-Net, from {z} x {small} x {small} and {words} x {width} of words\n"
+            f"{table(trace_unet(unet, small, words))}",
+            f"VAE decoder, from {z} x {small} x {small}\n"
+            f"{table(trace_half(vae.decoder, z, small))}",
+            f"text encoder: {words} tokens to {words} x {width}, "
+            f"{parameters / 1e6:.2f} M parameters",
         ]
     )
 

@@ -1,11 +1,14 @@
-"""Stable Diffusion at full size beside diffusers: the same random weights, the same precision, the same process, taking turns.
+"""Stable Diffusion at full size beside diffusers: the same random weights, the same precision, the
+same process, taking turns.
 
-    python experiments/sd_speed.py                                          SD 1.5 at 512x512 on the CPU
+    python experiments/sd_speed.py                                          SD 1.5 at 512x512 on the
+    CPU
     python experiments/sd_speed.py --device cuda --dtype bf16 --batch 8 --compile
 
-Writes random weights of SD 1.5's true shapes in both layouts, and measures: how long opening takes and at what peak of memory (each in a process
-of its own), and seconds for a step of the U-Net under guidance, ours and theirs in turns, so that what else the machine does meets both.
-The ratio is the median of the turns' ratios. diffusers must be installed (the test extra has it).
+Writes random weights of SD 1.5's true shapes in both layouts, and measures: how long opening takes
+and at what peak of memory (each in a process of its own), and seconds for a step of the U-Net under
+guidance, ours and theirs in turns, so that what else the machine does meets both. The ratio is the
+median of the turns' ratios. diffusers must be installed (the test extra has it).
 """
 
 import json
@@ -40,15 +43,18 @@ import torch
 {library}
 
 
-def memory(what):  # of this process, in bytes; the peak that getrusage tells counts its parent's too
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what)) * 1024
+def memory(what):  # of this process, in bytes; the peak of getrusage counts its parent's too
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024
 
 
 before, start = memory("VmRSS"), time.perf_counter()
 model = {call}
-weights = sum(p.numel() * p.element_size() + 0 * p.sum().item() for part in ({parts}) for p in part.parameters())  # sum: all of it is read
+parameters = [p for part in ({parts}) for p in part.parameters()]
+weights = sum(p.numel() * p.element_size() + 0 * p.sum().item() for p in parameters)  # reads all
 seconds, peak = time.perf_counter() - start, memory("VmHWM") - before
-print(json.dumps({{"seconds": seconds, "weights_gb": weights / 1e9, "peak_gb": peak / 1e9, "peak_by_weights": peak / weights}}))
+found = {{"seconds": seconds, "weights_gb": weights / 1e9, "peak_gb": peak / 1e9}}
+print(json.dumps(found | {{"peak_by_weights": peak / weights}}))
 """
 WAYS = ("minidiff", "minidiff, single file", "diffusers")
 
@@ -190,7 +196,8 @@ def written(small: bool, folder: Path, file: Path) -> dict:
 
 
 def opened(what: str, folder: Path, file: Path, dtype: str) -> dict[str, float]:
-    """Seconds and peak memory of opening a whole model and reading all of it in a new process, beyond those of the imports. Linux only."""
+    """Seconds and peak memory of opening a whole model and reading all of it in a new process,
+    beyond those of the imports. Linux only."""
     if what == "diffusers":
         library, parts = (
             "from diffusers import StableDiffusionPipeline",
@@ -211,7 +218,8 @@ def opened(what: str, folder: Path, file: Path, dtype: str) -> dict[str, float]:
 
 @torch.no_grad()
 def taken_in_turns(calls: dict, steps: int, device: str) -> tuple[dict[str, list[float]], float]:
-    """Seconds of each call in turns, and the largest difference of what they give, relative to its size."""
+    """Seconds of each call in turns, and the largest difference of what they give, relative to its
+    size."""
     outputs = {
         name: call() for name, call in calls.items()
     }  # not counted: memory is found, kernels are chosen or compiled

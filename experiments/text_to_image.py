@@ -1,10 +1,13 @@
-"""Text to image from nothing, on your own pictures: a VAE, then latent diffusion with a text tower, until it can draw its training captions.
+"""Text to image from nothing, on your own pictures: a VAE, then latent diffusion with a text tower,
+until it can draw its training captions.
 
-    python experiments/text_to_image.py --data FOLDER [--prompts "A large white bowl of many green apples."]
+    python experiments/text_to_image.py --data FOLDER [--prompts "A large white bowl of many green
+apples."]
 
-FOLDER holds pictures and a metadata.jsonl (minidiff data coco makes one of COCO's files). With a hundred pictures this is memorisation,
-on purpose: every part of Stable Diffusion at work on a CPU, with an answer that can be checked. Writes model/,
-generated.png, real_vs_generated.png, reverse.png and .gif, the losses and results.json. Ctrl-C saves; --resume goes on, bit for bit.
+FOLDER holds pictures and a metadata.jsonl (minidiff data coco makes one of COCO's files). With a
+hundred pictures this is memorisation, on purpose: every part of Stable Diffusion at work on a CPU,
+with an answer that can be checked. Writes model/, generated.png, real_vs_generated.png, reverse.png
+and .gif, the losses and results.json. Ctrl-C saves; --resume goes on, bit for bit.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,7 +37,8 @@ from minidiff.vae import VAE, VAEConfig
 
 
 def rows(n: int, batch: int, seed: int, start: int) -> Iterator[Int[Tensor, "B"]]:
-    """Which of n pictures make batch start, start + 1, ...; batch k follows from (seed, k) alone."""
+    """Which of n pictures make batch start, start + 1, ...; batch k follows from (seed, k)
+    alone."""
     for k in count(
         start
     ):  # training seeds its noise with the steps from 0 up; the data takes the others
@@ -49,8 +53,8 @@ Half = tuple[Int[Tensor, "B"], Int[Tensor, "B"], Float[Tensor, "B Z h w"], Bool[
 def halves(
     model: LatentDiffusion, latents: Float[Tensor, "N Z h w"], batch: int, seed: int, start: int
 ) -> Iterator[Half]:
-    """Half batches start, start + 1, ... with all that is random about them, so that two can be learnt from at once: which of the
-    pictures, t, the noise, and whose caption is hidden."""
+    """Half batches start, start + 1, ... with all that is random about them, so that two can be
+    learnt from at once: which of the pictures, t, the noise, and whose caption is hidden."""
     for k, chosen in enumerate(rows(len(latents), -(-batch // 2), seed, start), start):
         generator = torch.Generator().manual_seed(seed_of(seed, k))
         t = model.schedule.sample_t(len(chosen), generator)
@@ -77,7 +81,8 @@ def compare(
     images: Float[Tensor, "N 3 H W"],
     decoded: Float[Tensor, "N 3 H W"],
 ) -> dict[str, float]:
-    """How close pictures drawn from captions come to the training pictures `where`, and how close the VAE lets them come."""
+    """How close pictures drawn from captions come to the training pictures `where`, and how close
+    the VAE lets them come."""
     apart, between = distances(drawn, images), distances(images, images).fill_diagonal_(torch.inf)
     figures = {
         "vae_psnr_db": (-10 * ((decoded - images) / 2).pow(2).flatten(1).mean(1).log10())
@@ -121,7 +126,8 @@ def main(
 
     Args:
         data: the captioned folder.
-        prompts: captions of the folder to show first; others are drawn too, but there is no picture to compare them with.
+        prompts: captions of the folder to show first; others are drawn too, but there is no picture
+            to compare them with.
         out: folder for everything written.
         size: side of the pictures in pixels, a multiple of 32.
         caption_column: the column of metadata.jsonl that holds the caption.
@@ -129,7 +135,8 @@ def main(
         vae_steps: its training steps.
         vae_batch: its pictures a step.
         vae_lr: its peak learning rate.
-        width: channels of the U-Net at the latents' size, a multiple of 32; twice that at the two coarsest levels.
+        width: channels of the U-Net at the latents' size, a multiple of 32; twice that at the two
+            coarsest levels.
         steps: training steps of the text tower and the U-Net.
         batch: their pictures a step.
         lr: their peak learning rate.

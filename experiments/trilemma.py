@@ -1,12 +1,16 @@
-"""The trilemma of the model in the box: what sampler, number of steps and guidance give and cost, and the least that is nearly as good as the best.
+"""The trilemma of the model in the box: what sampler, number of steps and guidance give and cost,
+and the least that is nearly as good as the best.
 
     python experiments/trilemma.py --out out/trilemma
 
-8 samplers x 5 numbers of steps x 4 guidances, and a few that guide in a part of the way only. A quarter of an hour of one free core; what was
-interrupted goes on where it stopped. Writes trilemma.csv, trilemma.png and results.json.
+8 samplers x 5 numbers of steps x 4 guidances, and a few that guide in a part of the way only. A
+quarter of an hour of one free core; what was interrupted goes on where it stopped. Writes
+trilemma.csv, trilemma.png and results.json.
 
-[1] Xiao, Kreis, Vahdat. Tackling the Generative Learning Trilemma with Denoising Diffusion GANs. 2022. arXiv:2112.07804
-[2] Kynkäänniemi et al. Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion Models. 2024. arXiv:2404.07724
+[1] Xiao, Kreis, Vahdat. Tackling the Generative Learning Trilemma with Denoising Diffusion GANs.
+    2022. arXiv:2112.07804
+[2] Kynkäänniemi et al. Applying Guidance in a Limited Interval Improves Sample and Distribution
+    Quality in Diffusion Models. 2024. arXiv:2404.07724
 """
 
 from dataclasses import replace
@@ -97,7 +101,8 @@ def main(
         )
     )
     print(
-        f"accuracy and evaluations a picture: best {said['best']}; 99 % of it with the fewest {said['enough']}"
+        f"accuracy and evaluations a picture: best {said['best']}; "
+        f"99 % of it with the fewest {said['enough']}"
     )
 
 

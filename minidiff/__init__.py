@@ -42,13 +42,11 @@ def load(
     text: "str | Path | None" = None,
     unet: "str | Path | None" = None,
 ) -> "LatentDiffusion":
-    """The model at a path, ready to sample: a folder of ours, a diffusers folder, a single file of
-    Stable Diffusion, or a name on the Hugging Face Hub. "box" is the small model that ships with
-    minidiff (docs/box.md).
+    """The model at a path, ready to sample: a folder of ours or of diffusers, a single file of
+    Stable Diffusion, a name on the Hugging Face Hub, or "box", the small model that ships with us.
 
     dtype: torch's, or fp32, bf16, fp16; None keeps what is stored. target: what the U-Net predicts
-    ("eps", "v"), where the file does not say. vae, text, unet: take this part from another
-    checkpoint.
+    ("eps", "v"), where the file does not say. vae, text, unet: other checkpoints' parts.
     """
     from minidiff.checkpoints.load import load
 

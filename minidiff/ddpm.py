@@ -32,18 +32,12 @@ class DDPM:
         self.alpha_bar = torch.cumprod(1 - self.beta, dim=0)
 
     def q_step(self, x: X, t: Int[Tensor, "B"], eps: X) -> X:
-        """One forward step from t-1 to t, [1] eq. 2:
-
-        q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)
-        """
+        """One step, [1] eq. 2:  q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
         beta = self.beta[t.cpu()]
         return _like((1 - beta).sqrt(), x) * x + _like(beta.sqrt(), x) * eps
 
     def q_sample(self, x0: X, t: Int[Tensor, "B"], eps: X) -> X:
-        """Take t forward steps at once, [1] eq. 4:
-
-        q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)
-        """
+        """t steps, [1] eq. 4:  q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)."""
         alpha_bar = self.alpha_bar[t.cpu()]
         return _like(alpha_bar.sqrt(), x0) * x0 + _like((1 - alpha_bar).sqrt(), x0) * eps
 
@@ -60,10 +54,7 @@ class DDPM:
         return _like(of_x0, x_t) * x0 + _like(of_x_t, x_t) * x_t, _like(variance, x_t)
 
     def predict_x0(self, x_t: X, t: Int[Tensor, "B"], eps: X) -> X:
-        """Equation 4 solved for x_0, [1] eq. 15:
-
-        x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)
-        """
+        """[1] eq. 15, solving eq. 4:  (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)."""
         alpha_bar = self.alpha_bar[t.cpu()]
         return (x_t - _like((1 - alpha_bar).sqrt(), x_t) * eps) / _like(alpha_bar.sqrt(), x_t)
 

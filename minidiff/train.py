@@ -33,8 +33,8 @@ from minidiff.training.workers import workers
 __all__ = ["BINS", "EMA", "Loss", "LossFn", "NonFiniteError", "TrainConfig", "TrainStep", "train"]
 __all__ += ["backward_all", "by_bin", "seed_of"]
 
-# "loss": of each example; its mean is minimized. "progress": where each lies in [0, 1], for the loss
-# by noise level. The means of all other entries are reported.
+# "loss": of each example; its mean is minimized. "progress": where each lies in [0, 1], for the
+# loss by noise level. The means of all other entries are reported.
 LossFn = Callable[[Any], Loss]
 
 

@@ -1,4 +1,5 @@
-"""Every experiment at its smallest size: it writes what it says, resumes bit for bit, and complains in one line."""
+"""Every experiment at its smallest size: it writes what it says, resumes bit for bit, and complains
+in one line."""
 
 import json
 import random
@@ -59,7 +60,8 @@ def written(out, *names):
 
 
 def stop_at(step):
-    """In place of the progress bar: Ctrl-C while that step is looked at, so that training stops there, saved."""
+    """In place of the progress bar: Ctrl-C while that step is looked at, so that training stops
+    there, saved."""
 
     def follow(training, *_):
         for done in training:
@@ -256,7 +258,8 @@ def test_cifar_features(classes, tmp_path, monkeypatch):
 
 
 def test_the_feature_network_that_ships_sees_distortions(real_data):
-    """The stronger noise, blur or tint, the farther; real pictures are nearest. Of 500 pictures on each side: the table in docs has 10,000."""
+    """The stronger noise, blur or tint, the farther; real pictures are nearest. Of 500 pictures on
+    each side: the table in docs has 10,000."""
     tiles = {}
     for part in ("train", "test"):
         mosaic = load_image(real_data / "cifar10" / f"{part}_0.webp")[:, :320]
@@ -513,7 +516,8 @@ def test_new_contexts_are_new_and_the_critic_can_read_the_captions():
 
 
 def test_the_second_round_learns_from_what_is_right_of_the_first(tmp_path, monkeypatch):
-    """Of drawings half of which show the ring asked for, that half is kept, with its captions, in none of the contexts judged later."""
+    """Of drawings half of which show the ring asked for, that half is kept, with its captions, in
+    none of the contexts judged later."""
     contexts, model, rng, shown = (
         dreambooth.new_contexts(100, 0),
         minidiff.load(),
@@ -667,7 +671,8 @@ def test_speed_beside_diffusers(tmp_path):
 
 @pytest.mark.slow
 def test_memory(tmp_path, capsys):
-    """What is estimated for a tiny network is within a factor of what its training takes; the rest is what libraries take."""
+    """What is estimated for a tiny network is within a factor of what its training takes; the rest
+    is what libraries take."""
     memory.main(small=True, out=tmp_path)
     found = written(tmp_path)
     assert {"full", "--checkpointing", "--method lora", "--optimizer adamw8bit"} <= set(

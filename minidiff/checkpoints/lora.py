@@ -112,7 +112,7 @@ def save(model: LatentDiffusion, file: str | Path, layout: str = "diffusers") ->
     whole = {name: value.contiguous() for name, value in whole.items()}
     atomic.check_new(file)
     with atomic.write(file) as new:
-        save_file(whole, new, {"format": "pt", "software": atomic.SIGNATURE})
+        save_file(whole, new, {"software": atomic.SIGNATURE})
     return file
 
 

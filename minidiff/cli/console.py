@@ -82,7 +82,7 @@ def parsed(verb: Verb, args: list[str], prog: str) -> Callable[[], None]:
             job, unknown = tyro.cli(
                 later(verb),
                 prog=prog,
-                description=inspect.getdoc(verb).partition("\n\nArgs:")[0],
+                description=(inspect.getdoc(verb) or "").partition("\n\nArgs:")[0],
                 args=args,
                 return_unknown_args=True,
                 registry=REGISTRY,

@@ -92,8 +92,9 @@ class Parts:
     def load(self, model: Path, device: str, dtype: str | None) -> "LatentDiffusion":
         """The model of these parts; prints what each LoRA and each embedding changed."""
         from minidiff import load
+        from minidiff.checkpoints import embedding
         from minidiff.checkpoints import lora as lora_files
-        from minidiff.methods import inversion, lora
+        from minidiff.methods import lora
 
         loaded = load(
             model,
@@ -110,7 +111,7 @@ class Parts:
             lora.remove(loaded)
             print(f"{file}: {len(report.layers)} layers, probe moved by {100 * report.moved:.2g} %")
         for file, word in self.embeddings():
-            print(f'{file}: the word is "{inversion.load(loaded.text, file, word)}"')
+            print(f'{file}: the word is "{embedding.load(loaded.text, file, word)}"')
         return loaded
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from minidiff.checkpoints import files, folder
+from minidiff.checkpoints import embedding, files, folder
 from minidiff.checkpoints import lora as lora_files
 from minidiff.data import latents
 from minidiff.data.latents import Example
@@ -176,7 +176,7 @@ def write(model: LatentDiffusion, method: str, out: Path, word: inversion.Word |
             with atomic.write(path, atomic.unsigned) as new:
                 lora_files.save(model, new)
         if word is not None:
-            path = inversion.save(word.word, word.vector, out / EMBEDDING)
+            path = embedding.save(word.word, word.vector, out / EMBEDDING)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path} could not be written ({str(error).splitlines()[0]}). The training is kept: "

@@ -50,6 +50,8 @@ class Edit:
         if not 0 < self.strength <= 1:
             limits = "above 0 (the image stays) and at most 1 (little of it does)"
             raise UserError(f"strength is {self.strength:g}; it must be {limits}.")
+        if self.mask is not None and self.mask.shape[2:] != self.image.shape[2:]:
+            raise UserError("the mask is of another size than the image.")
 
     def paste(self, images: Images) -> Images:
         """The images inside the mask, and the given one, to the bit, outside."""

@@ -1,4 +1,4 @@
-"""Textual inversion: the vector of one word, to be trained, saved and loaded.
+"""Textual inversion: the vector of one word, to be trained.
 
 A vector v of the text encoder's vocabulary is trained so that captions with the word fit the
 images, [1] eq. 2:
@@ -8,7 +8,7 @@ images, [1] eq. 2:
 So the file is 3 KB, and the model can draw nothing new: only what it could draw all along and no
 word of its own would call. Trained beside the U-Net or a LoRA, v finds a place in the text
 encoder's language for what the U-Net learns to draw, while the encoder stays as it is (pivotal
-tuning [2]). The training loop is finetuning/loop.py.
+tuning [2]). The training loop is finetuning/loop.py; the files are checkpoints/embedding.py's.
 
 [1] Gal et al. An Image is Worth One Word: Personalizing Text-to-Image Generation using Textual
     Inversion. 2022. arXiv:2208.01618
@@ -16,18 +16,14 @@ tuning [2]). The training loop is finetuning/loop.py.
 """
 
 import re
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from minidiff.checkpoints import files
 from minidiff.errors import UserError
 from minidiff.text import CLIPText, token_ids
-from minidiff.training import atomic
 
 
 def token_of(word: str) -> int:
@@ -87,41 +83,3 @@ class Word(nn.Module):
 def put_in(text: CLIPText, word: str, vector: Float[Tensor, "D"]) -> None:
     """Give the word this vector for good."""
     text.token_embedding.weight[token_of(word)] = vector.to(text.token_embedding.weight)
-
-
-def save(word: str, vector: Float[Tensor, "D"], file: Path) -> Path:
-    """Write {"<word>": (1, D)}, as diffusers' load_textual_inversion reads it. A stranger's file of
-    that name is not written over."""
-    with atomic.write(file, atomic.unsigned) as new:
-        save_file(
-            {f"<{word}>": vector.detach().float().cpu()[None].contiguous()},
-            new,
-            {"software": atomic.SIGNATURE},
-        )
-    return file
-
-
-def load(text: CLIPText, file: Path, word: str | None = None) -> str:
-    """Give a word the vector of a file, for good; returns the word. Default: the word that the file
-    names. In other tools a word can be new; here it is one token of CLIP's vocabulary."""
-    tensors = files.tensors(file)
-    if len(tensors) != 1:
-        raise UserError(
-            f"{file}: {len(tensors)} tensors, {', '.join(list(tensors)[:3])}; a textual inversion "
-            "has one, with the name of its word."
-        )
-    ((name, vector),) = tensors.items()
-    vector = vector[None] if vector.ndim == 1 else vector
-    if tuple(vector.shape) != (1, text.dim):
-        raise UserError(
-            f'{file}: "{name}" has the shape {tuple(vector.shape)}; this text encoder takes 1 '
-            f"vector of width {text.dim}."
-        )
-    word = word or name.strip().removeprefix("<").removesuffix(">")
-    if len(token_ids(word)) != 1:
-        raise UserError(
-            f'{file}: its word "{name}" is not one token of the vocabulary; name another word for '
-            f"it, as in {file}:sks."
-        )
-    put_in(text, word, vector[0])
-    return word

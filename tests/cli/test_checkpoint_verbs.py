@@ -36,7 +36,8 @@ def test_inspect_a_single_file(sd, ran, single, tmp_path):
     model = sd()
     count = sum(p.numel() for p in model.unet.parameters())
     assert said["U-Net"].startswith(
-        f"{count / 1e3:.3g} k parameters in {len(model.unet.state_dict())} tensors, F32; widths 32, 64;"
+        f"{count / 1e3:.3g} k parameters in {len(model.unet.state_dict())} tensors, F32; "
+        "widths 32, 64;"
     )
     assert (
         all(how == "none" for what, how in said.items() if "keys" in what) and "cannot" not in said
@@ -135,7 +136,8 @@ def test_inspect_a_lora(ran, tmp_path, name, kind):
 
 
 def test_inspect_reads_only_the_header(tmp_path):
-    """A file of SD 1.5's true size and names; on this disk it is mostly a hole. Another process: without torch it takes a fraction of a second."""
+    """A file of SD 1.5's true size and names; on this disk it is mostly a hole. Another process:
+    without torch it takes a fraction of a second."""
     with torch.device("meta"):
         state = names.to_published(unet_sd1().state_dict(), names.unet_compvis())
     said, at = {}, 0
@@ -152,7 +154,8 @@ def test_inspect_reads_only_the_header(tmp_path):
     with open(file, "wb") as opened:
         opened.write(len(header).to_bytes(8, "little") + header)
         opened.truncate(8 + len(header) + at)
-    code = f"from minidiff.cli.main import main; import sys; main(['inspect', {str(file)!r}]); sys.exit('torch' in sys.modules)"
+    code = f"from minidiff.cli.main import main; import sys; main(['inspect', {str(file)!r}]); "
+    code += "sys.exit('torch' in sys.modules)"
     start = time.perf_counter()
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 0 and "860 M parameters in 686 tensors" in ran.stdout

@@ -1,4 +1,5 @@
-"""The command line as its reader meets it: help, what is written, the same bytes for the same seed, and one line for everything that is wrong."""
+"""The command line: help, what is written, the same bytes for the same seed, and one line for
+everything that is wrong."""
 
 import json
 import os
@@ -80,7 +81,8 @@ IDLE = {  # what would do nothing there
 
 def test_help_lists_every_verb_and_imports_nothing_heavy():
     heavy = ("torch", "numpy", "matplotlib", "PIL", "open_clip")
-    code = f"from minidiff.cli.main import main; main(['--help']); import sys; sys.exit(str([m for m in {heavy} if m in sys.modules] or ''))"
+    code = "from minidiff.cli.main import main; main(['--help']); import sys; "
+    code += f"sys.exit(str([m for m in {heavy} if m in sys.modules] or ''))"
     ran = shell("-c", code)
     assert ran.stderr.strip() == ""
     for name, verb in VERBS.items():
@@ -260,16 +262,21 @@ def test_a_long_prompt_says_in_one_line_which_words_fell_off(ran, tiny, tmp_path
 
 
 @pytest.mark.parametrize("args, said", [
-    (["genrate", PROMPT], 'no verb "genrate"; perhaps you meant generate; there is quickstart, generate, plot forward,'),
+    (["genrate", PROMPT],
+     'no verb "genrate"; perhaps you meant generate; there is quickstart, generate, plot forward,'),
     (["--seed", "3"], 'no verb "--seed"; there is quickstart,'),
     (["plot"], "plot what? There is plot forward, plot reverse, plot schedules."),
     (["plot", "forwards"], 'no verb "plot forwards"; perhaps you meant plot forward;'),
     (["plot", "--out", "x"], 'no verb "plot --out"; there is plot forward,'),
-    (["generate", PROMPT, "--seeed", "3"], "--seeed, 3; perhaps you meant --seed; see minidiff generate --help."),
-    (["generate", PROMPT, "--stepps", "3", "--gidance", "2"], "perhaps you meant --guidance, --steps; see minidiff generate --help."),
-    (["generate", PROMPT, "--seed", "x"], '--seed takes a whole number, not "x"; see minidiff generate --help.'),
+    (["generate", PROMPT, "--seeed", "3"],
+     "--seeed, 3; perhaps you meant --seed; see minidiff generate --help."),
+    (["generate", PROMPT, "--stepps", "3", "--gidance", "2"],
+     "perhaps you meant --guidance, --steps; see minidiff generate --help."),
+    (["generate", PROMPT, "--seed", "x"],
+     '--seed takes a whole number, not "x"; see minidiff generate --help.'),
     (["generate", PROMPT, "--seed", "1.5"], '--seed takes a whole number, not "1.5"; see'),
-    (["generate", PROMPT, "--size", "big"], '--size takes a side in pixels, or a width and a height as in 768x512; not "big".'),
+    (["generate", PROMPT, "--size", "big"],
+     '--size takes a side in pixels, or a width and a height as in 768x512; not "big".'),
     (["generate", PROMPT, "--guidance", "it's"], '--guidance takes a number, not "it\'s"; see'),
     (["plot", "reverse", "--seed"], "--seed"),
     (["data"], "data what? There is data coco, data check."),
@@ -440,8 +447,8 @@ def test_as_a_process():
         env=os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "40"},
     )
     assert (
-        ran.stderr
-        == "minidiff: unrecognized options: --seeed, 3; perhaps you meant --seed; see minidiff generate --help.\n"
+        ran.stderr == "minidiff: unrecognized options: --seeed, 3; perhaps you meant --seed; "
+        "see minidiff generate --help.\n"
     )
 
 
@@ -467,7 +474,8 @@ def test_image_k_of_a_run_is_made_alone(ran, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("prompts, warning", [
-    (["a", "small", "blue", "circle"], '4 words are 4 prompts; put one prompt in quotes, as in "a small blue circle"'),
+    (["a", "small", "blue", "circle"],
+     '4 words are 4 prompts; put one prompt in quotes, as in "a small blue circle"'),
     (["a (red:1.5) circle"], '"(red:1.5)" is read as it stands: prompts have no weights here'),
     (["a circle BREAK a square"], '"BREAK" is read as it stands'),
     (["a circle", "a square", "a triangle"], ""),
@@ -546,7 +554,8 @@ def test_every_name_is_there_after_import_minidiff():
         "import sys, minidiff; assert 'torch' not in sys.modules\n"
         "assert set(minidiff.__all__) <= set(dir(minidiff)) and '__version__' in dir(minidiff)\n"
         "for name in minidiff.__all__: assert getattr(minidiff, name) is not None, name\n"
-        "assert minidiff.plots.__name__ == 'minidiff.figures.plots' and minidiff.UNet.__name__ == 'UNet'\n"
+        "assert minidiff.plots.__name__ == 'minidiff.figures.plots'\n"
+        "assert minidiff.UNet.__name__ == 'UNet'\n"
         "import minidiff.finetuning.loop; assert minidiff.finetuning.loop.__name__"
     )
     ran = shell("-c", code)

@@ -1,4 +1,5 @@
-"""What a model is worth: figures against their floors, the verb, and the sweep that goes on where it stopped."""
+"""What a model is worth: figures against their floors, the verb, and the sweep that goes on where
+it stopped."""
 
 import csv
 import json
@@ -75,7 +76,8 @@ def alive_at_most(most, batches):
 
 
 def test_real_pictures_in_the_models_place_score_their_floors(bench):
-    """The floors are no other computation: given the very pictures they are measured on, every figure is its floor."""
+    """The floors are no other computation: given the very pictures they are measured on, every
+    figure is its floor."""
     rows = evaluate.figures(bench, Generated(bench.floor, bench.repeated_floor, 0.0, 0.0))
     measured = [row for row in rows if row.floor is not None]
     assert len(measured) == 3 + 7 * len(NETWORKS)
@@ -120,7 +122,8 @@ def test_the_bench_of_the_world_is_held_out_and_follows_from_its_seed(bench):
 
 
 def test_pictures_go_by_and_are_not_held(model, tmp_path, monkeypatch):
-    """Memory does not grow by n pictures: of real ones, of a folder's and of the model's, no more than two batches are there at a time."""
+    """Memory does not grow by n pictures: of real ones, of a folder's and of the model's, no more
+    than two batches are there at a time."""
     looked, measure = [], evaluate.measure
 
     def watched(batches, **how):
@@ -300,13 +303,15 @@ def test_the_sweep_goes_on_where_it_stopped(ran, folder, tmp_path, monkeypatch):
     (["--n", "3"], "--n is 3; it must be at least 10."),
     (["--world", "mars"], 'no world "mars"; there is quickstart, whole.'),
     (["--features", "vgg"], 'no features "vgg"; there is pixels-8x8'),
-    (["--interval", "0.8"], '--interval is "0.8"; write two numbers from 0 (data) to 1 (noise), the smaller one first'),
+    (["--interval", "0.8"],
+     '--interval is "0.8"; write two numbers from 0 (data) to 1 (noise), the smaller one first'),
     (["--interval", "1,0"], "--interval is 1,0; it must be two numbers"),
     (["--spacing", "odd"], 'no spacing "odd"; there is trailing'),
     (["--trilemma", "--sweep-steps", "5,x"], '--sweep-steps is "5,x"; write numbers'),
     (["--trilemma", "--sweep-steps", "2.5"], "--sweep-steps holds 2.5; steps are whole numbers."),
     (["--trilemma", "--samplers", "magic"], 'no sampler "magic"; there is ddim'),
-    (["--trilemma", "--sampler", "lcm"], "--sampler does nothing beside --trilemma, which takes --samplers, --sweep-steps"),
+    (["--trilemma", "--sampler", "lcm"],
+     "--sampler does nothing beside --trilemma, which takes --samplers, --sweep-steps"),
     (["--sweep-steps", "5"], "--sweep-steps does nothing without --trilemma"),
     (["--data", "nowhere"], "nowhere: no such folder"),
 ])  # fmt: skip

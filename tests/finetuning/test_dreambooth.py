@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from minidiff import load
+from minidiff.checkpoints import embedding
 from minidiff.data.folder import CaptionedImages, load_image
 from minidiff.data.latents import fingerprint
 from minidiff.data.world import World
@@ -179,9 +180,9 @@ def test_one_vector_is_trained_and_nothing_else(box, subject, tmp_path):
     assert torch.equal(model.text.token_embedding.weight[token], tensors["<sks>"][0])
 
     fresh = load()
-    assert inversion.load(fresh.text, file) == "sks"
+    assert embedding.load(fresh.text, file) == "sks"
     assert torch.equal(fresh.text.encode(["a sks circle"]), model.text.encode(["a sks circle"]))
-    assert inversion.load(fresh.text, file, "ohwx") == "ohwx"
+    assert embedding.load(fresh.text, file, "ohwx") == "ohwx"
     assert torch.equal(
         fresh.text.token_embedding.weight[inversion.token_of("ohwx")], tensors["<sks>"][0]
     )
@@ -259,7 +260,7 @@ def test_a_word_is_learnt_beside_the_network_and_its_files_draw_the_same(
     else:
         fresh = load()
         lora.load(fresh, out / "lora.safetensors")
-        inversion.load(fresh.text, out / "embedding.safetensors")
+        embedding.load(fresh.text, out / "embedding.safetensors")
     x, t = torch.randn(1, 4, 16, 16), torch.tensor([500])
     said = [each.denoiser(x, t, each.text.encode(["a sks circle"])).x0 for each in (fresh, model)]
     assert torch.allclose(*said, atol=1e-6) and not torch.allclose(
@@ -326,7 +327,7 @@ def test_files_that_are_no_word_are_refused(tmp_path):
     ):
         save_file(tensors, tmp_path / "a.safetensors")
         with pytest.raises(UserError, match=said):
-            inversion.load(text, tmp_path / "a.safetensors")
+            embedding.load(text, tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(

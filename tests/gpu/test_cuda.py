@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minidiff import pipeline, schedules
-from minidiff.data.folder import load_picture
+from minidiff.data.folder import load_image
 from minidiff.ddpm import DDPM
 from minidiff.denoiser import Denoiser
 from minidiff.latent_diffusion import LatentDiffusion
@@ -87,7 +87,7 @@ def test_cifar_ddpm_draws(monkeypatch, tmp_path):
         cifar_ddpm.draw(tiny.to(device), preset, 2, 5, 0, tmp_path / device)
         x0 = torch.rand(2, 3, 32, 32) * 2 - 1
         assert cifar_ddpm.loss(tiny, preset.chain, (x0, ["", ""]))["loss"].isfinite().all()
-    expected, found = (load_picture(tmp_path / d / "samples.png").int() for d in ("cpu", DEVICE))
+    expected, found = (load_image(tmp_path / d / "samples.png").int() for d in ("cpu", DEVICE))
     assert expected.float().std() > 10 and (found - expected).abs().max() <= 2
 
 

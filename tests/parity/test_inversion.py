@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 import minidiff
 from minidiff import samplers
-from minidiff.methods import inversion
+from minidiff.checkpoints import embedding
 
 diffusers = pytest.importorskip("diffusers")
 LATENTS = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -27,8 +27,8 @@ def ours(model, prompt):
 def test_what_is_learnt_here_draws_there(pipeline, tmp_path):
     pipe, model = pipeline[0], minidiff.load(pipeline[1])
     before = ours(model, "a photo of sks dog")
-    file = inversion.save("sks", torch.randn(64), tmp_path / "embedding.safetensors")
-    inversion.load(model.text, file)
+    file = embedding.save("sks", torch.randn(64), tmp_path / "embedding.safetensors")
+    embedding.load(model.text, file)
     pipe.load_textual_inversion(str(file))
     pictures = ours(model, "a photo of sks dog")
     assert abs(pictures - before).max() > 1e-3  # it does something
@@ -42,6 +42,6 @@ def test_what_is_learnt_there_draws_here(pipeline, tmp_path):
         {"<cat-toy>": torch.randn(1, 64)}, tmp_path / "learned_embeds.safetensors"
     )  # the name and shape that its training script writes
     pipe.load_textual_inversion(str(tmp_path / "learned_embeds.safetensors"))
-    inversion.load(model.text, tmp_path / "learned_embeds.safetensors", "sks")
+    embedding.load(model.text, tmp_path / "learned_embeds.safetensors", "sks")
     assert abs(theirs(pipe, "a <cat-toy> in a box") - ours(model, "a sks in a box")).max() < 1e-4
     pipe.unload_textual_inversion("<cat-toy>")

@@ -1,4 +1,5 @@
-"""The quickstart at its smallest: it writes what it promises, refuses to overwrite, resumes. And the figures it reports."""
+"""The quickstart at its smallest: it writes what it promises, refuses to overwrite, resumes. And
+the figures it reports."""
 
 import json
 
@@ -85,7 +86,8 @@ def test_crops_keep_the_liveliest_windows():
 
 
 def test_noise_levels_are_spread_over_every_batch():
-    """All are valid; most fall where pictures are decided, some anywhere; and the strata keep batches alike."""
+    """All are valid; most fall where pictures are decided, some anywhere; and the strata keep
+    batches alike."""
     t = [quickstart.noise_levels(16, torch.Generator().manual_seed(k)) for k in range(400)]
     assert 1 <= min(x.min() for x in t) < 50 and 950 < max(x.max() for x in t) <= 1000
     centre = 1000 * torch.sigmoid(torch.tensor(quickstart.T_CENTRE)).item()
@@ -95,7 +97,8 @@ def test_noise_levels_are_spread_over_every_batch():
 
 
 def test_parts_follow_from_seed_and_number_alone(monkeypatch):
-    """What resuming and threads rely on. Small pictures come first, captions are hidden as often as asked, and no two pools are mixed up."""
+    """What resuming and threads rely on. Small pictures come first, captions are hidden as often as
+    asked, and no two pools are mixed up."""
     monkeypatch.setattr(quickstart, "SMALL_STEPS", 2)  # of PARTS parts
     vae = quickstart.vae_quickstart()
     one, two = (quickstart.Pool(WORLD, vae, 64, "test", objects, "cpu") for objects in (1, 2))

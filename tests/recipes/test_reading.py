@@ -1,4 +1,5 @@
-"""What a caption should add up to, and that a tower learns it: the same scene said two ways is one sum, swapped colours are another."""
+"""What a caption should add up to, and that a tower learns it: the same scene said two ways is one
+sum, swapped colours are another."""
 
 import random
 from functools import partial
@@ -60,7 +61,8 @@ def test_lessons_follow_from_seed_and_number_alone():
 
 
 def test_a_tower_learns_whose_colour_is_whose():
-    """A few seconds of lessons: one scene told from either thing is nearly one sum, and far from that with the colours exchanged."""
+    """A few seconds of lessons: one scene told from either thing is nearly one sum, and far from
+    that with the colours exchanged."""
     torch.manual_seed(0)
     text, world = (
         text_quickstart(),
