@@ -37,6 +37,7 @@ from minidiff.training import atomic
 PAUSES = (0, 1, 4)  # seconds before each try to download an image
 GONE, DAMAGED = "pictures that are not at their address", "damaged pictures"
 REPEATED = "pictures seen before"
+SELECTION = ("contains", "category", "crop", "pixels", "seed")  # in selection.json
 
 
 @dataclass
@@ -89,7 +90,9 @@ def _add(source: Source, index) -> None:
         source.about[int(i)] = licenses.get(image.get("license"), unknown) | urls
     for i, annotations in index.imgToAnns.items():
         captions = source.captions.setdefault(int(i), [])
-        for caption in (one_line(one["caption"]) for one in annotations):
+        for one in annotations:
+            # Halves of characters are valid in JSON, but not in UTF-8.
+            caption = " ".join(one["caption"].split()).encode("utf-8", "replace").decode()
             if not caption:
                 source.counts["empty captions"] += 1
             elif caption in captions:
@@ -116,15 +119,9 @@ def coco_file(path: Path, example: str, needs: str):  # yields a pycocotools COC
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(
-            f"{path}: not a COCO file such as {example} ({reason:.100}); it needs {needs}."
-        ) from None
-
-
-def one_line(caption: str) -> str:
-    """The caption on one line, without halves of characters (valid in JSON, not in UTF-8)."""
-    return " ".join(caption.split()).encode("utf-8", "replace").decode()
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:100]
+        message = f"{path}: not a COCO file such as {example} ({reason}); it needs {needs}."
+        raise UserError(message) from None
 
 
 def has(caption: str, words: Sequence[str]) -> bool:
@@ -161,9 +158,6 @@ def _showing(instances: Path, categories: Sequence[str]) -> set[int]:
         return set(index.getImgIds(catIds=[names[name] for name in categories]))
 
 
-# Writing.
-
-
 def check_new(out: Path) -> None:
     """Refuse to write where something is."""
     if os.path.lexists(out):
@@ -186,15 +180,14 @@ def write(source: Source, out: Path) -> dict[str, object]:
     counts["pictures of the same name"] = len(files) - len(by_name)
     order = [i for i in source.matches if config.download or source.names[i] in by_name]
     if not order:
-        raise UserError(
-            f"none of the {len(source.matches)} pictures that were asked for is in "
-            f"{config.images}; the names must be those in the annotations, or set download."
-        )
+        none = f"none of the {len(source.matches)} pictures that were asked for"
+        remedy = "the names must be those in the annotations, or set download"
+        raise UserError(f"{none} is in {config.images}; {remedy}.")
     random.Random(config.seed).shuffle(order)
 
-    rows, enlarged, total = [], 0, min(config.size, len(order))
+    rows, enlarged = [], 0
     check_new(out)
-    bar = tqdm(desc="pictures", total=total, unit="", leave=False)
+    bar = tqdm(desc="pictures", total=min(config.size, len(order)), unit="", leave=False)
     with atomic.write(out) as new, bar:
         (new / "images").mkdir(parents=True)
         readable = _readable(source, order, by_name, new / "fetched", counts)
@@ -205,19 +198,12 @@ def write(source: Source, out: Path) -> dict[str, object]:
             bar.update()
         if not rows:
             reasons = {what: counts[what] for what in (GONE, DAMAGED, REPEATED) if counts[what]}
-            left_out = _listed(reasons)
-            raise UserError(
-                f"nothing to write: all of the {len(order)} pictures that were asked for are "
-                f"left out: {left_out}."
-            )
+            every = f"all of the {len(order)} pictures that were asked for"
+            raise UserError(f"nothing to write: {every} are left out: {_listed(reasons)}.")
         rows.sort(key=lambda one: one["coco_id"])
         selection = {
             "annotations": [path.name for path in config.annotations],
-            "contains": config.contains,
-            "category": config.category,
-            "crop": config.crop,
-            "pixels": config.pixels,
-            "seed": config.seed,
+            **{name: getattr(config, name) for name in SELECTION},
             "asked for": config.size,
             "pictures": len(rows),
             "captions": sum(len(one["captions"]) for one in rows),
@@ -226,12 +212,10 @@ def write(source: Source, out: Path) -> dict[str, object]:
             "licenses": dict(Counter(one["license"] for one in rows).most_common()),
         }
         (new / "fetched").unlink(missing_ok=True)
-        (new / "metadata.jsonl").write_text(
-            "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows), encoding="utf-8"
-        )
-        (new / "selection.json").write_text(
-            json.dumps(selection, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows)
+        (new / "metadata.jsonl").write_text(lines, encoding="utf-8")
+        text = json.dumps(selection, indent=2, ensure_ascii=False) + "\n"
+        (new / "selection.json").write_text(text, encoding="utf-8")
     return selection
 
 
@@ -252,9 +236,9 @@ def save_image(config: CocoConfig, source: Path, to: Path) -> None:
 def _readable(
     source: Source, order: list[int], by_name: dict[str, Path], download: Path, counts: Counter
 ) -> Iterator[tuple[int, Path, int]]:
-    """Yield id, file and shorter side of each image that can be read, each image once.
+    """Yield id, file and shorter side of each image that can be read, once; count the others.
 
-    The others are counted. Images that are not in `by_name` are downloaded, all to one file.
+    Images that are not in `by_name` are downloaded, all to one file.
     """
     used: set[bytes | str] = set()
     for i in order:
@@ -300,10 +284,8 @@ def fetch(url: str, to: Path) -> Path | None:
             return None
         except OSError as error:
             reason = getattr(error, "reason", error)
-    raise UserError(
-        f"{url}: cannot be fetched ({reason}); downloading needs the network: without it, "
-        "name a folder of images."
-    )
+    remedy = "downloading needs the network: without it, name a folder of images"
+    raise UserError(f"{url}: cannot be fetched ({reason}); {remedy}.")
 
 
 def _listed(counts: dict[str, int]) -> str:

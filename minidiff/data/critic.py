@@ -22,8 +22,7 @@ from minidiff.errors import UserError
 
 # Words of captions and their meanings.
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring", "star", "heart")
-WORDS = {shape: shape for shape in SHAPES}
-WORDS |= {"disc": "circle", "disk": "circle", "plus": "cross"}
+WORDS = dict(zip(SHAPES, SHAPES, strict=True), disc="circle", disk="circle", plus="cross")
 SIZE_WORDS = dict.fromkeys(("small", "tiny", "little"), "small")
 SIZE_WORDS |= dict.fromkeys(("large", "big", "huge"), "large")
 RELATION = re.compile(
@@ -38,10 +37,8 @@ LARGE = 0.165  # a thing is large if half its box is more than this share of the
 COLOUR_REACH = 0.35  # a colour farther than this from every named colour has no name
 MISFIT = 0.075  # the share of a thing's energy that its best shape may leave unexplained
 
-# A thing is compared with the shapes on GRID x GRID points, out to REACH times its spread.
-GRID, REACH = 28, 2.2
-# Softness of the outline, in units of the spread: small images and blurred ones are soft.
-BLURS = (0.05, 0.12, 0.2, 0.3)
+GRID, REACH = 28, 2.2  # shapes are compared on GRID^2 points, out to REACH times the spread
+BLURS = (0.05, 0.12, 0.2, 0.3)  # softness of the outline, in units of the spread
 
 Polygon = list[tuple[float, float]]
 Palette = dict[str, tuple[float, float, float]]
@@ -123,10 +120,7 @@ def _is_inside(outline: list[list[float]], x: Tensor, y: Tensor) -> Bool[Tensor,
 
 @cache
 def templates() -> tuple[list[str], Float[Tensor, "n"], Float[Tensor, "n points"]]:
-    """Every shape at every softness, with mean 0 and spread 1.
-
-    Returns the names, half the side of each box, and the coverage of the grid's points.
-    """
+    """Every shape at every softness, with mean 0 and spread 1: names, half-sides, coverages."""
     names, radii, coverages = [], [], []
     fine = 4 * GRID
     axis = (torch.arange(fine) + 0.5) / fine * 2 * REACH - REACH
@@ -192,10 +186,7 @@ def dilate(values: Float[Tensor, "h w"], reach: int = 1) -> Float[Tensor, "h w"]
 
 
 def regions(foreground: Bool[Tensor, "h w"]) -> Float[Tensor, "h w"]:
-    """Give connected pixels one label; 0 is background.
-
-    Each pixel starts with its own number, and the highest spreads until nothing changes.
-    """
+    """Give connected pixels one label, the highest of their numbers; 0 is background."""
     labels = torch.arange(1.0, foreground.numel() + 1).view_as(foreground) * foreground
     while not torch.equal(spread := dilate(labels) * foreground, labels):
         labels = spread
@@ -260,10 +251,7 @@ def _read_thing(
     contrast: Float[Tensor, "rgb"],
     around: Bool[Tensor, "h w"],
 ) -> ReadThing:
-    """Fit every shape to a region with its soft edge.
-
-    contrast: the thing's colour minus the background's, up to a factor that the fit finds.
-    """
+    """Fit every shape to a region with its soft edge; the fit finds the factor of `contrast`."""
     coverage = (image - background) @ contrast / contrast.square().sum() * around
     y, x = ((torch.arange(length) + 0.5) / length for length in around.shape)
     mean_x, mean_y, spread = moments(coverage, *torch.meshgrid(x, y, indexing="xy"))
@@ -288,7 +276,7 @@ def _read_thing(
 
 
 def parse(caption: str) -> Claim:
-    """Parse captions like "a small blue circle above a large red square on a white background".
+    """Parse captions like "a small blue circle above a red square on a white background".
 
     Unknown words are skipped. Raises UserError unless each part names exactly one shape.
     """
@@ -301,10 +289,8 @@ def parse(caption: str) -> Claim:
         words = re.findall(r"[a-z]+", part)
         shapes = [WORDS[word] for word in words if word in WORDS]
         if len(shapes) != 1:
-            raise UserError(
-                f'caption "{caption}": "{part.strip()}" names {len(shapes)} shapes, not one; '
-                f"known are {', '.join(WORDS)}."
-            )
+            problem = f'"{part.strip()}" names {len(shapes)} shapes, not one'
+            raise UserError(f'caption "{caption}": {problem}; known are {", ".join(WORDS)}.')
         colour = next((word for word in words if word in COLOURS), None)
         size = next((SIZE_WORDS[word] for word in words if word in SIZE_WORDS), None)
         things.append(ClaimedThing(shapes[0], colour, size))
@@ -342,10 +328,7 @@ def compare(reading: Reading, claim: Claim) -> dict[str, bool]:
 
 
 def judge(image: Float[Tensor, "3 H W"], caption: str) -> dict[str, bool]:
-    """Whether each attribute that the caption states holds.
-
-    Keys: "count", "background", "shape 1", "colour 1", "size 1", "shape 2", ..., "relation".
-    """
+    """Whether each attribute holds: "count", "background", "shape 1", ..., "relation"."""
     return compare(read(image), parse(caption))
 
 

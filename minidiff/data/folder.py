@@ -58,10 +58,9 @@ def to_uint8(images: Float[Tensor, "*dims"]) -> UInt8[Tensor, "*dims"]:
 def load_image(
     path: str | Path, size: int | tuple[int, int] | None = None
 ) -> UInt8[Tensor, "3 H W"]:
-    """Read an image file of any kind as upright RGB on white.
+    """Read an image file of any kind as upright RGB on white, or raise a Fault.
 
     size: a side, or (height, width); the image is scaled to cover it and cut in the centre.
-    Raises Fault if there is no such file or Pillow cannot read it.
     """
     if not os.path.isfile(path):
         raise Fault("missing picture", f"{path}: no such picture")
@@ -212,7 +211,7 @@ def _quote(name: str) -> str:
 
 
 def _describe(value: object) -> str:
-    """A wrong value in short; lists and dicts by their type, as printing may fail on deep ones."""
+    """A wrong value in short; printing a deep list or dict may fail."""
     if value and isinstance(value, dict | list):
         return f"a {type(value).__name__}"
     return json.dumps(value)[:60]
@@ -239,29 +238,25 @@ def caption_of(where: str, row: dict, column: str) -> str:
     """The caption in a row; of a list, the first."""
     value = _column(where, row, column)
     first = value[0] if isinstance(value, list) and value else value
-    problem = None
     if not isinstance(first, str):
         problem = f"{_describe(value)}, not a caption; write a string, or a list of strings"
     elif re.search("[\ud800-\udfff]", first):  # valid in JSON, but no tokenizer can read it
         problem = f"half a character, {first[:60]!a}; write the caption anew"
-    if problem:
-        raise Fault("not a caption", f"{where}: column {_quote(column)} holds {problem}")
-    return first
+    else:
+        return first
+    raise Fault("not a caption", f"{where}: column {_quote(column)} holds {problem}")
 
 
 def image_of(folder: Path, where: str, row: dict, candidates: Callable[[], list[Path]]) -> Path:
-    """The path of the image that a row names.
-
-    candidates: lists the images in the folder; called only to suggest a name for a missing one.
-    """
+    """The path of the image that a row names; `candidates` lists names to suggest for it."""
     name = _column(where, row, "file_name")
     if not isinstance(name, str) or not name:
         problem = f"holds {_describe(name)}; write the path of a picture inside the folder"
         raise Fault("no file_name column", f'{where}: "file_name" {problem}')
     path = folder / name
     if not inside(folder, path):
-        advice = f"points outside the folder; copy the picture into {folder}"
-        raise Fault("outside the folder", f'{where}: "file_name" {_quote(name)} {advice}')
+        problem = f"points outside the folder; copy the picture into {folder}"
+        raise Fault("outside the folder", f'{where}: "file_name" {_quote(name)} {problem}')
     if not os.path.isfile(path):
         names = [p.relative_to(folder).as_posix() for p in candidates()]
         near = difflib.get_close_matches(name, names, 1)

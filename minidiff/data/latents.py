@@ -31,8 +31,6 @@ VERSION = "minidiff cache 1"  # change it when entries are computed in another w
 
 
 class Example(NamedTuple):
-    """An image as training uses it."""
-
     latents: Float[Tensor, "Z h w"]
     caption: str
 

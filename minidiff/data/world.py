@@ -39,8 +39,7 @@ INVERSE = {"above": "below", "below": "above", "left of": "right of", "right of"
 SPLITS = ("train", "held-out")
 
 RADIUS = {"small": (0.130, 0.145), "large": (0.205, 0.220)}  # in units of the image's side
-# To the edge and between two things. Two large things just fit: 4 * 0.22 + 2 * MARGIN + GAP = 1.
-MARGIN, GAP = 0.025, 0.07
+MARGIN, GAP = 0.025, 0.07  # two large things just fit: 4 * 0.22 + 2 * MARGIN + GAP = 1
 COLOUR_JITTER = 0.03  # at most, in each channel
 
 
@@ -125,10 +124,7 @@ def split_of(scene: Scene) -> str:
 
 
 class World:
-    """Scenes, their captions and their images, of all or some shapes, colours and backgrounds.
-
-    size: the side of the images in pixels, at least 32.
-    """
+    """Scenes, their captions and their images of `size` pixels a side, at least 32."""
 
     def __init__(
         self,
@@ -158,10 +154,7 @@ class World:
         split: str | None = "train",
         two_objects: float = 0.5,
     ) -> Scene:
-        """Draw attributes until they belong to `split` (None: any split).
-
-        objects: 1 or 2; default: 2 with probability `two_objects`, else 1.
-        """
+        """Draw attributes until they belong to `split` (None: any), of 1, 2 or any `objects`."""
         if split not in (None, *SPLITS):
             raise UserError(f'World: split must be "train", "held-out" or None, not "{split}".')
         if objects not in (None, 1, 2):
@@ -187,8 +180,8 @@ class World:
             things, relation = things[::-1], INVERSE[relation]
         if relation in ("left of", "right of") and rng.random() < 0.75:
             relation = f"to the {relation}"
-        phrases = [_describe(thing, rng, full, alone=len(things) == 1) for thing in things]
-        text = f" {relation} ".join(phrases)
+        alone = len(things) == 1
+        text = f" {relation} ".join(_describe(thing, rng, full, alone) for thing in things)
         opening = rng.choices(("", "there is ", "a picture of ", "an image of "), (6, 2, 1, 1))[0]
         if full or rng.random() < 0.5:
             background = _article(scene.background)

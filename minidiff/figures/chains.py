@@ -50,8 +50,8 @@ def plot_reverse(
 ) -> list[Path]:
     """Plot noise turning into images: reverse.png and reverse.gif.
 
-    reverse.png follows the first sample: x_t as a latent, x_t decoded, and the guess of x0 made
-    there, decoded. reverse.gif shows all samples, without the latent. title: default: the caption.
+    The PNG follows the first sample: x_t as a latent, x_t decoded, and the guess of x0, decoded.
+    The GIF shows all samples, without the latent. title: default: the caption.
     """
     times = torch.tensor([frame.t for frame in frames], dtype=torch.float64)
     scales, x_t = _display_scale(model.schedule, times)

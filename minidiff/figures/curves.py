@@ -1,7 +1,4 @@
-"""Figures of curves and points, by matplotlib: schedules, losses, the 2-D toy, SVG for HTML.
-
-The functions know arrays and lists, no diffusion class. Each returns the path of the file it wrote.
-"""
+"""Figures of curves and points, by matplotlib: schedules, losses, the 2-D toy, SVG for HTML."""
 
 import html
 import io
@@ -28,10 +25,7 @@ Points = list[tuple[float, float | None]]
 def write(
     path: str | Path, data: bytes, suffixes: set[str], stranger: atomic.Stranger = atomic.unsigned
 ) -> Path:
-    """Write a figure whole or not at all, over nothing but a figure of ours.
-
-    Raises UserError if the name of the file ends in none of `suffixes`.
-    """
+    """Write a figure whole or not at all, over nothing but a figure of ours."""
     path = Path(path)
     if path.suffix.lower() not in suffixes:
         kinds = " or ".join(sorted(suffixes))

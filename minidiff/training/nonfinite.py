@@ -14,7 +14,7 @@ class NonFiniteError(UserError):
 
 
 class _FirstBad(Exception):
-    """The output of a module is not finite: what is computed after it does not matter."""
+    """The output of a module is not finite."""
 
 
 def first_bad(module: nn.Module, compute: Callable[[], object]) -> str | None:

@@ -16,6 +16,7 @@ import warnings
 import weakref
 from atexit import register
 from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -40,21 +41,16 @@ def checkpoints(folder: Path) -> list[Path]:
     return files + ([folder / BEFORE] if (folder / BEFORE).exists() else [])
 
 
+@dataclass
 class Progress:
     """What a run leaves in its folder, and finds when it is resumed; nothing without a folder."""
 
-    def __init__(
-        self,
-        folder: Path | None,
-        run: dict[str, object],
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        ema: nn.Module | None,
-    ):
-        """run: what must be the same where a run goes on; ema: the averages."""
-        self.folder, self.run = folder, run
-        self.module, self.optimizer, self.ema = module, optimizer, ema
-        self.whole: list[Path] = []  # the checkpoints to keep, the newest last
+    folder: Path | None
+    run: dict[str, object]  # what must be the same where a run goes on
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: nn.Module | None  # the averages
+    whole: list[Path] = field(default_factory=list)  # the checkpoints to keep, the newest last
 
     def start(self, resume: bool) -> dict | None:
         """Put everything back; return the numbers of the last step, None where a run begins.
@@ -105,16 +101,17 @@ class Progress:
     def _restore(self) -> dict | None:
         """Load the newest checkpoint that is whole."""
         state, files = None, checkpoints(self.folder)
-        for k, file in enumerate(files):
-            if (state := read_checkpoint(file)) is not None:
-                break
         if not files:
             return None
+        for file in files:
+            if (state := read_checkpoint(file)) is not None:
+                break
         if state is None:
             reason = "damaged, or no checkpoint of minidiff, and there is no other"
             names = " and ".join(map(str, files))
             raise UserError(f"{names}: {reason}; start afresh in another folder.")
         self._put_back(file, state)
+        k = files.index(file)
         if damaged := " and ".join(map(str, files[:k])):
             place = f"going on from {file.name}, at step {state['step']}"
             warnings.warn(f"{damaged} is damaged; {place}.", stacklevel=2)

@@ -73,10 +73,8 @@ def examine(
     paths = images_in(folder)
     if layout == "captions":
         entries = _captioned(folder, paths, caption_column, findings)
-    elif layout == "classes":
-        entries = _classes(folder, findings)
     else:
-        entries = _without_captions(folder, paths, findings)
+        entries = _without_metadata(folder, layout, paths, findings)
     named = {entry.name: entry.path for entry in entries if entry.path is not None}
     unlisted = {}
     if layout == "captions":
@@ -116,11 +114,8 @@ def _captioned(
             continue
         path = checked(where, loader.image_of, folder, where, row, lambda: next(candidates, []))
         caption = checked(where, loader.caption_of, where, row, caption_column)
-        name = row.get("file_name")
-        if path:
-            name = os.path.relpath(path, folder)
-        else:
-            name = os.path.normpath(name) if isinstance(name, str) else None
+        name = os.path.relpath(path, folder) if path else row.get("file_name")
+        name = os.path.normpath(name) if isinstance(name, str) else None
         entries.append(Entry(where, name, path, caption, line))
     return entries
 
@@ -134,21 +129,18 @@ def _checked(findings: list[Finding], where: str, function: Callable, *args: obj
         return None
 
 
-def _classes(folder: Path, findings: list[Finding]) -> list[Entry]:
-    data = _checked(findings, str(folder), loader.ClassFolder, folder)
-    if data is None:
-        return []
-    names = [os.path.relpath(path, folder) for path in data.paths]
-    rows = zip(names, names, data.paths, data.captions, strict=True)
-    return [Entry(*row, line=b"") for row in rows]
-
-
-def _without_captions(folder: Path, paths: list[Path], findings: list[Finding]) -> list[Entry]:
-    if not paths:
+def _without_metadata(
+    folder: Path, layout: str, paths: list[Path], findings: list[Finding]
+) -> list[Entry]:
+    captions = [None] * len(paths)
+    if layout == "classes":
+        data = _checked(findings, str(folder), loader.ClassFolder, folder)
+        paths, captions = (data.paths, data.captions) if data else ([], [])
+    elif not paths:
         message = f"{folder}: there are no pictures below it"
         findings.append(Finding("error", "no pictures", str(folder), message))
     names = [os.path.relpath(path, folder) for path in paths]
-    return [Entry(name, name, path, None, b"") for name, path in zip(names, paths, strict=True)]
+    return [Entry(*row, line=b"") for row in zip(names, names, paths, captions, strict=True)]
 
 
 def _image_or_fault(path: Path) -> ImageInfo | Fault:
@@ -190,9 +182,6 @@ def _spread(values: list[int]) -> dict[str, float] | None:
     if not values:
         return None
     return {"least": min(values), "median": statistics.median(values), "most": max(values)}
-
-
-# The report.
 
 
 def _by_trap(findings: list[Finding]) -> dict[tuple[str, str], list[Finding]]:
@@ -249,14 +238,9 @@ def write(report: Report, out: Path) -> Path:
         }
         for (level, trap), group in _by_trap(report.findings).items()
     ]
-    whole = {
-        "about": atomic.SIGNATURE,
-        "folder": str(report.data.folder),
-        "size": report.data.size,
-        "trainable": not report.errors,
-        "summary": report.summary,
-        "findings": groups,
-    }
+    whole = {"about": atomic.SIGNATURE, "folder": str(report.data.folder)}
+    whole |= {"size": report.data.size, "trainable": not report.errors}
+    whole |= {"summary": report.summary, "findings": groups}
     with atomic.write(out / "report.json", atomic.unsigned) as new:
         new.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     return out / "report.json"

@@ -75,12 +75,9 @@ Places = Iterable[tuple[str, str]]  # where, and what is there
 
 
 class Trap(NamedTuple):
-    """What to search for, and what to do about it.
+    """What to search for, and what to do about it."""
 
-    level: "warning": you will not get what you expect; "note": the loader deals with it.
-    """
-
-    level: str
+    level: str  # "warning": you will not get what you expect; "note": the loader deals with it
     find: Callable[[Folder], Places]
     advice: str
 
@@ -109,9 +106,6 @@ def examine_image(path: Path) -> ImageInfo:
     bars, colour = float(1 - inner / (height * width)), small.mean((0, 1))
     traits = (mode, orientation, transparent, deep, animated)
     return ImageInfo(width, height, *traits, bars, digest, bits, colour)
-
-
-# What the traps search for.
 
 
 def each_image(check: Callable[[ImageInfo, int], str | bool]) -> Callable[[Folder], Places]:
@@ -232,10 +226,7 @@ def training_size(data: Folder) -> Places:
 
 
 def indivisible(image: ImageInfo, size: int) -> str:
-    """Sides that an uncropped training cannot take. Small images are another trap.
-
-    A VAE halves them three times (8), with Stable Diffusion's U-Net six times (64).
-    """
+    # A VAE halves sides three times (8), with Stable Diffusion's U-Net six times (64).
     sides = image.width, image.height
     if image.width % 64 == 0 == image.height % 64 or min(sides) < size:
         return ""
