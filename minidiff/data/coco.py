@@ -78,16 +78,13 @@ def read(config: CocoConfig) -> Source:
 
 def _add(source: Source, index) -> None:
     """Add a pycocotools COCO: its images, its captions, and counts of captions left out."""
-    licenses = {
-        one["id"]: {"license": one["name"], "license_url": one["url"]}
-        for one in index.dataset.get("licenses", [])
-    }
-    unknown = {"license": "unknown", "license_url": "unknown"}
+    licenses = {one["id"]: (one["name"], one["url"]) for one in index.dataset.get("licenses", [])}
     for i, image in index.imgs.items():
+        license, license_url = licenses.get(image.get("license"), ("unknown", "unknown"))
         urls = {"source_url": "flickr_url", "coco_url": "coco_url"}
         urls = {name: str(image.get(key, "")) for name, key in urls.items()}
         source.names[int(i)] = Path(str(image["file_name"])).name
-        source.about[int(i)] = licenses.get(image.get("license"), unknown) | urls
+        source.about[int(i)] = {"license": license, "license_url": license_url} | urls
     for i, annotations in index.imgToAnns.items():
         captions = source.captions.setdefault(int(i), [])
         for one in annotations:

@@ -43,9 +43,9 @@ def encode_images(
     folder: Path | None,
     flip: bool = False,
 ) -> list[Float[Tensor, "Z h w"]]:
-    """Encode images, each scaled to cover its size (height, width) and cut in the centre.
+    """Encode images, scaled to cover their sizes (height, width) and cut; on the CPU.
 
-    folder: where latents.safetensors is stored; None stores nothing. The results are on the CPU.
+    folder: where latents.safetensors is stored; None stores nothing.
     flip: the latents of all mirror images follow those of all images, as captions * 2 do.
     """
     of_vae = fingerprint(vae)

@@ -91,7 +91,7 @@ def schedules(
 def loss(log: list[dict], path: str | Path) -> Path:
     """Plot the training loss; and in the first and last quarter by noise level, if recorded.
 
-    log: records {"step", "loss", "bins"}. `bins` holds the mean loss, or None, in each stretch of t.
+    log: records {"step", "loss", "bins"}; bins: the mean loss, or None, in each stretch of t.
     """
     if not log:
         raise UserError(f"{path}: the log is empty: there is no loss to plot yet")

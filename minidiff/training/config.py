@@ -57,7 +57,7 @@ class TrainConfig:
             raise UserError(f"autocast is {self.autocast}; {remedy}.")
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then constant, or half a cosine down to 0 ([1] eq. 5); step 0 is first."""
+        """Linear warm-up, then constant, or half a cosine to 0 ([1] eq. 5); step 0 is first."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         if self.lr_schedule == "constant":

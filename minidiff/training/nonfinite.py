@@ -1,4 +1,4 @@
-"""Where NaN began: numbers that are not finite spread, so the first module that gives one counts."""
+"""Where NaN began: numbers that are not finite spread, so the first module to give one counts."""
 
 from collections.abc import Callable
 from functools import partial
