@@ -1,8 +1,7 @@
 """Images of many shapes in one training: buckets of similar aspect ratio, one size in each batch.
 
-An image cut to a square loses its sides, and a model trained on squares learns cut-off heads ([1]).
-So each image goes to the size nearest its own shape, among sizes of about equal area, which cost
-about equal memory and time. Only what sticks out of that size is cut away.
+A model trained on images cut to squares learns cut-off heads ([1]). So each image goes to the size
+nearest its own shape, among sizes of about equal area, which cost about equal memory and time.
 
 [1] NovelAI. NovelAI Improvements on Stable Diffusion: Aspect Ratio Bucketing. 2022.
     github.com/NovelAI/novelai-aspect-ratio-bucketing
@@ -20,7 +19,7 @@ def shapes(area: int, multiple: int) -> list[tuple[int, int]]:
     """All sizes (height, width) in multiples of `multiple` that nearly fill the area.
 
     For each side from half to twice the square's, the other side is the longest that keeps within
-    the area ([1]), once as the width and once as the height. Raises ValueError if nothing fits.
+    the area ([1]). Raises ValueError if nothing fits.
     """
     side = math.isqrt(area)
     if side < multiple:
@@ -34,20 +33,14 @@ def shapes(area: int, multiple: int) -> list[tuple[int, int]]:
 
 
 def bucket(width: int, height: int, area: int, multiple: int) -> tuple[int, int]:
-    """The size (height, width) for an image: nearest in aspect ratio, then largest.
-
-    Ratios are compared by their logarithms, so an image and the same image on its side go alike.
-    """
+    """The size (height, width) nearest in the logarithm of the aspect ratio, then the largest."""
     sizes, ratio = shapes(area, multiple), math.log(width / height)
     distances = {(h, w): round(abs(math.log(w / h) - ratio), 9) for h, w in sizes}
     return min(sizes, key=lambda size: (distances[size], -math.prod(size)))
 
 
 def cut(width: int, height: int, size: tuple[int, int]) -> float:
-    """The share of an image's pixels lost when it is scaled to cover a size and cut in the centre.
-
-    size: (height, width).
-    """
+    """The share of an image lost when it is scaled to cover a size (height, width) and cut."""
     ratio = (width / height) / (size[1] / size[0])
     return 1 - min(ratio, 1 / ratio)
 
@@ -56,8 +49,7 @@ def batches(sizes: list[tuple[int, int]], batch: int, seed: int, start: int) -> 
     """Yield batches start, start + 1, ... without end, as indices into `sizes`.
 
     All images of a batch have one size. Batch k follows from (sizes, batch, seed, k) alone. Each
-    epoch has an order of its own and meets every image once. A batch that is not full takes more
-    images of its size a second time (or oftener, if there are few), so all batches cost the same.
+    epoch has an order of its own and meets every image once, but repeats some to fill a batch.
     """
     members: dict[tuple[int, int], list[int]] = {}
     for i, size in enumerate(sizes):
@@ -71,7 +63,6 @@ def batches(sizes: list[tuple[int, int]], batch: int, seed: int, start: int) -> 
 
 
 def _plan(members: list[list[int]], batch: int, rng: random.Random) -> list[list[int]]:
-    """The batches of an epoch."""
     plan = []
     for alike in members:
         order = rng.sample(alike, len(alike))

@@ -15,8 +15,7 @@ def cifar10(
 ) -> tuple[UInt8[Tensor, "N 3 32 32"], list[str]]:
     """Return all images in CIFAR-10's own order, and the name of the class of each.
 
-    The published files are Python pickles. torchvision opens them only if their md5 is the
-    published one.
+    The published files are pickles; torchvision opens them only if their md5 is the published one.
     """
     from torchvision.datasets import CIFAR10  # a second of import, needed only here
 
@@ -26,9 +25,8 @@ def cifar10(
     except (OSError, HTTPException, RuntimeError) as error:
         reason = " ".join(str(error).split())
         what = "could not download CIFAR-10" if download else "no intact CIFAR-10"
-        raise UserError(
-            f"{root}: {what} ({reason}); place the archive cifar-10-python.tar.gz there "
-            "and keep download on, or use a folder of class folders instead"
-        ) from None
+        remedy = "there and keep download on, or use class folders"
+        message = f"{root}: {what} ({reason}); place the archive cifar-10-python.tar.gz {remedy}"
+        raise UserError(message) from None
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
     return images, [data.classes[label] for label in data.targets]

@@ -1,45 +1,28 @@
 """The critic reads an image of simple things and says for each attribute of a caption if it holds.
 
-Nothing here is learnt, and it shares nothing with the code that draws the built-in world: a model
-that fooled one would not fool the other. An image is read in three steps. The background is the
-colour of the border. Connected regions that differ from it are things. A thing is the shape that
-fits it best once position, spread and contrast are removed. Distances between colours are in RGB,
-0..1.
+Nothing here is learnt, and it shares only the table of colours with the code that draws the
+built-in world: a model that fooled one would not fool the other. The background is the colour of
+the border. Connected regions that differ from it are things. A thing is the shape that fits it best
+once position, spread and contrast are removed. Distances between colours are in RGB, 0..1.
 """
 
 import itertools
 import math
 import re
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from minidiff.data.world import BACKGROUNDS, COLOURS
 from minidiff.errors import UserError
 
-COLOURS = {
-    "red": (0.87, 0.08, 0.12),
-    "orange": (1.00, 0.55, 0.00),
-    "yellow": (0.98, 0.90, 0.10),
-    "green": (0.10, 0.62, 0.20),
-    "cyan": (0.10, 0.80, 0.90),
-    "blue": (0.10, 0.20, 0.88),
-    "purple": (0.58, 0.12, 0.72),
-    "brown": (0.48, 0.26, 0.08),
-}
-BACKGROUNDS = {
-    "white": (0.96, 0.96, 0.96),
-    "gray": (0.58, 0.58, 0.58),
-    "black": (0.05, 0.05, 0.05),
-    "pink": (0.98, 0.70, 0.80),
-}
 # Words of captions and their meanings.
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring", "star", "heart")
-WORDS = {shape: shape for shape in SHAPES}
-WORDS |= {"disc": "circle", "disk": "circle", "plus": "cross"}
+WORDS = dict(zip(SHAPES, SHAPES, strict=True), disc="circle", disk="circle", plus="cross")
 SIZE_WORDS = dict.fromkeys(("small", "tiny", "little"), "small")
 SIZE_WORDS |= dict.fromkeys(("large", "big", "huge"), "large")
 RELATION = re.compile(
@@ -54,39 +37,32 @@ LARGE = 0.165  # a thing is large if half its box is more than this share of the
 COLOUR_REACH = 0.35  # a colour farther than this from every named colour has no name
 MISFIT = 0.075  # the share of a thing's energy that its best shape may leave unexplained
 
-# A thing is compared with the shapes on GRID x GRID points, out to REACH times its spread.
-GRID, REACH = 28, 2.2
-# Softness of the outline, in units of the spread: small images and blurred ones are soft.
-BLURS = (0.05, 0.12, 0.2, 0.3)
+GRID, REACH = 28, 2.2  # shapes are compared on GRID^2 points, out to REACH times the spread
+BLURS = (0.05, 0.12, 0.2, 0.3)  # softness of the outline, in units of the spread
 
 Polygon = list[tuple[float, float]]
+Palette = dict[str, tuple[float, float, float]]
 
 
-@dataclass(frozen=True)
-class ReadThing:
-    """A thing in an image; shape or colour is None if none with a name fits.
-
-    radius is half its box. x, y and radius are in units of the side.
-    """
+class ReadThing(NamedTuple):
+    """A thing in an image; shape or colour is None if none with a name fits."""
 
     shape: str | None
     colour: str | None
     size: str
-    x: float
+    x: float  # in units of the side, as are y and radius
     y: float
-    radius: float
+    radius: float  # half its box
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """What an image shows, the largest thing first."""
 
     background: str | None
     things: tuple[ReadThing, ...]
 
 
-@dataclass(frozen=True)
-class ClaimedThing:
+class ClaimedThing(NamedTuple):
     """A thing in a caption; None is what the caption leaves open."""
 
     shape: str
@@ -94,8 +70,7 @@ class ClaimedThing:
     size: str | None
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(NamedTuple):
     """What a caption says: things[0] is `relation` things[1]."""
 
     things: tuple[ClaimedThing, ...]
@@ -145,10 +120,7 @@ def _is_inside(outline: list[list[float]], x: Tensor, y: Tensor) -> Bool[Tensor,
 
 @cache
 def templates() -> tuple[list[str], Float[Tensor, "n"], Float[Tensor, "n points"]]:
-    """Every shape at every softness, with mean 0 and spread 1.
-
-    Returns the names, half the side of each box, and the coverage of the grid's points.
-    """
+    """Every shape at every softness, with mean 0 and spread 1: names, half-sides, coverages."""
     names, radii, coverages = [], [], []
     fine = 4 * GRID
     axis = (torch.arange(fine) + 0.5) / fine * 2 * REACH - REACH
@@ -195,16 +167,14 @@ def moments(
 
 
 def nearest(
-    colour: Float[Tensor, "*n rgb"], names: dict[str, tuple[float, float, float]]
+    colour: Float[Tensor, "*n rgb"], names: Palette
 ) -> tuple[Float[Tensor, "*n"], Int[Tensor, "*n"]]:
     """Distance to the closest named colour, and its index."""
     distances = torch.cdist(colour.reshape(-1, 3), torch.tensor(list(names.values())))
     return distances.view(*colour.shape[:-1], -1).min(-1)
 
 
-def name_of(
-    colour: Float[Tensor, "rgb"], names: dict[str, tuple[float, float, float]]
-) -> str | None:
+def name_of(colour: Float[Tensor, "rgb"], names: Palette) -> str | None:
     """The name of the closest named colour, or None if it is too far."""
     distance, index = nearest(colour, names)
     return list(names)[index] if distance < COLOUR_REACH else None
@@ -216,10 +186,7 @@ def dilate(values: Float[Tensor, "h w"], reach: int = 1) -> Float[Tensor, "h w"]
 
 
 def regions(foreground: Bool[Tensor, "h w"]) -> Float[Tensor, "h w"]:
-    """Give connected pixels one label; 0 is background.
-
-    Each pixel starts with its own number, and the highest spreads until nothing changes.
-    """
+    """Give connected pixels one label, the highest of their numbers; 0 is background."""
     labels = torch.arange(1.0, foreground.numel() + 1).view_as(foreground) * foreground
     while not torch.equal(spread := dilate(labels) * foreground, labels):
         labels = spread
@@ -229,10 +196,9 @@ def regions(foreground: Bool[Tensor, "h w"]) -> Float[Tensor, "h w"]:
 def split_by_colour(
     inside: Bool[Tensor, "h w"], strong: Bool[Tensor, "h w"], smooth: Float[Tensor, "h w rgb"]
 ) -> list[Bool[Tensor, "h w"]]:
-    """Split a region into two things of different colours that touch, if it is two.
+    """Split a region if it is two things of different colours that touch.
 
-    The colours of two things have centres that are apart; the rim and the core of one thing share
-    a centre.
+    Colours of two things have centres that are apart; one thing's rim and core share a centre.
     """
     core = inside & strong
     _, names = nearest(smooth, COLOURS)
@@ -250,8 +216,7 @@ def split_by_colour(
 def read(image: Float[Tensor, "3 H W"]) -> Reading:
     """Read background and things from an image in [-1, 1], the largest thing first."""
     image = ((image.detach().float().cpu() + 1) / 2).permute(1, 2, 0)
-    height, width, _ = image.shape
-    unit = max(1, round(width / 32))  # what is one pixel at 32 x 32
+    unit = max(1, round(image.shape[1] / 32))  # what is one pixel at 32 x 32
     border = torch.cat([image[0], image[-1], image[:, 0], image[:, -1]])
     background = border.median(0).values
 
@@ -261,14 +226,14 @@ def read(image: Float[Tensor, "3 H W"]) -> Reading:
     # However soft an outline is, it runs half-way to the strongest pixel nearby.
     peak = dilate(distance, 2 * unit)
     labels = regions((distance > FOREGROUND) & (distance > 0.5 * peak))
-    _, labels, counts = labels.unique(return_inverse=True, return_counts=True)
-    whole = [labels == k for k in range(1, len(counts)) if counts[k] >= SPECK * labels.numel()]
+    sizes = zip(*labels.unique(return_counts=True), strict=True)
+    whole = [labels == k for k, size in sizes if k > 0 and size >= SPECK * labels.numel()]
     strong = distance > 0.8 * peak
     inside = [part for region in whole for part in split_by_colour(region, strong, smooth)]
 
-    territory = torch.zeros(height, width)
-    for k, part in enumerate(inside, 1):
-        territory = territory + k * part.float()
+    territory = sum(
+        (k * part.float() for k, part in enumerate(inside, 1)), torch.zeros(labels.shape)
+    )
     for _ in range(2 * unit):  # each thing gets the soft edge around it
         territory = torch.where(territory > 0, territory, dilate(territory))
     things = []
@@ -286,13 +251,9 @@ def _read_thing(
     contrast: Float[Tensor, "rgb"],
     around: Bool[Tensor, "h w"],
 ) -> ReadThing:
-    """Fit every shape to a region with its soft edge.
-
-    contrast: the thing's colour minus the background's, up to a factor that the fit finds.
-    """
-    height, width, _ = image.shape
+    """Fit every shape to a region with its soft edge; the fit finds the factor of `contrast`."""
     coverage = (image - background) @ contrast / contrast.square().sum() * around
-    y, x = ((torch.arange(length) + 0.5) / length for length in (height, width))
+    y, x = ((torch.arange(length) + 0.5) / length for length in around.shape)
     mean_x, mean_y, spread = moments(coverage, *torch.meshgrid(x, y, indexing="xy"))
     at = ((torch.arange(GRID) + 0.5) / GRID * 2 - 1) * REACH * spread
     points = torch.stack(torch.broadcast_tensors(mean_x + at[None, :], mean_y + at[:, None]), -1)
@@ -315,7 +276,7 @@ def _read_thing(
 
 
 def parse(caption: str) -> Claim:
-    """Parse captions like "a small blue circle above a large red square on a white background".
+    """Parse captions like "a small blue circle above a red square on a white background".
 
     Unknown words are skipped. Raises UserError unless each part names exactly one shape.
     """
@@ -328,10 +289,8 @@ def parse(caption: str) -> Claim:
         words = re.findall(r"[a-z]+", part)
         shapes = [WORDS[word] for word in words if word in WORDS]
         if len(shapes) != 1:
-            raise UserError(
-                f'caption "{caption}": "{part.strip()}" names {len(shapes)} shapes, not one; '
-                f"known are {', '.join(WORDS)}."
-            )
+            problem = f'"{part.strip()}" names {len(shapes)} shapes, not one'
+            raise UserError(f'caption "{caption}": {problem}; known are {", ".join(WORDS)}.')
         colour = next((word for word in words if word in COLOURS), None)
         size = next((SIZE_WORDS[word] for word in words if word in SIZE_WORDS), None)
         things.append(ClaimedThing(shapes[0], colour, size))
@@ -347,10 +306,7 @@ def related(a: ReadThing, b: ReadThing, relation: str) -> bool:
 
 
 def compare(reading: Reading, claim: Claim) -> dict[str, bool]:
-    """One verdict for each attribute that the claim states; it always states the count.
-
-    Things are matched in the way that suits the claim best.
-    """
+    """One verdict for each attribute that the claim states, by the best match of the things."""
     verdict = {"count": len(reading.things) == len(claim.things)}
     if claim.background:
         verdict["background"] = reading.background == claim.background
@@ -372,10 +328,7 @@ def compare(reading: Reading, claim: Claim) -> dict[str, bool]:
 
 
 def judge(image: Float[Tensor, "3 H W"], caption: str) -> dict[str, bool]:
-    """Whether each attribute that the caption states holds.
-
-    Keys: "count", "background", "shape 1", "colour 1", "size 1", "shape 2", ..., "relation".
-    """
+    """Whether each attribute holds: "count", "background", "shape 1", ..., "relation"."""
     return compare(read(image), parse(caption))
 
 
@@ -386,5 +339,4 @@ def holds(image: Float[Tensor, "3 H W"], caption: str) -> bool:
 
 def accuracy(images: Float[Tensor, "B 3 H W"], captions: list[str]) -> float:
     """The share of the images for which the caption holds."""
-    pairs = zip(images, captions, strict=True)
-    return sum(holds(image, caption) for image, caption in pairs) / len(captions)
+    return sum(holds(*pair) for pair in zip(images, captions, strict=True)) / len(captions)

@@ -5,8 +5,7 @@ A captioned folder follows the Hugging Face image-folder convention, with one li
     DIR/metadata.jsonl      {"file_name": "images/apple.png", "text": "a red apple"}
     DIR/images/apple.png
 
-A class folder is the older layout, DIR/<class>/<any name>.png; the name of the class is the
-caption.
+A class folder is DIR/<class>/<any name>.png; the name of the class is the caption.
 
 This file alone decides what cannot be trained on. It raises a Fault at the first; the data doctor
 (doctor/) calls the same functions on every line and every image.
@@ -35,6 +34,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 # Usual names of the caption column, for suggestions.
 CAPTION_NAMES = ("text", "caption", "prompt", "description", "captions")
 _EXAMPLE = '{"file_name": "a.png", "text": "a caption"}'
+_ONE_A_LINE = f"write one object a line, {_EXAMPLE}"
 
 
 class Fault(UserError):
@@ -58,10 +58,9 @@ def to_uint8(images: Float[Tensor, "*dims"]) -> UInt8[Tensor, "*dims"]:
 def load_image(
     path: str | Path, size: int | tuple[int, int] | None = None
 ) -> UInt8[Tensor, "3 H W"]:
-    """Read an image file of any kind as upright RGB on white.
+    """Read an image file of any kind as upright RGB on white, or raise a Fault.
 
     size: a side, or (height, width); the image is scaled to cover it and cut in the centre.
-    Raises Fault if there is no such file or Pillow cannot read it.
     """
     if not os.path.isfile(path):
         raise Fault("missing picture", f"{path}: no such picture")
@@ -98,10 +97,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def images_in(folder: str | Path) -> list[Path]:
-    """Every image file below the folder, sorted.
-
-    Hidden files and folders (.DS_Store, ._x.png, .ipynb_checkpoints) and other files are skipped.
-    """
+    """Every image file below the folder, sorted; hidden files and folders are skipped."""
     paths = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not _is_hidden(name)]
@@ -123,10 +119,7 @@ class CaptionedImages(Dataset):
 
 
 class CaptionedFolder(CaptionedImages):
-    """The images and captions of DIR/metadata.jsonl.
-
-    Of a list of captions the first is taken; to use all, give the image one line for each caption.
-    """
+    """The images and captions of DIR/metadata.jsonl; of a list of captions the first is taken."""
 
     def __init__(self, folder: str | Path, size: int | None = None, caption_column: str = "text"):
         folder = check_folder(folder)
@@ -141,17 +134,15 @@ class CaptionedFolder(CaptionedImages):
 class ClassFolder(CaptionedImages):
     """The images of DIR/<class>/<name>, with the name of the class as the caption.
 
-    classes: the sorted names of the folders that hold images.
-    labels: for each image, the index of its class.
+    classes: the sorted names of the folders that hold images; labels: each image's index into them.
     """
 
     def __init__(self, folder: str | Path, size: int | None = None):
         folder = check_folder(folder)
         by_class = class_folders(folder)
         if not by_class:
-            hint = "there are no pictures below it"
-            if images_in(folder):
-                hint = "put the pictures of each class into a folder of its own"
+            remedy = "put the pictures of each class into a folder of its own"
+            hint = remedy if images_in(folder) else "there are no pictures below it"
             message = f"{folder}: no class folders (DIR/<class>/<name>.png); {hint}"
             raise Fault("no class folders", message)
         self.classes = list(by_class)
@@ -163,10 +154,7 @@ class ClassFolder(CaptionedImages):
 def load_all(
     dataset: CaptionedImages, size: int, limit: int | None = None
 ) -> tuple[UInt8[Tensor, "N 3 S S"], list[str]]:
-    """Load a small set into memory: images and captions.
-
-    limit: take at most so many, spread evenly: every class of a sorted folder has its share.
-    """
+    """Load images and captions into memory, at most `limit`, spread evenly over the set."""
     count = len(dataset) if limit is None else min(limit, len(dataset))
     indices = [i * len(dataset) // count for i in range(count)]
     images = torch.empty(count, 3, size, size, dtype=torch.uint8)
@@ -192,33 +180,29 @@ def metadata_lines(folder: Path) -> Iterator[tuple[str, bytes]]:
         raise Fault("no metadata.jsonl", message) from None
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise Fault("not UTF-8", f"{path}: this is UTF-16; save the file as UTF-8")
-    empty = True
-    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), 1):
+    content = content.removeprefix(codecs.BOM_UTF8)
+    if not content.strip():
+        raise Fault("no metadata.jsonl", f"{path}: empty; {_ONE_A_LINE}")
+    for number, line in enumerate(content.splitlines(), 1):
         if line.strip():
-            empty = False
             yield f"{path}, line {number}", line
-    if empty:
-        raise Fault("no metadata.jsonl", f"{path}: empty; write one object a line, {_EXAMPLE}")
 
 
 def parse_row(where: str, line: bytes) -> dict:
     """The JSON object of a line."""
-    advice = f"write one object a line, {_EXAMPLE}"
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         byte = f"byte {line[error.start]:#x} at column {error.start + 1}"
         message = f"{where}: not UTF-8 ({byte}); save the file as UTF-8"
         raise Fault("not UTF-8", message) from None
-    except json.JSONDecodeError as error:
-        reason = f"{error.msg} at column {error.colno}"
-        raise Fault("not JSON", f"{where}: not JSON ({reason}); {advice}") from None
-    # Numbers of thousands of digits, and very deep nesting.
+    # Not only JSONDecodeError: numbers of thousands of digits, and very deep nesting.
     except (ValueError, RecursionError) as error:
-        reason = str(error).split(";")[0]
-        raise Fault("not JSON", f"{where}: not JSON ({reason}); {advice}") from None
+        column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        reason = getattr(error, "msg", str(error).split(";")[0]) + column
+        raise Fault("not JSON", f"{where}: not JSON ({reason}); {_ONE_A_LINE}") from None
     if not isinstance(row, dict):
-        raise Fault("not JSON", f"{where}: not a JSON object; {advice}")
+        raise Fault("not JSON", f"{where}: not a JSON object; {_ONE_A_LINE}")
     return row
 
 
@@ -227,7 +211,7 @@ def _quote(name: str) -> str:
 
 
 def _describe(value: object) -> str:
-    """A wrong value in short; lists and dicts by their type, as printing may fail on deep ones."""
+    """A wrong value in short; printing a deep list or dict may fail."""
     if value and isinstance(value, dict | list):
         return f"a {type(value).__name__}"
     return json.dumps(value)[:60]
@@ -238,20 +222,15 @@ def _column(where: str, row: dict, column: str) -> object:
     if column in row:
         return row[column]
     names = ", ".join(map(_quote, row)) or "nothing"
-    trap, advice = f"no {'caption' if column != 'file_name' else column} column", "Add it"
     if column == "file_name":
-        close = difflib.get_close_matches(column, row, 1)
-        advice = (
-            f"Rename {_quote(close[0])}"
-            if close
-            else "Add it, with the picture's path inside the folder"
-        )
+        trap, close = "no file_name column", difflib.get_close_matches(column, row, 1)
+        advice = "Add it, with the picture's path inside the folder"
+        advice = f"Rename {_quote(close[0])}" if close else advice
     else:
         others = [k for k, v in row.items() if k != "file_name" and isinstance(v, str | list)]
-        close = difflib.get_close_matches(column, others, 1)
+        trap, close = "no caption column", difflib.get_close_matches(column, others, 1)
         close += [name for name in (*CAPTION_NAMES, *others) if name in others]
-        if close:
-            advice = f"Rename it, or pass --caption-column {close[0]}"
+        advice = f"Rename it, or pass --caption-column {close[0]}" if close else "Add it"
     raise Fault(trap, f"{where}: no column {_quote(column)}; found {names}. {advice}.")
 
 
@@ -259,48 +238,39 @@ def caption_of(where: str, row: dict, column: str) -> str:
     """The caption in a row; of a list, the first."""
     value = _column(where, row, column)
     first = value[0] if isinstance(value, list) and value else value
-    problem = None
     if not isinstance(first, str):
         problem = f"{_describe(value)}, not a caption; write a string, or a list of strings"
     elif re.search("[\ud800-\udfff]", first):  # valid in JSON, but no tokenizer can read it
         problem = f"half a character, {first[:60]!a}; write the caption anew"
-    if problem:
-        raise Fault("not a caption", f"{where}: column {_quote(column)} holds {problem}")
-    return first
+    else:
+        return first
+    raise Fault("not a caption", f"{where}: column {_quote(column)} holds {problem}")
 
 
 def image_of(folder: Path, where: str, row: dict, candidates: Callable[[], list[Path]]) -> Path:
-    """The path of the image that a row names.
-
-    candidates: lists the images in the folder; called only to suggest a name for a missing one.
-    """
+    """The path of the image that a row names; `candidates` lists names to suggest for it."""
     name = _column(where, row, "file_name")
     if not isinstance(name, str) or not name:
-        advice = "write the path of a picture inside the folder"
-        message = f'{where}: "file_name" holds {_describe(name)}; {advice}'
-        raise Fault("no file_name column", message)
+        problem = f"holds {_describe(name)}; write the path of a picture inside the folder"
+        raise Fault("no file_name column", f'{where}: "file_name" {problem}')
     path = folder / name
     if not inside(folder, path):
-        advice = f"points outside the folder; copy the picture into {folder}"
-        raise Fault("outside the folder", f'{where}: "file_name" {_quote(name)} {advice}')
+        problem = f"points outside the folder; copy the picture into {folder}"
+        raise Fault("outside the folder", f'{where}: "file_name" {_quote(name)} {problem}')
     if not os.path.isfile(path):
         names = [p.relative_to(folder).as_posix() for p in candidates()]
         near = difflib.get_close_matches(name, names, 1)
-        hint = (
-            f"did you mean {_quote(near[0])}?" if near else "add the picture, or take the line out"
-        )
+        remedy = "add the picture, or take the line out"
+        hint = f"did you mean {_quote(near[0])}?" if near else remedy
         raise Fault("missing picture", f"{where}: picture {_quote(name[:200])} is missing; {hint}")
     return path
 
 
 def inside(folder: Path, path: Path) -> bool:
-    """Whether the path, with its links resolved, stays in the folder.
-
-    True too for what cannot be resolved: too long a name, a NUL in it, or links in a circle.
-    """
+    """Whether the path, with its links resolved, stays in the folder."""
     try:
         return path.resolve().is_relative_to(folder.resolve())
-    except (OSError, ValueError, RuntimeError):
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL in it, links in a circle
         return True
 
 
@@ -311,15 +281,13 @@ def check_folder(folder: str | Path) -> Path:
         file = "this is a file; pass the folder it lies in"
         raise UserError(f"{folder}: {file if folder.exists() else 'no such folder'}")
     if not any(folder.iterdir()):
-        raise UserError(
-            f"{folder}: the folder is empty; put pictures and a metadata.jsonl there, "
-            "or one folder of pictures per class"
-        )
+        remedy = "put pictures and a metadata.jsonl there, or one folder of pictures per class"
+        raise UserError(f"{folder}: the folder is empty; {remedy}")
     return folder
 
 
 def class_folders(folder: Path) -> dict[str, list[Path]]:
-    """The images of each folder in this one, by the folder's name; folders without are left out."""
+    """The images of each folder in this one, by its name; folders without images are left out."""
     folders = sorted(p for p in folder.iterdir() if p.is_dir() and not _is_hidden(p.name))
     return {place.name: paths for place in folders if (paths := images_in(place))}
 
@@ -332,8 +300,6 @@ def _advice_without_metadata(folder: Path) -> str:
         return f"there is {nested[0]}; pass the folder it lies in"
     if classes := class_folders(folder):
         names = ", ".join(list(classes)[:3]) + (", ..." if len(classes) > 3 else "")
-        return (
-            f"there are folders of pictures ({names}): load it as class folders if those are "
-            f"classes, or write one line a picture, {_EXAMPLE}"
-        )
+        remedy = "load it as class folders if those are classes, or write one line a picture"
+        return f"there are folders of pictures ({names}): {remedy}, {_EXAMPLE}"
     return f"write one line a picture there, {_EXAMPLE}"

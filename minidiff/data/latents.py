@@ -2,11 +2,8 @@
 
 A cache is one safetensors file: latents.safetensors or contexts.safetensors. The name of an entry
 is its key, the SHA-256 of all it was computed from: the bytes of the image, its size and whether it
-is mirrored, or the caption; and the network's config and every weight. What has changed has another
-key, so dates and names of files do not matter.
-
-Entries are computed one at a time. So an entry follows from its key, to the bit, whatever else was
-missing with it.
+is mirrored, or the caption; and the network's config and every weight. Entries are computed one at
+a time, so an entry follows from its key, to the bit.
 """
 
 import hashlib
@@ -14,7 +11,6 @@ import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,8 +31,6 @@ VERSION = "minidiff cache 1"  # change it when entries are computed in another w
 
 
 class Example(NamedTuple):
-    """An image as training uses it."""
-
     latents: Float[Tensor, "Z h w"]
     caption: str
 
@@ -49,9 +43,9 @@ def encode_images(
     folder: Path | None,
     flip: bool = False,
 ) -> list[Float[Tensor, "Z h w"]]:
-    """Encode images, each scaled to cover its size (height, width) and cut in the centre.
+    """Encode images, scaled to cover their sizes (height, width) and cut; on the CPU.
 
-    folder: where latents.safetensors is stored; None stores nothing. The results are on the CPU.
+    folder: where latents.safetensors is stored; None stores nothing.
     flip: the latents of all mirror images follow those of all images, as captions * 2 do.
     """
     of_vae = fingerprint(vae)
@@ -60,9 +54,8 @@ def encode_images(
     for mirrored in (False, True) if flip else (False,):
         for path, size, content in zip(paths, sizes, contents, strict=True):
             keys.append(_key(of_vae, content, *size, mirrored))
-            arguments[keys[-1]] = path, size, mirrored
-    encode = partial(_encode_image, vae)
-    entries = _entries("latents", folder, arguments, encode, "encoding pictures")
+            arguments[keys[-1]] = vae, path, size, mirrored
+    entries = _entries("latents", folder, arguments, _encode_image, "encoding pictures")
     return [entries[key] for key in keys]
 
 
@@ -81,17 +74,14 @@ def _encode_image(
 def encode_captions(
     text: nn.Module, captions: list[str], folder: Path | None
 ) -> dict[str, Float[Tensor, "L D"]]:
-    """Encode each caption, and "" for dropped captions, by the text encoder; on the CPU.
+    """Encode each caption, and "" for dropped captions; on the CPU.
 
     folder: where contexts.safetensors is stored; None stores nothing.
     """
     of_text = fingerprint(text)
     keys = {caption: _key(of_text, caption) for caption in dict.fromkeys(["", *captions])}
-    arguments, encode = (
-        {key: (caption,) for caption, key in keys.items()},
-        partial(_encode_caption, text),
-    )
-    entries = _entries("contexts", folder, arguments, encode, "encoding captions")
+    arguments = {key: (text, caption) for caption, key in keys.items()}
+    entries = _entries("contexts", folder, arguments, _encode_caption, "encoding captions")
     return {caption: entries[key] for caption, key in keys.items()}
 
 
@@ -101,9 +91,8 @@ def _encode_caption(text: nn.Module, caption: str) -> Float[Tensor, "L D"]:
 
 def fingerprint(network: nn.Module) -> str:
     """A hash of all that a network computes with: class, config, and weights with LoRAs merged."""
-    digest = hashlib.sha256(
-        repr((type(network).__name__, sorted(asdict(network.config).items()))).encode()
-    )
+    config = type(network).__name__, sorted(asdict(network.config).items())
+    digest = hashlib.sha256(repr(config).encode())
     for name, value in sorted(merged_state(network).items()):
         digest.update(repr((name, value.dtype, tuple(value.shape))).encode())
         digest.update(_bytes(value))
@@ -127,18 +116,17 @@ def _entries(
 ) -> dict[str, Tensor]:
     """Return an entry for each key: from the file, or else encode(*arguments[key]).
 
-    Afterwards the file holds these entries and no others. If computing ends early, by Ctrl-C or by
-    a damaged image, the file holds those that were ready.
+    Afterwards the file holds these entries alone; if computing ends early, those that were ready.
     """
-    file = None if folder is None else folder / f"{name}.safetensors"
-    stored = {} if file is None else _read(file)
+    file = folder and folder / f"{name}.safetensors"
+    stored = _read(file) if file else {}
     entries = {key: stored[key] for key in arguments if key in stored}
     missing = [key for key in arguments if key not in stored]
     try:
         for key in tqdm(missing, title, unit="", leave=False, disable=not missing):
             entries[key] = encode(*arguments[key])
     finally:
-        if file is not None and entries.keys() != stored.keys():
+        if file and entries.keys() != stored.keys():
             _write(file, entries)
     return entries
 
@@ -178,15 +166,10 @@ def _write(file: Path, entries: dict[str, Tensor]) -> None:
     """Write whole or not at all: other readers and open memory maps keep the old file."""
     try:
         with atomic.write(file, foreign) as new:
-            save_file(
-                {key: value.contiguous() for key, value in entries.items()},
-                new,
-                {"checksum": _checksum(entries)},
-            )
+            contiguous = {key: value.contiguous() for key, value in entries.items()}
+            save_file(contiguous, new, {"checksum": _checksum(entries)})
     except (SafetensorError, OSError) as error:
-        size = sum(value.nbytes for value in entries.values()) / 1e6
-        why = " ".join(str(error).split())
-        raise UserError(
-            f"{file}: {size:.1f} MB cannot be written ({why}); "
-            "free some space, or name another folder."
-        ) from error
+        size, why = sum(value.nbytes for value in entries.values()), " ".join(str(error).split())
+        remedy = "free some space, or name another folder"
+        message = f"{file}: {size / 1e6:.1f} MB cannot be written ({why}); {remedy}."
+        raise UserError(message) from error

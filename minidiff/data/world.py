@@ -1,9 +1,8 @@
 """The built-in world: an endless, seeded supply of captioned images of simple things.
 
 An image shows one or two flat-coloured things on a plain background. Every attribute is known, so
-an image can be checked against its caption exactly (critic.py), and whole combinations of
-attributes can be held out of training (split_of). Pixel coordinates: x to the right, y down.
-Lengths in a thing's own frame are in units of its radius.
+an image can be checked against its caption exactly (critic.py), and combinations of attributes can
+be held out of training (split_of). x points right, y down; a thing's own unit is its radius.
 """
 
 import hashlib
@@ -40,8 +39,7 @@ INVERSE = {"above": "below", "below": "above", "left of": "right of", "right of"
 SPLITS = ("train", "held-out")
 
 RADIUS = {"small": (0.130, 0.145), "large": (0.205, 0.220)}  # in units of the image's side
-# To the edge and between two things. Two large things just fit: 4 * 0.22 + 2 * MARGIN + GAP = 1.
-MARGIN, GAP = 0.025, 0.07
+MARGIN, GAP = 0.025, 0.07  # two large things just fit: 4 * 0.22 + 2 * MARGIN + GAP = 1
 COLOUR_JITTER = 0.03  # at most, in each channel
 
 
@@ -126,10 +124,7 @@ def split_of(scene: Scene) -> str:
 
 
 class World:
-    """Scenes, their captions and their images, of all or some shapes, colours and backgrounds.
-
-    size: the side of the images in pixels, at least 32.
-    """
+    """Scenes, their captions and their images of `size` pixels a side, at least 32."""
 
     def __init__(
         self,
@@ -138,20 +133,17 @@ class World:
         colours: tuple[str, ...] = tuple(COLOURS),
         backgrounds: tuple[str, ...] = tuple(BACKGROUNDS),
     ):
-        tables = {"shape": SHAPES, "colour": COLOURS, "background": BACKGROUNDS}
-        for names, (kind, table) in zip(
-            (shapes, colours, backgrounds), tables.items(), strict=True
+        for kind, names, table in (
+            ("shape", shapes, SHAPES),
+            ("colour", colours, COLOURS),
+            ("background", backgrounds, BACKGROUNDS),
         ):
             if not names or set(names) - set(table):
-                raise UserError(
-                    f"World: each {kind} must be one of {', '.join(table)}; "
-                    f"got {', '.join(names) or 'none'}."
-                )
+                valid, got = ", ".join(table), ", ".join(names) or "none"
+                raise UserError(f"World: each {kind} must be one of {valid}; got {got}.")
         if size < 32:
-            raise UserError(
-                f"World: pictures of {size} pixels are too small to tell the shapes apart; "
-                "use a size of 32 or more."
-            )
+            reason = "too small to tell the shapes apart; use a size of 32 or more"
+            raise UserError(f"World: pictures of {size} pixels are {reason}.")
         self.size, self.shapes = size, tuple(shapes)
         self.colours, self.backgrounds = tuple(colours), tuple(backgrounds)
 
@@ -162,10 +154,7 @@ class World:
         split: str | None = "train",
         two_objects: float = 0.5,
     ) -> Scene:
-        """Draw attributes until they belong to `split` (None: any split).
-
-        objects: 1 or 2; default: 2 with probability `two_objects`, else 1.
-        """
+        """Draw attributes until they belong to `split` (None: any), of 1, 2 or any `objects`."""
         if split not in (None, *SPLITS):
             raise UserError(f'World: split must be "train", "held-out" or None, not "{split}".')
         if objects not in (None, 1, 2):
@@ -181,23 +170,18 @@ class World:
             distinct = len({(thing.shape, thing.colour) for thing in things}) == count
             if distinct and split in (None, split_of(scene)):
                 return scene
-        raise UserError(
-            f"World: no {split} scene of {count} object(s) with so few shapes, colours and "
-            "backgrounds; allow more of them."
-        )
+        few = "so few shapes, colours and backgrounds; allow more of them"
+        raise UserError(f"World: no {split} scene of {count} object(s) with {few}.")
 
     def caption(self, scene: Scene, rng: random.Random, full: bool = False) -> str:
-        """Describe the scene. Sizes (1 in 5) and the background (1 in 2) may be omitted.
-
-        full: omit nothing.
-        """
+        """Describe the scene; unless `full`, omit sizes (1 in 5) and the background (1 in 2)."""
         things, relation = scene.things, scene.relation
         if relation and rng.random() < 0.5:
             things, relation = things[::-1], INVERSE[relation]
         if relation in ("left of", "right of") and rng.random() < 0.75:
             relation = f"to the {relation}"
-        phrases = [_describe(thing, rng, full, alone=len(things) == 1) for thing in things]
-        text = f" {relation} ".join(phrases)
+        alone = len(things) == 1
+        text = f" {relation} ".join(_describe(thing, rng, full, alone) for thing in things)
         opening = rng.choices(("", "there is ", "a picture of ", "an image of "), (6, 2, 1, 1))[0]
         if full or rng.random() < 0.5:
             background = _article(scene.background)
@@ -231,10 +215,7 @@ class World:
         centre: Float[Tensor, "N xy"],
         radius: Float[Tensor, "N"],
     ) -> Float[Tensor, "N H W"]:
-        """The share of each pixel that a thing covers.
-
-        It is the signed distance in pixels, clipped to half a pixel on either side.
-        """
+        """The share of each pixel that a thing covers: its signed distance, clipped to +-0.5."""
         pixels = (torch.arange(self.size) + 0.5) / self.size
         inside = torch.zeros(len(things), self.size, self.size)
         absent = {2 * k + 1 for k in lone.nonzero().flatten().tolist()}
@@ -257,10 +238,7 @@ class World:
         full: bool = False,
         two_objects: float = 0.5,
     ) -> tuple[Float[Tensor, "B 3 H W"], list[str], list[Scene]]:
-        """Draw n images with captions and scenes; the arguments alone determine them.
-
-        objects, split, two_objects: as in `scene`. full: as in `caption`.
-        """
+        """Draw n images with captions and scenes; the arguments alone determine them."""
         rng = random.Random(str(seed))
         scenes = [self.scene(rng, objects, split, two_objects) for _ in range(n)]
         captions = [self.caption(scene, rng, full) for scene in scenes]
@@ -284,9 +262,7 @@ def _describe(thing: Thing, rng: random.Random, full: bool, alone: bool) -> str:
     return _article(f"{start}{thing.colour} {thing.shape}")
 
 
-def _jitter(
-    table: dict[str, tuple[float, float, float]], names: list[str], generator: torch.Generator
-) -> Float[Tensor, "N rgb"]:
+def _jitter(table: dict, names: list[str], generator: torch.Generator) -> Float[Tensor, "N rgb"]:
     """Colours by name, each a little off."""
     noise = 2 * torch.rand(len(names), 3, generator=generator) - 1
     return (torch.tensor([table[name] for name in names]) + COLOUR_JITTER * noise).clamp(0, 1)
@@ -298,10 +274,7 @@ def _place(
     lone: Bool[Tensor, "B"],
     generator: torch.Generator,
 ) -> Float[Tensor, "B 2 xy"]:
-    """Centres in units of the side, clear of the edge and of each other.
-
-    Two things are clearly farther apart along their relation than across it.
-    """
+    """Centres in units of the side, farther apart along the relation than across it."""
     B = len(scenes)
     room = 1 - 2 * MARGIN - 2 * radius
     anywhere = torch.rand(B, 2, 2, generator=generator)
@@ -314,8 +287,7 @@ def _place(
     second = first + radius.sum(1) + GAP + between
     across = alone[:, 0, 1]
     beside = across + (second - first) * 0.4 * (2 * torch.rand(B, generator=generator) - 1)
-    lowest, highest = MARGIN + radius[:, 1], 1 - MARGIN - radius[:, 1]
-    beside = torch.minimum(torch.maximum(beside, lowest), highest)
+    beside = beside.clamp(MARGIN + radius[:, 1], 1 - MARGIN - radius[:, 1])
     # things[0] left of things[1]; then turned for the other relations.
     pair = torch.stack([torch.stack([first, across], 1), torch.stack([second, beside], 1)], 1)
     vertical = torch.tensor([scene.relation in ("above", "below") for scene in scenes])

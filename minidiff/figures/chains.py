@@ -28,16 +28,12 @@ def plot_forward(
     title: str | None = None,
 ) -> list[Path]:
     """Plot x_t = alpha_t x0 + sigma_t eps, with one eps for all t: forward.png and forward.gif."""
-    times = _times(schedule, 5 * (COLUMNS - 1))
+    out, times = Path(out), _times(schedule, 5 * (COLUMNS - 1))
     alpha, sigma = (s.to(image.dtype).view(-1, 1, 1, 1) for s in schedule.alpha_sigma(times))
     eps = torch.randn(image.shape, generator=generator, dtype=image.dtype)
     scale, name = _display_scale(schedule, times)
     chain = (alpha * image.cpu() + sigma * eps) / scale.to(image.dtype).view(-1, 1, 1, 1)
-    labels, columns, out = (
-        [_label(t) for t in times.tolist()],
-        _spread(len(times), COLUMNS),
-        Path(out),
-    )
+    labels, columns = [_label(t) for t in times.tolist()], _spread(len(times), COLUMNS)
     column_labels = [labels[k] for k in columns]
     strip = plots.strip({name: chain[columns]}, column_labels, out / "forward.png", title)
     frames = [{name: x_t[None]} for x_t in chain]
@@ -54,8 +50,8 @@ def plot_reverse(
 ) -> list[Path]:
     """Plot noise turning into images: reverse.png and reverse.gif.
 
-    reverse.png follows the first sample: x_t as a latent, x_t decoded, and the guess of x0 made
-    there, decoded. reverse.gif shows all samples, without the latent. title: default: the caption.
+    The PNG follows the first sample: x_t as a latent, x_t decoded, and the guess of x0, decoded.
+    The GIF shows all samples, without the latent. title: default: the caption.
     """
     times = torch.tensor([frame.t for frame in frames], dtype=torch.float64)
     scales, x_t = _display_scale(model.schedule, times)

@@ -14,10 +14,7 @@ SHEET = 48  # images on the sheet at most
 
 
 def contact_sheet(data: Folder, path: Path, seed: int = 0) -> list[Path]:
-    """Write up to SHEET images, chosen by the seed, as training at a square size sees them.
-
-    No file is written where no image can be read.
-    """
+    """Write up to SHEET images, chosen by the seed, as training sees them; no file for none."""
     entries = [entry for entry in data.entries if entry.name in data.images]
     if not entries:
         return []
@@ -28,5 +25,4 @@ def contact_sheet(data: Folder, path: Path, seed: int = 0) -> list[Path]:
     name = data.folder.resolve().name
     title = printable(f"{count} of {len(entries)} pictures of {name}, as training sees them")
     columns = 8 if count > 16 else None
-    captions = [printable(caption) for caption in captions]
-    return [grid(to_model(images), captions, path, columns, title)]
+    return [grid(to_model(images), list(map(printable, captions)), path, columns, title)]

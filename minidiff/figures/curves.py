@@ -1,7 +1,4 @@
-"""Figures of curves and points, by matplotlib: schedules, losses, the 2-D toy, SVG for HTML.
-
-The functions know arrays and lists, no diffusion class. Each returns the path of the file it wrote.
-"""
+"""Figures of curves and points, by matplotlib: schedules, losses, the 2-D toy, SVG for HTML."""
 
 import html
 import io
@@ -28,10 +25,7 @@ Points = list[tuple[float, float | None]]
 def write(
     path: str | Path, data: bytes, suffixes: set[str], stranger: atomic.Stranger = atomic.unsigned
 ) -> Path:
-    """Write a figure whole or not at all, over nothing but a figure of ours.
-
-    Raises UserError if the name of the file ends in none of `suffixes`.
-    """
+    """Write a figure whole or not at all, over nothing but a figure of ours."""
     path = Path(path)
     if path.suffix.lower() not in suffixes:
         kinds = " or ".join(sorted(suffixes))
@@ -73,10 +67,7 @@ def schedules(
     curves: dict[str, tuple[Float[Tensor, "N"], Float[Tensor, "N"], Float[Tensor, "N"]]],
     path: str | Path,
 ) -> Path:
-    """Plot signal, noise and log signal-to-noise ratio over t in [0, 1].
-
-    curves: name -> (t, alpha_t, sigma_t).
-    """
+    """Plot signal, noise and log SNR over t in [0, 1]; curves: name -> (t, alpha_t, sigma_t)."""
     # Where alpha_t or sigma_t is 0 (or -1e-17), the logarithm gives no point.
     with style(), np.errstate(divide="ignore", invalid="ignore"):
         figure, (signal, noise, ratio) = new_figure(3)
@@ -98,10 +89,9 @@ def schedules(
 
 
 def loss(log: list[dict], path: str | Path) -> Path:
-    """Plot the training loss, as logged and smoothed; and by noise level, if it was recorded.
+    """Plot the training loss; and in the first and last quarter by noise level, if recorded.
 
-    log: records {"step", "loss", "bins"}. `bins` holds the mean loss in each stretch of t, with
-    None where there is none. The second panel compares the first with the last quarter of training.
+    log: records {"step", "loss", "bins"}; bins: the mean loss, or None, in each stretch of t.
     """
     if not log:
         raise UserError(f"{path}: the log is empty: there is no loss to plot yet")
@@ -119,10 +109,11 @@ def loss(log: list[dict], path: str | Path) -> Path:
         axes[0].xaxis.get_major_locator().set_params(integer=True)
         if len(bins):
             quarter, t = max(1, len(bins) // 4), (np.arange(bins.shape[1]) + 0.5) / bins.shape[1]
-            look = {"color": COLOURS[1], "markersize": 4, "label": "first quarter of training"}
-            axes[1].plot(t, _mean(bins[:quarter]), "o--", **look)
-            look = {"color": COLOURS[0], "markersize": 4, "label": "last quarter"}
-            axes[1].plot(t, _mean(bins[-quarter:]), "s-", **look)
+            for stretch, line, colour, label in (
+                (bins[:quarter], "o--", COLOURS[1], "first quarter of training"),
+                (bins[-quarter:], "s-", COLOURS[0], "last quarter"),
+            ):
+                axes[1].plot(t, _mean(stretch), line, color=colour, markersize=4, label=label)
             axes[1].set(title="loss by noise level", xlabel=NOISE_AXIS, xlim=(0, 1))
         for axis, values in zip(axes, (losses, bins), strict=False):
             axis.legend()
@@ -136,16 +127,13 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 
 def _log_scale(axis, values: np.ndarray) -> None:
-    """Make the y axis logarithmic, with plain numbers, if all values are positive.
-
-    Below a factor of 5 there are more numbers on the axis, so that at least two are seen.
-    """
+    """Make the y axis logarithmic, with at least two plain numbers, if all values are positive."""
     from matplotlib.ticker import LogLocator
 
     if not len(values) or values.min() <= 0:
         return
-    wide = values.max() > 5 * values.min()
     axis.set_yscale("log")
+    wide = values.max() > 5 * values.min()
     subs = (1, 2, 5) if wide else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
     axis.yaxis.set_major_locator(LogLocator(subs=subs))
     axis.yaxis.set_major_formatter("{x:g}")
@@ -172,8 +160,7 @@ def points(panels: list[Panel], path: str | Path) -> Path:
     # Percentiles: one stray point must not shrink everything else.
     low, high = np.percentile(np.concatenate(places), [0.5, 99.5], axis=0)
     margin = 0.08 * (high - low).max()
-    limits = {"xlim": (low[0] - margin, high[0] + margin)}
-    limits |= {"ylim": (low[1] - margin, high[1] + margin)}
+    x_limits, y_limits = np.stack([low - margin, high + margin], 1)
     lengths = [np.linalg.norm(_array(p.arrows[1]), axis=1) for p in panels if p.arrows is not None]
     longest = max((np.percentile(length, 99) for length in lengths), default=1)
     with style():
@@ -188,7 +175,7 @@ def points(panels: list[Panel], path: str | Path) -> Path:
                 look = {"color": COLOURS[2], "scale": longest / margin, "width": 0.005}
                 places, directions = map(_array, panel.arrows)
                 axis.quiver(*places.T, *directions.T, angles="xy", scale_units="xy", **look)
-            axis.set(title=panel.title, aspect="equal", **limits)
+            axis.set(title=panel.title, aspect="equal", xlim=x_limits, ylim=y_limits)
         return save(figure, path)
 
 
@@ -214,7 +201,6 @@ def chart(
     """Draw named lines as an <svg> element to stand inside an HTML page; equal input, equal bytes.
 
     A line is broken where y is None or not finite.
-
     levels: named horizontal lines.
     log: a logarithmic y axis, if all values are positive.
     greys: colours from light to dark, for lines that have an order.
@@ -223,12 +209,13 @@ def chart(
 
     levels = levels or {}
     arrays = {name: np.array(line, float) for name, line in lines.items()}  # turns None into nan
-    for array in arrays.values():
-        array[~np.isfinite(array[:, 1]), 1] = np.nan
     ends = []
-    for name, (_, y) in ((name, array.T) for name, array in arrays.items()):
-        if len(y := y[np.isfinite(y)]):
-            ends.append(f"{name} from {y[0]:.3g} to {y[-1]:.3g}")
+    for name, array in arrays.items():
+        finite = np.isfinite(array[:, 1])
+        array[~finite, 1] = np.nan
+        if finite.any():
+            first, last = array[finite, 1][[0, -1]]
+            ends.append(f"{name} from {first:.3g} to {last:.3g}")
     columns = max(1, 54 // (6 + max(map(len, (*lines, *levels)))))
     rows = math.ceil((len(lines) + len(levels)) / columns)
     # Texts stay texts, and ids follow from the content.
@@ -242,9 +229,7 @@ def chart(
         for name, level in levels.items():
             axis.axhline(level, color="#777", linestyle="--", linewidth=1, label=name)
         if log:
-            values = np.concatenate(
-                [array[:, 1] for array in arrays.values()] + [[*levels.values()]]
-            )
+            values = np.concatenate([*(a[:, 1] for a in arrays.values()), [*levels.values()]])
             _log_scale(axis, values[np.isfinite(values)])
         axis.set(title=title, xlabel=x_label)
         figure.legend(loc="outside lower left", ncols=columns)

@@ -1,8 +1,8 @@
 """Figures made of images: grids of samples, chains as strips and GIFs, and latents as colours.
 
 They are drawn pixel by pixel, so that an image is enlarged but never blurred. The functions know
-tensors and lists, no diffusion class. Each returns the path of the file it wrote. Figures made of
-curves stand in curves.py; three of them are named here too, for `minidiff.plots`.
+tensors and lists, no diffusion class. Each returns the path of the file it wrote. Three figures of
+curves.py are named here too, for `minidiff.plots`.
 """
 
 import io
@@ -22,6 +22,7 @@ from minidiff.training import atomic
 
 __all__ = ["animate", "grid", "latents_to_rgb", "loss", "points", "save_png", "schedules", "strip"]
 
+NEAREST = Image.Resampling.NEAREST
 RIGHT, WRONG = ("✓", COLOURS[2]), ("✗", COLOURS[1])
 
 
@@ -31,10 +32,7 @@ def save_png(
     text: dict[str, str] | None = None,
     stranger: atomic.Stranger = atomic.unsigned,
 ) -> Path:
-    """Write one image in [-1, 1] at its own size, with `text` as PNG text chunks.
-
-    stranger: see atomic.write.
-    """
+    """Write an image in [-1, 1] with `text` as PNG text chunks; `stranger`: see atomic.write."""
     return _write_png(_to_pil(image[None])[0], path, text, stranger)
 
 
@@ -80,10 +78,9 @@ def strip(
     path: str | Path,
     title: str | None = None,
 ) -> Path:
-    """Draw named rows of images with a label over each column, such as the steps of a chain.
+    """Draw named rows of images, which may differ in size, with a label over each column.
 
-    Rows may differ in size and channels. Rows with neither 1 nor 3 channels are coloured by
-    `latents_to_rgb`.
+    Rows with neither 1 nor 3 channels are coloured by `latents_to_rgb`.
     """
     images = {name: _to_pil(row) for name, row in rows.items()}
     return _write_png(_sheet(images, labels, title, at_least=128), path)
@@ -128,8 +125,7 @@ def animate(
 def latents_to_rgb(latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 H W"]:
     """Show latents by their first three principal components over batch and place.
 
-    2.5 standard deviations become [-1, 1]. Colours only tell alike from unlike, and two calls do
-    not share them; what latents mean is shown by the VAE's decoder alone.
+    2.5 standard deviations become [-1, 1]. Colours of two calls do not compare.
     """
     pixels = latents.detach().double().cpu().movedim(1, -1).flatten(0, 2)
     pixels = pixels - pixels.mean(0)
@@ -152,9 +148,7 @@ def _to_pil(images: Float[Tensor, "K C H W"]) -> list[Image.Image]:
 def _enlarge(images: list[Image.Image], at_least: int) -> list[Image.Image]:
     """Scale by the least whole number that makes images at least so many pixels wide."""
     factor = math.ceil(at_least / images[0].width)
-    sizes = [(image.width * factor, image.height * factor) for image in images]
-    nearest = Image.Resampling.NEAREST
-    return [image.resize(size, nearest) for image, size in zip(images, sizes, strict=True)]
+    return [image.resize([factor * n for n in image.size], NEAREST) for image in images]
 
 
 def _sheet(
@@ -181,17 +175,17 @@ def _sheet(
         place = left - gap, y + height / 2
         draw.multiline_text(place, "\n".join(name), "black", font, "rm", align="right")
         for k, image in enumerate(row):
-            image = image.resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(image, (left + k * (width + gap), y))
+            place = left + k * (width + gap), y
+            sheet.paste(image.resize((width, height), NEAREST), place)
     return sheet
 
 
 def _canvas(
     width: int, height: int, gap: int, title: str | None, size: int
 ) -> tuple[Image.Image, ImageDraw.ImageDraw, int]:
-    """Make a white sheet with the title on it, `height` pixels below the title.
+    """Return a white sheet with a title, its drawing tool, and the y at which space begins.
 
-    Returns the sheet, its drawing tool, and the y at which the space below the title begins.
+    height: of the space below the title.
     """
     large, top = round(1.2 * size), 2 * size if title else 0
     sheet = Image.new("RGB", (width, top + height), "white")
@@ -209,10 +203,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _wrap(words: str, width: int, size: int, lines: int) -> list[str]:
-    """Break a text into at most `lines` lines of `width` pixels; an ellipsis stands for the rest.
-
-    A word is broken only if it is wider than a line.
-    """
+    """Break a text into at most `lines` lines of `width` pixels, at spaces where there are any."""
     font, wrapped, rest = _font(size), [], " ".join(words.split())
     while rest:
         longest = min(len(rest), width)

@@ -36,23 +36,20 @@ def trace(network: nn.Module, parts: list[str], *inputs: torch.Tensor) -> list[R
         network(*inputs)
     for handle in handles:
         handle.remove()
-    flops = counter.get_flop_counts()
+    flops = {f"{name}.": sum(n.values()) for name, n in counter.get_flop_counts().items()}
     rows = []
     for part, shape in shapes.items():
-        prefix = f"{type(network).__name__}.{part}."
-        inside = {
-            name: sum(n.values()) for name, n in flops.items() if f"{name}.".startswith(prefix)
-        }
+        inside = [name for name in flops if name.startswith(f"{type(network).__name__}.{part}.")]
         # A module's count includes its children's: sum the outermost modules alone.
-        outer = [n for n in inside if not any(n.startswith(f"{other}.") for other in inside)]
+        outer = [n for n in inside if not any(n != m and n.startswith(m) for m in inside)]
         weights = [p for name, p in network.named_parameters() if name.startswith(f"{part}.")]
         parameters = sum(p.numel() for p in weights)
-        rows.append(Row(part, shape, parameters, sum(inside[name] for name in outer) // 2))
+        rows.append(Row(part, shape, parameters, sum(flops[name] for name in outer) // 2))
     return rows
 
 
 def _record_shape(shapes: dict, part: str, module: nn.Module, inputs, output: torch.Tensor) -> None:
-    """Keep the shape of a part's last output; the dict orders parts by their first one."""
+    """Store the shape of a part's last output; the dict orders parts by their first one."""
     shapes[part] = tuple(output.shape[1:])
 
 
@@ -62,14 +59,9 @@ def trace_unet(unet: nn.Module, side: int, words: int = 77) -> list[Row]:
     levels = range(len(n.channels))
     parts = ["time", "conv_in", *(f"encoder.{i}" for i in levels), "middle"]
     parts += [*(f"decoder.{i}" for i in levels), "norm_out", "conv_out"]
+    shapes = (1, n.in_channels, side, side), (1,), (1, words, n.context_dim)
     with torch.device("meta"):
-        return trace(
-            unet,
-            parts,
-            torch.empty(1, n.in_channels, side, side),
-            torch.empty(1),
-            torch.empty(1, words, n.context_dim),
-        )
+        return trace(unet, parts, *map(torch.empty, shapes))
 
 
 def trace_half(half: nn.Module, channels: int, side: int) -> list[Row]:

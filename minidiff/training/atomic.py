@@ -1,9 +1,8 @@
 """Write a file or a folder whole or not at all, and never over what somebody else put there.
 
 New content is made in a private folder beside its target, `.NAME.minidiff-XXXXXXXX`, reaches the
-disk (fsync), and is renamed into place. A private folder holds a lock file with our mark. The lock
-ends with its process, so that a later write tells the rest of a killed one from one that is at
-work.
+disk (fsync), and is renamed into place. The private folder holds a lock file with our mark. The
+lock ends with its process, so a later write tells a killed write from one that is at work.
 """
 
 import glob
@@ -28,8 +27,7 @@ Stranger = Callable[[Path], Path | None]  # of a path that exists: what in it is
 
 
 def check(path: str | Path, stranger: Stranger) -> None:
-    """Raise a UserError where writing to path would lose what is not ours. An empty folder is
-    free."""
+    """Raise a UserError where writing to path, unless empty, would lose what is not ours."""
     path = _real(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
@@ -41,14 +39,12 @@ def check(path: str | Path, stranger: Stranger) -> None:
 def check_new(path: str | Path) -> None:
     """Raise a UserError where something is there already."""
     if os.path.lexists(path):
-        raise UserError(
-            f'"{path}" exists and is not overwritten; name another place, or remove it.'
-        )
+        remedy = "name another place, or remove it"
+        raise UserError(f'"{path}" exists and is not overwritten; {remedy}.')
 
 
 def unsigned(path: Path) -> Path | None:
-    """A Stranger: a file is ours if our signature stands in its first or last 64 KB; a folder never
-    is."""
+    """A Stranger: a file is ours if its first or last 64 KB hold our signature; no folder is."""
     if not path.is_file():
         return path
     with path.open("rb") as file:
@@ -59,14 +55,12 @@ def unsigned(path: Path) -> Path | None:
 
 @contextmanager
 def write(path: str | Path, stranger: Stranger | None = None) -> Iterator[Path]:
-    """Give the path of a new file or folder, which the caller makes; then it takes the place of
-    `path`, if nothing failed.
+    """Yield a path at which the caller makes a file or folder, which then replaces `path`.
 
         with atomic.write("results.json") as new:
             new.write_text(...)
 
-    stranger: what of an existing `path` is not ours, see check(); without it whatever is there is
-    replaced.
+    stranger: says what of an existing `path` is not ours, see check(); None replaces anything.
     """
     path = _real(path)
     if stranger is not None:
@@ -96,8 +90,7 @@ def write(path: str | Path, stranger: Stranger | None = None) -> Iterator[Path]:
 
 
 def recover(path: str | Path) -> None:
-    """Clean up after writes to path that were killed; one killed between its two renames gets the
-    old folder back."""
+    """Clean up after killed writes to path, and put an old folder back that was moved away."""
     path = _real(path)
     for private in path.parent.glob(f".{glob.escape(path.name)}.minidiff-????????"):
         try:
@@ -107,8 +100,8 @@ def recover(path: str | Path) -> None:
         try:
             if not _take(lock) or os.read(lock, len(MARK) + 1) != MARK:
                 continue
-            new, old = private / "new" / path.name, private / "old"
-            if old.exists() and new.exists():
+            old = private / "old"
+            if old.exists() and (private / "new" / path.name).exists():
                 if path.exists():
                     continue  # somebody put another thing in its place: both stay
                 os.replace(old, path)
@@ -136,9 +129,9 @@ def _flush(path: Path) -> None:
         for entry in path.iterdir():
             _flush(entry)
         _flush_folder(path)
-        return
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    else:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def _flush_folder(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How a module is trained: the numbers of a run, checked, and its learning-rate schedule.
+"""How a module is trained: the options of a run, checked, and its learning-rate schedule.
 
 [1] Loshchilov, Hutter. SGDR: Stochastic Gradient Descent with Warm Restarts. 2017. arXiv:1608.03983
 """
@@ -17,8 +17,7 @@ MACHINE = ("pieces", "threads", "autocast", "save_every")  # what suits the mach
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The numbers of a run. A run is resumed with the same ones, except for those of the
-    machine."""
+    """The options of a run, which is resumed with the same ones but for those in MACHINE."""
 
     steps: int  # optimizer steps
     lr: float  # the peak learning rate
@@ -36,51 +35,35 @@ class TrainConfig:
     save_every: int = 500  # steps between two checkpoints
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("steps", 1),
-            ("warmup", 0),
-            ("accumulate", 1),
-            ("pieces", 1),
-            ("threads", 1),
-            ("save_every", 1),
-        ):
-            if (value := getattr(self, name)) < least:
+        for name in ("steps", "warmup", "accumulate", "pieces", "threads", "save_every"):
+            value, least = getattr(self, name), 0 if name == "warmup" else 1
+            if value < least:
                 raise UserError(f"{name} is {value}; it must be at least {least}.")
-        if not (math.isfinite(self.lr) and self.lr > 0):
+        if not 0 < self.lr < math.inf:
             raise UserError(f"lr is {self.lr:g}; it must be above 0, as in 1e-4.")
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(
-                f"betas are {self.betas}; both must be from 0 to below 1, as in (0.9, 0.99)."
-            )
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise UserError(
-                f"weight_decay is {self.weight_decay:g}; it must be 0 or above, as in 0.01."
-            )
+            remedy = "both must be from 0 to below 1, as in (0.9, 0.99)"
+            raise UserError(f"betas are {self.betas}; {remedy}.")
+        if not 0 <= self.weight_decay < math.inf:
+            remedy = "it must be 0 or above, as in 0.01"
+            raise UserError(f"weight_decay is {self.weight_decay:g}; {remedy}.")
         if not self.clip > 0:
             raise UserError(f"clip is {self.clip:g}; it must be above 0, as in 1.")
-        if self.lr_schedule not in LR_SCHEDULES:
-            raise UserError(
-                f'no lr_schedule "{self.lr_schedule}"; there is {", ".join(LR_SCHEDULES)}.'
-            )
-        if self.optimizer not in OPTIMIZERS:
-            raise UserError(f'no optimizer "{self.optimizer}"; there is {", ".join(OPTIMIZERS)}.')
+        for name, names in (("lr_schedule", LR_SCHEDULES), ("optimizer", OPTIMIZERS)):
+            if (value := getattr(self, name)) not in names:
+                raise UserError(f'no {name} "{value}"; there is {", ".join(names)}.')
         if self.autocast not in (None, torch.bfloat16, torch.float16):
-            raise UserError(
-                f"autocast is {self.autocast}; it must be torch.bfloat16, torch.float16 or None."
-            )
+            remedy = "it must be torch.bfloat16, torch.float16 or None"
+            raise UserError(f"autocast is {self.autocast}; {remedy}.")
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then constant, or half a cosine down to zero ([1] eq. 5). step is counted
-        from 0."""
+        """Linear warm-up, then constant, or half a cosine to 0 ([1] eq. 5); step 0 is first."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         if self.lr_schedule == "constant":
             return self.lr
-        return (
-            self.lr
-            * 0.5
-            * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
-        )
+        angle = math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * 0.5 * (1 + math.cos(angle))
 
     def identity(self) -> dict[str, object]:
         """What a run must have in common with the run that it resumes."""

@@ -24,8 +24,10 @@ BEYOND = 2**20  # Windows cannot read a locked byte, so the locked one is beyond
 
 @contextmanager
 def locked(folder: Path | None) -> Iterator[None]:
-    """Nobody else may lock this folder meanwhile. The folder is made, and removed again if it is
-    left empty. None locks nothing. A UserError says which process holds the lock."""
+    """Lock a folder, or raise a UserError that says which process holds the lock.
+
+    The folder is made, and removed again if it is left empty. None locks nothing.
+    """
     if folder is None:
         yield
         return
@@ -50,16 +52,13 @@ def _taken(folder: Path) -> BinaryIO:
         try:
             _lock(file)
         except (BlockingIOError, PermissionError) as error:
-            file.seek(0)
-            holder = _holder(file.read(1000))
-            file.close()
+            with file:
+                holder = _holder(file)
             remedy = "wait until it has ended, or choose another folder"
             raise UserError(f"{folder}: {holder} is writing here; {remedy}.") from error
         except OSError as error:  # a file system without locks
-            warnings.warn(
-                f"{folder} cannot be locked ({error.strerror}); start no second run there.",
-                stacklevel=2,
-            )
+            reason = f"cannot be locked ({error.strerror})"
+            warnings.warn(f"{folder} {reason}; start no second run there.", stacklevel=2)
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
                 break
@@ -75,14 +74,15 @@ def _taken(folder: Path) -> BinaryIO:
 def _lock(file: BinaryIO) -> None:
     if fcntl is not None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return
-    file.seek(BEYOND)
-    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        file.seek(BEYOND)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 
 
-def _holder(text: bytes) -> str:
+def _holder(file: BinaryIO) -> str:
+    file.seek(0)
     try:
-        holder = json.loads(text)
+        holder = json.loads(file.read(1000))
         number, host, since = int(holder["process"]), holder["host"], holder["since"]
         return f"process {number} on {host!a:.80}, since {since!s:.19},"
     except (ValueError, LookupError, TypeError):  # it is about to say who it is

@@ -1,5 +1,4 @@
-"""Where NaN began. Numbers that are not finite spread to everything after them, so the first module
-that gives one is the one to know."""
+"""Where NaN began: numbers that are not finite spread, so the first module to give one counts."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,24 +10,23 @@ from minidiff.errors import UserError
 
 
 class NonFiniteError(UserError):
-    """A number became NaN or infinite; the message names the weight, the module or the gradient
-    where it began."""
+    """A number became NaN or infinite; the message names the weight, module or gradient."""
 
 
 class _FirstBad(Exception):
-    """The output of a module is not finite: what is computed after it does not matter."""
+    """The output of a module is not finite."""
 
 
 def first_bad(module: nn.Module, compute: Callable[[], object]) -> str | None:
-    """Call compute() and watch module: the first weight, or output of a submodule, that is not
-    finite, in words. None if all are finite. This looks at every output, so call it only after
-    something went wrong."""
+    """The first weight of module, or output of a submodule in compute(), that is not finite.
+
+    In words; None if all are finite. This is slow: call it only after something went wrong.
+    """
     for name, parameter in module.named_parameters():
         if not parameter.isfinite().all():
             return f'the weight "{name}" is not finite'
-    handles = [
-        part.register_forward_hook(partial(_look, name)) for name, part in module.named_modules()
-    ]
+    parts = module.named_modules()
+    handles = [part.register_forward_hook(partial(_look, name)) for name, part in parts]
     try:
         compute()
     except _FirstBad as found:
@@ -41,8 +39,7 @@ def first_bad(module: nn.Module, compute: Callable[[], object]) -> str | None:
 
 @torch.no_grad()
 def in_step(module: nn.Module, forward: Callable[[], object]) -> str:
-    """Where the numbers of a training step that are not finite begin, in words; forward() computes
-    its loss again."""
+    """Where NaN begins in a training step, in words; forward() computes its loss again."""
     if found := first_bad(module, forward):
         return found
     for name, parameter in module.named_parameters():

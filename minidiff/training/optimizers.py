@@ -1,5 +1,4 @@
-"""The optimizers by name. AdamW is PyTorch's; the one of 8-bit moments is bitsandbytes', which is
-imported only where it is asked for.
+"""The optimizers by name: PyTorch's AdamW, and bitsandbytes' with 8-bit moments.
 
 [1] Loshchilov, Hutter. Decoupled Weight Decay Regularization. 2019. arXiv:1711.05101
 [2] Dettmers, Lewis, Shleifer, Zettlemoyer. 8-bit Optimizers via Block-wise Quantization. 2022.
@@ -28,8 +27,7 @@ def grouped(parameters: list[nn.Parameter], weight_decay: float) -> list[dict]:
 def named(
     name: str, groups: list[dict], lr: float, betas: tuple[float, float], device: torch.device
 ) -> torch.optim.Optimizer:
-    """adamw ([1], fused: one kernel for all tensors), or adamw8bit ([2]: two bytes of moments a
-    weight in place of eight; on a GPU)."""
+    """adamw ([1], fused: one kernel for all tensors), or, on a GPU, adamw8bit ([2])."""
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=device.type in ("cpu", "cuda"))
     if name != "adamw8bit":
@@ -40,8 +38,6 @@ def named(
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        remedy = "pip install bitsandbytes, or leave it out"
-        raise UserError(
-            f"adamw8bit needs bitsandbytes, which is not installed; {remedy}."
-        ) from error
+        problem = "needs bitsandbytes, which is not installed; pip install it, or leave it out"
+        raise UserError(f"adamw8bit {problem}.") from error
     return AdamW8bit(groups, lr=lr, betas=betas)

@@ -1,8 +1,7 @@
-"""How a run goes on where it stopped: its checkpoints, its log, and signals that wait for the end
-of a step.
+"""How a run goes on where it stopped: checkpoints, a log, and signals that wait for a step's end.
 
-A checkpoint is a file such as checkpoint-000400.pt with its sha256 beside it; the last two are
-there. The log has a line for each step.
+A checkpoint is a file such as checkpoint-000400.pt with its sha256 beside it; the last two stay.
+The log has a line for each step.
 """
 
 import functools
@@ -17,6 +16,7 @@ import warnings
 import weakref
 from atexit import register
 from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -29,43 +29,34 @@ from minidiff.training import atomic
 KEPT = 2  # checkpoints: one, and one to fall back on
 BEFORE = "checkpoint.pt"  # the name in earlier versions
 KINDS = {"step": int, "run": dict}
-UNREADABLE = (OSError, RuntimeError, UnpicklingError, EOFError, LookupError, ValueError, TypeError)
-UNREADABLE += (AttributeError,)
+UNREADABLE = (OSError, RuntimeError, UnpicklingError, EOFError, LookupError)
+UNREADABLE += (ValueError, TypeError, AttributeError)
 _running: weakref.WeakSet[Generator] = weakref.WeakSet()
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a run's folder, the newest first."""
-    numbered = {
-        int(match[1]): file
-        for file in folder.glob("checkpoint-*.pt")
-        if (match := re.fullmatch(r"checkpoint-(\d+)\.pt", file.name))
-    }
-    before = [folder / BEFORE] if (folder / BEFORE).exists() else []
-    return [numbered[step] for step in sorted(numbered, reverse=True)] + before
+    files = [f for f in folder.glob("checkpoint-*.pt") if re.fullmatch(r"checkpoint-\d+", f.stem)]
+    files.sort(key=lambda file: int(file.stem.partition("-")[2]), reverse=True)
+    return files + ([folder / BEFORE] if (folder / BEFORE).exists() else [])
 
 
+@dataclass
 class Progress:
-    """What a run leaves in its folder, and finds there when it is resumed. Without a folder it does
-    nothing."""
+    """What a run leaves in its folder, and finds when it is resumed; nothing without a folder."""
 
-    def __init__(
-        self,
-        folder: Path | None,
-        run: dict[str, object],
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        ema: nn.Module | None,
-    ):
-        """run: what must be the same where a run goes on; ema: the averages."""
-        self.folder, self.run = folder, run
-        self.module, self.optimizer, self.ema = module, optimizer, ema
-        self.whole: list[Path] = []  # the checkpoints to keep, the newest last
+    folder: Path | None
+    run: dict[str, object]  # what must be the same where a run goes on
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: nn.Module | None  # the averages
+    whole: list[Path] = field(default_factory=list)  # the checkpoints to keep, the newest last
 
     def start(self, resume: bool) -> dict | None:
-        """Put everything back as it was; returns the numbers of the last step, None where a run
-        begins. Without `resume` an earlier run's checkpoints are removed, so that no later resume
-        finds them."""
+        """Put everything back; return the numbers of the last step, None where a run begins.
+
+        Without `resume`, remove an earlier run's checkpoints, so that no later resume finds them.
+        """
         if self.folder is None:
             return None
         for rest in self.folder.glob(".*.minidiff-????????"):  # of a save that was killed
@@ -84,8 +75,7 @@ class Progress:
                 log.write(json.dumps(step) + "\n")
 
     def save(self, step: dict) -> None:
-        """All that resuming needs, written whole or not at all; then the oldest checkpoint goes.
-        The numbers of the step are in it."""
+        """Write all that resuming needs, whole or not at all; then the oldest checkpoint goes."""
         if self.folder is None:
             return
         state = {"step": step["step"], "run": self.run, "last": step}
@@ -110,24 +100,22 @@ class Progress:
 
     def _restore(self) -> dict | None:
         """Load the newest checkpoint that is whole."""
-        damaged = []
-        for file in (files := checkpoints(self.folder)):
+        state, files = None, checkpoints(self.folder)
+        if not files:
+            return None
+        for file in files:
             if (state := read_checkpoint(file)) is not None:
                 break
-            damaged.append(file)
-        names = " and ".join(map(str, damaged))
-        if len(damaged) == len(files):
-            if not damaged:
-                return None
+        if state is None:
             reason = "damaged, or no checkpoint of minidiff, and there is no other"
+            names = " and ".join(map(str, files))
             raise UserError(f"{names}: {reason}; start afresh in another folder.")
         self._put_back(file, state)
-        if damaged:
-            warnings.warn(
-                f"{names} is damaged; going on from {file.name}, at step {state['step']}.",
-                stacklevel=2,
-            )
-        self.whole = [other for other in reversed(files) if other not in damaged]
+        k = files.index(file)
+        if damaged := " and ".join(map(str, files[:k])):
+            place = f"going on from {file.name}, at step {state['step']}"
+            warnings.warn(f"{damaged} is damaged; {place}.", stacklevel=2)
+        self.whole = files[k:][::-1]
         return state.get("last", {}) | {"step": state["step"]}
 
     def _put_back(self, file: Path, state: dict) -> None:
@@ -138,9 +126,8 @@ class Progress:
                 remedy = "resume with that, or start in another folder"
                 raise UserError(f"{file} is of a run with {name} {before}, not {value}; {remedy}.")
         try:
-            for saved, here in zip(
-                state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True
-            ):
+            groups = state["optimizer"]["param_groups"], self.optimizer.param_groups
+            for saved, here in zip(*groups, strict=True):
                 saved |= {name: here[name] for name in ("fused", "foreach") if name in here}
             self.module.load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -153,11 +140,10 @@ class Progress:
 
 
 def read_checkpoint(file: Path) -> dict | None:
-    """The content of a checkpoint; None where the file is damaged or something else. It is numbers,
-    and cannot run code."""
+    """The content of a checkpoint, which cannot run code; None if it is damaged or none of ours."""
     try:
-        checksum = _sum_of(file).read_bytes().split()[:1] if _sum_of(file).exists() else None
-        if checksum is not None and checksum != [_sha256(file).encode()]:
+        checksum = _sum_of(file)
+        if checksum.exists() and checksum.read_bytes().split()[:1] != [_sha256(file).encode()]:
             return None
         state = torch.load(file, map_location="cpu", weights_only=True)
     except UNREADABLE:
@@ -169,7 +155,7 @@ def read_checkpoint(file: Path) -> dict | None:
 
 
 def cut_log(file: Path, count: int) -> None:
-    """Keep the lines of the first `count` steps: the steps after them are about to happen again."""
+    """Keep the lines of the first `count` steps: the later steps are about to happen again."""
     text = file.read_text(encoding="utf-8") if file.exists() else ""
     kept = "".join(text.splitlines(keepends=True)[:count])
     if kept != text or not file.exists():
@@ -179,15 +165,15 @@ def cut_log(file: Path, count: int) -> None:
 
 def read_log(folder: Path) -> list[dict]:
     """The lines that training wrote: one for each step, those before a resume included."""
-    return [
-        json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    return list(map(json.loads, (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()))
 
 
 class Signals:
-    """Ctrl-C and SIGTERM let the step finish, so that it can be saved; a second one interrupts at
-    once. While the caller has a step that is saved, there is nothing to wait for. Only the main
-    thread can listen."""
+    """Ctrl-C and SIGTERM let the step finish, so that it can be saved.
+
+    A second one interrupts at once; so does the first while the caller has a step that is saved.
+    Only the main thread can listen.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -218,8 +204,7 @@ class Signals:
 
 
 def closed_at_exit(generator: Callable[..., Generator]) -> Callable[..., Generator]:
-    """Have what a generator function gives closed before Python takes its modules apart, if nobody
-    has closed it."""
+    """Close what a generator function gives before Python takes its modules apart."""
 
     @functools.wraps(generator)
     def start(*args: object, **options: object) -> Generator:
@@ -237,13 +222,10 @@ def _close() -> None:
 
 
 def _interned(state: object) -> object:
-    """The same with one object for each equal key: pickle writes an object once, and a resumed
-    run's file is to have the same bytes."""
+    """The same with one object for each equal key, so that a resumed run pickles equal bytes."""
     if isinstance(state, dict):
-        return {
-            sys.intern(key) if isinstance(key, str) else key: _interned(value)
-            for key, value in state.items()
-        }
+        keys = (sys.intern(key) if isinstance(key, str) else key for key in state)
+        return dict(zip(keys, map(_interned, state.values()), strict=True))
     return [_interned(value) for value in state] if isinstance(state, list) else state
 
 

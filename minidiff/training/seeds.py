@@ -1,7 +1,4 @@
-"""Random numbers that follow from a seed and an index: batch k of a run, image k of a request.
-
-So a run that is resumed at step k goes on as if never interrupted, with no random state to save.
-"""
+"""Random numbers that follow from a seed and an index, so that no random state is saved."""
 
 import torch
 

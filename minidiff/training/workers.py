@@ -14,10 +14,9 @@ def workers(threads: int) -> Iterator[ThreadPoolExecutor | None]:
         yield None
         return
     cores = torch.get_num_threads()
+    share = (max(1, cores // threads),)
     try:
-        with ThreadPoolExecutor(
-            threads, initializer=torch.set_num_threads, initargs=(max(1, cores // threads),)
-        ) as workers:
+        with ThreadPoolExecutor(threads, "", torch.set_num_threads, share) as workers:
             yield workers
     finally:
         torch.set_num_threads(cores)

@@ -1,14 +1,14 @@
-"""The data doctor: one pass over a folder of images, and its report as text, JSON and a sheet.
+"""The data doctor: one pass over a folder of images, and its report as text and JSON.
 
-A finding is an error where the loader (folder.py) refuses the image, the line or the folder: the
-doctor calls the same functions. What the loader takes, but you may not have meant, is a warning or
-a note, from the table in traps.py.
+An error is what the loader (folder.py) refuses: the doctor calls the same functions. What the
+loader takes, but you may not have meant, is a warning or a note, from the table in traps.py.
 """
 
 import itertools
 import json
 import os
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,13 +27,12 @@ from minidiff.options.sampling import check_size
 from minidiff.text import token_ids
 from minidiff.training import atomic
 
-LEVELS = {
-    "error": "errors, cannot be trained on",
-    "warning": "warnings",
-    "note": "notes, dealt with by the loader",
-}
+LEVELS = {"error": "errors, cannot be trained on", "warning": "warnings"}
+LEVELS["note"] = "notes, dealt with by the loader"
 LAYOUTS = ("captions", "classes", "pictures")
-WITHOUT_CAPTIONS = (
+# What to do about a fault, where the loader does not say it.
+ADVICE = {name: trap.advice for name, trap in TRAPS.items()}
+ADVICE["no metadata.jsonl"] = (
     "a folder that needs none: --layout classes (a folder for each), "
     "or --layout pictures (a DreamBooth subject)"
 )
@@ -64,8 +63,7 @@ def examine(
 ) -> Report:
     """Read a whole folder and report on it.
 
-    Raises UserError only for a folder that is missing or empty, an unknown layout, and a size that
-    no network takes.
+    Raises UserError for a missing or empty folder, an unknown layout, or a size no network takes.
     """
     if layout not in LAYOUTS:
         raise UserError(f'no layout "{layout}"; there is {", ".join(LAYOUTS)}.')
@@ -75,23 +73,20 @@ def examine(
     paths = images_in(folder)
     if layout == "captions":
         entries = _captioned(folder, paths, caption_column, findings)
-    elif layout == "classes":
-        entries = _classes(folder, findings)
     else:
-        entries = _without_captions(folder, paths, findings)
+        entries = _without_metadata(folder, layout, paths, findings)
     named = {entry.name: entry.path for entry in entries if entry.path is not None}
     unlisted = {}
     if layout == "captions":
-        names = {entry.name for entry in entries}
         unlisted = {os.path.relpath(path, folder): path for path in paths}
-        unlisted = {name: path for name, path in unlisted.items() if name not in names}
+        for entry in entries:
+            unlisted.pop(entry.name, None)
 
-    images = {}
+    images, files = {}, named | unlisted
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-        results = pool.map(_image_or_fault, [*named.values(), *unlisted.values()])
-        total = len(named) + len(unlisted)
-        results = tqdm(results, "reading pictures", total, unit="", leave=False)
-        for name, result in zip([*named, *unlisted], results, strict=True):
+        results = pool.map(_image_or_fault, files.values())
+        results = tqdm(results, "reading pictures", len(files), unit="", leave=False)
+        for name, result in zip(files, results, strict=True):
             if isinstance(result, Fault):  # an image that no line names stops nothing
                 level = "error" if name in named else "warning"
                 findings.append(Finding(level, result.trap, name, str(result)))
@@ -99,11 +94,8 @@ def examine(
                 images[name] = result
 
     data = Folder(folder, size, list(_names(folder)), list(unlisted), entries, images)
-    findings += [
-        Finding(trap.level, name, *place)
-        for name, trap in TRAPS.items()
-        for place in trap.find(data)
-    ]
+    for name, trap in TRAPS.items():
+        findings += (Finding(trap.level, name, where, str(what)) for where, what in trap.find(data))
     # A stable sort: within a level, the loader's order, then the table's.
     findings.sort(key=lambda finding: list(LEVELS).index(finding.level))
     return Report(data, findings, _summary(data, findings))
@@ -112,25 +104,18 @@ def examine(
 def _captioned(
     folder: Path, paths: list[Path], caption_column: str, findings: list[Finding]
 ) -> list[Entry]:
-    """The lines of metadata.jsonl.
-
-    A line may have two faults, its image and its caption; the loader stops at the first.
-    """
+    """The lines of metadata.jsonl. A line may have two faults, its image and its caption."""
     entries: list[Entry] = []
     # Suggesting a name is slow: only the first 20 missing images get one.
     candidates = itertools.repeat(paths, 20)
     checked = partial(_checked, findings)
-    lines = checked(str(folder), lambda: list(loader.metadata_lines(folder)))
-    for where, line in lines or []:
+    for where, line in checked(str(folder), lambda: list(loader.metadata_lines(folder))) or []:
         if (row := checked(where, loader.parse_row, where, line)) is None:
             continue
         path = checked(where, loader.image_of, folder, where, row, lambda: next(candidates, []))
         caption = checked(where, loader.caption_of, where, row, caption_column)
-        name = row.get("file_name")
-        if path:
-            name = os.path.relpath(path, folder)
-        else:
-            name = os.path.normpath(name) if isinstance(name, str) else None
+        name = os.path.relpath(path, folder) if path else row.get("file_name")
+        name = os.path.normpath(name) if isinstance(name, str) else None
         entries.append(Entry(where, name, path, caption, line))
     return entries
 
@@ -144,23 +129,18 @@ def _checked(findings: list[Finding], where: str, function: Callable, *args: obj
         return None
 
 
-def _classes(folder: Path, findings: list[Finding]) -> list[Entry]:
-    """The images of all classes; the caption is the name of the class."""
-    data = _checked(findings, str(folder), loader.ClassFolder, folder)
-    if data is None:
-        return []
-    names = [os.path.relpath(path, folder) for path in data.paths]
-    rows = zip(names, names, data.paths, data.captions, strict=True)
-    return [Entry(*row, line=b"") for row in rows]
-
-
-def _without_captions(folder: Path, paths: list[Path], findings: list[Finding]) -> list[Entry]:
-    """Images without captions: those of a DreamBooth subject."""
-    if not paths:
+def _without_metadata(
+    folder: Path, layout: str, paths: list[Path], findings: list[Finding]
+) -> list[Entry]:
+    captions = [None] * len(paths)
+    if layout == "classes":
+        data = _checked(findings, str(folder), loader.ClassFolder, folder)
+        paths, captions = (data.paths, data.captions) if data else ([], [])
+    elif not paths:
         message = f"{folder}: there are no pictures below it"
         findings.append(Finding("error", "no pictures", str(folder), message))
     names = [os.path.relpath(path, folder) for path in paths]
-    return [Entry(name, name, path, None, b"") for name, path in zip(names, paths, strict=True)]
+    return [Entry(*row, line=b"") for row in zip(names, names, paths, captions, strict=True)]
 
 
 def _image_or_fault(path: Path) -> ImageInfo | Fault:
@@ -204,21 +184,11 @@ def _spread(values: list[int]) -> dict[str, float] | None:
     return {"least": min(values), "median": statistics.median(values), "most": max(values)}
 
 
-# The report.
-
-
 def _by_trap(findings: list[Finding]) -> dict[tuple[str, str], list[Finding]]:
     groups: dict[tuple[str, str], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.level, finding.trap), []).append(finding)
     return groups
-
-
-def _advice(trap: str) -> str:
-    """What to do about a trap; most of the loader's faults say it themselves."""
-    if trap in TRAPS:
-        return TRAPS[trap].advice
-    return WITHOUT_CAPTIONS if trap == "no metadata.jsonl" else ""
 
 
 def as_text(report: Report, examples: int = 3) -> str:
@@ -233,12 +203,10 @@ def as_text(report: Report, examples: int = 3) -> str:
         if level != last_level:
             lines += ["", LEVELS[level]]
         last_level = level
-        advice = _advice(trap)
-        lines.append(f"  {trap}: {len(group)}" + (f" ({advice})" if advice else ""))
-        for finding in group[:examples]:
-            names_place = level == "error" or trap not in TRAPS
-            line = finding.what if names_place else f"{finding.where}  {finding.what}"
-            lines.append(f"      {line:.300}")
+        advice = f" ({ADVICE[trap]})" if trap in ADVICE else ""
+        lines.append(f"  {trap}: {len(group)}{advice}")
+        for _, _, where, what in group[:examples]:  # the loader's messages name the place
+            lines.append(f"      {f'{where}  {what}' if trap in TRAPS else what:.300}")
         if len(group) > examples:
             lines.append(f"      and {len(group) - examples} more")
     end = f"{report.data.folder}: {'cannot' if report.errors else 'can'} be trained on"
@@ -247,10 +215,9 @@ def as_text(report: Report, examples: int = 3) -> str:
 
 def verdict(report: Report) -> str:
     """Why the folder cannot be trained on, in one line, with the first fault in full."""
-    groups = _by_trap(report.errors)
-    counts = ", ".join(f"{trap}: {len(group)}" for (_, trap), group in groups.items())
-    first = report.errors[0]
-    advice = f"; {_advice(first.trap)}" if _advice(first.trap) else ""
+    by_trap, first = Counter(finding.trap for finding in report.errors), report.errors[0]
+    counts = ", ".join(f"{trap}: {count}" for trap, count in by_trap.items())
+    advice = f"; {ADVICE[first.trap]}" if first.trap in ADVICE else ""
     return printable(f"cannot be trained on ({counts}): {first.what}{advice}")
 
 
@@ -266,19 +233,14 @@ def write(report: Report, out: Path) -> Path:
             "trap": trap,
             "level": level,
             "count": len(group),
-            "advice": _advice(trap),
-            "places": [{"where": finding.where, "what": finding.what} for finding in group],
+            "advice": ADVICE.get(trap, ""),
+            "places": [{"where": where, "what": what} for _, _, where, what in group],
         }
         for (level, trap), group in _by_trap(report.findings).items()
     ]
-    whole = {
-        "about": atomic.SIGNATURE,
-        "folder": str(report.data.folder),
-        "size": report.data.size,
-        "trainable": not report.errors,
-        "summary": report.summary,
-        "findings": groups,
-    }
+    whole = {"about": atomic.SIGNATURE, "folder": str(report.data.folder)}
+    whole |= {"size": report.data.size, "trainable": not report.errors}
+    whole |= {"summary": report.summary, "findings": groups}
     with atomic.write(out / "report.json", atomic.unsigned) as new:
         new.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     return out / "report.json"

@@ -1,7 +1,6 @@
 """What goes wrong in image folders without stopping the training: every trap is a row of TRAPS.
 
-The loader (folder.py) decides what does stop the training. The data doctor (examine.py) searches
-for traps after one pass over the folder.
+The loader (folder.py) decides what does stop it; examine.py searches a folder for both.
 """
 
 import codecs
@@ -11,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -23,8 +23,7 @@ from minidiff.text import token_ids, tokenizer
 
 ROOM = 75  # tokens of a caption that CLIP reads: 77 with start and end
 JUNK = {".DS_Store", "Thumbs.db", "ehthumbs.db", "desktop.ini", ".ipynb_checkpoints", "__MACOSX"}
-OTHER_FORMATS = {".heic", ".heif", ".avif", ".jfif", ".jp2", ".jxl", ".svg", ".psd"}
-OTHER_FORMATS |= {".raw", ".dng", ".cr2", ".nef"}
+OTHER_FORMATS = set(".heic .heif .avif .jfif .jp2 .jxl .svg .psd .raw .dng .cr2 .nef".split())
 T = TypeVar("T")
 # Near-duplicates differ in at most so many of 192 bits, and so many grey levels of mean colour.
 MAX_BITS, MAX_COLOUR = 16, 40.0
@@ -55,6 +54,10 @@ class Entry(NamedTuple):
     caption: str | None
     line: bytes
 
+    @property
+    def line_number(self) -> str:
+        return self.where.rpartition(", ")[2]
+
 
 @dataclass
 class Folder:
@@ -72,12 +75,9 @@ Places = Iterable[tuple[str, str]]  # where, and what is there
 
 
 class Trap(NamedTuple):
-    """What to search for, and what to do about it.
+    """What to search for, and what to do about it."""
 
-    level: "warning": you will not get what you expect; "note": the loader deals with it.
-    """
-
-    level: str
+    level: str  # "warning": you will not get what you expect; "note": the loader deals with it
     find: Callable[[Folder], Places]
     advice: str
 
@@ -108,38 +108,32 @@ def examine_image(path: Path) -> ImageInfo:
     return ImageInfo(width, height, *traits, bars, digest, bits, colour)
 
 
-# What the traps search for.
-
-
 def each_image(check: Callable[[ImageInfo, int], str | bool]) -> Callable[[Folder], Places]:
     """A trap that checks each image by itself; `check` also takes the size to be trained at."""
     return lambda data: (
-        (name, str(problem))
-        for name, image in data.images.items()
-        if (problem := check(image, data.size))
+        (name, what) for name, image in data.images.items() if (what := check(image, data.size))
     )
 
 
 def each_caption(check: Callable[[str], str]) -> Callable[[Folder], Places]:
     """A trap that checks each caption by itself."""
     return lambda data: (
-        (entry.where, problem)
+        (entry.where, what)
         for entry in data.entries
-        if entry.caption is not None and (problem := check(entry.caption))
+        if entry.caption is not None and (what := check(entry.caption))
     )
 
 
 def junk(data: Folder) -> Places:
-    for name in data.names:
-        if os.path.basename(name) in JUNK or os.path.basename(name).startswith("._"):
-            yield name, ""
+    files = ((name, os.path.basename(name)) for name in data.names)
+    return ((name, "") for name, file in files if file in JUNK or file.startswith("._"))
 
 
 def other_formats(data: Folder) -> Places:
-    named = {entry.name for entry in data.entries}
-    for name in data.names:
-        if Path(name).suffix.lower() in OTHER_FORMATS and name not in named:
-            yield name, ""
+    names = {name: "" for name in data.names if Path(name).suffix.lower() in OTHER_FORMATS}
+    for entry in data.entries:
+        names.pop(entry.name, None)
+    return names.items()
 
 
 def unlisted(data: Folder) -> Places:
@@ -175,20 +169,15 @@ def byte_order_mark(data: Folder) -> Places:
         yield str(path), ""
 
 
-def _line_number(entry: Entry) -> str:
-    return f"as {entry.where.rpartition(', ')[2]}"
-
-
 def same_lines(data: Folder) -> Places:
     lines = ((entry, entry.line.strip()) for entry in data.entries if entry.line.strip())
-    return ((entry.where, _line_number(first)) for entry, first in repeats(lines))
+    return ((entry.where, f"as {first.line_number}") for entry, first in repeats(lines))
 
 
 def same_names(data: Folder) -> Places:
-    names = ((entry, entry.name) for entry in data.entries if entry.name)
-    for entry, first in repeats(names):
+    for entry, first in repeats((entry, entry.name) for entry in data.entries if entry.name):
         if entry.line.strip() != first.line.strip():
-            yield entry.where, f'"{entry.name}", {_line_number(first)}'
+            yield entry.where, f'"{entry.name}", as {first.line_number}'
 
 
 def same_pixels(data: Folder) -> Places:
@@ -218,6 +207,10 @@ def near_duplicates(data: Folder, chunk: int = 1024) -> Places:
                 yield names[k], f"like {names[j]} ({differ})"
 
 
+def empty(caption: str) -> str:
+    return "" if caption.strip() else "nothing in it"
+
+
 def too_long(caption: str) -> str:
     ids = token_ids(caption)
     if len(ids) <= ROOM:
@@ -226,18 +219,14 @@ def too_long(caption: str) -> str:
 
 
 def training_size(data: Folder) -> Places:
-    below = data.size // 64 * 64
     if data.size % 64:
+        below = data.size // 64 * 64
         valid = f"{below} and {below + 64}" if below else "64"
         yield f"--size {data.size}", f"the nearest that are: {valid}"
 
 
 def indivisible(image: ImageInfo, size: int) -> str:
-    """Sides that an uncropped training cannot take.
-
-    A VAE halves them three times (8), with Stable Diffusion's U-Net six times (64). Images smaller
-    than the training size are another trap.
-    """
+    # A VAE halves sides three times (8), with Stable Diffusion's U-Net six times (64).
     sides = image.width, image.height
     if image.width % 64 == 0 == image.height % 64 or min(sides) < size:
         return ""
@@ -257,93 +246,54 @@ def enlarged(image: ImageInfo, size: int) -> str:
     return text if side < size else ""
 
 
+def bars(image: ImageInfo, _: int) -> str:
+    return f"{image.bars:.0%} of it" if image.bars > 0.05 else ""
+
+
+def turned(image: ImageInfo, _: int) -> str:
+    return f"orientation {image.orientation}" if image.orientation in range(2, 9) else ""
+
+
 def of_mode(*modes: str) -> Callable[[Folder], Places]:
-    """A trap for images with one of these kinds of pixels."""
-    return each_image(lambda image, _: image.mode in modes and image.mode)
+    return each_image(lambda image, _: image.mode if image.mode in modes else "")
 
 
-NEVER_READ = "never read: give it a line in metadata.jsonl, or take it out"
+warning, note = partial(Trap, "warning"), partial(Trap, "note")
+UNREAD = "never read: give it a line in metadata.jsonl, or take it out"
+TOO_LONG = f"CLIP reads {ROOM} tokens (77 with start and end): shorten it, what matters first"
+TWICE = "equal in every pixel, and trained on twice as often: take one out, or join the captions"
+ALIKE = "look at both: what is seen often is learnt by heart; take one out if they show the same"
 TRAPS = {
-    "picture without a caption": Trap("warning", unlisted, NEVER_READ),
-    "picture in another format": Trap(
-        "warning", other_formats, "never read: save it as PNG or JPEG, and give it a line"
+    "picture without a caption": warning(unlisted, UNREAD),
+    "picture in another format": warning(other_formats, "never read: save it as PNG or JPEG"),
+    "empty caption": warning(each_caption(empty), "write one, or take the line out"),
+    "caption too long": warning(each_caption(too_long), TOO_LONG),
+    "the same line twice": warning(same_lines, "trained on twice as often: take one out"),
+    "the same picture twice": warning(same_pixels, TWICE),
+    "near-duplicate": warning(near_duplicates, ALIKE),
+    "smaller than the training size": warning(
+        each_image(enlarged), "it is blurred: take a larger picture, or a smaller --size"
     ),
-    "empty caption": Trap(
-        "warning",
-        each_caption(lambda caption: "" if caption.strip() else "nothing in it"),
-        "write one, or take the line out",
+    "long and narrow": warning(each_image(elongated), "only its centre is seen: crop it yourself"),
+    "black bars": warning(each_image(bars), "they are learnt and drawn: cut them off"),
+    "training size not divisible by 64": warning(training_size, "Stable Diffusion needs it"),
+    "link out of the folder": warning(links_out, "a copy will lack it: copy the file here"),
+    "names that differ in case alone": warning(
+        alike_names, "one overwrites the other on Windows and macOS: rename one"
     ),
-    "caption too long": Trap(
-        "warning",
-        each_caption(too_long),
-        f"CLIP reads {ROOM} tokens (77 with start and end): shorten it, what matters first",
+    "one picture in several lines": note(same_names, "it is trained on once for each caption"),
+    "byte-order mark": note(byte_order_mark, "other programs stumble: save as UTF-8 without it"),
+    "turned by EXIF": note(each_image(turned), "turned upright"),
+    "grey": note(of_mode("1", "L", "LA"), "made RGB, and learnt as grey"),
+    "transparent": note(each_image(lambda i, _: i.transparent and i.mode), "laid on white"),
+    "palette": note(of_mode("P", "PA"), "made RGB"),
+    "CMYK": note(of_mode("CMYK"), "made RGB without its profile: look at the colours"),
+    "16-bit": note(each_image(lambda i, _: i.deep and i.mode), "scaled to 8 bits"),
+    "animated": note(
+        each_image(lambda i, _: i.animated and "several frames"), "its first frame is taken"
     ),
-    "the same line twice": Trap(
-        "warning", same_lines, "it is trained on twice as often: take one out"
+    "sides not divisible by 64": note(
+        each_image(indivisible), "of no matter: images are scaled and cut to --size"
     ),
-    "the same picture twice": Trap(
-        "warning",
-        same_pixels,
-        "equal in every pixel, and trained on twice as often: take one out, or join the captions",
-    ),
-    "near-duplicate": Trap(
-        "warning",
-        near_duplicates,
-        "look at both: what is seen often is learnt by heart; take one out if they show the same",
-    ),
-    "smaller than the training size": Trap(
-        "warning", each_image(enlarged), "it is blurred: take a larger picture, or a smaller --size"
-    ),
-    "long and narrow": Trap(
-        "warning", each_image(elongated), "only its centre square is seen: crop it yourself"
-    ),
-    "black bars": Trap(
-        "warning",
-        each_image(lambda image, _: image.bars > 0.05 and f"{image.bars:.0%} of it"),
-        "they are learnt and drawn: cut them off",
-    ),
-    "training size not divisible by 64": Trap(
-        "warning", training_size, "Stable Diffusion needs it"
-    ),
-    "link out of the folder": Trap(
-        "warning", links_out, "a copy of the folder will lack it: copy the file here"
-    ),
-    "names that differ in case alone": Trap(
-        "warning", alike_names, "one overwrites the other on Windows and macOS: rename one"
-    ),
-    "one picture in several lines": Trap(
-        "note", same_names, "right for several captions; it is trained on once for each"
-    ),
-    "byte-order mark": Trap(
-        "note",
-        byte_order_mark,
-        "read all the same; other programs stumble: save the file as UTF-8 without it",
-    ),
-    "turned by EXIF": Trap(
-        "note",
-        each_image(
-            lambda image, _: image.orientation in range(2, 9) and f"orientation {image.orientation}"
-        ),
-        "turned upright",
-    ),
-    "grey": Trap("note", of_mode("1", "L", "LA"), "made RGB, and learnt as grey"),
-    "transparent": Trap(
-        "note", each_image(lambda image, _: image.transparent and image.mode), "laid on white"
-    ),
-    "palette": Trap("note", of_mode("P", "PA"), "made RGB"),
-    "CMYK": Trap("note", of_mode("CMYK"), "made RGB without its profile: look at the colours"),
-    "16-bit": Trap(
-        "note", each_image(lambda image, _: image.deep and image.mode), "scaled to 8 bits"
-    ),
-    "animated": Trap(
-        "note",
-        each_image(lambda image, _: image.animated and "several frames"),
-        "its first frame is taken",
-    ),
-    "sides not divisible by 64": Trap(
-        "note",
-        each_image(indivisible),
-        "of no matter: what is trained on is scaled and cut to --size",
-    ),
-    "junk": Trap("note", junk, "skipped; delete it"),
+    "junk": note(junk, "skipped; delete it"),
 }
