@@ -2,9 +2,8 @@
 stranger's file is in this file.
 
 A safetensors file is a length, a JSON header and bytes. `header` reads the first two without torch,
-in milliseconds whatever the file's size; tensors are memory maps, and what is not used is never
-read. A .ckpt or .bin is a zip of a pickle and raw storages; `weights_only` runs nothing in it. What
-is written is written `beside` its place first.
+in milliseconds whatever the file's size; tensors are memory maps. A .ckpt or .bin is a zip of a
+pickle and raw storages; `weights_only` runs nothing in it.
 """
 
 import json
@@ -28,6 +27,8 @@ BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 # A class that Stable Diffusion's own .ckpt files name beside their tensors.
 CALLBACK = ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint")
 AGAIN = "fetch or copy it again"
+NO_LIST = "its header is no list of tensors"
+ASK = "ask for a .safetensors of it"
 
 
 class Stored(NamedTuple):
@@ -68,9 +69,8 @@ def inside(folder: Path, file: Path) -> Path:
     root, real = folder.resolve(), file.resolve()
     allowed = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(real.is_relative_to(place) for place in allowed):
-        raise UserError(
-            f"{file} is a link out of its folder, to {real}; put the file itself there."
-        )
+        fix = "put the file itself there"
+        raise UserError(f"{file} is a link out of its folder, to {real}; {fix}.")
     return file
 
 
@@ -80,21 +80,21 @@ def damaged(file: Path, why: str) -> UserError:
 
 def read_json(file: Path) -> dict:
     """The object in a JSON file of reasonable size."""
+    if not file.exists():
+        raise UserError(f"{file} is missing; {AGAIN}.")
+    if (size := file.stat().st_size) > MAX_JSON:
+        usual = "a file of settings has a few kilobytes"
+        raise UserError(f"{file} has {size / 2**20:.0f} MB; {usual}.")
+    return _object(file, file.read_bytes(), "", "it should hold an object")
+
+
+def _object(file: Path, text: bytes, which: str, no_object: str) -> dict:
     try:
-        size = file.stat().st_size
-        if size > MAX_JSON:
-            raise UserError(
-                f"{file} has {size / 2**20:.0f} MB; a file of settings has a few kilobytes."
-            )
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing; {AGAIN}.") from None
-    except UserError:
-        raise
+        content = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise damaged(file, f"not JSON: {error}") from error
+        raise damaged(file, f"{which}not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise damaged(file, "it should hold an object")
+        raise damaged(file, no_object)
     return content
 
 
@@ -109,13 +109,10 @@ def header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             raise damaged(file, why)
         if length > MAX_JSON:
             raise damaged(file, f"its header has {length / 2**20:.0f} MB, where 1 is plenty")
-        try:
-            content = json.loads(opened.read(length).decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise damaged(file, f"its header is not JSON: {error}") from error
-    metadata = content.pop("__metadata__", {}) if isinstance(content, dict) else None
+        content = _object(file, opened.read(length), "its header is ", NO_LIST)
+    metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict):
-        raise damaged(file, "its header is no list of tensors")
+        raise damaged(file, NO_LIST)
     stored, spans = {}, []
     for name, claim in content.items():
         stored[name], span = _claimed(file, name, claim, total - 8 - length)
@@ -134,9 +131,8 @@ def _claimed(file: Path, name: str, claim: Any, total: int) -> tuple[Stored, tup
     except (TypeError, KeyError, ValueError) as error:
         raise damaged(file, f'its header does not describe "{name}"') from error
     if not isinstance(dtype, str) or dtype not in BYTES:
-        raise UserError(
-            f'{file}: "{name}" is of type {dtype!r}; known here are {", ".join(BYTES)}.'
-        )
+        known = ", ".join(BYTES)
+        raise UserError(f'{file}: "{name}" is of type {dtype!r}; known here are {known}.')
     whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
     if not whole or end - begin != math.prod(shape) * BYTES[dtype] or end > total:
         what = f'"{name}", {dtype} of shape {list(shape)}'
@@ -151,10 +147,8 @@ def metadata(file: Path) -> dict[str, str]:
 
 def tensors(file: Path) -> "dict[str, Tensor]":
     """All tensors of a file by the names it gives them, as memory maps."""
-    return _safetensors(file) if checked(file).suffix == ".safetensors" else _pickled(file)
-
-
-def _safetensors(file: Path) -> "dict[str, Tensor]":
+    if checked(file).suffix != ".safetensors":
+        return _pickled(file)
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -180,10 +174,8 @@ def _pickled(file: Path) -> "dict[str, Tensor]":
         with torch.serialization.safe_globals([stub]):
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{file} holds more than tensors: code that would run when it is opened; "
-            "ask for a .safetensors of it."
-        ) from error
+        what = "more than tensors: code that would run when it is opened"
+        raise UserError(f"{file} holds {what}; {ASK}.") from error
     except Exception as error:  # a pickle is a program for a small machine: it can fail in any way
         raise damaged(file, _first_line(error)) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else None
@@ -202,10 +194,8 @@ def _check_archive(file: Path) -> None:
         with ZipFile(file) as archive:
             entries = archive.infolist()
     except (BadZipFile, OSError, ValueError, RuntimeError, OverflowError) as error:
-        raise UserError(
-            f"{file} is no archive of tensors: damaged, of before PyTorch 1.6, or a program in "
-            "disguise; ask for a .safetensors of it."
-        ) from error
+        why = "damaged, of before PyTorch 1.6, or a program in disguise"
+        raise UserError(f"{file} is no archive of tensors: {why}; {ASK}.") from error
     described = sum(entry.file_size for entry in entries if entry.filename.endswith(".pkl"))
     packed = any(entry.compress_type != ZIP_STORED for entry in entries)
     unpacked = sum(entry.file_size for entry in entries)
@@ -217,9 +207,7 @@ def stored(file: Path) -> dict[str, Stored]:
     """Dtype and shape of every tensor of a file; a pickle must be opened for them."""
     if checked(file).suffix == ".safetensors":
         return header(file)[0]
-    return {
-        name: Stored(_short(value), tuple(value.shape)) for name, value in _pickled(file).items()
-    }
+    return {name: Stored(_short(t), tuple(t.shape)) for name, t in _pickled(file).items()}
 
 
 def _short(value: "Tensor") -> str:

@@ -39,16 +39,13 @@ def save(model: LatentDiffusion, path: str | Path) -> Path:
     """
     path = Path(path)
     parts = {name: getattr(model, name) for name in PARTS}
-    whole = {
-        "format": FORMAT,
-        **{name: getattr(model, name) for name in SETTINGS},
-        "denoiser": {
-            "target": model.denoiser.target,
-            "weighting": model.denoiser.weighting,
-            "schedule": schedule_to_json(model.schedule),
-        },
-        **{n: {"kind": type(part).__name__, **asdict(part.config)} for n, part in parts.items()},
-    }
+    denoiser, schedule = model.denoiser, schedule_to_json(model.schedule)
+    whole = {"format": FORMAT, **{name: getattr(model, name) for name in SETTINGS}}
+    whole["denoiser"] = dict(
+        target=denoiser.target, weighting=denoiser.weighting, schedule=schedule
+    )
+    for name, part in parts.items():
+        whole[name] = {"kind": type(part).__name__, **asdict(part.config)}
     with atomic.write(path, foreign) as new:
         new.mkdir()
         for name, part in parts.items():
@@ -85,32 +82,30 @@ def load(
     if not path.exists():
         atomic.recover(path)  # a save that was killed
     if not path.is_dir():
-        raise UserError(
-            f'no model folder "{path}"; `minidiff quickstart` makes one, or name another model.'
-        )
+        fix = "`minidiff quickstart` makes one, or name another model"
+        raise UserError(f'no model folder "{path}"; {fix}.')
     if not (path / "model.json").is_file():
-        raise UserError(
-            f'"{path}" is no model folder: it has no model.json (`minidiff quickstart` writes one).'
-        )
+        why = "it has no model.json (`minidiff quickstart` writes one)"
+        raise UserError(f'"{path}" is no model folder: {why}.')
     whole = files.read_json(path / "model.json")
     try:
         model = _model(whole)
     except DAMAGED as error:
-        raise UserError(
-            f"{path / 'model.json'} is damaged ({type(error).__name__}: {error}); "
-            "save the model again."
-        ) from error
+        raise damaged(path, error, "save the model again") from error
     for name in PARTS:
         file = path / f"{name}.safetensors"
         if not file.is_file():
-            raise UserError(
-                f"{path} has no weights: {file.name} is missing; copy the whole folder, "
-                "or save the model again."
-            )
+            fix = "copy the whole folder, or save the model again"
+            raise UserError(f"{path} has no weights: {file.name} is missing; {fix}.")
         state = files.tensors(files.inside(path, file))
         where = f"{file} does not fit model.json"
         fill(getattr(model, name), state, where, precision_of(name, dtype))
     return model.to(device).eval()
+
+
+def damaged(path: Path, error: Exception, fix: str) -> UserError:
+    why = f"{type(error).__name__}: {error}"
+    return UserError(f"{path / 'model.json'} is damaged ({why}); {fix}.")
 
 
 def schedule_to_json(schedule: NoiseSchedule) -> dict:
@@ -121,14 +116,16 @@ def schedule_to_json(schedule: NoiseSchedule) -> dict:
 
 def schedule_from_json(described: dict) -> NoiseSchedule:
     """The inverse of schedule_to_json."""
-    return SCHEDULES[described["kind"]](**{k: v for k, v in described.items() if k != "kind"})
+    return SCHEDULES[described["kind"]](**config_of(described))
 
 
 def network(described: dict) -> nn.Module:
-    """A part as model.json describes it: its kind, and its config. Its tensors have no memory
-    yet."""
-    config = {key: value for key, value in described.items() if key != "kind"}
-    return empty(KINDS[described["kind"]], config)
+    """A part as model.json describes it. Its tensors have no memory yet."""
+    return empty(KINDS[described["kind"]], config_of(described))
+
+
+def config_of(described: dict) -> dict:
+    return {key: value for key, value in described.items() if key != "kind"}
 
 
 def _model(whole: dict) -> LatentDiffusion:
@@ -173,10 +170,8 @@ def fill(
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or extra:
         kind, first = ("missing", missing[0]) if missing else ("left over", extra[0])
-        raise UserError(
-            f"{where}: {len(missing)} tensors are missing and {len(extra)} left over; "
-            f'the first {kind} is "{first}".'
-        )
+        counts = f"{len(missing)} tensors are missing and {len(extra)} left over"
+        raise UserError(f'{where}: {counts}; the first {kind} is "{first}".')
     state, parameters = dict(state), dict(module.named_parameters())
     for name, value in state.items():
         _check(value, expected[name].shape, f'{where}: "{name}"')
@@ -189,17 +184,14 @@ def fill(
 
 def _check(value: Tensor, shape: torch.Size, where: str) -> None:
     if value.shape != shape:
-        raise UserError(
-            f"{where} is {tuple(value.shape)}, where {tuple(shape)} would fit the other tensors."
-        )
+        fitting = f"where {tuple(shape)} would fit the other tensors"
+        raise UserError(f"{where} is {tuple(value.shape)}, {fitting}.")
     if not value.is_floating_point():
         kind = str(value.dtype).removeprefix("torch.")
         raise UserError(f"{where} is made of {kind}; weights are floating-point numbers.")
     if not value.sum(dtype=torch.promote_types(value.dtype, torch.float32)).isfinite():
-        raise UserError(
-            f"{where} holds numbers that are not finite (NaN or infinity); "
-            "training broke before it was saved."
-        )
+        what = "numbers that are not finite (NaN or infinity)"
+        raise UserError(f"{where} holds {what}; training broke before it was saved.")
 
 
 def _forget(value: Tensor) -> None:

@@ -4,21 +4,14 @@ cache; what is cached needs no network."""
 import re
 from pathlib import Path
 
+from minidiff.checkpoints.files import SUFFIXES
 from minidiff.checkpoints.layouts import weight_files
 from minidiff.errors import UserError
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 PARTS = dict(unet="diffusion_pytorch_model", vae="diffusion_pytorch_model", text_encoder="model")
-SETTINGS = [
-    "model_index.json",
-    "*/config.json",
-    "*/scheduler_config.json",
-    "*/tokenizer_config.json",
-    "*/special_tokens_map.json",
-    "*/added_tokens.json",
-    "*/tokenizer.json",
-]
+SETTINGS = "config scheduler_config tokenizer_config special_tokens_map added_tokens tokenizer"
+SETTINGS = ["model_index.json", *(f"*/{name}.json" for name in SETTINGS.split())]
 
 
 def resolve(path: str | Path) -> Path:
@@ -44,10 +37,8 @@ def fetched(name: str) -> Path:
         listed = [item.rfilename for item in HfApi().model_info(name).siblings or []]
         return Path(snapshot_download(name, allow_patterns=SETTINGS + needed(listed)))
     except RepositoryNotFoundError:
-        raise UserError(
-            f'"{name}" is neither a path here nor a repository on the Hugging Face Hub '
-            "(a private one needs `hf auth login`)."
-        ) from None
+        what = "neither a path here nor a repository on the Hugging Face Hub"
+        raise UserError(f'"{name}" is {what} (a private one needs `hf auth login`).') from None
     except Exception as error:  # no network: each version's transport raises its own kind
         return _cached(name, error)
 
@@ -70,22 +61,19 @@ def _cached(name: str, error: Exception) -> Path:
         folder = Path(snapshot_download(name, local_files_only=True))
     except LocalEntryNotFoundError:
         why = " ".join(str(error).split())[:120] or type(error).__name__
-        raise UserError(
-            f'"{name}" is no path here, and the Hub cannot be reached ({why}); {_cache_content()}.'
-        ) from None
-    absent = [part for part in PARTS if not _has_weights(folder / part)]
+        why = f"the Hub cannot be reached ({why})"
+        raise UserError(f'"{name}" is no path here, and {why}; {_cache_content()}.') from None
+    weights = ("*.safetensors", "*.bin")
+    absent = [
+        part for part in PARTS if not any(any((folder / part).glob(kind)) for kind in weights)
+    ]
     if not absent and not (folder / "model_index.json").is_file():
         absent = ["model_index.json"]
     if absent:
-        raise UserError(
-            f'"{name}" is only partly cached ({", ".join(absent)} missing), and the Hub cannot be '
-            "reached; connect once to fetch the rest."
-        )
+        what = f"only partly cached ({', '.join(absent)} missing)"
+        why = "the Hub cannot be reached; connect once to fetch the rest"
+        raise UserError(f'"{name}" is {what}, and {why}.')
     return folder
-
-
-def _has_weights(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 
 
 def _cache_content() -> str:

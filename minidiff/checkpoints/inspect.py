@@ -16,13 +16,9 @@ WORDS = {
     "x0": "x0, the clean data",
     None: "eps (base, 512) or v (768): no tensor says which; name the target when it is loaded",
 }
-USES = {  # by the channels of the U-Net's input
-    4: "",
-    9: ", inpainting",
-    5: ", depth",
-    8: ", instructions (InstructPix2Pix)",
-    7: ", upscaling",
-}
+# By the channels of the U-Net's input.
+USES = {4: "", 9: ", inpainting", 5: ", depth", 7: ", upscaling"}
+USES[8] = ", instructions (InstructPix2Pix)"
 ENCODERS = {768: "OpenAI's ViT-L/14", 1024: "OpenCLIP's ViT-H/14"}
 COMPLETE = {  # of the published networks: what _hash gives for all their names
     "U-Net of 1.x and 2.x": "98fb8441fe906cb1",
@@ -92,8 +88,7 @@ def _prediction(checkpoint: layouts.Checkpoint) -> Rows:
 
 
 def _description(name: str, part: layouts.Part) -> str:
-    config = part.config
-    line = _counts(part.state)
+    config, line = part.config, _counts(part.state)
     if name == "unet":
         widths = ", ".join(map(str, config["channels"]))
         line += f"; widths {widths}; {config['in_channels']} channels in"
@@ -118,10 +113,8 @@ def _cannot(checkpoint: layouts.Checkpoint) -> list[str]:
     parts, reasons = checkpoint.parts, []
     absent = [kind for name, kind in layouts.KINDS.items() if name not in parts]
     if absent:
-        missing = " and no ".join(absent)
-        reasons.append(
-            f"draw by itself: no {missing} in it; name other checkpoints for unet, vae or text"
-        )
+        fix = "name other checkpoints for unet, vae or text"
+        reasons.append(f"draw by itself: no {' and no '.join(absent)} in it; {fix}")
     if "unet" not in parts:
         return reasons
     channels, context = parts["unet"].config["in_channels"], parts["unet"].config["context_dim"]
@@ -173,47 +166,37 @@ def _xl(state: dict[str, files.Stored]) -> Rows:
     starts = ("conditioner.embedders.", "label_emb.")
     if not any(name.startswith(starts) or ".label_emb." in name for name in state):
         return []
-    return [
-        ("layout", "CompVis"),
-        ("version", "Stable Diffusion XL"),
-        ("cannot", "be used here: versions 1.x and 2.x can"),
-    ]
+    cannot = ("cannot", "be used here: versions 1.x and 2.x can")
+    return [("layout", "CompVis"), ("version", "Stable Diffusion XL"), cannot]
 
 
 def _ours(path: Path) -> Rows:
     """A folder of ours says everything; its networks are built, without memory, to see whether the
     tensors fit."""
-    from minidiff.checkpoints.folder import DAMAGED, FORMAT, network
+    from minidiff.checkpoints.folder import DAMAGED, FORMAT, config_of, damaged, network
 
     whole = files.read_json(path / "model.json")
     layout = f"minidiff folder ({whole.get('format')}, this version reads {FORMAT})"
     try:
-        denoiser = whole["denoiser"]
-        rows: Rows = [
-            ("file", str(path)),
-            ("layout", layout),
-            ("predicts", f"{denoiser['target']}; noise levels {denoiser['schedule']}"),
-            ("resolution", f"{whole['size']} pixels"),
-        ]
+        predicts = f"{whole['denoiser']['target']}; noise levels {whole['denoiser']['schedule']}"
+        rows: Rows = [("file", str(path)), ("layout", layout), ("predicts", predicts)]
+        rows.append(("resolution", f"{whole['size']} pixels"))
         networks = {name: network(whole[name]) for name in layouts.KINDS}
     except DAMAGED as error:
-        raise UserError(
-            f"{path / 'model.json'} is damaged ({type(error).__name__}: {error}); {files.AGAIN}."
-        ) from error
+        raise damaged(path, error, files.AGAIN) from error
     for name, kind in layouts.KINDS.items():
         expected = networks[name].state_dict().keys()
         state = files.stored(files.inside(path, path / f"{name}.safetensors"))
-        config = {key: value for key, value in whole[name].items() if key != "kind"}
-        rows.append((kind, f"{whole[name]['kind']}, {_counts(state)}; {config}"))
+        line = f"{whole[name]['kind']}, {_counts(state)}; {config_of(whole[name])}"
+        rows.append((kind, line))
         rows.append((f"{kind}, missing keys", _some(sorted(expected - state.keys()))))
         rows.append((f"{kind}, extra keys", _some(sorted(state.keys() - expected))))
     return rows
 
 
 def _some(keys: list[str]) -> str:
-    if not keys:
-        return "none"
-    return f"{len(keys)}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
+    more = ", ..." if len(keys) > 3 else ""
+    return f"{len(keys)}: {', '.join(keys[:3])}{more}" if keys else "none"
 
 
 def _short(number: float) -> str:

@@ -30,11 +30,7 @@ AVERAGE = "model_ema.diffusion_model"
 TEXT_1, TEXT_2 = ("cond_stage_model.transformer.",), ("cond_stage_model.model.",)
 IMAGE_ENCODER = ("vision_model.", "visual_projection.")  # of a whole CLIPModel; not needed
 
-DAMAGED = (
-    TypeError,
-    AttributeError,
-    KeyError,
-)  # raised by a number in place of a list, and the like
+DAMAGED = (TypeError, AttributeError, KeyError)  # by a number in place of a list, and the like
 
 
 class Part(NamedTuple):
@@ -65,10 +61,8 @@ def read(path: Path, reader: Read) -> Checkpoint:
     if not path.is_dir():
         return _single_file(path, reader)
     if not (path / "model_index.json").is_file():
-        raise UserError(
-            f'"{path}" is no checkpoint: neither model.json (ours) nor model_index.json '
-            "(diffusers) is in it."
-        )
+        why = "neither model.json (ours) nor model_index.json (diffusers) is in it"
+        raise UserError(f'"{path}" is no checkpoint: {why}.')
     return _diffusers(path, reader)
 
 
@@ -120,23 +114,18 @@ def _without(state: State, prefixes: tuple[str, ...]) -> State:
 
 
 def _diffusers(folder: Path, reader: Read) -> Checkpoint:
-    kind = str(_json(folder, "model_index.json").get("_class_name", "StableDiffusionPipeline"))
+    index = files.read_json(files.inside(folder, folder / "model_index.json"))
+    kind = str(index.get("_class_name", "StableDiffusionPipeline"))
     if not kind.startswith("StableDiffusion") or "XL" in kind or "3" in kind:
         raise UserError(f"{folder} is a {kind}; Stable Diffusion 1.x and 2.x are read here.")
-    checkpoint = Checkpoint("diffusers")
-    unet_json, vae_json = _json(folder, "unet/config.json"), _json(folder, "vae/config.json")
-    _json(folder, "text_encoder/config.json")
+    checkpoint, tokenizer = Checkpoint("diffusers"), folder / "tokenizer"
     try:
-        checkpoint.schedule, checkpoint.target, checkpoint.spacing = schedule_of(
-            _json(folder, "scheduler/scheduler_config.json"), checkpoint.notes
-        )
-        encoder, tokenizer = folder / "text_encoder", folder / "tokenizer"
-        checkpoint.parts["unet"] = _diffusers_unet(folder / "unet", unet_json, reader)
-        checkpoint.parts["vae"] = _diffusers_vae(folder / "vae", vae_json, reader)
-        checkpoint.parts["text"] = transformers_text(encoder, tokenizer, reader)
+        _add_schedule(checkpoint, _settings(folder / "scheduler", "scheduler_config.json"))
+        for name, place in (("unet", "unet"), ("vae", "vae"), ("text", "text_encoder")):
+            checkpoint.parts[name] = _part(folder / place, name, tokenizer, reader)
         checkpoint.notes += _own_words(tokenizer)
         factor = 2 ** (len(checkpoint.parts["vae"].config["channels"]) - 1)
-        checkpoint.size = int(unet_json.get("sample_size", 64)) * factor
+        checkpoint.size = int(_settings(folder / "unet").get("sample_size", 64)) * factor
     except DAMAGED as error:
         raise _damaged(folder, error) from error
     return checkpoint
@@ -144,13 +133,8 @@ def _diffusers(folder: Path, reader: Read) -> Checkpoint:
 
 def part_folder(folder: Path, name: str, reader: Read) -> Part:
     """One network as diffusers or transformers saves it, in a folder with config.json."""
-    settings = _json(folder, "config.json")
     try:
-        if name == "unet":
-            return _diffusers_unet(folder, settings, reader)
-        if name == "vae":
-            return _diffusers_vae(folder, settings, reader)
-        return transformers_text(folder, folder, reader)
+        return _part(folder, name, folder, reader)
     except DAMAGED as error:
         raise _damaged(folder, error) from error
 
@@ -160,52 +144,53 @@ def _damaged(folder: Path, error: Exception) -> UserError:
     return UserError(f"{folder}: a configuration is damaged ({why}); {files.AGAIN}.")
 
 
-def _json(folder: Path, name: str) -> dict:
-    return files.read_json(files.inside(folder, folder / name))
+def _settings(folder: Path, name: str = "config.json", optional: bool = False) -> dict:
+    """A JSON file of a part, whose folder is inside of the checkpoint's."""
+    file = folder / name
+    if optional and not file.is_file():
+        return {}
+    return files.read_json(files.inside(folder.parent, file))
 
 
-def _diffusers_unet(folder: Path, settings: dict, reader: Read) -> Part:
+def _part(folder: Path, name: str, tokenizer: Path, reader: Read) -> Part:
+    settings = _settings(folder)
+    if name == "text":
+        return _transformers_text(
+            folder, tokenizer, settings.get("text_config") or settings, reader
+        )
     state, file = _weights(folder, "diffusion_pytorch_model", reader)
-    part = unet(state, str(file), names.UNET_DIFFUSERS)
-    # "attention_head_dim" means the number of heads, too.
-    heads = settings.get("num_attention_heads") or settings.get("attention_head_dim", 8)
-    levels = len(settings.get("block_out_channels", (320, 640, 1280, 1280)))
-    part.config["heads"] = tuple(heads) if isinstance(heads, list) else (heads,) * levels
+    if name == "unet":
+        part = unet(state, str(file), names.UNET_DIFFUSERS)
+        # "attention_head_dim" means the number of heads, too.
+        heads = settings.get("num_attention_heads") or settings.get("attention_head_dim", 8)
+        levels = len(settings.get("block_out_channels", (320, 640, 1280, 1280)))
+        part.config["heads"] = tuple(heads) if isinstance(heads, list) else (heads,) * levels
+    else:
+        part = vae(state, str(file), names.VAE_OLD_ATTENTION + names.VAE_DIFFUSERS)
+        part = part._replace(latent_scale=float(settings.get("scaling_factor", 0.18215)))
     part.config["groups"] = settings.get("norm_num_groups", 32)
     return part
 
 
-def _diffusers_vae(folder: Path, settings: dict, reader: Read) -> Part:
-    state, file = _weights(folder, "diffusion_pytorch_model", reader)
-    state = names.to_ours(state, names.VAE_OLD_ATTENTION)
-    part = vae(state, str(file), names.VAE_DIFFUSERS)
-    part.config["groups"] = settings.get("norm_num_groups", 32)
-    return part._replace(latent_scale=float(settings.get("scaling_factor", 0.18215)))
-
-
-def transformers_text(folder: Path, tokenizer: Path, reader: Read) -> Part:
+def _transformers_text(folder: Path, tokenizer: Path, settings: dict, reader: Read) -> Part:
     """CLIPTextModel as transformers saves it; a whole CLIPModel's image encoder is left out."""
-    settings = files.read_json(files.inside(folder.parent, folder / "config.json"))
-    settings = settings.get("text_config") or settings
     state, file = _weights(folder, "model", reader)
     part = text(_without(state, IMAGE_ENCODER), str(file), names.CLIP_TRANSFORMERS)
     activation = settings.get("hidden_act", "quick_gelu")
     if activation not in ("quick_gelu", "gelu"):
-        raise UserError(
-            f'{folder / "config.json"}: hidden_act "{activation}"; CLIP has quick_gelu or gelu.'
-        )
+        where = f'{folder / "config.json"}: hidden_act "{activation}"'
+        raise UserError(f"{where}; CLIP has quick_gelu or gelu.")
     part.config.update(heads=settings.get("num_attention_heads", 12), activation=activation)
-    pad = _padding(tokenizer)
-    if pad is not None:
+    if (pad := _padding(tokenizer)) is not None:
         part.config["pad"] = pad
     return part
 
 
 def _padding(tokenizer: Path) -> int | None:
-    """The token that fills prompts up. The two files differ in SD 2.x: the map of special tokens
-    counts."""
-    settings = _optional(tokenizer, "tokenizer_config.json")
-    special = _optional(tokenizer, "special_tokens_map.json")
+    """The token that fills prompts up. Where two files differ, as in SD 2.x, the map of special
+    tokens counts."""
+    settings = _settings(tokenizer, "tokenizer_config.json", optional=True)
+    special = _settings(tokenizer, "special_tokens_map.json", optional=True)
     token = special.get("pad_token") or settings.get("pad_token")
     token = token.get("content") if isinstance(token, dict) else token
     if token is None and not settings:
@@ -218,17 +203,13 @@ def _padding(tokenizer: Path) -> int | None:
 
 def _own_words(tokenizer: Path) -> list[str]:
     """A note for each word that was added to CLIP's vocabulary."""
-    decoder = _optional(tokenizer, "tokenizer_config.json").get("added_tokens_decoder") or {}
-    listed = _optional(tokenizer, "tokenizer.json").get("added_tokens") or []
+    config = _settings(tokenizer, "tokenizer_config.json", optional=True)
+    listed = _settings(tokenizer, "tokenizer.json", optional=True).get("added_tokens") or []
+    decoder = config.get("added_tokens_decoder") or {}
     words = {entry["content"] for entry in [*decoder.values(), *listed]}
-    words |= _optional(tokenizer, "added_tokens.json").keys()
+    words |= _settings(tokenizer, "added_tokens.json", optional=True).keys()
     words -= {"<|startoftext|>", *PADDING}
     return [f'the tokenizer\'s own word "{word}" is not read' for word in sorted(words)]
-
-
-def _optional(folder: Path, name: str) -> dict:
-    file = folder / name
-    return files.read_json(files.inside(folder.parent, file)) if file.is_file() else {}
 
 
 def _weights(folder: Path, stem: str, reader: Read) -> tuple[State, Path]:
@@ -236,9 +217,8 @@ def _weights(folder: Path, stem: str, reader: Read) -> tuple[State, Path]:
     listed = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
     chosen = [name for name in weight_files(stem, listed) if not name.endswith(".json")]
     if not chosen:
-        raise UserError(
-            f"{folder} has no weights: no {stem}.safetensors, nor any other spelling of it."
-        )
+        why = f"no {stem}.safetensors, nor any other spelling of it"
+        raise UserError(f"{folder} has no weights: {why}.")
     state: State = {}
     for name in chosen:
         state |= reader(files.inside(folder.parent, folder / name))
@@ -261,28 +241,27 @@ def weight_files(stem: str, listed: list[str]) -> list[str]:
     return []
 
 
-def schedule_of(settings: dict, notes: list[str]) -> tuple[dict, str, str]:
-    """The noise schedule, the target and the spacing of times that a scheduler_config.json
-    names."""
+def _add_schedule(checkpoint: Checkpoint, settings: dict) -> None:
+    """The noise schedule, the target and the spacing of times of a scheduler_config.json."""
     prediction = settings.get("prediction_type", "epsilon")
     betas = settings.get("beta_schedule", "linear")
     if prediction not in PREDICTIONS or betas not in ("linear", "scaled_linear"):
-        raise UserError(
-            f'scheduler_config.json: prediction_type "{prediction}" with beta_schedule "{betas}" '
-            "is not known here."
-        )
-    schedule = {
-        "betas": betas,
-        "T": int(settings.get("num_train_timesteps", 1000)),
-        "beta_1": float(settings.get("beta_start", 1e-4)),
-        "beta_T": float(settings.get("beta_end", 0.02)),
-        "zero_terminal_snr": bool(settings.get("rescale_betas_zero_snr", False)),
-        "final": 0 if settings.get("set_alpha_to_one", True) else 1,
-    }
-    spacing, offset = settings.get("timestep_spacing", "leading"), settings.get("steps_offset", 0)
-    if spacing == "leading" and offset != 1:
-        notes.append(f"steps_offset is {offset} there and 1 here, as Stable Diffusion's is")
-    return schedule, PREDICTIONS[prediction], spacing
+        what = f'prediction_type "{prediction}" with beta_schedule "{betas}"'
+        raise UserError(f"scheduler_config.json: {what} is not known here.")
+    checkpoint.schedule = dict(
+        betas=betas,
+        T=int(settings.get("num_train_timesteps", 1000)),
+        beta_1=float(settings.get("beta_start", 1e-4)),
+        beta_T=float(settings.get("beta_end", 0.02)),
+        zero_terminal_snr=bool(settings.get("rescale_betas_zero_snr", False)),
+        final=0 if settings.get("set_alpha_to_one", True) else 1,
+    )
+    checkpoint.target = PREDICTIONS[prediction]
+    checkpoint.spacing = settings.get("timestep_spacing", "leading")
+    offset = settings.get("steps_offset", 0)
+    if checkpoint.spacing == "leading" and offset != 1:
+        note = f"steps_offset is {offset} there and 1 here, as Stable Diffusion's is"
+        checkpoint.notes.append(note)
 
 
 # A single file. It may hold fewer than three networks, or one without a prefix ("bare").
@@ -304,41 +283,38 @@ def _single_file(file: Path, reader: Read) -> Checkpoint:
         weights = _without(weights, IMAGE_ENCODER)
         checkpoint.parts["text"] = text(weights, str(file), names.CLIP_TRANSFORMERS)
     if not checkpoint.parts:
-        raise UserError(
-            f"{file} holds no part of Stable Diffusion; "
-            f'its first tensor is "{min(state, default="none")}".'
-        )
+        first = min(state, default="none")
+        raise UserError(f'{file} holds no part of Stable Diffusion; its first tensor is "{first}".')
     return checkpoint
 
 
 def _behind(state: State, prefixes: tuple[str, ...], bare: bool, starts: tuple[str, ...]) -> State:
     """A network's tensors, without the first of the prefixes that occurs. In a bare file: all, if
     there is a name with one of these starts."""
-    if bare and any(name.startswith(starts) for name in state):
-        return names.to_ours(state, names.COMPVIS_DROPPED)
+    part = state if bare and any(name.startswith(starts) for name in state) else {}
     for prefix in prefixes:
-        inside = [name for name in state if name.startswith(prefix)]
-        if inside:
-            part = {name.removeprefix(prefix): state[name] for name in inside}
-            return names.to_ours(part, names.COMPVIS_DROPPED)
-    return {}
+        part = part or {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+    return names.to_ours(part, names.COMPVIS_DROPPED)
 
 
 def _add_unet(checkpoint: Checkpoint, weights: State, whole: State, file: Path) -> None:
-    """The U-Net, and what it tells of target and size. Where averaged weights stand beside live
-    ones, the average is taken; its names lost their dots."""
+    """The U-Net, and what it and Stability's ModelSpec tell of target and size. Averaged weights
+    are taken where both stand in the file; their names lost their dots."""
     averages = {name: whole.get(AVERAGE + name.replace(".", "")) for name in weights}
     if all(value is not None for value in averages.values()):
-        checkpoint.notes.append(
-            "live and averaged (EMA) weights of the U-Net are in it; the averaged are taken"
-        )
+        note = "live and averaged (EMA) weights of the U-Net are in it; the averaged are taken"
+        checkpoint.notes.append(note)
         weights = averages
     part = checkpoint.parts["unet"] = unet(weights, str(file), _unet_table(weights))
     checkpoint.schedule = dict(STABLE_DIFFUSION)
     # SD 2.x predicts v at 768 pixels and eps at 512: no tensor says which.
     if not part.config["linear_projection"]:
         checkpoint.target, checkpoint.size = "eps", 512
-    _add_modelspec(checkpoint, files.metadata(file))
+    targets, metadata = {"epsilon": "eps", "v": "v", "v_prediction": "v"}, files.metadata(file)
+    prediction = metadata.get("modelspec.prediction_type", "")
+    size = re.fullmatch(r"(\d{2,4})x\d{2,4}", str(metadata.get("modelspec.resolution")))
+    checkpoint.target = targets.get(prediction, checkpoint.target)
+    checkpoint.size = int(size[1]) if size else checkpoint.size
 
 
 def _unet_table(state: State) -> names.Table:
@@ -356,9 +332,8 @@ def _unet_table(state: State) -> names.Table:
 
 def _compvis_vae(state: State, where: str) -> Part:
     numbers = {name.split(".")[2] for name in state if name.startswith("encoder.down.")}
-    if numbers:
-        return vae(state, where, names.vae_compvis(len(numbers)))
-    return vae(names.to_ours(state, names.VAE_OLD_ATTENTION), where, names.VAE_DIFFUSERS)
+    diffusers = names.VAE_OLD_ATTENTION + names.VAE_DIFFUSERS
+    return vae(state, where, names.vae_compvis(len(numbers)) if numbers else diffusers)
 
 
 def _openclip_text(state: State, where: str, bare: bool) -> Part:
@@ -369,12 +344,3 @@ def _openclip_text(state: State, where: str, bare: bool) -> Part:
     if second:
         part.config.update(activation="gelu", pad=0)
     return part
-
-
-def _add_modelspec(checkpoint: Checkpoint, metadata: dict[str, str]) -> None:
-    """Stability's ModelSpec, where a file carries it."""
-    targets = {"epsilon": "eps", "v": "v", "v_prediction": "v"}
-    prediction = metadata.get("modelspec.prediction_type", "")
-    size = re.fullmatch(r"(\d{2,4})x\d{2,4}", str(metadata.get("modelspec.resolution")))
-    checkpoint.target = targets.get(prediction, checkpoint.target)
-    checkpoint.size = int(size[1]) if size else checkpoint.size

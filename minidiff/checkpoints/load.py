@@ -42,15 +42,11 @@ def load(
         return _stable_diffusion(path, target, others, dtype).to(device).eval()
     model = folder.load(path, dtype=dtype)
     if target not in (None, model.denoiser.target):
-        raise UserError(
-            f"{path} says itself what it predicts, {model.denoiser.target}; leave target out."
-        )
-    if vae is not None:
-        model.vae = part(vae, "vae", dtype)
-    if text is not None:
-        model.text = part(text, "text", dtype)
-    if unet is not None:
-        model.denoiser.network = part(unet, "unet", dtype)
+        what = f"says itself what it predicts, {model.denoiser.target}"
+        raise UserError(f"{path} {what}; leave target out.")
+    for name, place in others.items():
+        owner, attribute = (model.denoiser, "network") if name == "unet" else (model, name)
+        setattr(owner, attribute, part(place, name, dtype))
     model.check_widths()
     return model.to(device).eval()
 
@@ -77,9 +73,8 @@ def outline(name: str, part: layouts.Part) -> nn.Module:
     try:
         return empty(NETWORKS[name], part.config)
     except (ValueError, TypeError, ZeroDivisionError, KeyError, RuntimeError) as error:
-        raise UserError(
-            f"{part.where}: no {layouts.KINDS[name]} has such sizes ({error})."
-        ) from error
+        kind = layouts.KINDS[name]
+        raise UserError(f"{part.where}: no {kind} has such sizes ({error}).") from error
 
 
 def _built(name: str, part: layouts.Part, dtype: torch.dtype | None) -> nn.Module:
@@ -104,25 +99,19 @@ def _stable_diffusion(
     absent = [name for name in NETWORKS if name not in checkpoint.parts and name not in others]
     if absent:
         missing = " and no ".join(layouts.KINDS[name] for name in absent)
-        raise UserError(
-            f"{path} has no {missing}; name a checkpoint that has one, as in {absent[0]}=PATH."
-        )
-    networks = {}
+        fix = f"name a checkpoint that has one, as in {absent[0]}=PATH"
+        raise UserError(f"{path} has no {missing}; {fix}.")
+    networks = {name: part(place, name, dtype) for name, place in others.items()}
     for name in NETWORKS:
-        if name in others:
-            networks[name] = part(others[name], name, dtype)
-        else:
+        if name not in others:
             networks[name] = _built(name, checkpoint.parts[name], dtype)
     if target is not None and target not in TARGETS:
         raise UserError(f'no target "{target}"; there is {", ".join(TARGETS)}.')
     target = target or checkpoint.target
     if target is None:
         target = "v"
-        warnings.warn(
-            f"{path.name}: nothing in it says whether it predicts v (768 pixels) or "
-            "eps (base, 512); v is assumed",
-            stacklevel=3,
-        )
+        why = "nothing in it says whether it predicts v (768 pixels) or eps (base, 512)"
+        warnings.warn(f"{path.name}: {why}; v is assumed", stacklevel=3)
     schedule = schedules.Discrete(**(checkpoint.schedule or layouts.STABLE_DIFFUSION))
     return LatentDiffusion(
         networks["vae"],
@@ -140,16 +129,12 @@ def _open_clip_text(name: str, tag: str) -> layouts.Part:
     import open_clip
 
     if name not in open_clip.list_models():
-        raise UserError(
-            f'open_clip knows no model "{name}"; SD 1.x reads ViT-L-14:openai, '
-            "SD 2.x ViT-H-14:laion2b_s32b_b79k."
-        )
+        known = "SD 1.x reads ViT-L-14:openai, SD 2.x ViT-H-14:laion2b_s32b_b79k"
+        raise UserError(f'open_clip knows no model "{name}"; {known}.')
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag not in tags and not Path(tag).is_file():
-        raise UserError(
-            f'open_clip has no weights "{tag}" of {name}; there is {", ".join(tags) or "none"}, '
-            "or a file."
-        )
+        known = f"{', '.join(tags) or 'none'}, or a file"
+        raise UserError(f'open_clip has no weights "{tag}" of {name}; there is {known}.')
     try:
         model = open_clip.create_model(name, pretrained=tag)
     except Exception as error:  # no network, or a damaged download: whatever the transport raises

@@ -1,8 +1,6 @@
 """LoRA files as diffusers, PEFT and kohya write them: their names, their alpha, and what they do to
-a model.
-
-A layer has its published name there, behind a prefix. kohya writes "_" for every dot; only a list
-of the model's layers can undo that.
+a model. A layer has its published name there, behind a prefix. kohya writes "_" for every dot; only
+a list of the model's layers can undo that.
 """
 
 import json
@@ -27,18 +25,14 @@ from minidiff.unet import UNet
 
 TABLES = {"unet": names.UNET_DIFFUSERS, "text": names.CLIP_TRANSFORMERS}
 # Prefixes of diffusers and PEFT, and of kohya: the first of each is written, all are read.
+_MODEL = "text_model."
 DOTTED = {
-    "unet": ("unet.", "base_model.model.", ""),
-    "text": (
-        "text_encoder.text_model.",
-        "text_encoder.",
-        "base_model.model.text_model.",
-        "text_model.",
-    ),
+    "unet": ["unet.", "base_model.model.", ""],
+    "text": [f"text_encoder.{_MODEL}", "text_encoder.", f"base_model.model.{_MODEL}", _MODEL],
 }
 UNDERSCORED = {
-    "unet": ("lora_unet_",),
-    "text": ("lora_te_text_model_", "lora_te1_text_model_", "lora_te1_"),
+    "unet": ["lora_unet_"],
+    "text": ["lora_te_text_model_", "lora_te1_text_model_", "lora_te1_"],
 }
 HALVES = {
     "diffusers": (".lora_A.weight", ".lora_B.weight"),
@@ -59,8 +53,8 @@ class Place(NamedTuple):
 
     name: str  # as in unet.encoder.0.attention.0.blocks.0.self_attention.q
     layer: Layer
-    diffusers: tuple[str, ...]  # the first is written, all are read
-    kohya: tuple[str, ...]
+    diffusers: list[str]  # the first is written, all are read
+    kohya: list[str]
 
 
 def _places(model: LatentDiffusion) -> Iterator[Place]:
@@ -72,13 +66,9 @@ def _places(model: LatentDiffusion) -> Iterator[Place]:
         layers = {n: layer for n, layer in network.named_modules() if isinstance(layer, Layer)}
         published = names.to_published({name: name for name in layers}, TABLES[part])
         for theirs, name in published.items():
-            flat = theirs.replace(".", "_")
-            yield Place(
-                f"{part}.{name}",
-                layers[name],
-                tuple(prefix + theirs for prefix in DOTTED[part]),
-                tuple(prefix + flat for prefix in UNDERSCORED[part]),
-            )
+            dotted = [prefix + theirs for prefix in DOTTED[part]]
+            flat = [prefix + theirs.replace(".", "_") for prefix in UNDERSCORED[part]]
+            yield Place(f"{part}.{name}", layers[name], dotted, flat)
 
 
 def save(model: LatentDiffusion, file: str | Path, layout: str = "diffusers") -> Path:
@@ -95,10 +85,9 @@ def save(model: LatentDiffusion, file: str | Path, layout: str = "diffusers") ->
     places, total = [p for p in _places(model) if hasattr(p.layer, "lora")], len(adapted(model))
     if not places or len(places) < total:
         why = "only LoRAs of a U-Net or a CLIPText have names in files"
-        raise UserError(
-            f"{file} is not written: {len(places)} of the model's {total} LoRAs can be; "
-            f"{why if total else 'lora.add gives it one'}."
-        )
+        why = why if total else "lora.add gives it one"
+        count = f"{len(places)} of the model's {total} LoRAs can be"
+        raise UserError(f"{file} is not written: {count}; {why}.")
     whole = {}
     for place in places:
         lora, name = place.layer.lora, getattr(place, layout)[0]
@@ -108,8 +97,7 @@ def save(model: LatentDiffusion, file: str | Path, layout: str = "diffusers") ->
         else:
             B = B * (lora.alpha / len(A))
         down, up = HALVES[layout]
-        whole[name + down], whole[name + up] = A, B
-    whole = {name: value.contiguous() for name, value in whole.items()}
+        whole[name + down], whole[name + up] = A.contiguous(), B.contiguous()
     atomic.check_new(file)
     with atomic.write(file) as new:
         save_file(whole, new, {"software": atomic.SIGNATURE})
@@ -127,11 +115,9 @@ def load(model: LatentDiffusion, file: str | Path, scale: float = 1.0) -> Loaded
     places = {name: place for place in _places(model) for name in place.diffusers + place.kohya}
     strange = [name for name in content if name not in places]
     if strange:
-        raise UserError(
-            f"{file}: {len(strange)} of its {len(content)} layers are not in this model; the first "
-            f'is "{strange[0]}". It is for another model: `minidiff inspect` says of which kind '
-            "each is."
-        )
+        what = f"{len(strange)} of its {len(content)} layers are not in this model"
+        fix = "It is for another model: `minidiff inspect` says of which kind each is."
+        raise UserError(f'{file}: {what}; the first is "{strange[0]}". {fix}')
     loras: dict[str, tuple[Layer, LoRA]] = {}
     for name, values in content.items():
         place = places[name]
@@ -166,24 +152,21 @@ def _read(file: Path) -> dict[str, Tensors]:
             raise UserError(f'{file}: "{key}" is {tuple(value.shape)}; alpha is one number.')
         (name,) = names.to_ours({match["layer"]: None}, names.LORA_OLD)
         if half in content.setdefault(name, {}):
-            raise UserError(
-                f'{file}: "{key}" stands in it twice, by two names; a file has one of the two.'
-            )
+            why = "stands in it twice, by two names; a file has one of the two"
+            raise UserError(f'{file}: "{key}" {why}.')
         content[name][half] = value
     if not content:
         first = min(others, default="none")
         raise UserError(f'{file} holds no LoRA; its first tensor is "{first}".')
     if others:
-        raise UserError(
-            f"{file}: {len(others)} of its tensors are neither A, B nor alpha of a LoRA; the first "
-            f'is "{others[0]}". Relatives of LoRA (LoHa, LoKr, DoRA) are not read.'
-        )
+        what = f"{len(others)} of its tensors are neither A, B nor alpha of a LoRA"
+        fix = "Relatives of LoRA (LoHa, LoKr, DoRA) are not read."
+        raise UserError(f'{file}: {what}; the first is "{others[0]}". {fix}')
     for name, values in content.items():
         for half, kohya in (("A", "down"), ("B", "up")):
             if half not in values:
-                raise UserError(
-                    f'{file}: "{name}" has no {half} ({kohya}); a LoRA is two matrices.'
-                )
+                why = f"has no {half} ({kohya}); a LoRA is two matrices"
+                raise UserError(f'{file}: "{name}" {why}.')
     _add_alphas(file, content)
     return content
 
@@ -200,10 +183,8 @@ def _add_alphas(file: Path, content: dict[str, Tensors]) -> None:
             if alpha is not None:
                 values.setdefault("alpha", alpha)
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(
-            f"{file}: its LoRA configuration is damaged ({type(error).__name__}: {error}); "
-            f"{files.AGAIN}."
-        ) from error
+        why = f"its LoRA configuration is damaged ({type(error).__name__}: {error})"
+        raise UserError(f"{file}: {why}; {files.AGAIN}.") from error
 
 
 def _alpha(config: dict, name: str, A: Tensor) -> float | None:
@@ -212,8 +193,7 @@ def _alpha(config: dict, name: str, A: Tensor) -> float | None:
     if name.startswith(("unet.", "text_encoder.")):
         part, layer = name.split(".", 1)
     prefix = f"{part}."
-    own = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
-    config = config | own
+    config = config | {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
     patterns = (config.get("alpha_pattern") or {}).items()
     special = [value for key, value in patterns if ends(layer, key.removeprefix("^"))]
     alpha = special[0] if special else config.get("lora_alpha")
@@ -230,15 +210,11 @@ def _fitted(place: Place, values: Tensors, where: str) -> LoRA:
     for half, expected in (("A", (rank, *inner)), ("B", (out, rank, *[1] * (len(inner) - 1)))):
         value = values[half]
         if _without_1x1(value.shape) != _without_1x1(expected) or not rank:
-            raise UserError(
-                f"{where}: {half} is {tuple(value.shape)}; at rank {rank} this model's layer takes "
-                f"{expected}."
-            )
+            fitting = f"at rank {rank} this model's layer takes {expected}"
+            raise UserError(f"{where}: {half} is {tuple(value.shape)}; {fitting}.")
         if not value.is_floating_point() or not value.float().sum().isfinite():
-            raise UserError(
-                f"{where}: {half} holds what is no finite number; training broke before it was "
-                "saved."
-            )
+            what = "holds what is no finite number; training broke before it was saved"
+            raise UserError(f"{where}: {half} {what}.")
     lora = LoRA(place.layer, rank, float(values.get("alpha", rank)))
     if not math.isfinite(lora.alpha):
         raise UserError(f"{where}: alpha is {lora.alpha}; it must be finite.")

@@ -15,118 +15,91 @@ Table = list[tuple[str, str | None]]
 T = TypeVar("T")
 
 
+def _table(rows: str) -> Table:
+    """Rows of two words, with commas between them; "-" means None."""
+    pairs = [row.split() for row in rows.split(",")]
+    return [(published, None if ours == "-" else ours) for published, ours in pairs]
+
+
 def _pattern(piece: str) -> re.Pattern[str]:
     return re.compile(r"(?<![^.])" + re.escape(piece).replace(r"\{\}", r"(\d+)") + r"(?![^.])")
 
 
-def _renamed(state: dict[str, T], table: Table) -> dict[str, T]:
-    dropped = [_pattern(old) for old, new in table if new is None]
-    rows = [(_pattern(old), _replacement(new)) for old, new in table if new is not None]
+def to_ours(state: dict[str, T], table: Table) -> dict[str, T]:
+    """The same tensors under our names. Two with one name are an error that names them."""
+    numbers = (r"\g<1>", r"\g<2>")  # the k-th {} is the k-th number of the other piece
+    rows = [(_pattern(old), new and new.format(*numbers)) for old, new in table]
     renamed: dict[str, T] = {}
     originals: dict[str, str] = {}
     for original, value in state.items():
-        if any(pattern.search(original) for pattern in dropped):
+        if any(new is None and pattern.search(original) for pattern, new in rows):
             continue
         name = original
-        for pattern, replacement in rows:
-            name = pattern.sub(replacement, name)
+        for pattern, new in rows:
+            name = name if new is None else pattern.sub(new, name)
         if name in renamed:
-            raise UserError(
-                f'"{original}" and "{originals[name]}" both mean "{name}"; '
-                "a checkpoint holds one of the two."
-            )
+            both = f'"{original}" and "{originals[name]}" both mean "{name}"'
+            raise UserError(f"{both}; a checkpoint holds one of the two.")
         renamed[name], originals[name] = value, original
     return renamed
-
-
-def _replacement(piece: str) -> str:
-    """The k-th {} is the k-th number of the other piece."""
-    for k in range(1, piece.count("{}") + 1):
-        piece = piece.replace("{}", rf"\g<{k}>", 1)
-    return piece
-
-
-def to_ours(state: dict[str, T], table: Table) -> dict[str, T]:
-    """The same tensors under our names. Two with one name are an error that names them."""
-    return _renamed(state, table)
 
 
 def to_published(state: dict[str, T], table: Table) -> dict[str, T]:
     """The same tensors under the published names."""
     back = [(ours, published) for published, ours in reversed(table) if ours is not None]
-    return _renamed(state, back)
+    return to_ours(state, back)
 
 
 # Networks of diffusers' layout.
 
-_ATTENTION: Table = [("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "out")]
-_TRANSFORMER: Table = [
-    *_ATTENTION,
-    ("transformer_blocks", "blocks"),
-    ("attn1", "self_attention"),
-    ("attn2", "cross_attention"),
-    ("ff.net.0.proj", "ff.up"),
-    ("ff.net.2", "ff.down"),
-]
+_ATTENTION = _table("to_q q, to_k k, to_v v, to_out.0 out")
+_TRANSFORMER = _ATTENTION + _table("""
+    transformer_blocks blocks,  attn1 self_attention,  attn2 cross_attention,
+    ff.net.0.proj      ff.up,   ff.net.2 ff.down
+""")
 
-UNET_DIFFUSERS: Table = [  # UNet2DConditionModel
-    *_TRANSFORMER,
-    ("conv_norm_out", "norm_out"),
-    ("conv_shortcut", "skip"),
-    ("time_emb_proj", "time"),
-    ("down_blocks.{}.downsamplers.0", "encoder.{}.resample"),
-    ("down_blocks.{}.resnets", "encoder.{}.residual"),
-    ("down_blocks.{}.attentions", "encoder.{}.attention"),
-    ("mid_block.resnets", "middle.residual"),
-    ("mid_block.attentions", "middle.attention"),
-    ("up_blocks.{}.upsamplers.0", "decoder.{}.resample"),
-    ("up_blocks.{}.resnets", "decoder.{}.residual"),
-    ("up_blocks.{}.attentions", "decoder.{}.attention"),
-    # Below time_emb_proj: on the way back "time.0" must go first.
-    ("time_embedding.linear_1", "time.0"),
-    ("time_embedding.linear_2", "time.2"),
-]
-
-VAE_DIFFUSERS: Table = [  # AutoencoderKL
-    *_ATTENTION,
-    ("conv_norm_out", "norm_out"),
-    ("conv_shortcut", "skip"),
-    ("quant_conv", "quant"),
-    ("post_quant_conv", "post_quant"),
-    ("mid_block.resnets.0", "middle.first"),
-    ("mid_block.resnets.1", "middle.second"),
-    ("mid_block.attentions.0.group_norm", "middle.norm"),
-    ("mid_block.attentions.0", "middle.attention"),
-    ("encoder.down_blocks.{}.downsamplers.0", "encoder.levels.{}.resample"),
-    ("encoder.down_blocks.{}.resnets", "encoder.levels.{}.residual"),
-    ("decoder.up_blocks.{}.upsamplers.0", "decoder.levels.{}.resample"),
-    ("decoder.up_blocks.{}.resnets", "decoder.levels.{}.residual"),
-]
-VAE_OLD_ATTENTION: Table = [  # until diffusers 0.18
-    ("query", "to_q"),
-    ("key", "to_k"),
-    ("value", "to_v"),
-    ("proj_attn", "to_out.0"),
-]
-
-# CLIPTextModel; files of before and after its prefix "text_model" went.
-CLIP_TRANSFORMERS: Table = [
-    ("position_ids", None),  # 0, 1, ..., 76
-    ("text_projection", None),  # of use to the contrastive loss only
-    ("logit_scale", None),
-    ("embeddings.token_embedding", "token_embedding"),
-    ("embeddings.position_embedding", "position_embedding"),
-    ("encoder.layers", "blocks"),
-    ("self_attn.q_proj", "attention.q"),
-    ("self_attn.k_proj", "attention.k"),
-    ("self_attn.v_proj", "attention.v"),
-    ("self_attn.out_proj", "attention.out"),
-    ("layer_norm1", "norm1"),
-    ("layer_norm2", "norm2"),
-    ("mlp.fc1", "up"),
-    ("mlp.fc2", "down"),
-    ("final_layer_norm", "norm_out"),
-]
+# UNet2DConditionModel. On the way back, from the bottom, "time.0" must go before "time".
+UNET_DIFFUSERS = _TRANSFORMER + _table("""
+    conv_norm_out                 norm_out,
+    conv_shortcut                 skip,
+    time_emb_proj                 time,
+    down_blocks.{}.downsamplers.0 encoder.{}.resample,
+    down_blocks.{}.resnets        encoder.{}.residual,
+    down_blocks.{}.attentions     encoder.{}.attention,
+    mid_block.resnets             middle.residual,
+    mid_block.attentions          middle.attention,
+    up_blocks.{}.upsamplers.0     decoder.{}.resample,
+    up_blocks.{}.resnets          decoder.{}.residual,
+    up_blocks.{}.attentions       decoder.{}.attention,
+    time_embedding.linear_1       time.0,
+    time_embedding.linear_2       time.2
+""")
+# AutoencoderKL, and its attention until diffusers 0.18.
+VAE_DIFFUSERS = _ATTENTION + _table("""
+    conv_norm_out norm_out,  conv_shortcut skip,  quant_conv quant,  post_quant_conv post_quant,
+    mid_block.resnets.0                   middle.first,
+    mid_block.resnets.1                   middle.second,
+    mid_block.attentions.0.group_norm     middle.norm,
+    mid_block.attentions.0                middle.attention,
+    encoder.down_blocks.{}.downsamplers.0 encoder.levels.{}.resample,
+    encoder.down_blocks.{}.resnets        encoder.levels.{}.residual,
+    decoder.up_blocks.{}.upsamplers.0     decoder.levels.{}.resample,
+    decoder.up_blocks.{}.resnets          decoder.levels.{}.residual
+""")
+VAE_OLD_ATTENTION = _table("query to_q, key to_k, value to_v, proj_attn to_out.0")
+# CLIPTextModel, with and without its prefix "text_model". Only the contrastive loss uses the
+# projection and the scale; the positions are 0, 1, ..., 76.
+CLIP_TRANSFORMERS = _table("""
+    position_ids -,  text_projection -,  logit_scale -,
+    embeddings.token_embedding    token_embedding,
+    embeddings.position_embedding position_embedding,
+    encoder.layers     blocks,
+    self_attn.q_proj   attention.q,
+    self_attn.k_proj   attention.k,
+    self_attn.v_proj   attention.v,
+    self_attn.out_proj attention.out,
+    layer_norm1 norm1,  layer_norm2 norm2,  mlp.fc1 up,  mlp.fc2 down,  final_layer_norm norm_out
+""")
 
 # Networks of CompVis's layout, the single file. Its U-Net numbers its layers in the order of use.
 
@@ -143,11 +116,11 @@ def unet_compvis(attention: Sequence[bool] = (True, True, True, False), blocks: 
         if level < levels - 1:
             layers.append((f"input_blocks.{k}.0.op", f"encoder.{level}.resample.conv"))
             k += 1
-    layers += [
-        ("middle_block.0", "middle.residual.0"),
-        ("middle_block.1", "middle.attention.0"),
-        ("middle_block.2", "middle.residual.1"),
-    ]
+    layers += _table("""
+        middle_block.0 middle.residual.0,
+        middle_block.1 middle.attention.0,
+        middle_block.2 middle.residual.1
+    """)
     for k in range(levels * (blocks + 1)):
         level, i = divmod(k, blocks + 1)
         transformer = attention[levels - 1 - level]
@@ -158,20 +131,17 @@ def unet_compvis(attention: Sequence[bool] = (True, True, True, False), blocks: 
         if i == blocks and level < levels - 1:
             up = f"output_blocks.{k}.{1 + transformer}.conv"
             layers.append((up, f"decoder.{level}.resample.conv"))
-    return [
-        *layers,
-        # Above the residual blocks' "time": on the way back theirs must go first.
-        ("time_embed", "time"),
-        ("residual.{}.in_layers.0", "residual.{}.norm1"),
-        ("residual.{}.in_layers.2", "residual.{}.conv1"),
-        ("residual.{}.emb_layers.1", "residual.{}.time"),
-        ("residual.{}.out_layers.0", "residual.{}.norm2"),
-        ("residual.{}.out_layers.3", "residual.{}.conv2"),
-        ("residual.{}.skip_connection", "residual.{}.skip"),
-        ("out.0", "norm_out"),
-        ("out.2", "conv_out"),
-        *_TRANSFORMER,
-    ]
+    # On the way back the residual blocks' "time" must go before "time_embed".
+    rest = _table("""
+        time_embed time,  out.0 norm_out,  out.2 conv_out,
+        residual.{}.in_layers.0     residual.{}.norm1,
+        residual.{}.in_layers.2     residual.{}.conv1,
+        residual.{}.emb_layers.1    residual.{}.time,
+        residual.{}.out_layers.0    residual.{}.norm2,
+        residual.{}.out_layers.3    residual.{}.conv2,
+        residual.{}.skip_connection residual.{}.skip
+    """)
+    return layers + rest + _TRANSFORMER
 
 
 def vae_compvis(levels: int = 4) -> Table:
@@ -181,37 +151,27 @@ def vae_compvis(levels: int = 4) -> Table:
         up = f"decoder.up.{levels - 1 - level}"
         decoder.append((f"{up}.block", f"decoder.levels.{level}.residual"))
         decoder.append((f"{up}.upsample", f"decoder.levels.{level}.resample"))
-    return [
-        ("encoder.down.{}.block", "encoder.levels.{}.residual"),
-        ("encoder.down.{}.downsample", "encoder.levels.{}.resample"),
-        *decoder,
-        ("mid.block_1", "middle.first"),
-        ("mid.block_2", "middle.second"),
-        ("mid.attn_1.norm", "middle.norm"),
-        ("mid.attn_1", "middle.attention"),
-        ("middle.attention.proj_out", "middle.attention.out"),
-        ("nin_shortcut", "skip"),
-        ("quant_conv", "quant"),
-        ("post_quant_conv", "post_quant"),
-    ]
+    return decoder + _table("""
+        encoder.down.{}.block      encoder.levels.{}.residual,
+        encoder.down.{}.downsample encoder.levels.{}.resample,
+        mid.block_1 middle.first,  mid.block_2 middle.second,
+        mid.attn_1.norm            middle.norm,
+        mid.attn_1                 middle.attention,
+        middle.attention.proj_out  middle.attention.out,
+        nin_shortcut skip,  quant_conv quant,  post_quant_conv post_quant
+    """)
 
 
 # open_clip's text encoder, also in SD 2.x's single file. q, k and v are one matrix (see layouts).
-CLIP_OPEN: Table = [
-    ("attn_mask", None),
-    ("text_projection", None),
-    ("logit_scale", None),
-    ("positional_embedding", "position_embedding.weight"),
-    ("transformer.resblocks", "blocks"),
-    ("ln_1", "norm1"),
-    ("ln_2", "norm2"),
-    ("attn.out_proj", "attention.out"),
-    ("attn.in_proj_weight", "attention.qkv.weight"),
-    ("attn.in_proj_bias", "attention.qkv.bias"),
-    ("mlp.c_fc", "up"),
-    ("mlp.c_proj", "down"),
-    ("ln_final", "norm_out"),
-]
+CLIP_OPEN = _table("""
+    attn_mask -,  text_projection -,  logit_scale -,
+    positional_embedding   position_embedding.weight,
+    transformer.resblocks  blocks,
+    attn.out_proj          attention.out,
+    attn.in_proj_weight    attention.qkv.weight,
+    attn.in_proj_bias      attention.qkv.bias,
+    ln_1 norm1,  ln_2 norm2,  mlp.c_fc up,  mlp.c_proj down,  ln_final norm_out
+""")
 
 # Beside the three networks: the noise schedule as buffers, averages (see layouts), and what only
 # training needs.
@@ -230,9 +190,10 @@ LORA = re.compile(
     r"(?:(?:\.lora_|[._]lora\.|\.lora_linear_layer\.)(?P<half>A|B|down|up)"
     r"(?:\.default(?:_\d+)?)?\.weight|(?:[._]lora)?\.(?P<alpha>alpha))"
 )
-LORA_OLD: Table = [  # until diffusers 0.22 they belonged to the attention, not to its layers
-    *((f"processor.to_{piece}", f"to_{piece}") for piece in "qkv"),
-    ("processor.to_out", "to_out.0"),
-    *((f"self_attn.to_{piece}", f"self_attn.{piece}_proj") for piece in "qkv"),
-    ("self_attn.to_out", "self_attn.out_proj"),
-]
+# Until diffusers 0.22 they belonged to the attention, not to its layers.
+LORA_OLD = _table("""
+    processor.to_q    to_q,              processor.to_k    to_k,
+    processor.to_v    to_v,              processor.to_out  to_out.0,
+    self_attn.to_q    self_attn.q_proj,  self_attn.to_k    self_attn.k_proj,
+    self_attn.to_v    self_attn.v_proj,  self_attn.to_out  self_attn.out_proj
+""")

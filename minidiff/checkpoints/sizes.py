@@ -24,10 +24,8 @@ def unet_config(shapes: Shapes) -> dict:
         down = _count(shapes, f"encoder.{level}.residual")
         up = _count(shapes, f"decoder.{levels - 1 - level}.residual")
         if (down, up) != (blocks, blocks + 1):
-            raise UserError(
-                f"level {level} of the U-Net has {down} and {up} residual blocks; "
-                f"{blocks} and {blocks + 1} are supported."
-            )
+            what = f"level {level} of the U-Net has {down} and {up} residual blocks"
+            raise UserError(f"{what}; {blocks} and {blocks + 1} are supported.")
     channels = _widths(shapes, "encoder", levels)
     projection = _first(shapes, ".proj_in.weight")
     linear = projection in shapes and len(shapes[projection]) == 2
@@ -58,16 +56,15 @@ def vae_config(shapes: Shapes) -> dict:
 
 
 def text_config(shapes: Shapes) -> dict:
-    """The arguments of TextConfig. Width 1024 is OpenCLIP's, any other OpenAI's: heads of 64 in
-    both."""
+    """The arguments of TextConfig: OpenCLIP's at width 1024, else OpenAI's."""
     vocabulary, width = _shape(shapes, "token_embedding.weight", 2)
-    openclip = width == 1024
+    activation, pad = ("gelu", 0) if width == 1024 else ("quick_gelu", min(vocabulary - 1, END))
     return dict(
         width=width,
         layers=_count(shapes, "blocks"),
         heads=max(1, width // 64),
-        activation="gelu" if openclip else "quick_gelu",
-        pad=0 if openclip else min(vocabulary - 1, END),
+        activation=activation,
+        pad=pad,
         context_length=_shape(shapes, "position_embedding.weight", 2)[0],
         vocabulary=vocabulary,
     )
@@ -78,26 +75,21 @@ def _count(shapes: Shapes, piece: str) -> int:
     pattern = re.compile(re.escape(piece) + r"\.(\d+)\.")
     numbers = {int(match[1]) for name in shapes if (match := pattern.match(name))}
     if numbers != set(range(len(numbers))):
-        missing = "some of its tensors are missing"
-        raise UserError(f'"{piece}" is numbered {sorted(numbers)}: {missing}.')
+        why = "some of its tensors are missing"
+        raise UserError(f'"{piece}" is numbered {sorted(numbers)}: {why}.')
     return len(numbers)
 
 
 def _shape(shapes: Shapes, name: str, axes: int) -> tuple[int, ...]:
     if name not in shapes:
-        raise UserError(
-            f'tensor "{name}" is missing: this is not a network of Stable Diffusion, '
-            "or a damaged one."
-        )
-    if len(shapes[name]) != axes or not all(shapes[name]):
-        raise UserError(
-            f'tensor "{name}" has shape {list(shapes[name])}; it should have {axes} axes.'
-        )
+        why = "this is not a network of Stable Diffusion, or a damaged one"
+        raise UserError(f'tensor "{name}" is missing: {why}.')
+    if len(shape := shapes[name]) != axes or not all(shape):
+        raise UserError(f'tensor "{name}" has shape {list(shape)}; it should have {axes} axes.')
     return tuple(shapes[name])
 
 
 def _widths(shapes: Shapes, piece: str, levels: int) -> tuple[int, ...]:
-    """The channels of each level."""
     names = (f"{piece}.{level}.residual.0.conv2.weight" for level in range(levels))
     return tuple(_shape(shapes, name, 4)[0] for name in names)
 

@@ -1,8 +1,5 @@
 """A LatentDiffusion in the layouts that diffusers and the single-file tools open: the same tensors,
-in the same precision.
-
-What only minidiff has (pooled text, no GroupNorm, ...) those layouts cannot say; it is refused by
-name.
+in the same precision. What only minidiff has is refused by name.
 """
 
 import json
@@ -44,10 +41,9 @@ def check(model: LatentDiffusion) -> None:
     if model.denoiser.target not in PREDICTIONS:
         strange.append(f"the target {model.denoiser.target}")
     if strange:
-        raise UserError(
-            "this model cannot be written for other tools; what they have no word for: "
-            f"{', '.join(strange)}. Save it as a model folder of minidiff."
-        )
+        why = f"what they have no word for: {', '.join(strange)}"
+        fix = "Save it as a model folder of minidiff."
+        raise UserError(f"this model cannot be written for other tools; {why}. {fix}")
 
 
 def _strange_networks(model: LatentDiffusion) -> list[str]:
@@ -55,22 +51,17 @@ def _strange_networks(model: LatentDiffusion) -> list[str]:
     others = [part for part in (unet, vae, text) if not isinstance(part, UNet | VAE | CLIPText)]
     if others:
         return [type(part).__name__ for part in others]
-    strange = []
-    for name, usual in (("pooled", False), ("scale_shift", False), ("ff_mult", 4)):
-        value = getattr(unet.config, name)
-        if value != usual:
-            strange.append(f"{name}={value} in the U-Net")
-    if text.config.words_only:
-        strange.append("words_only in the text encoder")
-    if text.pad not in PADDING:
-        strange.append(f"padding with token {text.pad}")
-    if text.config.vocabulary != END + 1:
-        strange.append(f"a vocabulary of {text.config.vocabulary}")
-    if not unet.config.groups:
-        strange.append("a U-Net without GroupNorm")
-    if not vae.config.groups:
-        strange.append("a VAE without GroupNorm")
-    return strange
+    usual = (("pooled", False), ("scale_shift", False), ("ff_mult", 4))
+    values = ((name, getattr(unet.config, name), value) for name, value in usual)
+    strange = [f"{name}={value} in the U-Net" for name, value, usual in values if value != usual]
+    reasons = {
+        "words_only in the text encoder": text.config.words_only,
+        f"padding with token {text.pad}": text.pad not in PADDING,
+        f"a vocabulary of {text.config.vocabulary}": text.config.vocabulary != END + 1,
+        "a U-Net without GroupNorm": not unet.config.groups,
+        "a VAE without GroupNorm": not vae.config.groups,
+    }
+    return strange + [reason for reason, applies in reasons.items() if applies]
 
 
 # diffusers
@@ -78,28 +69,21 @@ def _strange_networks(model: LatentDiffusion) -> list[str]:
 
 def unet_config(model: LatentDiffusion) -> dict:
     """config.json of UNet2DConditionModel."""
-    config = model.unet.config
+    config, heads = model.unet.config, list(model.unet.config.heads)
     cross = ["CrossAttn" if depth else "" for depth in config.depth]
-    heads = list(config.heads)
-    settings = {
-        "_class_name": "UNet2DConditionModel",
-        "sample_size": model.size // model.vae.factor,
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "block_out_channels": list(config.channels),
-        "layers_per_block": config.blocks,
-        "down_block_types": [f"{kind}DownBlock2D" for kind in cross],
-        "mid_block_type": "UNetMidBlock2DCrossAttn" if config.middle else None,
-        "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(cross)],
-        "cross_attention_dim": config.context_dim,
+    settings = (
+        dict(_class_name="UNet2DConditionModel", act_fn="silu", flip_sin_to_cos=True, freq_shift=0)
+        | dict(in_channels=config.in_channels, out_channels=config.out_channels)
+        | dict(block_out_channels=list(config.channels), layers_per_block=config.blocks)
+        | dict(down_block_types=[f"{kind}DownBlock2D" for kind in cross])
+        | dict(mid_block_type="UNetMidBlock2DCrossAttn" if config.middle else None)
+        | dict(up_block_types=[f"{kind}UpBlock2D" for kind in reversed(cross)])
+        | dict(cross_attention_dim=config.context_dim, norm_num_groups=config.groups)
+        | dict(use_linear_projection=config.linear_projection)
+        | dict(sample_size=model.size // model.vae.factor)
         # Their name for the number of heads.
-        "attention_head_dim": heads[0] if len(set(heads)) == 1 else heads,
-        "norm_num_groups": config.groups,
-        "use_linear_projection": config.linear_projection,
-        "act_fn": "silu",
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-    }
+        | dict(attention_head_dim=heads[0] if len(set(heads)) == 1 else heads)
+    )
     if any(depth > 1 for depth in config.depth):
         settings["transformer_layers_per_block"] = [max(depth, 1) for depth in config.depth]
     return settings
@@ -108,59 +92,41 @@ def unet_config(model: LatentDiffusion) -> dict:
 def vae_config(model: LatentDiffusion) -> dict:
     """config.json of AutoencoderKL."""
     config, levels = model.vae.config, len(model.vae.config.channels)
-    return {
-        "_class_name": "AutoencoderKL",
-        "in_channels": config.in_channels,
-        "out_channels": config.in_channels,
-        "latent_channels": config.latent_channels,
-        "block_out_channels": list(config.channels),
-        "layers_per_block": config.blocks,
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "norm_num_groups": config.groups,
-        "sample_size": model.size,
-        "scaling_factor": float(f"{model.vae.latent_scale.item():.7g}"),  # a float32's digits
-        "act_fn": "silu",
-    }
+    return (
+        dict(_class_name="AutoencoderKL", act_fn="silu", sample_size=model.size)
+        | dict(in_channels=config.in_channels, out_channels=config.in_channels)
+        | dict(latent_channels=config.latent_channels, norm_num_groups=config.groups)
+        | dict(block_out_channels=list(config.channels), layers_per_block=config.blocks)
+        | dict(down_block_types=["DownEncoderBlock2D"] * levels)
+        | dict(up_block_types=["UpDecoderBlock2D"] * levels)
+        | dict(scaling_factor=float(f"{model.vae.latent_scale.item():.7g}"))  # a float32's digits
+    )
 
 
 def text_config(model: LatentDiffusion) -> dict:
     """config.json of CLIPTextModel."""
     config = model.text.config
-    return {
-        "architectures": ["CLIPTextModel"],
-        "model_type": "clip_text_model",
-        "hidden_size": config.width,
-        "intermediate_size": 4 * config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "hidden_act": config.activation,
-        "max_position_embeddings": config.context_length,
-        "vocab_size": config.vocabulary,
-        "layer_norm_eps": 1e-05,
-        "bos_token_id": END - 1,
-        "eos_token_id": END,
-        "pad_token_id": 1,
-        "projection_dim": config.width,
-    }
+    return (
+        dict(architectures=["CLIPTextModel"], model_type="clip_text_model", layer_norm_eps=1e-05)
+        | dict(hidden_size=config.width, intermediate_size=4 * config.width)
+        | dict(num_hidden_layers=config.layers, num_attention_heads=config.heads)
+        | dict(hidden_act=config.activation, max_position_embeddings=config.context_length)
+        | dict(vocab_size=config.vocabulary, projection_dim=config.width)
+        | dict(bos_token_id=END - 1, eos_token_id=END, pad_token_id=1)
+    )
 
 
 def scheduler_config(model: LatentDiffusion) -> dict:
     """scheduler_config.json of DDIMScheduler."""
     schedule = model.schedule
-    return {
-        "_class_name": "DDIMScheduler",
-        "num_train_timesteps": schedule.T,
-        "beta_schedule": schedule.betas,
-        "beta_start": schedule.beta_1,
-        "beta_end": schedule.beta_T,
-        "prediction_type": PREDICTIONS[model.denoiser.target],
-        "timestep_spacing": model.spacing,
-        "steps_offset": 1,
-        "set_alpha_to_one": schedule.final == 0,
-        "rescale_betas_zero_snr": schedule.zero_terminal_snr,
-        "clip_sample": False,
-    }
+    return (
+        dict(_class_name="DDIMScheduler", clip_sample=False, steps_offset=1)
+        | dict(num_train_timesteps=schedule.T, beta_schedule=schedule.betas)
+        | dict(beta_start=schedule.beta_1, beta_end=schedule.beta_T)
+        | dict(prediction_type=PREDICTIONS[model.denoiser.target])
+        | dict(timestep_spacing=model.spacing, set_alpha_to_one=schedule.final == 0)
+        | dict(rescale_betas_zero_snr=schedule.zero_terminal_snr)
+    )
 
 
 def tokenizer_files(pad: int, length: int) -> dict[str, str]:
@@ -169,19 +135,12 @@ def tokenizer_files(pad: int, length: int) -> dict[str, str]:
     vocabulary = {word: index for word, index in clip.encoder.items() if index < END - 1}
     vocabulary |= {"<|startoftext|>": END - 1, "<|endoftext|>": END}
     merges = [" ".join(pair) for pair in sorted(clip.bpe_ranks, key=clip.bpe_ranks.get)]
-    special = {
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
-        "pad_token": PADDING[pad],
-    }
-    config = special | {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": length,
-        "do_lower_case": True,
-        "add_prefix_space": False,
-        "errors": "replace",
-    }
+    end = "<|endoftext|>"
+    special = dict(
+        bos_token="<|startoftext|>", eos_token=end, unk_token=end, pad_token=PADDING[pad]
+    )
+    config = special | dict(tokenizer_class="CLIPTokenizer", model_max_length=length)
+    config |= dict(do_lower_case=True, add_prefix_space=False, errors="replace")
     return {
         "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
         "merges.txt": "\n".join(["#version: 0.2", *merges]) + "\n",
@@ -192,15 +151,11 @@ def tokenizer_files(pad: int, length: int) -> dict[str, str]:
 
 def model_index(model: LatentDiffusion) -> dict:
     """model_index.json: which class opens which folder."""
-    inpainting = model.unet.config.in_channels == 9
+    kind = "Inpaint" if model.unet.config.in_channels == 9 else ""
     absent = ("safety_checker", "feature_extractor", "image_encoder")
-    return {
-        "_class_name": f"StableDiffusion{'Inpaint' if inpainting else ''}Pipeline",
-        "_diffusers_version": "0.30.0",
-        "requires_safety_checker": False,
-        **LIBRARIES,
-        **dict.fromkeys(absent, (None, None)),
-    }
+    own = dict(_class_name=f"StableDiffusion{kind}Pipeline", _diffusers_version="0.30.0")
+    own |= dict(requires_safety_checker=False)
+    return own | LIBRARIES | dict.fromkeys(absent, (None, None))
 
 
 def save_diffusers(model: LatentDiffusion, folder: str | Path) -> Path:
@@ -209,20 +164,25 @@ def save_diffusers(model: LatentDiffusion, folder: str | Path) -> Path:
     check(model)
     unet = names.to_published(merged_state(model.unet), names.UNET_DIFFUSERS)
     vae = names.to_published(_vae_state(model), names.VAE_DIFFUSERS)
+    configs = {
+        "unet/config.json": unet_config(model),
+        "vae/config.json": vae_config(model),
+        "text_encoder/config.json": text_config(model),
+        "scheduler/scheduler_config.json": scheduler_config(model),
+        "model_index.json": model_index(model),
+    }
+    texts = {name: json.dumps(content, indent=2) + "\n" for name, content in configs.items()}
+    for name, content in tokenizer_files(model.text.pad, model.text.context_length).items():
+        texts[f"tokenizer/{name}"] = content
     atomic.check_new(folder)
     with atomic.write(folder) as new:
         for part in LIBRARIES:
             (new / part).mkdir(parents=True)
-        _write_json(new / "unet" / "config.json", unet_config(model))
-        _write_json(new / "vae" / "config.json", vae_config(model))
-        _write_json(new / "text_encoder" / "config.json", text_config(model))
-        _write_json(new / "scheduler" / "scheduler_config.json", scheduler_config(model))
-        for name, content in tokenizer_files(model.text.pad, model.text.context_length).items():
-            (new / "tokenizer" / name).write_text(content, encoding="utf-8")
-        _save(unet, new / "unet" / "diffusion_pytorch_model.safetensors")
-        _save(vae, new / "vae" / "diffusion_pytorch_model.safetensors")
-        _save(_transformers_text(model), new / "text_encoder" / "model.safetensors")
-        _write_json(new / "model_index.json", model_index(model))
+        for name, content in texts.items():
+            (new / name).write_text(content, encoding="utf-8")
+        _save(unet, new / "unet/diffusion_pytorch_model.safetensors")
+        _save(vae, new / "vae/diffusion_pytorch_model.safetensors")
+        _save(_transformers_text(model), new / "text_encoder/model.safetensors")
     return Path(folder)
 
 
@@ -255,10 +215,8 @@ def save_compvis(model: LatentDiffusion, file: str | Path) -> Path:
     for name, value in vae.items():
         if ".attn_1." in name and value.ndim == 2:
             vae[name] = value[..., None, None]
-    whole = _prefixed(
-        "model.diffusion_model", names.to_published(merged_state(model.unet), unet_table)
-    )
-    whole |= _prefixed("first_stage_model", vae)
+    unet = names.to_published(merged_state(model.unet), unet_table)
+    whole = _prefixed("model.diffusion_model", unet) | _prefixed("first_stage_model", vae)
     if model.text.config.activation == "gelu":  # SD 2.x
         whole |= _prefixed("cond_stage_model.model", _openclip_text(model))
     else:
@@ -290,10 +248,6 @@ def _openclip_text(model: LatentDiffusion) -> State:
             qkv = [state.pop(f"{place}.{piece}.{kind}") for piece in "qkv"]
             state[f"{place}.qkv.{kind}"] = torch.cat(qkv)
     return names.to_published(state, names.CLIP_OPEN)
-
-
-def _write_json(file: Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _save(state: State, file: Path, metadata: dict[str, str] | None = None) -> None:
