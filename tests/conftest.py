@@ -1,6 +1,7 @@
 """While the tests run, every shape written in a signature of minidiff is checked by beartype."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from jaxtyping import install_import_hook
 install_import_hook(
     "minidiff", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 )
+
+
+# A shell's background jobs ignore Ctrl-C, and so would the tests of it and their child processes.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from minidiff import load
 from minidiff.checkpoints import embedding
+from minidiff.checkpoints import lora as lora_files
 from minidiff.data.folder import CaptionedImages, load_image
 from minidiff.data.latents import fingerprint
 from minidiff.data.world import World
@@ -21,7 +22,7 @@ from minidiff.finetuning import dreambooth
 from minidiff.finetuning.groups import Group
 from minidiff.finetuning.loop import finetune
 from minidiff.finetuning.recorder.recorder import Recorder
-from minidiff.methods import inversion, lora
+from minidiff.methods import inversion
 from minidiff.options.finetuning import DreamBoothConfig, FineTuneConfig, LoRAConfig
 from minidiff.text import CLIPText, TextConfig
 
@@ -259,7 +260,7 @@ def test_a_word_is_learnt_beside_the_network_and_its_files_draw_the_same(
         fresh = load(out / "model")
     else:
         fresh = load()
-        lora.load(fresh, out / "lora.safetensors")
+        lora_files.load(fresh, out / "lora.safetensors")
         embedding.load(fresh.text, out / "embedding.safetensors")
     x, t = torch.randn(1, 4, 16, 16), torch.tensor([500])
     said = [each.denoiser(x, t, each.text.encode(["a sks circle"])).x0 for each in (fresh, model)]
