@@ -17,9 +17,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from minidiff.data.world import BACKGROUNDS, COLOURS
 from minidiff.errors import UserError
 
+# The critic's own tables: it shares no code with the world that it judges.
+COLOURS = {"red": (0.87, 0.08, 0.12), "orange": (1.00, 0.55, 0.00), "yellow": (0.98, 0.90, 0.10)}
+COLOURS |= {"green": (0.10, 0.62, 0.20), "cyan": (0.10, 0.80, 0.90), "blue": (0.10, 0.20, 0.88)}
+COLOURS |= {"purple": (0.58, 0.12, 0.72), "brown": (0.48, 0.26, 0.08)}
+BACKGROUNDS = {"white": (0.96, 0.96, 0.96), "gray": (0.58, 0.58, 0.58)}
+BACKGROUNDS |= {"black": (0.05, 0.05, 0.05), "pink": (0.98, 0.70, 0.80)}
 # Words of captions and their meanings.
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring", "star", "heart")
 WORDS = dict(zip(SHAPES, SHAPES, strict=True), disc="circle", disk="circle", plus="cross")
