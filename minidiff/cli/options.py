@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 Target = Literal["eps", "v"]
-Number = float | None
-Integer = int | None
 File = Path | None
 Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 Listed = Annotated[str, tyro.conf.arg(metavar="NAME,NAME")]
@@ -63,16 +61,15 @@ class Parts:
     embedding: Embeddings = ()
 
     def __post_init__(self) -> None:
-        for (file, scale), text in zip(self.loras(), self.lora, strict=True):
+        for file, scale in self.loras():
             if not math.isfinite(scale):
                 raise UserError(
-                    f"--lora {text}: the scale must be finite, as in --lora {file}:0.8."
+                    f"--lora {file}: the scale must be finite, as in --lora {file}:0.8."
                 )
+        files = [("lora", file) for file, _ in self.loras()]
+        for name, file in files + [("embedding", file) for file, _ in self.embeddings()]:
             if not file.is_file():
-                raise UserError(f'--lora {text}: no file "{file}".')
-        for (file, _), text in zip(self.embeddings(), self.embedding, strict=True):
-            if not file.is_file():
-                raise UserError(f'--embedding {text}: no file "{file}".')
+                raise UserError(f'--{name} {file}: no file "{file}".')
 
     def loras(self) -> list[tuple[Path, float]]:
         """Files and scales."""
@@ -97,13 +94,7 @@ class Parts:
         from minidiff.methods import lora
 
         loaded = load(
-            model,
-            device,
-            dtype,
-            target=self.target,
-            vae=self.vae,
-            text=self.text,
-            unet=self.unet,
+            model, device, dtype, target=self.target, vae=self.vae, text=self.text, unet=self.unet
         )
         for file, scale in self.loras():
             report = lora_files.load(loaded, file, scale)

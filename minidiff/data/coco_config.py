@@ -1,36 +1,36 @@
 """The options of a captioned folder made from COCO's files. This file imports no torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from minidiff.errors import UserError
 
 
 @dataclass(frozen=True)
 class CocoConfig:
-    """Which images and captions to take, and what to do to the images.
+    """Which images and captions to take, and what to do to the images."""
 
-    annotations: COCO caption files, such as captions_val2017.json.
-    images: the folder of COCO's images; needed unless `download` is set.
-    size: how many images to take.
-    contains: words that a caption of each image must have, all in one caption.
-    category: categories that each image must show; needs `instances`.
-    instances: COCO's file of the objects in each image, such as instances_val2017.json.
-    crop: "centre" takes the middle square, "none" keeps the shape.
-    pixels: length of the shorter side to scale to; None keeps the size.
-    download: download images that are not in the folder.
-    seed: determines which images are taken, and which caption is an image's text.
-    """
-
+    # COCO caption files, such as captions_val2017.json
     annotations: tuple[Path, ...]
+    # the folder of COCO's images; needed unless images are downloaded
     images: Path | None = None
+    # how many images to take
     size: int = 100
-    contains: tuple[str, ...] = ()
-    category: tuple[str, ...] = ()
+    # take only images of which one caption has all these words, in the singular or with an s
+    contains: Sequence[str] = ()
+    # take only images that show all these, as in bowl,apple; needs instances
+    category: Sequence[str] = ()
+    # the COCO file that says what is where, such as instances_val2017.json
     instances: Path | None = None
-    crop: str = "none"
+    # centre cuts out the middle square, none leaves the shape as it is
+    crop: Literal["centre", "none"] = "none"
+    # length of the shorter side to scale to. Default: images keep their size
     pixels: int | None = None
+    # download images that are not in the folder from where COCO has them
     download: bool = False
+    # determines which images are taken, and which caption is an image's text
     seed: int = 0
 
     def __post_init__(self):
@@ -53,3 +53,5 @@ class CocoConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1.")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed is {self.seed}; it must be from 0 to {2**63 - 1}.")
