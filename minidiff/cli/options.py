@@ -113,8 +113,7 @@ def divided(text: str) -> tuple[str, str | None]:
 
 
 def completed(config: SampleConfig, model: "LatentDiffusion") -> SampleConfig:
-    """The config with the model's own values filled in; what its schedule cannot do is a
-    UserError."""
+    """The config with the model's own values filled in, checked against its schedule."""
     config = replace(
         config,
         guidance=model.guidance if config.guidance is None else config.guidance,
@@ -158,8 +157,7 @@ def check_seed(seed: int) -> None:
 
 
 def check_out(out: Path, *names: str) -> None:
-    """Check that files can be written there, and that files of these names are ours to replace.
-    Nothing is made yet, so that bad input leaves nothing behind."""
+    """Check that files can be written there, and that files of these names are ours to replace."""
     there = next(place for place in (out, *out.absolute().parents) if place.exists())
     if not there.is_dir():
         raise UserError(f'--out {out}: "{there}" is a file; name a folder.')
