@@ -18,15 +18,14 @@ import textwrap
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import is_dataclass
 from itertools import takewhile
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin
 
 import tyro
 from tqdm import tqdm
 
-from minidiff.cli.flags import in_flags
-from minidiff.cli.types import REGISTRY, without_none
+from minidiff.cli.flags import Flag, flags, in_flags
+from minidiff.cli.types import REGISTRY
 from minidiff.errors import Terminated, UserError, choice
 
 Verb = Callable[..., None]
@@ -49,7 +48,8 @@ def command(program: str, purpose: str, verbs: Verbs, args: list[str]) -> None:
     """Find the verb, and call it with the arguments that follow it."""
     for words in (2, 1):
         if (name := " ".join(args[:words])) in verbs:
-            return call(parsed(verbs[name], args[words:], f"{program} {name}"), verbs[name])
+            with messages_of(verbs[name]):
+                return parsed(verbs[name], args[words:], f"{program} {name}")()
     group = args[0] if any(name.startswith(f"{args[0]} ") for name in verbs) else ""
     rest = args[1:] if group else args
     below = {name: verb for name, verb in verbs.items() if name.startswith(group)}
@@ -74,13 +74,13 @@ def overview(usage: str, purpose: str, verbs: Verbs) -> str:
 
 
 def parsed(verb: Verb, args: list[str], prog: str) -> Callable[[], None]:
-    """The verb with its arguments, not yet called, so that tyro's complaints are told from the
-    verb's own."""
+    """The verb with its arguments, not yet called."""
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):
             job, unknown = tyro.cli(
-                later(verb),
+                # takes the verb's arguments, and returns the call
+                functools.update_wrapper(functools.partial(functools.partial, verb), verb),
                 prog=prog,
                 description=(inspect.getdoc(verb) or "").partition("\n\nArgs:")[0],
                 args=args,
@@ -88,36 +88,27 @@ def parsed(verb: Verb, args: list[str], prog: str) -> Callable[[], None]:
                 registry=REGISTRY,
                 config=(tyro.conf.OmitArgPrefixes,),
             )
-    except UserError as error:  # of a dataclass that checks itself
-        raise UserError(with_flags(str(error), verb)) from error
     except SystemExit as end:
         if not end.code:  # --help, which tyro has printed
             return lambda: None
-        if (error := user_error(end)) is not None:
-            raise UserError(with_flags(str(error), verb)) from None
-        message = complaint(verb, args, prog) or plain(output.getvalue())
-        raise UserError(f"{message}; see {prog} --help.") from None
+        error = end.__context__
+        while error is not None and not isinstance(error, UserError):
+            error = error.__context__
+        message = complaint(flags(verb), args, prog) or plain(output.getvalue())
+        raise error or UserError(f"{message}; see {prog} --help.") from None
     if unknown:
         raise UserError(f"{unrecognized(unknown, flags(verb))}; see {prog} --help.")
     return job
 
 
-def later(verb: Verb) -> Callable[..., Callable[[], None]]:
-    """A function with the verb's signature that gives the call instead of making it."""
-
-    @functools.wraps(verb)
-    def not_yet(*values: object, **options: object) -> Callable[[], None]:
-        return functools.partial(verb, *values, **options)
-
-    return not_yet
-
-
-def call(job: Callable[[], None], verb: Verb) -> None:
-    """Run a verb with its options; one that can resume says so where it is interrupted."""
+@contextlib.contextmanager
+def messages_of(verb: Verb) -> Iterator[None]:
+    """The library's messages as a verb gives them: its options are flags, and one that can resume
+    says so where it is interrupted."""
     try:
-        job()
+        yield
     except UserError as error:
-        raise UserError(with_flags(str(error), verb)) from error
+        raise UserError(in_flags(str(error), flags(verb))) from error
     except KeyboardInterrupt as error:
         if "--resume" not in flags(verb):
             raise
@@ -125,72 +116,24 @@ def call(job: Callable[[], None], verb: Verb) -> None:
         raise type(error)(f"{error}; {advice}" if str(error) else advice) from error
 
 
-class Flag(NamedTuple):
-    """One option of a verb."""
-
-    word: str  # the argument's own name, in words
-    kind: Any  # the type, without None
-    required: bool
-    positional: bool
-    metavar: str
-
-
-def flags(verb: Callable) -> dict[str, Flag]:
-    """The options of a verb by name, as in "--steps"; those of its dataclasses among them."""
-    options: dict[str, Flag] = {}
-    hints = get_type_hints(verb, include_extras=True)
-    for name, parameter in inspect.signature(verb).parameters.items():
-        if name not in hints:
-            continue
-        marks = getattr(hints[name], "__metadata__", ())
-        kind = get_args(hints[name])[0] if marks else hints[name]
-        if is_dataclass(kind):
-            options |= flags(kind)
-            continue
-        metavar = next((m.metavar for m in marks if getattr(m, "metavar", None)), "")
-        flag = next((m.name for m in marks if getattr(m, "name", None)), name)
-        options[f"--{flag.replace('_', '-')}"] = Flag(
-            name.replace("_", " "),
-            without_none(kind),
-            parameter.default is inspect.Parameter.empty,
-            tyro.conf.Positional in marks,
-            metavar,
-        )
-    return options
-
-
-def with_flags(message: str, verb: Verb) -> str:
-    """The library's complaint about an option, with the name that it has on the command line."""
-    match = re.match(r"(\w+) (?:is|are|takes|needs|does|holds) ", message)
-    flag = match and f"--{match[1].replace('_', '-')}"
-    return f"{flag}{message[match.end(1) :]}" if flag in flags(verb) else message
-
-
-def user_error(error: BaseException | None) -> UserError | None:
-    """The UserError that another exception was raised for."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def complaint(verb: Verb, args: list[str], prog: str) -> str:
+def complaint(options: dict[str, Flag], args: list[str], prog: str) -> str:
     """What is wrong with arguments that tyro refused; empty where it is none of the usual things.
     A wrong choice is a UserError."""
-    options = flags(verb)
-    positional = [(name, flag) for name, flag in options.items() if flag.positional]
-    for name, flag in positional[:1]:
-        check_values(name, flag, list(takewhile(is_value, args)))
+    given = [
+        (name, list(takewhile(is_value, args))) for name in options if options[name].positional
+    ]
+    wrong = [wrong_value(name, options[name], values) for name, values in given[:1]]
     for place, arg in enumerate(args):
         name, equals, value = arg.partition("=")
         if name in options and options[name].kind is not bool:
             values = [value] if equals else list(takewhile(is_value, args[place + 1 :]))
             if not values:
                 return f"{name} takes a value, and none follows"
-            if wrong := check_values(name, options[name], values):
-                return wrong
-    known = {*options, "--help", *(f"--no-{name[2:]}" for name in options)}
-    unknown = [arg for arg in args if not is_value(arg) and arg.partition("=")[0] not in known]
-    if unknown:
+            wrong.append(wrong_value(name, options[name], values))
+    if any(wrong):
+        return next(filter(None, wrong))
+    names = {*options, "--help", *(f"--no-{name[2:]}" for name in options)}
+    if unknown := [arg for arg in args if not is_value(arg) and arg.partition("=")[0] not in names]:
         return unrecognized(unknown, options)
     missing = [
         flag.metavar if flag.positional else f"{name} {flag.metavar}".strip()
@@ -200,19 +143,17 @@ def complaint(verb: Verb, args: list[str], prog: str) -> str:
     return f"missing from {prog}: {', '.join(missing)}" if missing else ""
 
 
-def check_values(name: str, flag: Flag, values: list[str]) -> str:
+def wrong_value(name: str, flag: Flag, values: list[str]) -> str:
     """Why an option cannot have these values, or nothing. A wrong choice is a UserError."""
     several = get_origin(flag.kind) is tuple
     kind = get_args(flag.kind)[0] if several else flag.kind
     for value in values if several else values[:1]:
         if get_origin(kind) is Literal:
-            word = flag.word.removesuffix("s") if several else flag.word
-            choice(word, value, get_args(kind))
-        if kind in NUMBERS:
-            try:
-                kind(value)
-            except ValueError:
-                return f'{name} takes {NUMBERS[kind]}, not "{value}"'
+            choice(flag.word.removesuffix("s") if several else flag.word, value, get_args(kind))
+        try:
+            kind(value) if kind in NUMBERS else None
+        except ValueError:
+            return f'{name} takes {NUMBERS[kind]}, not "{value}"'
     return ""
 
 
@@ -221,7 +162,7 @@ def is_value(arg: str) -> bool:
 
 
 def unrecognized(args: list[str], options: dict[str, Flag]) -> str:
-    """What is said of arguments that a verb does not have, with the nearest flags it has."""
+    """Arguments that a verb does not have, with the nearest flags that it has."""
     names = [arg.partition("=")[0] for arg in args if arg.startswith("-")]
     nearest = {near for name in names for near in difflib.get_close_matches(name, options, 1)}
     perhaps = f"; perhaps you meant {', '.join(sorted(nearest))}" if nearest else ""
@@ -238,7 +179,6 @@ def one_line(program: str) -> Iterator[None]:
     """Every complaint in one line. Exit code 0 on success, 2 on bad input, 130 on Ctrl-C, 143 on
     SIGTERM."""
     with _terminated(), warnings.catch_warnings():
-        # a warning is one line too, above a progress bar where there is one
         warnings.showwarning = functools.partial(_warn, program)
         logger = logging.getLogger("minidiff")
         logger.handlers, logger.level, logger.propagate = [_Log()], logging.INFO, False
@@ -264,10 +204,8 @@ def one_line(program: str) -> Iterator[None]:
 def _terminated() -> Iterator[None]:
     """SIGTERM ends things as Ctrl-C does, so that nothing is left half-written. Only the main
     thread can listen for it."""
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-    ):
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
     signal.signal(signal.SIGTERM, _terminate)

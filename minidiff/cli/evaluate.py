@@ -105,7 +105,8 @@ def evaluate(
     from minidiff.evaluation import features
     from minidiff.evaluation import sweep as sweeps
 
-    networks = networks_of(measure, sweep)
+    suited = [n for n in features.DEFAULTS if measure.data is None or n != "critic-attributes"]
+    networks = sweeps.NETWORKS if sweep.trilemma else options.words(measure.features) or suited
     for network in networks:
         features.by_name(network)
     table = out / ("trilemma.csv" if sweep.trilemma else "evaluate.csv")
@@ -133,23 +134,11 @@ def check_idle(config: SampleConfig, measure: EvaluateOptions, sweep: SweepOptio
     """Raise a UserError for an option that would do nothing."""
     if names := options.changed(config, ("size", "tile")):
         raise UserError(f"{names[0]} does nothing here: images are measured at the training size.")
-    names = options.changed(config, ("steps", "guidance", "sampler")) + options.changed(
-        measure, ("features",)
-    )
+    names = options.changed(config, ("steps", "guidance", "sampler"))
+    names += options.changed(measure, ("features",))
     if sweep.trilemma and names:
         lists = ", ".join(f"--{name.replace('_', '-')}" for name in LISTS)
         raise UserError(f"{names[0]} does nothing beside --trilemma, which takes {lists}.")
-
-
-def networks_of(measure: EvaluateOptions, sweep: SweepOptions) -> list[str]:
-    """The names of the networks whose features are compared."""
-    from minidiff.evaluation import sweep as sweeps
-    from minidiff.evaluation.features import DEFAULTS
-
-    if sweep.trilemma:
-        return sweeps.NETWORKS
-    suited = [name for name in DEFAULTS if measure.data is None or name != "critic-attributes"]
-    return options.words(measure.features) or suited
 
 
 def bench_of(measure: EvaluateOptions, size: int, networks: list[str], seed: int) -> "Bench":
@@ -162,9 +151,8 @@ def bench_of(measure: EvaluateOptions, size: int, networks: list[str], seed: int
         return bench.of_folder(
             measure.data, size, measure.n, seed, networks, measure.clip, measure.caption_column
         )
-    world = World(size)
-    if measure.world == "quickstart":
-        world = World(size, quickstart.SHAPES, quickstart.COLOURS)
+    parts = (quickstart.SHAPES, quickstart.COLOURS) if measure.world == "quickstart" else ()
+    world = World(size, *parts)
     return bench.of_world(world, measure.n, seed, networks, measure.clip)
 
 
@@ -201,15 +189,9 @@ def single(
     figures = benches.figures(bench, drawn, config.seed)
     print(as_text(figures))
     if "accuracy" in bench.real:  # of the built-in world
-        print(
-            "prompts are held-out captions; "
-            "a floor is what as many real images score in the model's place."
-        )
+        print("prompts are held-out captions; a floor is the score of as many real images.")
     if INCEPTION not in bench.networks:
-        print(
-            "no Fréchet distance here is an FID: that name belongs to Inception's features "
-            f"(--features {INCEPTION})."
-        )
+        print(f"no Fréchet distance here is an FID, which takes --features {INCEPTION}.")
     key = run | sweep.columns(config)
     print(write_results(table.parent, **key, figures=[figure._asdict() for figure in figures]))
     print(sweep.append(table, key | sweep.flat(figures)))
@@ -222,8 +204,7 @@ def as_text(figures: list["Figure"]) -> str:
         interval = "" if row.low is None else f"{row.low:.3g} .. {row.high:.3g}"
         floor = "" if row.floor is None else f"{row.floor:.4g}"
         lines.append((row.metric, row.features, f"{row.value:.4g}", interval, floor, str(row.n)))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    columns = [
+        [cell.ljust(max(map(len, cells))) for cell in cells] for cells in zip(*lines, strict=True)
+    ]
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))

@@ -1,20 +1,60 @@
-"""How the command line writes the options of the library: its `resume` is --resume here."""
+"""The options of a verb as flags: the library's `resume` is --resume on the command line."""
 
+import inspect
 import re
-from typing import Annotated, TypeVar
+from collections.abc import Callable, Container
+from dataclasses import is_dataclass
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 import tyro
+
+from minidiff.cli.types import without_none
 
 T = TypeVar("T")
 Flat = Annotated[T, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]  # a config as plain flags
 
 
-def in_flags(message: str) -> str:
+class Flag(NamedTuple):
+    """One option of a verb."""
+
+    word: str  # the argument's own name, in words
+    kind: Any  # the type, without None
+    required: bool
+    positional: bool
+    metavar: str
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def flags(verb: Callable) -> dict[str, Flag]:
+    """The options of a verb by name, as in "--steps"; those of its dataclasses among them."""
+    options: dict[str, Flag] = {}
+    hints = get_type_hints(verb, include_extras=True)
+    for name, parameter in inspect.signature(verb).parameters.items():
+        marks = getattr(hints[name], "__metadata__", ())
+        kind = without_none(get_args(hints[name])[0] if marks else hints[name])
+        if is_dataclass(kind):
+            options |= flags(kind)
+            continue
+        own_name = next((mark.name for mark in marks if getattr(mark, "name", None)), name)
+        metavar = next((mark.metavar for mark in marks if getattr(mark, "metavar", None)), "")
+        required, positional = parameter.default is parameter.empty, tyro.conf.Positional in marks
+        word = name.replace("_", " ")
+        options[flag(own_name)] = Flag(word, kind, required, positional, metavar)
+    return options
+
+
+def in_flags(message: str, options: Container[str] = ()) -> str:
     """A message of the library with its options as flags: `resume` becomes --resume, `batch=1`
-    becomes --batch 1."""
-    return re.sub(r"`([a-z]\w*)(?:=([^`]*))?`", _flag, message)
+    becomes --batch 1, and "steps is 0" becomes "--steps is 0" where --steps is among the options.
+    """
+    first = re.match(r"(\w+)(?= (?:is|are|takes|needs|does|holds) )", message)
+    if first and flag(first[1]) in options:
+        message = f"`{first[1]}`{message[first.end() :]}"
+    return re.sub(r"`([a-z]\w*)(?:=([^`]*))?`", _with_value, message)
 
 
-def _flag(option: re.Match[str]) -> str:
-    name, value = option.groups()
-    return f"--{name.replace('_', '-')}" + (f" {value}" if value else "")
+def _with_value(option: re.Match[str]) -> str:
+    return f"{flag(option[1])} {option[2] or ''}".rstrip()

@@ -3,7 +3,6 @@
 import platform
 import re
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -156,31 +155,23 @@ def warn_of_prompts(prompts: tuple[str, ...]) -> None:
             stacklevel=2,
         )
     for prompt in prompts:
-        weights = re.search(r"\([^()]*:\s*[\d.]+\s*\)|\bBREAK\b", prompt)
-        if weights:
-            warnings.warn(
-                f'"{weights[0]}" is read as it stands: prompts have no weights here', stacklevel=2
-            )
+        if weights := re.search(r"\([^()]*:\s*[\d.]+\s*\)|\bBREAK\b", prompt):
+            message = f'"{weights[0]}" is read as it stands: prompts have no weights here'
+            warnings.warn(message, stacklevel=2)
 
 
 def warn_of_slow_dtype(dtype: str, device: str) -> None:
-    """bf16 takes many times as long on a processor that must imitate it."""
-    if dtype == "bf16" and device == "cpu" and not native_bf16():
+    """Warn of bf16 where the processor must imitate it. torch can tell of x86 alone."""
+    import torch
+
+    is_native = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if dtype == "bf16" and device == "cpu" and is_x86 and is_native and not is_native():
         warnings.warn(
             "this processor does not compute in bf16, and imitates it slowly; "
             "--dtype fp32 is many times faster",
             stacklevel=2,
         )
-
-
-def native_bf16() -> bool:
-    """Whether the processor computes in bf16. torch can tell of x86 alone: others pass."""
-    import torch
-
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
-    test = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return test is None or test()
 
 
 def check_sides(size: Size, model: "LatentDiffusion") -> None:
@@ -201,11 +192,11 @@ def edit_of(request: GenerateOptions, size: Size | None, model: "LatentDiffusion
         return None
     from minidiff.methods.editing import Edit
 
-    image = image_of(request.image, size, model)
-    strength = (
-        (0.8 if request.mask is None else 1.0) if request.strength is None else request.strength
-    )
-    return Edit(image, strength, request.mask and mask_of(request.mask, *image.shape[2:]))
+    image, mask = image_of(request.image, size, model), None
+    if request.mask is not None:
+        mask = mask_of(request.mask, *image.shape[2:])
+    default = 0.8 if mask is None else 1.0
+    return Edit(image, default if request.strength is None else request.strength, mask)
 
 
 def image_of(file: Path, size: Size | None, model: "LatentDiffusion") -> "Tensor":
@@ -233,14 +224,9 @@ def free_names(out: Path) -> tuple[int, str]:
     """The number of a run's first image, above all that are there, and the name of its grid:
     grid.png, or else grid- and that number."""
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    number = max(numbers_in(names), default=-1) + 1
+    matches = [re.match(r"(?:grid-)?(\d{3,9})\b", name) for name in names]
+    number = max((int(match[1]) for match in matches if match), default=-1) + 1
     return number, "grid.png" if "grid.png" not in names else f"grid-{number:03d}.png"
-
-
-def numbers_in(names: Iterable[str]) -> list[int]:
-    """The numbers at the beginning of names that generate gives."""
-    matches = (re.match(r"(?:grid-)?(\d{3,9})\b", name) for name in names)
-    return [int(match[1]) for match in matches if match]
 
 
 def slug(prompt: str) -> str:

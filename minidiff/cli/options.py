@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 Target = Literal["eps", "v"]
-Number = float | None
-Integer = int | None
 File = Path | None
 Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 Listed = Annotated[str, tyro.conf.arg(metavar="NAME,NAME")]
@@ -63,16 +61,15 @@ class Parts:
     embedding: Embeddings = ()
 
     def __post_init__(self) -> None:
-        for (file, scale), text in zip(self.loras(), self.lora, strict=True):
+        for file, scale in self.loras():
             if not math.isfinite(scale):
                 raise UserError(
-                    f"--lora {text}: the scale must be finite, as in --lora {file}:0.8."
+                    f"--lora {file}: the scale must be finite, as in --lora {file}:0.8."
                 )
+        files = [("lora", file) for file, _ in self.loras()]
+        for name, file in files + [("embedding", file) for file, _ in self.embeddings()]:
             if not file.is_file():
-                raise UserError(f'--lora {text}: no file "{file}".')
-        for (file, _), text in zip(self.embeddings(), self.embedding, strict=True):
-            if not file.is_file():
-                raise UserError(f'--embedding {text}: no file "{file}".')
+                raise UserError(f'--{name} {file}: no file "{file}".')
 
     def loras(self) -> list[tuple[Path, float]]:
         """Files and scales."""
@@ -97,13 +94,7 @@ class Parts:
         from minidiff.methods import lora
 
         loaded = load(
-            model,
-            device,
-            dtype,
-            target=self.target,
-            vae=self.vae,
-            text=self.text,
-            unet=self.unet,
+            model, device, dtype, target=self.target, vae=self.vae, text=self.text, unet=self.unet
         )
         for file, scale in self.loras():
             report = lora_files.load(loaded, file, scale)
@@ -122,8 +113,7 @@ def divided(text: str) -> tuple[str, str | None]:
 
 
 def completed(config: SampleConfig, model: "LatentDiffusion") -> SampleConfig:
-    """The config with the model's own values filled in; what its schedule cannot do is a
-    UserError."""
+    """The config with the model's own values filled in, checked against its schedule."""
     config = replace(
         config,
         guidance=model.guidance if config.guidance is None else config.guidance,
@@ -167,8 +157,7 @@ def check_seed(seed: int) -> None:
 
 
 def check_out(out: Path, *names: str) -> None:
-    """Check that files can be written there, and that files of these names are ours to replace.
-    Nothing is made yet, so that bad input leaves nothing behind."""
+    """Check that files can be written there, and that files of these names are ours to replace."""
     there = next(place for place in (out, *out.absolute().parents) if place.exists())
     if not there.is_dir():
         raise UserError(f'--out {out}: "{there}" is a file; name a folder.')

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from minidiff.cli import console
+from minidiff.cli.flags import flags
 from minidiff.training import atomic
 from minidiff.training.lock import locked
 
@@ -15,13 +16,13 @@ def run(main: Callable[..., None]) -> None:
     """Call main with the arguments of the command line. Exit code 2 with one line on bad input, 130
     on Ctrl-C, 143 on SIGTERM. A study that trains is alone in its folder."""
     script = Path(sys.argv[0]).name
-    with console.one_line(script):
+    with console.one_line(script), console.messages_of(main):
         job = console.parsed(main, sys.argv[1:], script)
         out = out_of(job)
         if out is not None:
             atomic.check(out / "results.json", atomic.unsigned)
-        with locked(out if "--resume" in console.flags(main) else None):
-            console.call(job, main)
+        with locked(out if "--resume" in flags(main) else None):
+            job()
 
 
 def out_of(job: Callable[[], None]) -> Path | None:

@@ -3,11 +3,13 @@ want it. The defaults and help texts stand with the options themselves."""
 
 import re
 import types
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, Union, get_args, get_origin
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from minidiff.cli import options
 from minidiff.errors import UserError
 from minidiff.options.sampling import Interval, Size
 
@@ -21,18 +23,17 @@ def without_none(kind: Any) -> Any:
     return others[0] if len(others) == 1 and len(members) == 2 else kind
 
 
-def parsed_size(words: list[str]) -> Size:
+def size(words: list[str]) -> Size:
     """Of "512", or "768x512" where the width comes first."""
     match = re.fullmatch(r"(-?\d+)(?:[xX](-?\d+))?", words[0])
     if not match:
         raise UserError(
             f'size takes a side in pixels, or a width and a height as in 768x512; not "{words[0]}".'
         )
-    width = int(match[1])
-    return Size(int(match[2]) if match[2] else width, width)
+    return Size(height=int(match[2] or match[1]), width=int(match[1]))
 
 
-def parsed_interval(words: list[str]) -> Interval:
+def interval(words: list[str]) -> Interval:
     """Of "0.8,1"."""
     try:
         low, high = map(float, words[0].split(","))
@@ -44,30 +45,34 @@ def parsed_interval(words: list[str]) -> Interval:
     return Interval(low, high)
 
 
-@REGISTRY.primitive_rule
-def _size(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    if info.type is not Size:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="INT|WIDTHxHEIGHT",
-        instance_from_str=parsed_size,
+RULES = {
+    Size: PrimitiveConstructorSpec(
+        1,
+        "INT|WIDTHxHEIGHT",
+        instance_from_str=size,
         is_instance=lambda value: isinstance(value, Size),
         str_from_instance=lambda size: [f"{size.width}x{size.height}"],
-    )
+    ),
+    Interval: PrimitiveConstructorSpec(
+        1,
+        "N,N",
+        instance_from_str=interval,
+        is_instance=lambda value: isinstance(value, Interval),
+        str_from_instance=lambda interval: [f"{interval.low:g},{interval.high:g}"],
+    ),
+    Sequence[str]: PrimitiveConstructorSpec(
+        1,
+        "WORD,WORD",
+        instance_from_str=lambda words: tuple(options.words(words[0])),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda words: [",".join(words)],
+    ),
+}
 
 
 @REGISTRY.primitive_rule
-def _interval(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    if info.type is not Interval:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="N,N",
-        instance_from_str=parsed_interval,
-        is_instance=lambda value: isinstance(value, Interval),
-        str_from_instance=lambda interval: [f"{interval.low:g},{interval.high:g}"],
-    )
+def _by_type(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    return RULES.get(info.type)
 
 
 @REGISTRY.primitive_rule

@@ -1,7 +1,9 @@
 """The options of a captioned folder made from COCO's files. This file imports no torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from minidiff.errors import UserError
 
@@ -11,15 +13,16 @@ class CocoConfig:
     """Which images and captions to take, and what to do to the images."""
 
     annotations: tuple[Path, ...]  # COCO caption files, such as captions_val2017.json
-    images: Path | None = None  # the folder of COCO's images; needed unless `download` is set
+    images: Path | None = None  # the folder of COCO's images; needed unless they are downloaded
     size: int = 100  # how many images to take
-    contains: tuple[str, ...] = ()  # words that one caption of each image must have
-    category: tuple[str, ...] = ()  # categories that each image must show; needs `instances`
-    instances: Path | None = None  # COCO's objects in each image, such as instances_val2017.json
-    crop: str = "none"  # "centre" takes the middle square, "none" keeps the shape
-    pixels: int | None = None  # length of the shorter side to scale to; None keeps the size
-    download: bool = False  # download images that are not in the folder
-    seed: int = 0  # determines the images, and which caption is an image's text
+    # take only images of which one caption has all these words, in the singular or with an s
+    contains: Sequence[str] = ()
+    category: Sequence[str] = ()  # take only images that show all these; needs instances
+    instances: Path | None = None  # the file that says what is where: instances_val2017.json
+    crop: Literal["centre", "none"] = "none"  # centre: the middle square; none: the shape as it is
+    pixels: int | None = None  # length of the shorter side to scale to. Default: as it is
+    download: bool = False  # download images that are not in the folder from where COCO has them
+    seed: int = 0  # determines which images are taken, and which caption is an image's text
 
     def __post_init__(self):
         if not self.annotations:
@@ -35,3 +38,5 @@ class CocoConfig:
         for name, value in (("size", self.size), ("pixels", self.pixels)):
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1.")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed is {self.seed}; it must be from 0 to {2**63 - 1}.")

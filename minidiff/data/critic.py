@@ -1,7 +1,7 @@
 """The critic reads an image of simple things and says for each attribute of a caption if it holds.
 
-Nothing here is learnt, and it shares only the table of colours with the code that draws the
-built-in world: a model that fooled one would not fool the other. The background is the colour of
+Nothing here is learnt, and it shares no code with the built-in world: a model that fooled one
+would not fool the other. The background is the colour of
 the border. Connected regions that differ from it are things. A thing is the shape that fits it best
 once position, spread and contrast are removed. Distances between colours are in RGB, 0..1.
 """

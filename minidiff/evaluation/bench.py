@@ -1,24 +1,21 @@
-"""How good a text-to-image model is: how well its images fit their captions, how close they are to
-real ones, how much they vary, how fast they come.
+"""Measures a text-to-image model: fit of images to captions, distance to real images, diversity,
+speed.
 
-A Bench holds all that a model is measured against: prompts, and the measures of real images for
-every comparison. Images, real and generated, pass a batch at a time, and only their measures stay:
-memory never holds n of them. Each figure comes with its floor: what as many real images score in
-the model's place. A figure as good as its floor is as good as so few images can tell.
+A Bench holds the prompts and the measures of real images. Images pass a batch at a time, and only
+their measures stay in memory. Each figure has a floor: the score of as many real images.
 """
 
 import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from minidiff import pipeline
 from minidiff.data import critic
@@ -40,8 +37,7 @@ AT_ONCE = 500  # real images in memory
 
 
 def held_out(world: World, n: int, objects: int, seed: int) -> list[str]:
-    """n captions of scenes whose combination of attributes training never saw, every attribute
-    stated."""
+    """n captions of held-out scenes, every attribute stated."""
     rng = random.Random(f"{seed} {objects}")
     return [world.caption(world.scene(rng, objects, "held-out"), rng, full=True) for _ in range(n)]
 
@@ -53,8 +49,7 @@ def caption_accuracy(
     guidance: float | None = None,
     seed: int = 0,
 ) -> tuple[float, Images, list[bool]]:
-    """The share of captions whose image the critic accepts in every attribute; the images; the
-    verdict on each."""
+    """The share of images in which the critic accepts every attribute; the images; the verdicts."""
     config = SampleConfig(steps, guidance, seed=seed)
     images = pipeline.generate(model, captions, config, progress=True).cpu()
     verdicts = [critic.holds(*pair) for pair in zip(images, captions, strict=True)]
@@ -72,15 +67,12 @@ def mistakes(images: Images, captions: list[str]) -> dict[str, float]:
 
 
 def shuffled(captions: list[str]) -> list[str]:
-    """Every caption given to its neighbour's image: what a model that ignores its text scores."""
+    """Each caption with its neighbour's image, as a model that ignores its text would do."""
     return captions[1:] + captions[:1]
 
 
 def measure(batches: Batches, networks: list[str], judged: bool, clip: bool = False) -> Measures:
-    """All that is kept of images; memory holds one batch of them, however many there are.
-
-    networks: whose features. judged: also the critic's verdicts. clip: also the CLIP score.
-    """
+    """Features in these networks; with judged the critic's verdicts, with clip the CLIP score."""
     parts: dict[str, list[Tensor]] = defaultdict(list)
     for images, captions in batches:
         for name in networks:
@@ -111,8 +103,7 @@ class Bench(NamedTuple):
 
 
 def of_world(world: World, n: int, seed: int, networks: list[str], clip: bool = False) -> Bench:
-    """Held-out captions and new images of held-out scenes; the first half shows one object, the
-    second two."""
+    """Held-out captions and new images of held-out scenes, half with one object, half with two."""
     of = partial(measure, networks=networks, judged=True, clip=clip)
     rng = random.Random(f"repeated {seed}")
     scenes = [world.scene(rng, split="held-out") for _ in range(max(2, n // 20))]
@@ -150,8 +141,7 @@ def of_folder(
     clip: bool = False,
     column: str = "text",
 ) -> Bench:
-    """A captioned folder, halved at random: n images to compare with, and n others, whose captions
-    are the prompts, in the model's place."""
+    """n images of a folder to compare with, and n others for the floor and for the prompts."""
     data = CaptionedFolder(folder, size, column)
     if len(data) < 2 * n:
         raise UserError(
@@ -196,19 +186,8 @@ class Generated(NamedTuple):
     evaluations: float  # of the U-Net, for one image; guidance takes two a step
 
 
-@contextmanager
-def counted(network: nn.Module) -> Iterator[list[int]]:
-    """The sizes of the batches that went through a network, as they come."""
-    sizes: list[int] = []
-    handle = network.register_forward_hook(lambda _, __, output: sizes.append(len(output)))
-    try:
-        yield sizes
-    finally:
-        handle.remove()
-
-
 def timed(drawing: Iterator[Images], prompts: list[str], seconds: list[float]) -> Batches:
-    """Images with their prompts; adds to `seconds` what drawing each batch took, and no more."""
+    """Images with their prompts; adds to `seconds` the time that sampling each batch took."""
     start, done = time.perf_counter(), 0
     for images in (some.cpu() for some in drawing):
         seconds.append(time.perf_counter() - start)
@@ -220,10 +199,13 @@ def draw(
     model: LatentDiffusion, bench: Bench, config: SampleConfig, progress: bool = False
 ) -> Generated:
     """An image for every prompt, the repeated ones included."""
-    prompts, n, seconds = bench.prompts + bench.repeated, len(bench.prompts), []
+    prompts, n, seconds, sizes = bench.prompts + bench.repeated, len(bench.prompts), [], []
     drawing = pipeline.draw(model, prompts, config, progress=progress)
-    with counted(model.unet) as sizes:
+    hook = model.unet.register_forward_hook(lambda _, __, output: sizes.append(len(output)))
+    try:
         measures = bench.measure(timed(drawing, prompts, seconds))
+    finally:
+        hook.remove()
     images, repeated = rows_of(measures, slice(n)), rows_of(measures, slice(n, None))
     return Generated(images, repeated, sum(seconds) / len(prompts), sum(sizes) / len(prompts))
 
@@ -248,23 +230,18 @@ def figures(bench: Bench, generated: Generated, seed: int = 0) -> list[Figure]:
         score = metrics.bootstrap(generated.images["CLIP score"], generator)
         floor = bench.floor["CLIP score"].mean().item()
         rows.append(Figure("CLIP score", "clip ViT-B-32 openai", *score, floor, n))
-    cost = (
-        ("evaluations per picture", generated.evaluations),
-        ("seconds per picture", generated.seconds),
-    )
-    return rows + [Figure(name, "", value, None, None, None, n) for name, value in cost]
+    for name in ("evaluations", "seconds"):
+        value = getattr(generated, name)
+        rows.append(Figure(f"{name} per picture", "", value, None, None, None, n))
+    return rows
 
 
 def accuracies(bench: Bench, generated: Generated, generator: torch.Generator) -> list[Figure]:
-    """The share of images the critic accepts in every attribute: of all, of those with one object,
-    and of those with two."""
-    accepted, floor = generated.images["accuracy"], bench.floor["accuracy"]
-    half, rows = len(accepted) // 2, []
-    for name, part in (
-        ("accuracy", slice(None)),
-        ("accuracy, one object", slice(half)),
-        ("accuracy, two objects", slice(half, None)),
-    ):
+    """The share of images the critic accepts in every attribute: all, one object, two objects."""
+    accepted, floor, rows = generated.images["accuracy"], bench.floor["accuracy"], []
+    one, two = slice(len(accepted) // 2), slice(len(accepted) // 2, None)
+    parts = {"accuracy": slice(None), "accuracy, one object": one, "accuracy, two objects": two}
+    for name, part in parts.items():
         if n := len(accepted[part]):
             score = metrics.bootstrap(accepted[part], generator)
             rows.append(Figure(name, "critic", *score, floor[part].mean().item(), n))
@@ -288,9 +265,8 @@ def compared(
 
 def diversity(name: str, bench: Bench, generated: Generated, generator: torch.Generator) -> Figure:
     """How far apart images of one prompt are, in units of two real images of different prompts."""
-    unit, floor = metrics.diversity(bench.real[name][None, :1000]).item(), None
-    if bench.repeated_floor is not None:
-        floor = by_prompt(bench.repeated_floor[name]).mean().item() / unit
+    unit, real = metrics.diversity(bench.real[name][None, :1000]).item(), bench.repeated_floor
+    floor = None if real is None else by_prompt(real[name]).mean().item() / unit
     each = by_prompt(generated.repeated[name]) / unit
     score = metrics.bootstrap(each, generator)
     return Figure("diversity per prompt", name, *score, floor, len(each))

@@ -43,11 +43,8 @@ def pixels(images: Images) -> Float[Tensor, "B 192"]:
 
 
 def random_conv(images: Images) -> Float[Tensor, "B 128"]:
-    """Mean and standard deviation of each channel after three random convolutions (seed 0).
-
-    Each convolution halves the side. [1] recommends random weights for images that are far from the
-    photographs that pretrained networks know.
-    """
+    """Mean and standard deviation of each channel after three random convolutions (seed 0), each of
+    which halves the side. [1] recommends random weights for images unlike photographs."""
     x = F.adaptive_avg_pool2d(images, SIDE)
     for weight in _random_weights():
         x = F.leaky_relu(F.conv2d(x, weight.to(x), stride=2, padding=1), 0.2)
@@ -64,11 +61,8 @@ def _random_weights() -> list[Float[Tensor, "out in 3 3"]]:
 
 
 def attributes(reading: critic.Reading) -> Float[Tensor, "D"]:
-    """The critic's reading of an image as numbers.
-
-    They are: the count of things; the background; shape, colour, place and size of the two largest
-    things. Radii reach 1/4, so they are taken four times to weigh as much as the others.
-    """
+    """The number of things; the background; shape, colour, place and size of the two largest
+    things. Radii reach 1/4, and are multiplied by 4 to weigh as much as the others."""
     numbers = [float(len(reading.things)), *_one_hot(reading.background, critic.BACKGROUNDS)]
     for thing in [*reading.things, None, None][:2]:
         numbers += _one_hot(thing and thing.shape, dict.fromkeys(critic.WORDS.values()))
@@ -87,11 +81,8 @@ def critic_attributes(images: Images) -> Float[Tensor, "B D"]:
 
 
 class Classifier(nn.Module):
-    """A small residual classifier of 32x32 images, used for its features.
-
-    A residual block ([4]) at each of 16x16, 8x8 and 4x4; the mean over places gives the features,
-    and one linear layer the logits.
-    """
+    """A classifier of 32x32 images, used for its features: a residual block ([4]) at each of 16x16,
+    8x8 and 4x4. The mean over places gives the features, and one linear layer the logits."""
 
     def __init__(self, classes: int, channels: tuple[int, ...] = (32, 64, 128)):
         super().__init__()
@@ -197,10 +188,8 @@ def _clip(name: str, weights: str) -> tuple[nn.Module, Callable]:
 def clip_similarity(
     images: Images, prompts: list[str], name: str = "ViT-B-32", weights: str = "openai"
 ) -> Float[Tensor, "B"]:
-    """The cosine between each image and its prompt in CLIP's space.
-
-    [3] multiplies it by 2.5, others by 100. The weights are downloaded on first use.
-    """
+    """The cosine between each image and its prompt in CLIP's space; [3] multiplies it by 2.5. The
+    weights are downloaded on first use."""
     model, tokenizer = _clip(name, weights)
     visual, cosines = model.visual, []
     side = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size

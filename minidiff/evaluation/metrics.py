@@ -191,10 +191,8 @@ def radii(x: Features, k: int) -> Float[Tensor, "n"]:
 
 
 def _balls(x: Features, centres: Others, radius: Float[Tensor, "m"]) -> Float[Tensor, "n"]:
-    """The number of balls in which each x lies.
-
-    A ball includes its rim, as in [3]. [4] leaves the rim out; only copies of an image differ.
-    """
+    """The number of balls in which each x lies. A ball includes its rim, as in [3]; [4] leaves it
+    out, which only copies of an image notice."""
     x, centres = x.double().cpu(), centres.double().cpu()
     return torch.cat(
         [(torch.cdist(rows, centres) <= radius).sum(1) for rows in _blocks(x, len(centres))]
@@ -203,9 +201,7 @@ def _balls(x: Features, centres: Others, radius: Float[Tensor, "m"]) -> Float[Te
 
 def precision(real: Others, fake: Features, k: int = 3) -> Float[Tensor, "n"]:
     """[3] eq. 2: 1 for each generated image in the ball of a real one; their mean is the precision.
-
-    The radius of a ball is the real image's distance to its k-th nearest real neighbour.
-    """
+    A ball reaches to the real image's k-th nearest real neighbour."""
     return _balls(fake, real, radii(real, k)).clamp(max=1)
 
 
@@ -215,18 +211,14 @@ def recall(real: Others, fake: Features, k: int = 3) -> Float[Tensor, "m"]:
 
 
 def density(real: Others, fake: Features, k: int = 5) -> Float[Tensor, "n"]:
-    """[4] eq. 3: the number of real balls in which each generated image lies, over k.
-
-    It may pass 1. A single real outlier does not decide it.
-    """
+    """[4] eq. 3: the number of real balls in which each generated image lies, over k. It may exceed
+    1; a single real outlier does not decide it."""
     return _balls(fake, real, radii(real, k)) / k
 
 
 def coverage(real: Others, fake: Features, k: int = 5) -> Float[Tensor, "m"]:
-    """[4] eq. 4: 1 for each real image whose ball holds a generated one.
-
-    Real images against real images score about 1 - 2^-k.
-    """
+    """[4] eq. 4: 1 for each real image whose ball holds a generated one. Real images score about
+    1 - 2^-k."""
     return (nearest(real, fake)[0][:, 0] <= radii(real, k)).double()
 
 
@@ -239,11 +231,8 @@ def diversity(features: Float[Tensor, "P R D"]) -> Float[Tensor, "P"]:
 
 
 def memorised(fake: Features, training: Others) -> Float[Tensor, "n"]:
-    """[5] section 3: 1 for each generated image that copies a training image.
-
-    A copy is three times nearer to its nearest training image than to the second nearest. A copy of
-    a training image that is there twice is missed, unless it is exact.
-    """
+    """[5] section 3: 1 for each copy, three times nearer to its nearest training image than to the
+    second. A copy of a training image that is there twice is missed, unless it is exact."""
     return _ratio_test(nearest(fake, training, 2)[0])
 
 

@@ -53,8 +53,7 @@ def flat(rows: Iterable[Figure]) -> Row:
 
 
 def read(path: Path) -> list[Row]:
-    """The lines of a file that `append` wrote; any other file is a UserError, for `append` would
-    write over it."""
+    """The lines of a file that `append` wrote; any other file is a UserError."""
     if not path.exists():
         return []
     try:
@@ -85,8 +84,7 @@ def append(path: Path, row: Row) -> Path:
 
 
 def fingerprint(model: LatentDiffusion) -> str:
-    """Eight letters that change with the weights, so that a line of another training of the same
-    folder does not count for this one."""
+    """Eight letters that change with the weights: another training is another model."""
     sums = [weight.double().sum().item() for weight in model.state_dict().values()]
     return hashlib.sha256(repr(sums).encode()).hexdigest()[:8]
 
@@ -137,7 +135,7 @@ def front(rows: list[Row]) -> list[Row]:
 
 
 def beats(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    """Whether a is at least as good in everything, and better in something."""
+    """Whether a is better in something and worse in nothing."""
     return a != b and all(x >= y for x, y in zip(a, b, strict=True))
 
 
@@ -149,9 +147,8 @@ def cheapest(rows: list[Row], share: float = 0.99) -> Row:
 
 
 def figure(rows: list[Row], path: Path) -> Path:
-    """Quality against diversity, colour for speed, a mark for each sampler; the front is ringed,
-    numbered from the fastest, and named beside it. Lines that are equal share a number and a name.
-    """
+    """Quality against diversity, colour for speed, a mark for each sampler. The front is ringed and
+    numbered from the fastest; equal lines share a number."""
     import matplotlib.figure
     from matplotlib.colors import LogNorm
 
@@ -166,44 +163,29 @@ def figure(rows: list[Row], path: Path) -> Path:
         axis, names = sheet.subplots(1, 2, width_ratios=(5, 3))
         for sampler, mark in zip(samplers, cycle("os^vDPX*p"), strict=False):
             some = [row for row in rows if row["sampler"] == sampler]
-            x, y, z = (
-                [float(row[column]) for row in some]
-                for column in (DIVERSITY, quality(rows[0]), SPEED)
-            )
-            dots = axis.scatter(
-                x, y, 30, z, mark, cmap="viridis_r", norm=colours, linewidths=0, zorder=2
-            )
-            axis.scatter([], [], 30, "grey", mark, linewidths=0, label=sampler)
-        for number, (row, *_) in enumerate(best.values(), 1):
+            columns = (DIVERSITY, quality(rows[0]), SPEED)
+            x, y, z = ([float(row[column]) for row in some] for column in columns)
+            marks = {"marker": mark, "linewidths": 0}
+            dots = axis.scatter(x, y, 30, z, cmap="viridis_r", norm=colours, zorder=2, **marks)
+            axis.scatter([], [], 30, "grey", label=sampler, **marks)
+        lines = ["The Pareto front\n"]
+        for number, (row, *others) in enumerate(best.values(), 1):
             place = float(row[DIVERSITY]), point(row)[0]
-            axis.scatter(
-                *place, 100, facecolors="none", edgecolors="black", linewidths=0.8, zorder=3
-            )
+            axis.scatter(*place, 100, "none", edgecolors="black", linewidths=0.8, zorder=3)
             axis.annotate(str(number), place, (5, 5), textcoords="offset points", fontsize=7)
+            more = f", and {len(others)} more" if others else ""
+            lines.append(f"{number}  {name(row)}{more}")
         if math.isfinite(real := real_diversity(rows[0])):
             axis.axvline(real, color="black", linestyle=":", linewidth=1)
-            axis.annotate(
-                "real pictures",
-                (real, axis.get_ylim()[0]),
-                (3, 3),
-                textcoords="offset points",
-                rotation=90,
-            )
-        axis.set(
-            xlabel=DIVERSITY,
-            ylabel=quality(rows[0]),
-            title=f"quality against diversity, {len(rows)} settings, n = {rows[0]['n']}",
-        )
+            foot = real, axis.get_ylim()[0]
+            axis.annotate("real pictures", foot, (3, 3), textcoords="offset points", rotation=90)
+        title = f"quality against diversity, {len(rows)} settings, n = {rows[0]['n']}"
+        axis.set(xlabel=DIVERSITY, ylabel=quality(rows[0]), title=title)
         bar = sheet.colorbar(dots, ax=axis, label=SPEED)
         ticks = [2**k for k in range(20) if min(speed) <= 2**k <= max(speed)] or sorted(set(speed))
         bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
         bar.minorticks_off()
         names.axis("off")
         names.legend(*axis.get_legend_handles_labels(), loc="lower left", ncols=2, fontsize=7)
-        alike = [
-            name(row) + (f", and {len(others)} more" if others else "")
-            for row, *others in best.values()
-        ]
-        lines = "\n".join(f"{number}  {line}" for number, line in enumerate(alike, 1))
-        names.text(0, 1, f"The Pareto front\n\n{lines}", verticalalignment="top", fontsize=7)
+        names.text(0, 1, "\n".join(lines), verticalalignment="top", fontsize=7)
         return save(sheet, path)

@@ -108,20 +108,17 @@ def unet_quickstart() -> UNet:
 
 
 def batches(world: World, key: str, start: int) -> Iterator[Images]:
-    """Batches start, start + 1, ... of images of the endless world; each follows from (key, its
-    number) alone."""
+    """Batches start, start + 1, ... of images of the world; batch k follows from (key, k)."""
     for k in count(start):
-        images = world.batch(VAE_BATCH, (key, k), two_objects=TWO_OBJECTS)[0]
-        yield images.contiguous(memory_format=torch.channels_last)
+        yield channels_last(world.batch(VAE_BATCH, (key, k), two_objects=TWO_OBJECTS)[0])
 
 
 def crops(images: Images, count: int, side: int = 16, stride: int = 8) -> Float[Tensor, "N 3 h w"]:
-    """The `count` windows of a batch with the most contrast. A network of convolutions learns edges
-    from them as from whole images, and flat background is most of every image."""
+    """The `count` windows of a batch with the most contrast: most of an image is background."""
     windows = images.unfold(2, side, stride).unfold(3, side, stride)
     windows = windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
     best = windows.flatten(2).std(2).mean(1).topk(count).indices
-    return windows[best].contiguous(memory_format=torch.channels_last)
+    return channels_last(windows[best])
 
 
 def vae_loss(vae: VAE, images: Images) -> Loss:
@@ -160,8 +157,7 @@ def parallel(steps: int, lr: float, seed: int) -> TrainConfig:
 
 
 class Pool:
-    """Scenes drawn and encoded once, and once more at half the side. Training meets each many
-    times, with new words, new noise and a new t."""
+    """Latents of scenes, at the full and at half the side; each is trained on many times."""
 
     def __init__(self, world: World, vae: VAE, size: int, seed: str, objects: int, device: str):
         latents, small, self.scenes, batch = [], [], [], 64
@@ -182,8 +178,8 @@ def channels_last(images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
 def noise_levels(
     n: int, generator: torch.Generator, centre: float = T_CENTRE, spread: float = T_SPREAD
 ) -> Int[Tensor, "B"]:
-    """t for n examples, stratified ([1] appendix I.1): logit-normal ([2] section 3.1) around the t
-    where shapes are decided; one in four is uniform."""
+    """t of n examples, stratified ([1] appendix I.1): logit-normal ([2] section 3.1), one in four
+    uniform."""
     u = (torch.arange(n) + torch.rand(n, generator=generator)) / n
     t = torch.sigmoid(centre + spread * torch.special.ndtri(u.double().clamp(1e-6, 1 - 1e-6)))
     uniform = torch.rand(n, generator=generator) < 1 / 4
@@ -253,8 +249,7 @@ class Examples(NamedTuple):
 def judge(
     model: LatentDiffusion, world: World, seed: int, count: int = CAPTIONS
 ) -> tuple[dict[str, Any], Examples]:
-    """Act four: the critic on `count` held-out captions of each kind. Returns figures, and the
-    first twelve images of each kind."""
+    """Act four: the critic judges. Returns figures, and the first twelve images of each kind."""
     figures, examples = {}, Examples([], [], [])
     for objects, kind in ((1, "one_object"), (2, "two_objects")):
         captions = bench.held_out(world, count, objects, seed)
@@ -274,8 +269,7 @@ def judge(
 
 
 def check_folder(out: Path, resume: bool) -> None:
-    """Raise a UserError where the quickstart would go on by mistake, or overwrite what is not its
-    own."""
+    """Raise a UserError rather than continue by mistake or overwrite other files."""
     trained, drawn = (out / "training").exists(), (out / "model").exists()
     if (trained or drawn) and not resume:
         raise UserError(

@@ -1,15 +1,13 @@
 """A text encoder learns to read before it sees an image.
 
-Stable Diffusion's text encoder was trained by CLIP [1], on four hundred million images with
-captions, and is frozen while the U-Net learns [2]. Here the scene behind a caption is known, and
-the text encoder is trained on that. Every (place, attribute), such as (above, red) or (alone,
-circle), has a direction of its own, at right angles to all others. The target of a caption is the
-sum of the directions of what the scene shows, and the sum of the caption's vectors is trained to
-be equal to it. So "a small red circle above a large blue square" and "a large blue square below a
-small red circle" have one sum, and "a small blue circle above a large red square" has another.
-What a caption does not say is answered by the mean over what it may be. This settles in a minute
-which colour belongs to which object; from images and captions alone a text encoder this small
-learns it slowly (docs/box.md).
+Stable Diffusion's text encoder was trained by CLIP [1] and is frozen while the U-Net learns [2].
+Here the scene behind a caption is known, and trains the text encoder. Every (place, attribute),
+such as (above, red) or (alone, circle), has its own direction, at right angles to all others. The
+sum of a caption's vectors is trained to equal the sum of the directions of what the scene shows:
+one sum for "a small red circle above a large blue square" and "a large blue square below a small
+red circle", another for "a small blue circle above a large red square". What a caption leaves open
+becomes the mean over what it may be. This takes a minute; from images and captions alone a text
+encoder this small learns slowly which colour belongs to which object (docs/box.md).
 
 [1] Radford et al. Learning Transferable Visual Models From Natural Language Supervision. 2021.
     arXiv:2103.00020
@@ -41,8 +39,7 @@ class Lesson(NamedTuple):
 
 
 def pairs(scene: Scene) -> list[tuple[str, str]]:
-    """All that a scene shows, as (place, attribute): "A above B" and "B below A" are the same list
-    in another order."""
+    """What a scene shows as (place, attribute); "A above B" and "B below A" give equal sets."""
     places = (scene.relation, INVERSE[scene.relation]) if scene.relation else ("alone",)
     things = [
         (place, attribute)
@@ -62,8 +59,7 @@ def all_pairs(world: World) -> list[tuple[str, str]]:
 
 
 def codes(world: World, dim: int) -> Codes:
-    """A random direction for every pair, at right angles to all others, as long as a vector of unit
-    variance; there is room for dim of them."""
+    """A random direction for each of at most dim pairs, orthogonal, of length sqrt(dim)."""
     names = all_pairs(world)
     if len(names) > dim:
         raise UserError(

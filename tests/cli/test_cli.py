@@ -281,7 +281,7 @@ def test_a_long_prompt_says_in_one_line_which_words_fell_off(ran, tiny, tmp_path
     (["plot", "reverse", "--seed"], "--seed"),
     (["data"], "data what? There is data coco, data check."),
     (["data", "check"], "missing from minidiff data check: DIR; see minidiff data check --help."),
-    (["data", "coco", "--size", "3"], "missing from minidiff data coco: --annotations FILE"),
+    (["data", "coco", "--size", "3"], "missing from minidiff data coco: --annotations; see"),
     (["data", "coco", "--annotations"], "no annotations; name a COCO caption file, such as captions_val2017.json."),
     (["generate", PROMPT, "--n", "2", PROMPT], f"{PROMPT}; see minidiff generate --help."),
     (["generate"], "no prompt; say what to draw, as in: minidiff generate"),
@@ -354,7 +354,7 @@ def test_a_place_that_cannot_be_written(refused, tiny, tmp_path, monkeypatch):
     for verb in (
         *verbs,
         ["data", "check", "."],
-        ["data", "coco", "--annotations", "captions.json"],
+        ["data", "coco", "--annotations", "captions.json", "--download"],
     ):
         for out in (tmp_path / "file", tmp_path / "file" / "below"):
             assert (
