@@ -236,8 +236,8 @@ class DreamBoothConfig(TuningConfig):
             raise UserError('prompt is empty; name the subject, as in "a photo of sks dog".')
         if self.preserves and not self.class_prompt:
             raise UserError(
-                "say what class to preserve: `class_prompt`, the prompt without its rare token, as "
-                'in "a photo of a dog"; or give `prior=0`, and the model forgets.'
+                "prior preservation needs to know what class to preserve: give `class_prompt`, the "
+                "prompt without its rare token; or `prior=0`, and the model forgets."
             )
         count = self.class_pictures
         if self.preserves and count is not None and count < 1:

@@ -59,6 +59,7 @@ NEAREST = (
 )
 Lines = dict[str, list[float | None]]  # by name, a value for each measurement
 Levels = dict[str, float] | None  # dashed lines by name
+Grids = dict[int, dict[str, UInt8[Tensor, "n 3 H W"]]]  # images by step and label
 
 
 class Pair(NamedTuple):
@@ -74,11 +75,11 @@ def page(
     advice: str,
     records: list[Record],
     prompts: dict[str, str],
-    grids: dict[int, dict[str, UInt8[Tensor, "n 3 H W"]]],
+    grids: Grids,
     pairs: list[Pair],
     settings: dict[str, object],
 ) -> str:
-    """The whole page. prompts: by label; grids: images by step and label, of steps_shown."""
+    """The whole page. prompts: by label; grids: of steps_shown."""
     last = records[-1].step
     table = {f"prompt: {label}": prompt for label, prompt in prompts.items()} | settings
     line = "\n"
@@ -115,19 +116,14 @@ def steps_shown(records: list[Record]) -> list[int]:
 
 
 def curves(records: list[Record]) -> list[str]:
-    """The figures."""
     steps = [float(record.step) for record in records]
-    fixed = {
-        "validation": relative(records, "validation"),
-        "training examples": relative(records, "train"),
-    }
+    held_out, fitted = relative(records, "validation"), relative(records, "train")
+    fixed = {"validation": held_out, "training examples": fitted}
     names = dict.fromkeys(name for record in records for name in record.losses)
     losses = {name: [record.losses.get(name) for record in records] for name in names}
     moved = {label: [r.moved.get(label) for r in records] for label in records[-1].moved}
-    near = {
-        "median of the samples": [closeness(record) for record in records],
-        "share of copies": [record.copies for record in records],
-    }
+    copies = [record.copies for record in records]
+    near = {"median of the samples": list(map(closeness, records)), "share of copies": copies}
     rates = {"learning rate": [record.lr for record in records]}
     return [
         _curve(steps, fixed, *FIXED),
@@ -169,11 +165,7 @@ def _by_tenth(records: list[Record]) -> str:
 # Images and tables.
 
 
-def _rows_of_images(
-    records: list[Record],
-    prompts: dict[str, str],
-    grids: dict[int, dict[str, UInt8[Tensor, "n 3 H W"]]],
-) -> Iterator[str]:
+def _rows_of_images(records: list[Record], prompts: dict[str, str], grids: Grids) -> Iterator[str]:
     """A heading for each prompt, and below it a row of images for each step."""
     moved = {record.step: record.moved for record in records}
     for label, prompt in prompts.items():
