@@ -1,10 +1,9 @@
 """How much memory and time a training takes, told before its first step, and what would save most.
 
-No formula of networks is used: one step, forward and backward, runs on tensors with shapes and no
-memory (PyTorch's fake tensors), while a ledger notes every storage that is made and freed, and the
-multiplications and additions of every operation. The optimizer's moments and the average of the
-weights are added to the peak. What a device needs for itself (libraries, a GPU's context, what the
-allocator holds in reserve) is left out; docs/memory.md has estimates beside measurements.
+One step, forward and backward, runs on tensors with shapes and no memory (PyTorch's fake tensors),
+while a ledger notes every storage that is made and freed, and the FLOPs of every operation. The
+optimizer's moments and the average of the weights are added to the peak; what a device needs for
+itself is not. docs/memory.md has estimates beside measurements.
 
 [1] Chen et al. Training Deep Nets with Sublinear Memory Cost. 2016. arXiv:1604.06174
 [2] Dettmers et al. 8-bit Optimizers via Block-wise Quantization. 2022. arXiv:2110.02861
@@ -67,7 +66,7 @@ def settings(config: FineTuneConfig, unet: nn.Module, size: tuple[int, int]) -> 
 
 
 class Estimate(NamedTuple):
-    """Bytes, and operations."""
+    """Four parts of the memory in bytes, and two counts."""
 
     weights: int  # of all parts, trained or not
     step: int  # the most that gradients and activations take together
@@ -78,18 +77,14 @@ class Estimate(NamedTuple):
 
     @property
     def total(self) -> int:
-        return self.weights + self.step + self.moments + self.average
+        return sum(self[:4])
 
     @property
     def parts(self) -> str:
         """The total as a sum."""
-        parts = {
-            "weights": self.weights,
-            "gradients and activations": self.step,
-            "optimizer": self.moments,
-            "average of the weights": self.average,
-        }
-        return " + ".join(f"{name} {human(count)}" for name, count in parts.items() if count)
+        names = ("weights", "gradients and activations", "optimizer", "average of the weights")
+        parts = zip(names, self, strict=False)
+        return " + ".join(f"{name} {human(count)}" for name, count in parts if count)
 
 
 class Ledger(TorchDispatchMode):
@@ -103,11 +98,10 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        result = operation(*args, **(kwargs or {}))
-        if operation.overloadpacket in flop_registry:
-            self.flops += flop_registry[operation.overloadpacket](
-                *args, **(kwargs or {}), out_val=result
-            )
+        kwargs = kwargs or {}
+        result = operation(*args, **kwargs)
+        if count := flop_registry.get(operation.overloadpacket):
+            self.flops += count(*args, **kwargs, out_val=result)
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
                 self.note(value.untyped_storage())
@@ -128,17 +122,6 @@ class Ledger(TorchDispatchMode):
 
 def estimate(model: LatentDiffusion, settings: Settings) -> Estimate:
     """Of training the model so; only the model's configs and precision matter."""
-    weights, step, flops, trained = _simulated(model, settings)
-    moments = sum(_moments(numbers, size, settings.optimizer) for numbers, size in trained)
-    average = sum(size for _, size in trained) if settings.ema else 0
-    return Estimate(weights, step, moments, average, sum(numbers for numbers, _ in trained), flops)
-
-
-def _simulated(
-    model: LatentDiffusion, settings: Settings
-) -> tuple[int, int, int, list[tuple[int, int]]]:
-    """Bytes of the weights, most bytes beyond them in a step, FLOPs of a step, and (numbers, bytes)
-    of each trained tensor."""
     # which kernels exist decides what is saved for the backward pass
     device = "cuda" if model.device.type == "cuda" else "cpu"
     ledger = Ledger()
@@ -160,8 +143,14 @@ def _simulated(
                 loss = _loss(vae, text, denoiser, settings, context)
             (loss.mean() / settings.accumulate).backward()
             del loss
-    sizes = [(p.numel(), p.nbytes) for p in trained]
-    return weights, ledger.peak - weights, settings.accumulate * ledger.flops, sizes
+    return Estimate(
+        weights,
+        step=ledger.peak - weights,
+        moments=sum(_moments(p, settings.optimizer) for p in trained),
+        average=sum(p.nbytes for p in trained) if settings.ema else 0,
+        trained=sum(p.numel() for p in trained),
+        flops=settings.accumulate * ledger.flops,
+    )
 
 
 def _twin(part: nn.Module) -> nn.Module:
@@ -200,12 +189,12 @@ def _loss(
     return denoiser.loss(latents, context, t=torch.ones(batch, dtype=torch.long, device="cpu"))
 
 
-def _moments(numbers: int, size: int, optimizer: str) -> int:
+def _moments(weight: Tensor, optimizer: str) -> int:
     """Bytes of Adam's two moments. In 8 bits, as bitsandbytes has them, each block of 256 has a
     scale, and tensors below 4,096 numbers stay in 32 bits."""
-    if optimizer == "adamw8bit" and numbers >= 4096:
-        return 2 * (numbers + 4 * -(-numbers // 256))
-    return 2 * size
+    if optimizer == "adamw8bit" and weight.numel() >= 4096:
+        return 2 * (weight.numel() + 4 * -(-weight.numel() // 256))
+    return 2 * weight.nbytes
 
 
 def alternatives(settings: Settings) -> dict[str, Settings]:
@@ -227,15 +216,12 @@ def advice(
 ) -> str:
     """The option that would save most of this total, and how much. without: options that are not
     possible here, as adamw8bit without a GPU."""
-    saved = {
-        name: total - estimate(model, changed).total
-        for name, changed in alternatives(settings).items()
-        if name not in without
-    }
-    best = max(saved, key=lambda name: saved[name], default=None)
-    if best is None or saved[best] < 0.05 * total:
+    options = alternatives(settings).items()
+    totals = {name: estimate(model, each).total for name, each in options if name not in without}
+    best = min(totals, key=totals.__getitem__, default=None)
+    if best is None or totals[best] > 0.95 * total:
         return "no option would save more than a twentieth of it"
-    return f"{best} would save {human(saved[best])} of {human(total)}"
+    return f"{best} would save {human(total - totals[best])} of {human(total)}"
 
 
 def forecast(model: LatentDiffusion, settings: Settings, steps: int) -> str:
@@ -266,8 +252,8 @@ def room(device: torch.device) -> int:
 
 
 def speed(device: torch.device, bf16: bool = False) -> float:
-    """FLOP/s of this device, the median of several runs: forward and backward through a 3x3
-    convolution and a linear layer of 256 channels at 32x32."""
+    """FLOP/s of this device, the median over passes, forward and backward, of a convolution and
+    a linear layer of 256 channels at 32x32."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     x, kernel, matrix = (
         torch.randn(shape, device=device, dtype=dtype, requires_grad=True)

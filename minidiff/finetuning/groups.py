@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Shaped
-from torch import Tensor
+from torch import Generator, Tensor
 
 from minidiff.data import buckets
 from minidiff.data.folder import CaptionedImages, load_image
@@ -28,8 +28,7 @@ from minidiff.training.seeds import generator_of, seed_of
 
 
 class Group(NamedTuple):
-    """Examples with one weight. Fine-tuning has one group; DreamBooth has its subject, and its
-    class with a weight of its own ([2] eq. 2)."""
+    """Examples with one weight: all of them, or DreamBooth's subject or class ([2] eq. 2)."""
 
     name: str
     examples: list[Example]
@@ -58,30 +57,22 @@ def encoded(
     flip: bool = False,
     shapes: bool = False,
 ) -> list[Example]:
-    """The images of a captioned folder as examples: squares of this side, or with shapes each in
-    the bucket nearest to its own shape, with the same area. With flip a mirrored copy of each
-    follows. folder: where the latents are cached."""
+    """Captioned images as examples: squares of this side, or with shapes each in the bucket nearest
+    to its shape. With flip mirrored copies follow. folder: where the latents are cached."""
     sizes = [(size, size)] * len(data)
     if shapes:
         multiple = model.vae.factor * model.unet.multiple
-        heights_widths = (load_image(path).shape[1:] for path in data.paths)
-        sizes = [
-            buckets.bucket(width, height, size**2, multiple) for height, width in heights_widths
-        ]
+        shapes_2d = (load_image(path).shape[1:] for path in data.paths)
+        sizes = [buckets.bucket(w, h, size**2, multiple) for h, w in shapes_2d]
     latents = encode_images(model.vae, data.paths, sizes, folder, flip)
-    captions = data.captions * (2 if flip else 1)
-    return [Example(z, caption) for z, caption in zip(latents, captions, strict=True)]
+    return list(map(Example, latents, data.captions * (2 if flip else 1)))
 
 
 def split(images: Sequence[Hashable], share: float, seed: int) -> tuple[list[int], list[int]]:
     """The indices of the examples (to train on, held out), where images[i] is the image of example
-    i. A seeded choice of this share of the images, rounded down: an image with several captions is
-    on one side with all of them."""
+    i. This share of the images is held out, each with all its captions."""
     distinct = list(dict.fromkeys(images))
-    chosen = random.Random(f"held out {seed}").sample(
-        range(len(distinct)), int(share * len(distinct))
-    )
-    apart = {distinct[k] for k in chosen}
+    apart = set(random.Random(f"held out {seed}").sample(distinct, int(share * len(distinct))))
     training = [i for i, image in enumerate(images) if image not in apart]
     return training, [i for i, image in enumerate(images) if image in apart]
 
@@ -91,28 +82,22 @@ def batches(
 ) -> Iterator[Batch]:
     """Batches start, start + 1, ...: `batch` examples of every group, those of a group of one shape
     (buckets.py). A caption is hidden with probability `dropout` ([1] algorithm 1)."""
+    shapes = [[tuple(e.latents.shape[1:]) for e in group.examples] for group in groups]
     orders = [
-        buckets.batches(
-            [tuple(e.latents.shape[1:]) for e in group.examples], batch, seed_of(seed, place), start
-        )
-        for place, group in enumerate(groups)
+        buckets.batches(each, batch, seed_of(seed, place), start)
+        for place, each in enumerate(shapes)
     ]
     for k, *indices in zip(count(start), *orders, strict=False):
         generator = generator_of(seed, k)
-        yield [
-            _part(group, [group.examples[i] for i in chosen], schedule, dropout, generator)
-            for group, chosen in zip(groups, indices, strict=True)
-        ]
+        chosen = zip(groups, indices, strict=True)
+        yield [_part(group, rows, schedule, dropout, generator) for group, rows in chosen]
 
 
 def _part(
-    group: Group,
-    examples: list[Example],
-    schedule: NoiseSchedule,
-    dropout: float,
-    generator: torch.Generator,
+    group: Group, rows: list[int], schedule: NoiseSchedule, dropout: float, generator: Generator
 ) -> Part:
     """These examples of a group, with hidden captions, t and noise."""
+    examples = [group.examples[i] for i in rows]
     latents = torch.stack([example.latents for example in examples])
     hidden = (torch.rand(len(examples), generator=generator) < dropout).tolist()
     captions = ["" if h else e.caption for e, h in zip(examples, hidden, strict=True)]
@@ -134,9 +119,8 @@ def _cut(part: Part, rows: slice) -> Part:
 
 
 class GroupLoss:
-    """The loss of a Batch: the sum over its groups of weight times the group's mean, [2] eq. 2. One
-    group gives a loss for each example; several give their sum, as one number. Each group's own
-    losses stand beside it by the group's name, without the weight."""
+    """The loss of a Batch: the sum over its groups of weight times mean, [2] eq. 2; for one group
+    the loss of each example. Each group's losses stand beside it by name, without the weight."""
 
     def __init__(
         self,
@@ -144,8 +128,8 @@ class GroupLoss:
         contexts: dict[str, Float[Tensor, "L D"]] | None = None,
         denoiser: Denoiser | None = None,
     ):
-        """contexts: of every caption; None encodes captions at every step, so that the text encoder
-        can learn. denoiser: the model's own, unless another weighting is wanted."""
+        """contexts: of every caption. Default: encoded at every step, so that the text encoder can
+        learn. denoiser: one with another weighting. Default: the model's own."""
         self.model, self.contexts, self.denoiser = model, contexts, denoiser or model.denoiser
 
     def __call__(self, batch: Batch) -> Loss:

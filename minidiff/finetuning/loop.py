@@ -1,10 +1,8 @@
 """Fine-tuning: a trained model learns on, from your images.
 
-This file says what is trained and how. What it learns from is in groups.py, the folder it writes in
-run.py, the options in options/finetuning.py, and the loop itself in train.py. Full training changes
-every weight of the U-Net, and of the text encoder if asked; a LoRA (methods/lora.py) trains a few
-weights beside them; textual inversion (methods/inversion.py) one word's vector, alone or beside
-either.
+This file says what is trained: every weight of the U-Net, and of the text encoder if asked; a LoRA
+(methods/lora.py) beside them; a word's vector (methods/inversion.py), alone or beside either. What
+it learns from is in groups.py, the folder it writes in run.py, the loop itself in train.py.
 
 [1] Hang et al. Efficient Diffusion Training via Min-SNR Weighting Strategy. 2023. arXiv:2303.09556
 """
@@ -59,9 +57,8 @@ def finetune(
     recorder: Observer | None = None,
     resume: bool = False,
 ) -> LatentDiffusion:
-    """Train the model on groups of examples; returns it, trained. Writes OUT/model, or
-    OUT/lora.safetensors, OUT/embedding.safetensors or both, and OUT/run.json, which a resumed run
-    must match. With config.ema the averages are what is recorded and written."""
+    """Train the model on groups of examples; returns it, trained. Writes OUT/run.json, which a
+    resumed run must match, and the results (run.py); with config.ema those of the averages."""
     config = completed(config, model)
     check(groups, config, model.schedule)
     run.start(out, run.identity(model, groups, config), resume)
@@ -108,8 +105,7 @@ def finetune(
 
     # The results.
     if average is not None:
-        with torch.no_grad():
-            torch._foreach_copy_(average.weights, average.averages)
+        put(average.averages, average)
     if attached is not None:
         attached.remove()
     run.write(model, config.method, out, word)
@@ -151,8 +147,7 @@ def to_train(
     config: FineTuneConfig,
     word: inversion.Word | None = None,
 ) -> nn.ModuleList:
-    """What is trained, in float32, and nothing else: so a checkpoint holds no frozen weights. All
-    else in the model is frozen."""
+    """What is trained, in float32, and all that a checkpoint holds; the rest is frozen."""
     model.requires_grad_(False)
     trained = nn.ModuleList()
     if config.method == "full":
@@ -172,8 +167,8 @@ def to_train(
 
 
 def targets(unet: nn.Module, config: FineTuneConfig) -> tuple[str, ...]:
-    """The names of the layers that get a LoRA. Default: all that read the text, which is attention,
-    and in a U-Net whose residual blocks read it too, these as well."""
+    """The names of the layers that get a LoRA. Default: all that read the text: attention, and in
+    some U-Nets the residual blocks."""
     if config.lora.targets:
         return config.lora.targets
     pooled = getattr(unet, "pool", None) is not None
@@ -219,8 +214,8 @@ def measure(
     losses: dict[str, float],
     lr: float | None,
 ) -> None:
-    """Have the recorder measure the averaged weights, unless it did so before a resume; keep the
-    weights of the best step so far."""
+    """Have the recorder measure the (averaged) weights, unless it did so before a resume; write
+    those of the best step so far."""
     with averaged(average):
         if not step or recorder.last() != step:
             recorder.measure(step, losses, lr)
@@ -242,8 +237,8 @@ def mean(losses: list[dict[str, float]]) -> dict[str, float]:
 
 @torch.no_grad()
 def settle(denoiser: Denoiser, loss_fn: LossFn, data: Iterator[Batch], count: int = 320) -> None:
-    """Start the learned weighting at its optimum, u = log E[error | t], measured on some examples.
-    No file keeps it, and from 0 it would take the whole fine-tune to get there."""
+    """Start the learned weighting, which no file has, at its optimum on some examples, u = log
+    E[error | t]."""
     errors, progress = [], []
     denoiser.log_error.zero_()
     for batch in data:
@@ -259,11 +254,10 @@ def settle(denoiser: Denoiser, loss_fn: LossFn, data: Iterator[Batch], count: in
 
 
 def shares(model: LatentDiffusion, trained: nn.Module, batch: int) -> int:
-    """Into how many pieces a batch is cut, so that two cores work on images and not on one
-    operation: 2 where that is possible, else 1. The number of cores plays no part: the sum of two
-    halves has other last bits than the whole."""
+    """Into how many pieces a batch is cut for two cores: 2 where that is possible, else 1. The
+    number of cores must not matter: the sum of two halves has other last bits than the whole."""
     few = sum(p.numel() for p in trained.parameters()) < SHARED
-    # threads that draw from one generator draw in any order
+    # threads share a generator in any order
     random_inside = getattr(model.unet.config, "dropout", 0) > 0
     return 2 if model.device.type == "cpu" and batch % 2 == 0 and few and not random_inside else 1
 
@@ -275,10 +269,14 @@ def averaged(ema: EMA | None) -> Iterator[None]:
         yield
         return
     weights = [weight.detach().clone() for weight in ema.weights]
-    with torch.no_grad():
-        torch._foreach_copy_(ema.weights, ema.averages)
+    put(ema.averages, ema)
     try:
         yield
     finally:
-        with torch.no_grad():
-            torch._foreach_copy_(ema.weights, weights)
+        put(weights, ema)
+
+
+@torch.no_grad()
+def put(weights: list[torch.Tensor], ema: EMA) -> None:
+    """Put these weights in the place of those that are trained."""
+    torch._foreach_copy_(ema.weights, weights)

@@ -49,18 +49,19 @@ from minidiff.errors import UserError
 from minidiff.schedules import NoiseSchedule, per_example
 from minidiff.steps import consistent
 
+Batch = Float[Tensor, "B *dims"]
+Times = Shaped[Tensor, "B"]
+Losses = Float[Tensor, "B"]
 Distance = Callable[[Tensor, Tensor], Tensor]  # two batches to (B,)
 
 
-def squared(x: Float[Tensor, "B *dims"], y: Float[Tensor, "B *dims"]) -> Float[Tensor, "B"]:
+def squared(x: Batch, y: Batch) -> Losses:
     """Mean over dims of the squared difference."""
     return (x - y).pow(2).flatten(1).mean(1)
 
 
-def pseudo_huber(x: Float[Tensor, "B *dims"], y: Float[Tensor, "B *dims"]) -> Float[Tensor, "B"]:
-    """[3] section 3.3 over sqrt(d): sqrt(|x - y|^2 + c^2) - c, c = 0.00054 sqrt(d). Robust to
-    single targets that are far off."""
-    c = 0.00054
+def pseudo_huber(x: Batch, y: Batch, c: float = 0.00054) -> Losses:
+    """[3] section 3.3 over sqrt(d): sqrt(|x - y|^2 + c^2) - c, robust to far-off targets."""
     return (squared(x, y) + c**2).sqrt() - c
 
 
@@ -68,24 +69,19 @@ def guided_loss(
     student: Denoise,
     teacher: Denoise,
     schedule: NoiseSchedule,
-    x0: Float[Tensor, "B *dims"],
-    t: Shaped[Tensor, "B"] | None = None,
-    eps: Float[Tensor, "B *dims"] | None = None,
-) -> Float[Tensor, "B"]:
-    """[4] section 3.1 for one guidance scale: matching_loss on noisy data, with a guided
-    teacher."""
+    x0: Batch,
+    t: Times | None = None,
+    eps: Batch | None = None,
+) -> Losses:
+    """[4] section 3.1 for one guidance scale: matching_loss on noisy data, a guided teacher."""
     t = schedule.sample_t(len(x0)) if t is None else t
     eps = torch.randn_like(x0) if eps is None else eps
     return matching_loss(student, teacher, schedule, schedule.mix(x0, eps, t), t)
 
 
 def matching_loss(
-    student: Denoise,
-    teacher: Denoise,
-    schedule: NoiseSchedule,
-    x: Float[Tensor, "B *dims"],
-    t: Shaped[Tensor, "B"],
-) -> Float[Tensor, "B"]:
+    student: Denoise, teacher: Denoise, schedule: NoiseSchedule, x: Batch, t: Times
+) -> Losses:
     """max(SNR_t, 1) |x0_student(x_t) - x0_teacher(x_t)|^2 at any x_t, such as the student's own."""
     with torch.no_grad():
         x0 = teacher(x, t).x0
@@ -93,11 +89,8 @@ def matching_loss(
 
 
 def progressive_target(
-    teacher: Denoise,
-    schedule: NoiseSchedule,
-    x: Float[Tensor, "B *dims"],
-    times: Shaped[Tensor, "n1 B"],
-) -> Float[Tensor, "B *dims"]:
+    teacher: Denoise, schedule: NoiseSchedule, x: Batch, times: Shaped[Tensor, "n1 B"]
+) -> Batch:
     """[1] algorithm 2: the x0 with which one DDIM step ends where the teacher's n steps end.
 
     x0 = (x_s - (sigma_s / sigma_t) x_t) / (alpha_s - (sigma_s / sigma_t) alpha_t), from t =
@@ -117,17 +110,17 @@ def progressive_loss(
     student: Denoise,
     teacher: Denoise,
     schedule: NoiseSchedule,
-    x0: Float[Tensor, "B *dims"],
+    x0: Batch,
     times: Shaped[Tensor, "N1"],
     stride: int = 2,
     n: Int[Tensor, "B"] | None = None,
-    eps: Float[Tensor, "B *dims"] | None = None,
-) -> Float[Tensor, "B"]:
+    eps: Batch | None = None,
+) -> Losses:
     """[1] algorithm 2: the student's step from times[n] to times[n + stride] ends where the
     teacher's `stride` steps end. The weight is max(SNR, 1), the "truncated SNR" of its section 4.
 
-    times: the teacher's, N steps; the trained student's are times[::stride], and it is the next
-    teacher. n: where each example starts, 0, stride, 2 stride, ... n and eps are drawn by default.
+    times: the teacher's, N steps; the student's are times[::stride], and it is the next teacher.
+    n: where each example starts, 0, stride, 2 stride, ... Default: n and eps at random.
     """
     steps = len(times) - 1
     if stride < 1 or steps < stride or steps % stride:
@@ -142,16 +135,13 @@ def progressive_loss(
 def endpoint_loss(
     student: Denoise,
     schedule: NoiseSchedule,
-    x: Float[Tensor, "B *dims"],
-    t: Shaped[Tensor, "B"],
-    end: Float[Tensor, "B *dims"],
+    x: Batch,
+    t: Times,
+    end: Batch,
     distance: Distance = squared,
-) -> Float[Tensor, "B"]:
-    """[7], from any point of a chain: the student's x0 at (x, t) is to be the end of the chain.
-
-    Chains are sampled once, by any deterministic sampler, and used many times. With t = T alone the
-    student learns one step; with all t, a consistency function ([2] section 3) by regression.
-    """
+) -> Losses:
+    """[7], from any point of a deterministic sampler's chain: the student's x0 is to be its end.
+    t = T alone teaches it one step; all t, a consistency function ([2] section 3)."""
     return distance(consistent(student, schedule, x, t), end)
 
 
@@ -159,23 +149,22 @@ def consistency_loss(
     student: Denoise,
     target: Denoise,
     schedule: NoiseSchedule,
-    x0: Float[Tensor, "B *dims"],
+    x0: Batch,
     times: Shaped[Tensor, "N1"],
     teacher: Denoise | None = None,
     distance: Distance = squared,
-    n_eps: tuple[Int[Tensor, "B"], Float[Tensor, "B *dims"]] | None = None,
-) -> Float[Tensor, "B"]:
+    n_eps: tuple[Int[Tensor, "B"], Batch] | None = None,
+) -> Losses:
     """d(f_student(x_t, t), f_target(x_s, s)) for neighbours t = times[n] > s = times[n + 1], where
     f is steps.consistent.
 
-    With a teacher it is consistency distillation, [2] eq. 7: x_s is the teacher's DDIM step from
-    x_t. With a guided teacher on latents it is LCM's, [5] section 4, whose k = 20 of 1000 levels
-    are schedule.timesteps(50); if only LoRAs of the student are trained, LCM-LoRA ([6]). Without a
-    teacher it is consistency training, [2] eq. 10: x_s is the same data with the same noise.
+    With a teacher it is consistency distillation, [2] eq. 7: x_s is the teacher's DDIM step. With a
+    guided teacher on latents it is LCM ([5] section 4; its k = 20 of 1000 levels is
+    schedule.timesteps(50)); where only LoRAs are trained, LCM-LoRA ([6]). Without a teacher it is
+    consistency training, [2] eq. 10: x_s is the same data with the same noise.
 
-    target: an average of the student ([2] algorithm 2), or the student itself ([3] section 3.2); it
-    gets no gradient. distance: pseudo_huber in [3]. n_eps: the interval and the noise of each
-    example; drawn by default.
+    target: an average of the student ([2] algorithm 2), or the student itself ([3] section 3.2).
+    distance: pseudo_huber in [3]. n_eps: the interval and noise of each example. Default: random.
     """
     if n_eps is None:
         n_eps = torch.randint(0, len(times) - 1, (len(x0),)), torch.randn_like(x0)
@@ -192,18 +181,17 @@ def renoised_loss(
     student: Denoise,
     teacher: Denoise,
     schedule: NoiseSchedule,
-    x: Float[Tensor, "B *dims"],
-    t: Shaped[Tensor, "B"],
-    s: Shaped[Tensor, "B"],
+    x: Batch,
+    t: Times,
+    s: Times,
     distance: Distance = squared,
-    eps: Float[Tensor, "B *dims"] | None = None,
-) -> Float[Tensor, "B"]:
+    eps: Batch | None = None,
+) -> Losses:
     """[8] eq. 4 without its adversary: the student's x0 from (x, t) gets new noise of time s, and
     is to be what the teacher makes of that.
 
-    It needs neither data nor chains, only noise x. It sharpens what regression leaves as a mean,
-    and costs variety. It cannot correct what noise of time s does not hide, such as the colour of a
-    whole image: mix it with another loss.
+    It needs only noise x, sharpens what regression leaves as a mean, and costs variety. It cannot
+    correct what noise of time s does not hide, as an image's colour: mix it with another loss.
     """
     x0 = consistent(student, schedule, x, t)
     with torch.no_grad():
@@ -213,22 +201,17 @@ def renoised_loss(
 
 
 def intervals(step: int, steps: int, first: int = 10, last: int = 1280) -> int:
-    """[3] section 3.4: how many intervals there are at this training step, counted from 0.
-
-    It starts at `first` and doubles every K' = floor(steps / (log2(last / first) + 1)) steps, up to
-    `last`.
-    """
+    """[3] section 3.4: the number of intervals at this training step, counted from 0. It starts at
+    `first` and doubles every floor(steps / (log2(last / first) + 1)) steps, up to `last`."""
     stages = int(math.log2(last / first)) + 1
     if steps < stages:
         raise UserError(f"steps is {steps}; {first} to {last} intervals take at least {stages}.")
-    doublings = step // (steps // stages)
-    return min(first * 2**doublings, last)
+    return min(first * 2 ** (step // (steps // stages)), last)
 
 
 def lognormal(
     sigma: Float[Tensor, "N1"], mean: float = -1.1, std: float = 2.0
 ) -> Float[Tensor, "N"]:
-    """[3] section 3.5: the probability of each interval of decreasing noise levels, for ln sigma
-    normal; torch.multinomial draws n by it."""
+    """[3] section 3.5: the probability of each interval of decreasing sigma; ln sigma is normal."""
     below = torch.special.ndtr((sigma.log() - mean) / std)
     return below[:-1] - below[1:]

@@ -1,8 +1,6 @@
-"""Images from an image: starting late (image to image), and keeping what is outside a mask
-(inpainting).
+"""Image to image, which starts late, and inpainting, which keeps what is outside a mask.
 
-Nothing is trained here. z0 are the latents of the given image; a mask is 1 where the image is to be
-drawn anew and 0 where it stays.
+z0 are the latents of the given image; a mask is 1 where the image is drawn anew, 0 where it stays.
 
 [1] Meng et al. SDEdit: Guided Image Synthesis and Editing with Stochastic Differential Equations.
     2021. arXiv:2108.01073
@@ -35,12 +33,8 @@ Mask = Float[Tensor, "1 1 h w"]
 
 @dataclass(frozen=True)
 class Edit:
-    """What to start from, and what of it to keep.
-
-    image: in [-1, 1]. strength: the share of the steps that is walked; at 1 little of the image
-    stays.
-    mask: 1 where the image is drawn anew, 0 where it stays. Default: it is drawn anew everywhere.
-    """
+    """An image in [-1, 1] to start from; the share of the steps that is taken (at 1 little of the
+    image stays); and a mask. Default: the image is drawn anew everywhere."""
 
     image: Float[Tensor, "1 C H W"]
     strength: float = 1.0
@@ -57,8 +51,7 @@ class Edit:
         """The images inside the mask, and the given one, to the bit, outside."""
         if self.mask is None:
             return images
-        mask, image = self.mask.to(images), self.image.to(images)
-        return torch.where(mask > 0.5, images, image)
+        return torch.where(self.mask.to(images) > 0.5, images, self.image.to(images))
 
 
 @torch.no_grad()
@@ -66,13 +59,11 @@ def edited(
     model: LatentDiffusion, prompts: list[str], edit: Edit, config: SampleConfig, noise: Noise
 ) -> Iterator[Frame]:
     """As LatentDiffusion.sample, but from an image. What is outside a mask stays in the latents;
-    pixels that must stay are pasted back with edit.paste.
-    """
+    edit.paste keeps its pixels."""
     config = replace(config, size=Size(*edit.image.shape[2:]))
     blank = model.blank(len(prompts), config)
-    times = late(
-        times_of(model.schedule, config.steps, config.spacing or model.spacing), edit.strength
-    )
+    times = times_of(model.schedule, config.steps, config.spacing or model.spacing)
+    times = late(times, edit.strength)
     eps, z0 = noise(blank), model.vae.encode(edit.image.to(blank)).expand_as(blank)
 
     alpha, sigma = model.schedule.alpha_sigma(times[0])
@@ -90,16 +81,14 @@ def edited(
 
 
 def late(times: Shaped[Tensor, "steps1"], strength: float) -> Shaped[Tensor, "late1"]:
-    """The last strength x steps of the steps, [1] section 3: the image has decided what the earlier
-    would."""
+    """The last strength x steps of the steps, [1] section 3."""
     steps = len(times) - 1
     return times[steps - max(1, int(steps * strength)) :]
 
 
 @dataclass(frozen=True)
 class Keeping(Step):
-    """A step after which all outside the mask is z0 with the noise of time s ([2] eq. 8, one
-    eps)."""
+    """A step, then z0 with the noise of time s outside the mask ([2] eq. 8, one eps)."""
 
     step: Step
     z0: Latents
@@ -117,13 +106,11 @@ class Keeping(Step):
         memory: Any = None,
     ) -> tuple[Latents, Latents, Any]:
         x_s, x0, memory = self.step(denoise, schedule, x, t, s, noise, memory)
-        outside = schedule.mix(self.z0, self.eps, s)
-        return self.mask * x_s + (1 - self.mask) * outside, x0, memory
+        return self.mask * x_s + (1 - self.mask) * schedule.mix(self.z0, self.eps, s), x0, memory
 
 
 class Inpainting(nn.Module):
-    """A network trained for inpainting ([3] section 4.5): its input is x, the mask, and masked
-    latents."""
+    """A network trained for inpainting ([3] section 4.5): it reads x, the mask, masked latents."""
 
     def __init__(self, network: nn.Module, mask: Mask, masked: Float[Tensor, "1 Z h w"]):
         super().__init__()

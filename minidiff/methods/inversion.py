@@ -5,10 +5,9 @@ images, [1] eq. 2:
 
     v* = argmin_v  E || eps - eps_theta(x_t, t, c_v(caption)) ||^2         all but v is frozen
 
-So the file is 3 KB, and the model can draw nothing new: only what it could draw all along and no
-word of its own would call. Trained beside the U-Net or a LoRA, v finds a place in the text
-encoder's language for what the U-Net learns to draw, while the encoder stays as it is (pivotal
-tuning [2]). The training loop is finetuning/loop.py; the files are checkpoints/embedding.py's.
+So the file is 3 KB, and the model draws only what it could draw before and had no word for. Trained
+beside the U-Net or a LoRA, v names what the U-Net learns, while the text encoder stays as it is
+(pivotal tuning [2]).
 
 [1] Gal et al. An Image is Worth One Word: Personalizing Text-to-Image Generation using Textual
     Inversion. 2022. arXiv:2208.01618
@@ -31,15 +30,13 @@ def token_of(word: str) -> int:
     ids = token_ids(word.strip().removeprefix("<").removesuffix(">"))
     if len(ids) != 1:
         raise UserError(
-            f'"{word}" is {len(ids)} tokens of the vocabulary; a vector can be trained for one. '
-            'Take a word that is one token, as "sks".'
+            f'"{word}" is {len(ids)} tokens of the vocabulary; take a word that is one, as "sks".'
         )
     return ids[0]
 
 
 def word_of(words: list[str], prompt: str) -> str:
-    """The word of a prompt whose vector is to be trained: the rarest of those that may name the
-    subject (or of the whole prompt); it must be one token."""
+    """The rarest of the words that may name the subject (or of the whole prompt); one token."""
     candidates = words or re.findall(r"\w+", prompt)
     single = [word for word in candidates if len(token_ids(word)) == 1]
     if not single:
@@ -53,10 +50,9 @@ class Word(nn.Module):
     def __init__(
         self, text: CLIPText, word: str, like: str | None = None, lr_multiplier: float = 1.0
     ):
-        """like: start from the vector of this word, the coarse class of the subject ([1] section
-        4); None starts from the token's own.
-        lr_multiplier: we train change / lr_multiplier, because Adam's step size does not depend on
-        the gradient's scale; so the vector learns at lr_multiplier times the learning rate."""
+        """like: start from the vector of this word, the subject's class ([1] section 4). Default:
+        the token's own. lr_multiplier: the vector learns at that many times the learning rate; we
+        train change / lr_multiplier, as Adam's step does not depend on the gradient's scale."""
         super().__init__()
         self.word, self.token, self.lr_multiplier = word, token_of(word), lr_multiplier
         start = text.token_embedding.weight[token_of(like) if like else self.token]

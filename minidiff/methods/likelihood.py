@@ -38,16 +38,14 @@ def log_likelihood(
     """log p(x0) in nats, [1] eq. 39: four evaluations a step, and a backward pass for each probe.
 
     probes: how many random sign vectors estimate the trace, without bias ([3], [1] eq. 40).
-    Default: every axis in turn, which is exact and feasible for few dimensions. between: the levels
-    sigma / alpha at the two ends. The result is the density of data blurred by the lower one; at
-    the upper one data count as noise of mean 0 and variance 1. Compute in float64 if digits matter.
+    Default: every axis in turn, exact and for few dimensions. between: sigma / alpha at the two
+    ends. Data are blurred by the lower one; at the upper one they count as noise of variance 1.
     """
     alpha, sigma = schedule.alpha_sigma(schedule.timesteps(1)[:1])
     low, high = math.log(between[0]), math.log(min(between[1], (sigma / alpha).item()))
-    shape = (probes, *x0.shape)
     signs = None
     if probes is not None:
-        signs = (torch.randint(2, shape, generator=generator) * 2 - 1).to(x0)
+        signs = (torch.randint(2, (probes, *x0.shape), generator=generator) * 2 - 1).to(x0)
     slope = partial(_slope, denoise, schedule, signs)
     y, gained, h = x0, x0.new_zeros(len(x0)), (high - low) / steps
     for k in range(steps):
@@ -78,18 +76,15 @@ def _slope(
 
 def _trace(eps: State, y: State, signs: Signs | None) -> Float[Tensor, "B"]:
     """Of d eps / d y: the mean of v . J v over the probes v, or the sum over all axes."""
-    vectors = signs
-    if vectors is None:
-        dims = y[0].numel()
-        vectors = torch.eye(dims).to(y).view(dims, 1, *y.shape[1:]).expand(dims, *y.shape)
-    products = [(v * torch.autograd.grad(eps, y, v, retain_graph=True)[0]) for v in vectors]
-    each = torch.stack([product.flatten(1).sum(1) for product in products])
-    return each.sum(0) if signs is None else each.mean(0)
+    dims = y[0].numel()
+    axes = torch.eye(dims).to(y).view(dims, 1, *y.shape[1:]).expand(dims, *y.shape)
+    vectors = axes if signs is None else signs
+    products = [v * torch.autograd.grad(eps, y, v, retain_graph=True)[0] for v in vectors]
+    total = torch.stack(products).flatten(2).sum((0, 2))
+    return total if signs is None else total / len(signs)
 
 
 def bits_per_dim(log_p: Float[Tensor, "B"], dims: int, cell: float = 1.0) -> Float[Tensor, "B"]:
-    """-log2 of the density per dimension, for data counted in cells of this width.
-
-    For bytes in [-1, 1], dequantized uniformly, published code uses 2 / 256.
-    """
+    """-log2 of the density per dimension, for data counted in cells of this width: 2 / 256 for
+    uniformly dequantized bytes in [-1, 1]."""
     return -(log_p / dims + math.log(cell)) / math.log(2)

@@ -1,7 +1,5 @@
 """LoRA, low-rank adaptation: a few trained weights beside many frozen ones.
 
-The whole method is in this file; other tools' names for it are in checkpoints/lora.py.
-
     y = W x + b + (alpha / r) B A x
 
 W (out, in) is frozen; A (r, in) and B (out, r) are trained, and B starts at zero. So W changes only
@@ -12,8 +10,7 @@ B is 1x1.
     lora.merge(model), lora.unmerge(model)            # into the weights, and back to the bit
     lora.remove(model)
 
-A LoRA is a child of its layer, named "lora", and adds to the layer's output by a forward hook. So
-the networks' code knows nothing of it, and no tensor of theirs changes its name.
+A LoRA is a child of its layer, named "lora", and adds to the layer's output by a forward hook.
 
 [1] Hu et al. LoRA: Low-Rank Adaptation of Large Language Models. 2021. arXiv:2106.09685
 """
@@ -48,9 +45,7 @@ class LoRA(nn.Module):
         self.alpha, self.scale = float(alpha), 1.0
         names = ("stride", "padding", "dilation") if kernel else ()
         self.convolution = {name: getattr(layer, name) for name in names}
-        self.register_buffer(
-            "own_weight", None, persistent=False
-        )  # while merged: the layer's own weight
+        self.register_buffer("own_weight", None, persistent=False)  # the layer's, while merged
 
     @property
     def factor(self) -> float:
@@ -87,9 +82,8 @@ def attach(module: nn.Module, pairs: Iterable[tuple[Layer, LoRA]]) -> None:
 def add(
     module: nn.Module, rank: int, alpha: float | None = None, targets: Iterable[str] = ATTENTION
 ) -> list[str]:
-    """Give a LoRA to every linear layer and convolution whose name is one of the targets or ends in
-    one ("q", "cross_attention.k", "conv1"); all of the module but its LoRAs is frozen. alpha: None
-    is the rank. Returns the names of the layers."""
+    """Give a LoRA to every linear layer and convolution whose name ends in a target ("q",
+    "cross_attention.k"), and freeze all else. alpha: None is the rank. Returns their names."""
     if rank < 1:
         raise UserError(f"a LoRA of rank {rank}; the rank must be at least 1.")
     layers = chosen(module, tuple(targets))
@@ -105,15 +99,11 @@ def chosen(module: nn.Module, targets: tuple[str, ...]) -> dict[str, Layer]:
     idle = [target for target in targets if not any(ends(name, target) for name in layers)]
     if idle or not targets:
         endings = sorted({name.rsplit(".")[-1] for name in layers} - {""})
+        names = " or ".join(idle) or "by no target"
         raise UserError(
-            f"no layer is named {' or '.join(idle) or 'by no target'}; names of this network end "
-            f"in {', '.join(endings)}."
+            f"no layer is named {names}; names of this network end in {', '.join(endings)}."
         )
-    return {
-        name: layer
-        for name, layer in layers.items()
-        if any(ends(name, target) for target in targets)
-    }
+    return {name: layer for name, layer in layers.items() if any(ends(name, t) for t in targets)}
 
 
 def ends(name: str, target: str) -> bool:
@@ -123,27 +113,20 @@ def ends(name: str, target: str) -> bool:
 def check_free(layers: dict[str, Layer]) -> None:
     taken = next((name for name, layer in layers.items() if hasattr(layer, "lora")), None)
     if taken is not None:
-        raise UserError(
-            f"{taken} has a LoRA already; remove it, or merge and remove it to put another on top."
-        )
+        raise UserError(f"{taken} has a LoRA already; remove it, or merge it and then remove it.")
 
 
 def adapted(module: nn.Module) -> dict[str, Layer]:
     """The layers that have a LoRA, by name."""
-    return {
-        name: layer
-        for name, layer in module.named_modules()
-        if isinstance(getattr(layer, "lora", None), LoRA)
-    }
+    layers = module.named_modules()
+    return {name: each for name, each in layers if isinstance(getattr(each, "lora", None), LoRA)}
 
 
 def state(module: nn.Module) -> dict[str, Tensor]:
-    """A and B of every LoRA by their names in the module's state_dict; load_state_dict(...,
-    strict=False) takes them back."""
+    """A and B of every LoRA by their names in the module's state_dict."""
+    loras = {f"{name}.lora": layer.lora for name, layer in adapted(module).items()}
     return {
-        f"{name}.lora.{half}": getattr(layer.lora, half).detach()
-        for name, layer in adapted(module).items()
-        for half in ("A", "B")
+        f"{name}.{half}": getattr(loras[name], half).detach() for name in loras for half in "AB"
     }
 
 
@@ -156,8 +139,7 @@ def scale(module: nn.Module, by: float) -> None:
 
 
 def merge(module: nn.Module) -> None:
-    """Add every LoRA to the weight of its layer: sampling costs nothing more. The old weight is
-    kept until unmerge or remove."""
+    """Add every LoRA to the weight of its layer, whose own is kept until unmerge or remove."""
     for layer in adapted(module).values():
         if layer.lora.own_weight is None:
             layer.lora.own_weight = layer.weight.data
@@ -180,12 +162,10 @@ def remove(module: nn.Module) -> None:
 
 
 def merged_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state_dict of the module with every LoRA merged and removed; the module stays as it
-    is."""
-    whole = module.state_dict()
+    """The state_dict of the module with every LoRA merged and removed; changes nothing in it."""
+    whole, added = module.state_dict(), state(module)
+    whole = {name: tensor for name, tensor in whole.items() if name not in added}
     for name, layer in adapted(module).items():
-        for half in ("A", "B"):
-            del whole[f"{name}.lora.{half}"]
         if layer.lora.own_weight is None:
             whole[f"{name}.weight"] = layer.lora.merged(layer.weight)
     return whole

@@ -1,6 +1,7 @@
 """The options of fine-tuning, of LoRAs and of DreamBooth."""
 
 import math
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -12,20 +13,27 @@ Precision = Literal["fp32", "bf16"]
 OptimizerName = Literal["adamw", "adamw8bit"]
 TrainText = Literal["auto", "yes", "no", "word"]
 MACHINE = ("checkpointing",)  # what suits the machine changes no result, and is no part of a run
+ABOVE_0, BELOW_1, FINITE = math.ulp(0.0), math.nextafter(1, 0), sys.float_info.max
+COUNTS = ("rank", "accumulate", "steps", "batch", "every", "probe", "noises")
+LIMITS = {  # of options by name: least, most, and both in words
+    **dict.fromkeys(COUNTS, (1, math.inf, "at least 1")),
+    **dict.fromkeys(("lr", "word_lr", "t_std", "alpha"), (ABOVE_0, FINITE, "above 0, as in 1e-4")),
+    "warmup": (0, math.inf, "at least 0"),
+    "n": (2, math.inf, "at least 2: one has no second seed to compare with"),
+    "ema": (ABOVE_0, BELOW_1, "between 0 and 1, as in 0.999"),
+    "dropout": (0, BELOW_1, "from 0 to below 1, as in 0.1"),
+    "validation": (0, BELOW_1, "a share from 0 to below 1"),
+    "seed": (0, 2**63 - 1, f"from 0 to {2**63 - 1}"),
+    "prior": (0, FINITE, "0 or above; 1 is usual"),
+    "shift": (0, 0.5, "from 0 to 0.5 of the side"),
+}
 
 
-def _at_least(config: object, **limits: int) -> None:
-    for name, least in limits.items():
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise UserError(f"{name} is {value}; it must be at least {least}.")
-
-
-def _positive(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise UserError(f"{name} is {value:g}; it must be above 0, as in 1e-4.")
+def check_limits(config: object) -> None:
+    for name, value in vars(config).items():
+        least, most, words = LIMITS.get(name, (None, None, ""))
+        if words and value is not None and not least <= value <= most:
+            raise UserError(f"{name} is {value:g}; it must be {words}.")
 
 
 @dataclass(frozen=True)
@@ -36,13 +44,11 @@ class LoRAConfig:
     rank: int = 8
     # the LoRA's change is multiplied by alpha / rank. Default: the rank
     alpha: float | None = None
-    # adapt the U-Net's layers whose names end so, as in q,k,v,out. Default: those that read the
-    # text
+    # adapt the U-Net's layers whose names end so, as in q,k,v,out. Default: those that read text
     layers: str = ""
 
     def __post_init__(self) -> None:
-        _at_least(self, rank=1)
-        _positive(self, "alpha")
+        check_limits(self)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -54,8 +60,8 @@ class LoRAConfig:
 class TuningConfig:
     """What fine-tuning and DreamBooth have in common."""
 
-    # full trains every weight of the U-Net and writes a model; lora trains a few weights beside
-    # them and writes a small file; inversion trains the vector of one word alone
+    # full trains the whole U-Net and writes a model; lora trains a few weights beside it and writes
+    # a small file; inversion trains the vector of one word alone
     method: Method = "full"
     # batches in a step: a larger step in the same memory
     accumulate: int = 1
@@ -78,11 +84,7 @@ class TuningConfig:
         choice("method", self.method, get_args(Method))
         choice("optimizer", self.optimizer, get_args(OptimizerName))
         choice("dtype", self.dtype, get_args(Precision))  # in fp16 gradients vanish
-        _at_least(self, accumulate=1)
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise UserError(f"ema is {self.ema:g}; it must be between 0 and 1, as in 0.999.")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed is {self.seed}; it must be from 0 to {2**63 - 1}.")
+        check_limits(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,12 +119,6 @@ class FineTuneConfig(TuningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, steps=1, batch=1, every=1, warmup=0)
-        _positive(self, "lr", "word_lr", "t_std")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise UserError(
-                f"dropout is {self.dropout:g}; it must be from 0 to below 1, as in 0.1."
-            )
         if (self.t_mean is None) != (self.t_std is None):
             raise UserError("t_mean and t_std go together; set both or neither.")
         if self.method == "inversion" and not self.word:
@@ -159,18 +155,14 @@ class DataConfig:
     validation: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.validation < 1:
-            raise UserError(
-                f"validation is {self.validation:g}; it must be a share from 0 to below 1."
-            )
+        check_limits(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SubjectConfig:
     """The images of a subject and of its class."""
 
-    # a folder with the images of the subject; where it has a metadata.jsonl, its captions are used
-    # instead of the prompt
+    # a folder with images of the subject; captions in its metadata.jsonl replace the prompt
     subject: Path
     # where metadata.jsonl has the captions
     caption_column: str = "text"
@@ -203,11 +195,7 @@ class RecorderConfig:
     network: str = "random-conv-0"
 
     def __post_init__(self) -> None:
-        _at_least(self, every=1, steps=1, probe=1, noises=1)
-        if self.n < 2:
-            raise UserError(
-                f"n is {self.n}; a grid has no second seed to compare with; take at least 2."
-            )
+        check_limits(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,32 +204,27 @@ class DreamBoothConfig(TuningConfig):
 
     # what the images show, with a rare token for the subject, as in "a photo of sks dog"
     prompt: str
-    # the prompt without the token, as in "a photo of a dog": the model draws it before training
-    # and goes on learning it, so that it is not forgotten. Repeat for more; {red|blue} stands for
-    # either
+    # the prompt without the token, as in "a photo of a dog": the model draws it and keeps learning
+    # it, so that it is not forgotten. Repeat for more; {red|blue} stands for either
     class_prompt: tuple[str, ...] = ()
-    # weight of the class images' loss; 0 does without them, and the model forgets the class.
-    # Default: chosen for the model and method
+    # weight of the class images' loss; at 0 the model forgets the class. Default: suits the model
     prior: float | None = None
-    # how many class images to draw; they are drawn again only when what they follow from changes.
-    # Default: chosen for the model and method
+    # how many class images to draw, once. Default: suits the model
     class_pictures: int | None = None
-    # optimizer steps. Default: chosen for the model and method
+    # optimizer steps. Default: suits the model
     steps: int | None = None
-    # peak learning rate. Default: chosen for the model and method
+    # peak learning rate. Default: suits the model
     lr: float | None = None
-    # images of the subject in a batch, and as many of the class. Default: chosen for the model and
-    # method
+    # images of the subject in a batch, and as many of the class. Default: suits the model
     batch: int | None = None
-    # rank of the LoRA. Default: chosen for the model and method
+    # rank of the LoRA. Default: suits the model
     rank: int | None = None
     # the LoRA's change is multiplied by alpha / rank. Default: the rank
     alpha: float | None = None
-    # train the text encoder too: yes, no, or the rare token's vector alone (word), which a LoRA
-    # then needs beside it. auto: chosen for the model and method
+    # train the text encoder too: yes, no, or the rare token's vector alone (word); auto suits the
+    # model
     text: TrainText = "auto"
-    # move the images about by up to this share of their side. Default: chosen for the model and
-    # method
+    # move the images about by up to this share of their side. Default: suits the model
     shift: float | None = None
     # steps between two checkpoints, and between two rows of the report
     every: int = 200
@@ -249,29 +232,17 @@ class DreamBoothConfig(TuningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         choice("text", self.text, get_args(TrainText))
-        _at_least(self, steps=1, batch=1, rank=1, every=1)
-        _positive(self, "lr", "alpha")
         if not self.prompt.strip():
-            raise UserError(
-                "prompt is empty; say what the images show, with a rare token for the subject, as "
-                'in "a photo of sks dog".'
-            )
-        if self.prior is not None and not 0 <= self.prior < math.inf:
-            raise UserError(f"prior is {self.prior:g}; it must be 0 or above; 1 is usual.")
-        if self.shift is not None and not 0 <= self.shift <= 0.5:
-            raise UserError(f"shift is {self.shift:g}; it must be from 0 to 0.5 of the side.")
-        if not self.preserves:
-            return
-        if not self.class_prompt:
+            raise UserError('prompt is empty; name the subject, as in "a photo of sks dog".')
+        if self.preserves and not self.class_prompt:
             raise UserError(
                 "prior preservation needs to know what class to preserve: give `class_prompt`, the "
-                'prompt without its rare token, as in "a photo of a dog"; or `prior=0`, and the '
-                "model forgets."
+                "prompt without its rare token; or `prior=0`, and the model forgets."
             )
-        if self.class_pictures is not None and self.class_pictures < 1:
+        count = self.class_pictures
+        if self.preserves and count is not None and count < 1:
             raise UserError(
-                f"class_pictures is {self.class_pictures}, which preserves nothing; draw some "
-                "(200), or give `prior=0`."
+                f"class_pictures is {count}, which preserves nothing; draw some, or give `prior=0`."
             )
 
     @property

@@ -1,8 +1,5 @@
-"""What to do about a fine-tune, in one plain sentence made from its measurements.
-
-The rules are asked from top to bottom, and the first that holds speaks. They are rules of thumb,
-and name the number they go by, so that a reader can disagree. docs/flight_recorder.md lists them.
-"""
+"""What to do about a fine-tune, in one sentence with the number it rests on: the first rule of
+thumb that holds. docs/flight_recorder.md lists them."""
 
 import math
 from statistics import fmean, median
@@ -50,32 +47,26 @@ def _mean_ratio(now: list[float | None], first: list[float | None]) -> float:
 
 
 def closeness(record: Record) -> float | None:
-    """The median distance of the images of taught prompts to the nearest training image, in units
-    of the floor."""
+    """The median distance, over the floor, of images of taught prompts to training images."""
     distances = [distance for near in record.nearest.values() for distance, _ in near]
     return median(distances) if distances else None
 
 
 def drift(record: Record) -> tuple[float, str]:
-    """How far the prompt that moved furthest of those that should stay did, and its label; 0 if
-    there is none."""
+    """How far the prompts that should stay moved at most, and the label of that one."""
     stay = [(moved, name) for name, moved in record.moved.items() if name.startswith("unrelated")]
     return max(stay, default=(0.0, ""))
 
 
 def advise(records: list[Record]) -> str:
-    """One sentence: keep going, stop, lower the learning rate, or nothing learnt yet; and the
-    number that says so."""
+    """One sentence: keep going, stop, lower the learning rate, or nothing learnt yet; and why."""
     if not records:
         return "Nothing was measured yet."
     last, step = records[-1], records[-1].step
     if name := _not_finite(last):
         return f"Lower the learning rate to a tenth: at step {step} {name} is not a finite number."
     if len(records) == 1:
-        return (
-            f"Keep going: step {step} is the only measure yet, and what later ones are compared "
-            "with."
-        )
+        return f"Keep going: step {step} is the only measure yet; later ones are compared with it."
 
     # What went wrong.
     validation, fitted = relative(records, "validation"), relative(records, "train")[-1]
@@ -116,26 +107,18 @@ def advise(records: list[Record]) -> str:
             f"Nothing learnt yet: at step {step} the loss of the training examples is {fitted:.3f} "
             "of what it was at first; raise the learning rate, or adapt more layers."
         )
-    if validation[-1] is not None and validation[-2] is not None:
-        if validation[-1] < (1 - NOISE / 4) * validation[-2]:
-            return (
-                f"Keep going: the validation loss still falls, from {validation[-2]:.3f} to "
-                f"{validation[-1]:.3f} of what it was at first{but}"
-            )
-        return (
-            "Keep going while the pictures get better: the validation loss is level at "
-            f"{validation[-1]:.3f} of what it was at first{but}"
-        )
+    before, now = validation[-2:]
+    if before is not None and now is not None:
+        go_on = " while the pictures get better: the validation loss is level at"
+        if now < (1 - NOISE / 4) * before:
+            go_on = f": the validation loss still falls, from {before:.3f} to"
+        return f"Keep going{go_on} {now:.3f} of what it was at first{but}"
     if fitted is not None:
         return (
             "Keep going while the pictures get better: the loss of the training examples is "
-            f"{fitted:.2f} of what it was at first, and there are no validation examples to say "
-            f"when to stop{but}"
+            f"{fitted:.2f} of what it was at first, and no validation loss says when to stop{but}"
         )
-    return (
-        f"Look at the pictures of step {step}: no examples were given whose loss could say "
-        f"more{but}"
-    )
+    return f"Look at the pictures of step {step}: there is no example whose loss says more{but}"
 
 
 def _not_finite(record: Record) -> str | None:
@@ -143,22 +126,21 @@ def _not_finite(record: Record) -> str | None:
     numbers = dict(record.losses)
     numbers |= {f"how far {label} moved": moved for label, moved in record.moved.items()}
     for which in ("validation", "train"):
-        for b, loss in enumerate(getattr(record, which)):
-            if loss is not None:
-                numbers[f"{which} loss in tenth {b + 1} of t"] = loss
-    return next((name for name, value in numbers.items() if not math.isfinite(value)), None)
+        losses = enumerate(getattr(record, which), start=1)
+        numbers |= {f"{which} loss in tenth {b} of t": loss for b, loss in losses}
+    bad = (name for name, value in numbers.items() if not math.isfinite(value or 0))
+    return next(bad, None)
 
 
 def _taught_most(record: Record) -> float:
-    """How far the taught prompt that moved furthest did."""
+    """How far the taught prompts moved at most."""
     other = ("unrelated", "class")
-    taught = [moved for name, moved in record.moved.items() if not name.startswith(other)]
-    return max(taught, default=0.0)
+    return max((d for name, d in record.moved.items() if not name.startswith(other)), default=0.0)
 
 
 def _rise(validation: list[float | None]) -> tuple[float, float] | None:
-    """The lowest validation loss and the last, if the last two both lie above the lowest by more
-    than noise."""
+    """The lowest validation loss and the last, if the last two are both above it by more than
+    noise."""
     losses = [loss for loss in validation if loss is not None]
     if len(losses) < 3 or min(losses[-2:]) <= (1 + NOISE) * min(losses):
         return None
@@ -180,10 +162,8 @@ def best(records: list[Record]) -> int | None:
         for loss, record in zip(relative(records, "validation"), records, strict=True)
         if not (_not_finite(record) or _copies(record) or drift(record)[0] >= FAR)
     ]
-    if not records or not right:
-        return None
-    step = max(right)[1]
-    return step if step > records[0].step else None
+    step = max(right)[1] if right else None
+    return step if right and step > records[0].step else None
 
 
 def _back(records: list[Record]) -> str:

@@ -8,10 +8,8 @@
             recorder.measure(step.step, {"loss": step.loss}, step.lr)
     print(recorder.advice(), recorder.report())
 
-The losses of training jump about because t, the noise and the examples are new at every step. Here
-they are the same at every measurement, so a curve moves only because the model did. No random state
-of the training is touched, and every module is put back into its mode: a run with a recorder ends
-at the weights of a run without one.
+Examples, t and noise are the same at every measurement, so a curve moves only because the model
+did. A run with a recorder ends at the weights of a run without one.
 
 A label that begins with "unrelated" is a prompt that should stay as it is, one that begins with
 "class" may change with the subject, and any other is a prompt that is being taught.
@@ -85,8 +83,7 @@ class Recorder:
     ):
         """prompts: by label. training: the images trained on, (3, H, W) in [-1, 1]. validation,
         examples: what is held out, and what is trained on; the first config.probe of each are
-        measured. config.network: of images of the built-in world "critic-attributes" sees most.
-        settings: what the report's table should say of the run."""
+        measured. settings: more rows for the report's table."""
         if not prompts:
             raise UserError("nothing to draw: the recorder needs at least one prompt.")
         if len(training) < 1:
@@ -119,8 +116,7 @@ class Recorder:
 
     def measure(self, step: int, losses: dict[str, float], lr: float | None = None) -> Record:
         """Draw the grid, measure everything, add a line to record.jsonl, write the report anew.
-        Lines of this step and above, left by a run that was killed and resumed, are dropped: these
-        steps have just happened again."""
+        Lines of this step and above, from before a resume, are dropped."""
         start = time.perf_counter()
         per_step = None
         if self.clock and step > self.clock[0]:
@@ -132,31 +128,20 @@ class Recorder:
         with _evaluating(self.model):
             validation, train = self._losses(self.validation), self._losses(self.examples)
             images, broken = self._draw()
-        first = self._first(images)
-        moved = {
-            label: math.nan if label in broken else self._moved(images[label], first[label])
-            for label in images
-        }
+        if not self.records:
+            self.first = images
+        self.first = self.first or self.pictures(self.records[0].step)  # read back after a resume
+        moved = {label: self._moved(images[label], self.first[label]) for label in images}
+        moved |= dict.fromkeys(broken, math.nan)
         nearest, copies = self._nearest(images)
         self._save_grid(step, images)
         if self.model.device.type == "cuda":
             memory = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         else:
             memory = peak_memory_gb()
-        record = Record(
-            step=step,
-            losses=losses,
-            lr=lr,
-            validation=validation,
-            train=train,
-            moved=moved,
-            nearest=nearest,
-            copies=copies,
-            copies_floor=self.copies_floor,
-            seconds_per_step=per_step,
-            seconds=round(time.perf_counter() - start, 2),
-            memory_gb=memory,
-        )
+        costs = per_step, round(time.perf_counter() - start, 2), memory
+        floor = self.copies_floor
+        record = Record(step, losses, lr, validation, train, moved, nearest, copies, floor, *costs)
         self.records.append(record)
         lines = "".join(json.dumps(record._asdict()) + "\n" for record in self.records)
         _write(self.folder / "record.jsonl", lines)
@@ -200,9 +185,8 @@ class Recorder:
 
     @torch.no_grad()
     def _losses(self, examples: list[Pairing]) -> list[float | None]:
-        """Mean loss in each tenth: the squared error of the network's output, whatever the
-        weighting of the training, so that it means the same in every run. Example k has the same
-        noise at every measurement, as has the k-th of the other set."""
+        """Mean squared error of the network's output in each tenth, without the training's
+        weighting. Example k has the same noise at every measurement, and in both sets."""
         if not examples:
             return []
         model, device = self.model, self.model.device
@@ -216,45 +200,32 @@ class Recorder:
             context = context.to(device).expand(count, *context.shape)
             losses.append(plain.loss(x0, context, self.t, eps.to(x0)).float().cpu())
         mean = torch.stack(losses).mean(0)
-        return [
-            mean[self.bin == b].mean().item() if (self.bin == b).any() else None
-            for b in range(BINS)
-        ]
+        tenths = (mean[self.bin == b] for b in range(BINS))
+        return [each.mean().item() if len(each) else None for each in tenths]
 
     @torch.no_grad()
     def _draw(self) -> tuple[Grid, set[str]]:
-        """The images of each prompt, the same seeds for all, as bytes; and the labels whose images
-        are not finite."""
+        """The images of each prompt as bytes, and the labels whose images are not finite."""
         config, grid, broken = self.config, {}, set()
         for label, prompt in self.prompts.items():
             noise = Normal.seeded(config.seed, range(config.n))
-            *_, last = self.model.sample(
-                [prompt] * config.n, config.steps, config.guidance, generator=noise
-            )
+            prompts = [prompt] * config.n
+            *_, last = self.model.sample(prompts, config.steps, config.guidance, generator=noise)
             images = self.model.decode(last.x0).float().cpu()
             if not images.isfinite().all():
                 broken.add(label)
             grid[label] = to_uint8(images.nan_to_num(0.0).expand(-1, 3, -1, -1))
         return grid, broken
 
-    def _first(self, images: Grid) -> Grid:
-        """The images of the first measurement; a resumed run reads them back."""
-        if not self.records:
-            self.first = images
-        self.first = self.first or self.pictures(self.records[0].step)
-        return self.first
-
     def _moved(self, now: UInt8[Tensor, "n 3 H W"], before: UInt8[Tensor, "n 3 H W"]) -> float:
-        """Mean distance between the images of one seed, now and before, over that between two seeds
-        before."""
+        """Mean distance between images of one seed, now and before, over that of two seeds."""
         now, before = self.far(to_model(now)), self.far(to_model(before))
         distance = (now - before).norm(dim=1).mean().item()
         return distance / max(metrics.diversity(before[None]).item(), 1e-12)
 
     def _nearest(self, images: Grid) -> tuple[dict[str, list[tuple[float, int]]], float | None]:
-        """For each image of a taught prompt its distance to the nearest training image, in units of
-        the floor where there is one (one image alone has none, nor have twins), and which that is;
-        and the share of copies, [1]."""
+        """For each image of a taught prompt its distance to the nearest training image, over the
+        floor where there is one, and which that is; and the share of copies, [1]."""
         taught = {
             label: features.pixels(to_model(grid))
             for label, grid in images.items()
@@ -294,10 +265,7 @@ class Recorder:
                 text = image.text
                 sheet = torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0)
         except OSError as error:
-            raise UserError(
-                f"{path}: the images of an earlier measurement cannot be read; start afresh in "
-                "another folder."
-            ) from error
+            raise UserError(f"{path} cannot be read; start afresh in another folder.") from error
         if text != self._drawn_with():
             raise UserError(
                 f"{path} was drawn with other prompts or settings; resume with those, or start "
@@ -317,10 +285,7 @@ class Recorder:
         except (ValueError, TypeError):
             records = []
         if not records:
-            raise UserError(
-                f"{file} is damaged, or of another version; delete it, or start afresh in another "
-                "folder."
-            )
+            raise UserError(f"{file} is damaged, or of another version; start afresh elsewhere.")
         return records
 
     def _settings(self) -> dict[str, object]:

@@ -1,8 +1,4 @@
-"""A fine-tune as one HTML file that needs no other: images (PNG in base64), curves (SVG), tables.
-
-This file turns records, images and strings into the page; it opens no file and no connection, and
-the page runs no script.
-"""
+"""A fine-tune as one HTML file without scripts: images (PNG in base64), curves (SVG), tables."""
 
 import base64
 import html
@@ -45,7 +41,25 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }
 HEAD = f"""<meta name="generator" content="{atomic.SIGNATURE}"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>Flight recorder</title>
 <style>{STYLE}</style>"""
+# titles and captions of curves over the steps
+FIXED = (
+    "Loss at fixed t and noise, 1 = at first",
+    "Only the model changes between two points. Where the two curves part, the training pictures "
+    "are learnt by heart.",
+)
+LOSSES = ("Loss as the trainer counts it", "At random t and noise: it jumps about.")
+MOVED = (
+    "How far pictures of the same seed moved",
+    "1 is as far as another seed would take them. Unrelated prompts should stay below.",
+)
+NEAREST = (
+    "Distance to the nearest training picture",
+    "The floor, 1, is the median distance of a training picture to its nearest other one. Samples "
+    "far below it are copies.",
+)
 Lines = dict[str, list[float | None]]  # by name, a value for each measurement
+Levels = dict[str, float] | None  # dashed lines by name
+Grids = dict[int, dict[str, UInt8[Tensor, "n 3 H W"]]]  # images by step and label
 
 
 class Pair(NamedTuple):
@@ -61,35 +75,35 @@ def page(
     advice: str,
     records: list[Record],
     prompts: dict[str, str],
-    grids: dict[int, dict[str, UInt8[Tensor, "n 3 H W"]]],
+    grids: Grids,
     pairs: list[Pair],
     settings: dict[str, object],
 ) -> str:
-    """The whole page. prompts: by label; grids: images by step and label, of steps_shown."""
+    """The whole page. prompts: by label; grids: of steps_shown."""
     last = records[-1].step
     table = {f"prompt: {label}": prompt for label, prompt in prompts.items()} | settings
-    parts = [
-        f"<h1>Flight recorder, step {last}</h1>",
-        f'<p class="advice"><strong>{html.escape(advice)}</strong></p>',
-        "<h2>Curves</h2>",
-        *curves(records),
-        "<h2>The same seeds, step by step</h2>",
-        *_rows_of_images(records, prompts, grids),
-        *_pairs(pairs, last),
-        "<h2>Every measure</h2>",
-        _measures(records),
-        "<h2>Settings</h2>",
-        _table(table),
-        "<h2>Command</h2>",
-        f"<pre>{html.escape(shlex.join(sys.argv))}</pre>",
-    ]
-    body = "\n".join(parts)
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{HEAD}</head><body>\n{body}\n</body></html>\n'
+    line = "\n"
+    return f"""<!DOCTYPE html>
+<html lang="en"><head>{HEAD}</head><body>
+<h1>Flight recorder, step {last}</h1>
+<p class="advice"><strong>{html.escape(advice)}</strong></p>
+<h2>Curves</h2>
+{line.join(curves(records))}
+<h2>The same seeds, step by step</h2>
+{line.join(_rows_of_images(records, prompts, grids))}
+{_pairs(pairs, last)}
+<h2>Every measure</h2>
+{_measures(records)}
+<h2>Settings</h2>
+{_table(table)}
+<h2>Command</h2>
+<pre>{html.escape(shlex.join(sys.argv))}</pre>
+</body></html>
+"""
 
 
 def steps_shown(records: list[Record]) -> list[int]:
-    """The steps whose images are in the page: the first, the last, that of the lowest validation
-    loss, and others evenly between."""
+    """The steps whose images are in the page: evenly from first to last, and the best."""
     losses = relative(records, "validation")
     finite = [k for k, loss in enumerate(losses) if loss is not None and math.isfinite(loss)]
     best = {min(finite, key=losses.__getitem__)} if finite else set()
@@ -102,72 +116,38 @@ def steps_shown(records: list[Record]) -> list[int]:
 
 
 def curves(records: list[Record]) -> list[str]:
-    """The figures: losses at fixed t and noise, by tenth of t, as the training counts them,
-    distances, the learning rate."""
     steps = [float(record.step) for record in records]
-    fixed = {
-        "validation": relative(records, "validation"),
-        "training examples": relative(records, "train"),
-    }
+    held_out, fitted = relative(records, "validation"), relative(records, "train")
+    fixed = {"validation": held_out, "training examples": fitted}
     names = dict.fromkeys(name for record in records for name in record.losses)
     losses = {name: [record.losses.get(name) for record in records] for name in names}
     moved = {label: [r.moved.get(label) for r in records] for label in records[-1].moved}
-    near = {
-        "median of the samples": [closeness(record) for record in records],
-        "share of copies": [record.copies for record in records],
-    }
+    copies = [record.copies for record in records]
+    near = {"median of the samples": list(map(closeness, records)), "share of copies": copies}
     rates = {"learning rate": [record.lr for record in records]}
     return [
-        *_curve(
-            steps,
-            "Loss at fixed t and noise, 1 = at first",
-            fixed,
-            "Only the model changes between two points. Where the two curves part, the training "
-            "pictures are learnt by heart.",
-        ),
-        *_by_tenth(records),
-        *_curve(
-            steps,
-            "Loss as the trainer counts it",
-            losses,
-            "At random t and noise: it jumps about.",
-        ),
-        *_curve(
-            steps,
-            "How far pictures of the same seed moved",
-            moved,
-            "1 is as far as another seed would take them. Unrelated prompts should stay below.",
-            {"another seed": ASTRAY},
-        ),
-        *_curve(
-            steps,
-            "Distance to the nearest training picture",
-            near,
-            "The floor, 1, is the median distance of a training picture to its nearest other one. "
-            "Samples far below it are copies.",
-            {"floor": 1.0},
-        ),
-        *_curve(steps, "Learning rate", rates, "At the steps that were measured."),
+        _curve(steps, fixed, *FIXED),
+        _by_tenth(records),
+        _curve(steps, losses, *LOSSES),
+        _curve(steps, moved, *MOVED, {"another seed": ASTRAY}),
+        _curve(steps, near, *NEAREST, {"floor": 1.0}),
+        _curve(steps, rates, "Learning rate", "At the steps that were measured."),
     ]
 
 
 def _curve(
-    steps: list[float],
-    title: str,
-    lines: Lines,
-    caption: str,
-    levels: dict[str, float] | None = None,
-) -> list[str]:
-    """One figure over the steps, if there is anything to show."""
+    steps: list[float], lines: Lines, title: str, caption: str, levels: Levels = None
+) -> str:
+    """A figure over the steps; empty where there is nothing to show."""
     points = {
         name: list(zip(steps, values, strict=True))
         for name, values in lines.items()
         if any(value is not None for value in values)
     }
-    return [_figure(chart(title, points, "step", levels), caption)] if points else []
+    return _figure(chart(title, points, "step", levels), caption) if points else ""
 
 
-def _by_tenth(records: list[Record]) -> list[str]:
+def _by_tenth(records: list[Record]) -> str:
     which, title = "train", "Loss of the training examples"
     if records[0].validation:
         which, title = "validation", "Validation loss"
@@ -177,21 +157,15 @@ def _by_tenth(records: list[Record]) -> list[str]:
         for step in steps_shown(records)
         if losses[step]
     }
-    if not lines:
-        return []
-    axis = "t  (0 = data, 1 = noise)"
-    svg = chart(f"{title} by noise level", lines, axis, log=True, greys=True)
-    return [_figure(svg, "Light is early, dark is late.")]
+    axis, title = "t  (0 = data, 1 = noise)", f"{title} by noise level"
+    svg = chart(title, lines, axis, log=True, greys=True) if lines else ""
+    return svg and _figure(svg, "Light is early, dark is late.")
 
 
 # Images and tables.
 
 
-def _rows_of_images(
-    records: list[Record],
-    prompts: dict[str, str],
-    grids: dict[int, dict[str, UInt8[Tensor, "n 3 H W"]]],
-) -> Iterator[str]:
+def _rows_of_images(records: list[Record], prompts: dict[str, str], grids: Grids) -> Iterator[str]:
     """A heading for each prompt, and below it a row of images for each step."""
     moved = {record.step: record.moved for record in records}
     for label, prompt in prompts.items():
@@ -202,16 +176,14 @@ def _rows_of_images(
             yield _figure(image, f"step {step}, moved {moved[step][label]:.2f}")
 
 
-def _pairs(pairs: list[Pair], step: int) -> list[str]:
+def _pairs(pairs: list[Pair], step: int) -> str:
     if not pairs:
-        return []
-    return [
-        "<h2>Samples, and the training pictures nearest to them</h2>",
-        f'<p class="small">Left the sample of step {step}, right its nearest training picture. '
-        "Distances are over the floor, the median distance of a training picture to its nearest "
-        f"other one; below {CLOSE:.2f} a sample is suspiciously near.</p>",
-        f'<div class="pairs">{"".join(map(_pair, pairs))}</div>',
-    ]
+        return ""
+    return f"""<h2>Samples, and the training pictures nearest to them</h2>
+<p class="small">Left the sample of step {step}, right its nearest training picture. Distances are
+over the floor, the median distance of a training picture to its nearest other one; below
+{CLOSE:.2f} a sample is suspiciously near.</p>
+<div class="pairs">{"".join(map(_pair, pairs))}</div>"""
 
 
 def _array(image: UInt8[Tensor, "3 H W"]) -> np.ndarray:
@@ -246,11 +218,10 @@ def _measures(records: list[Record]) -> str:
     """A line for each measurement: losses over those of the first, seconds, memory."""
     losses = zip(relative(records, "validation"), relative(records, "train"), strict=True)
     rows = [_row("step", "valid.", "train", "s/step", "s", "GB")]
-    for record, (held_out, fitted) in zip(records, losses, strict=True):
+    for record, pair in zip(records, losses, strict=True):
         costs = (record.seconds_per_step, record.seconds, record.memory_gb)
-        cells = [str(record.step), *(_number(loss, 3) for loss in (held_out, fitted))]
-        cells += [_number(cost, 2) for cost in costs]
-        rows.append(_row(*cells))
+        numbers = [_number(loss, 3) for loss in pair] + [_number(cost, 2) for cost in costs]
+        rows.append(_row(str(record.step), *numbers))
     note = "s is what the measure itself took; GB is the most memory held so far."
     return f'<table>{"".join(rows)}</table><p class="small">{note}</p>'
 
