@@ -1,9 +1,8 @@
 """DreamBooth: from a handful of images a model learns a subject that it can then draw anywhere.
 
-This file makes what it learns from; the training itself is loop.py's. The subject is called by a
-rare token, "a photo of sks dog". Were that all, the model would forget every other dog: so it also
-goes on learning from images of the class, "a photo of a dog", which it drew itself before training.
-Prior preservation, [1] eq. 2, is two groups of examples and the sum of their losses:
+This file makes what it learns from; loop.py trains. A rare token names the subject, "a photo of sks
+dog". The model also learns from images of the class, "a photo of a dog", which it drew itself, so
+that it forgets no other dog. This is prior preservation, [1] eq. 2, the sum of two groups' losses:
 
     E || x0_hat(x_t, "a photo of sks dog") - x0 ||^2
       + lambda E || x0_hat(x'_t', "a photo of a dog") - x'0 ||^2
@@ -49,7 +48,6 @@ from minidiff.options.finetuning import (
     LoRAConfig,
     Method,
     TrainText,
-    TuningConfig,
 )
 from minidiff.options.sampling import SampleConfig
 from minidiff.text import token_ids
@@ -80,19 +78,8 @@ class Recipe(NamedTuple):
 
 
 # for images of up to SMALL pixels, as measured with the model in the box (docs/dreambooth.md)
-BOX = Recipe(
-    steps=800,
-    lr=4e-4,
-    batch=16,
-    text="word",
-    ema=0.97,
-    shift=0.15,
-    class_pictures=800,
-    prior=3.0,
-    word_lr=2e-2,
-    t_mean=1.3,
-    t_std=1.4,
-)
+BOX = Recipe(steps=800, lr=4e-4, batch=16, text="word", ema=0.97, shift=0.15)
+BOX = BOX._replace(class_pictures=800, prior=3.0, word_lr=2e-2, t_mean=1.3, t_std=1.4)
 BOX_RECIPES = {
     "full": BOX,
     "lora": BOX._replace(steps=1000, lr=2e-3, rank=2),
@@ -116,8 +103,8 @@ def recipe(model: LatentDiffusion, method: Method) -> Recipe:
 
 def completed(config: DreamBoothConfig, recipe: Recipe) -> DreamBoothConfig:
     """The config with the recipe's values where it has none."""
-    values = {name: value for name, value in recipe._asdict().items() if hasattr(config, name)}
-    unset = {name: value for name, value in values.items() if getattr(config, name) is None}
+    values = recipe._asdict().items()
+    unset = {name: value for name, value in values if getattr(config, name, 0) is None}
     if config.text == "auto" or config.method == "inversion":
         unset["text"] = recipe.text
     return replace(config, **unset)
@@ -125,13 +112,10 @@ def completed(config: DreamBoothConfig, recipe: Recipe) -> DreamBoothConfig:
 
 def finetune_config(config: DreamBoothConfig, recipe: Recipe, word: str | None) -> FineTuneConfig:
     """How to fine-tune, for a completed config. word: whose vector is trained, if any."""
-    shared = {field.name: getattr(config, field.name) for field in fields(TuningConfig)}
+    common = {field.name for field in fields(FineTuneConfig)} & vars(config).keys() - {"text"}
     alone = config.method == "inversion"
     return FineTuneConfig(
-        **shared,
-        steps=config.steps,
-        lr=config.lr,
-        batch=config.batch,
+        **{name: getattr(config, name) for name in common},
         lora=LoRAConfig(config.rank, config.alpha),
         text=config.text == "yes",
         word=word,
@@ -139,7 +123,6 @@ def finetune_config(config: DreamBoothConfig, recipe: Recipe, word: str | None) 
         dropout=0.0 if alone else None,
         t_mean=recipe.t_mean,
         t_std=recipe.t_std,
-        every=config.every,
     )
 
 
@@ -158,15 +141,9 @@ def subject_pictures(folder: Path, prompt: str, caption_column: str = "text") ->
     if not count:
         raise UserError(f"{folder}: there are no pictures in it; put 3 to 6 of the subject there.")
     if count == 1:
-        warn(
-            f"{folder}: one picture; its background and pose will be learnt with the subject. Take "
-            "3 to 6, each in another place"
-        )
+        warn(f"{folder}: one picture; its background is learnt too. Take 3 to 6 elsewhere")
     if count > MANY:
-        warn(
-            f"{folder}: {count} pictures; a subject needs 3 to 6. For many, caption each and use "
-            "minidiff finetune"
-        )
+        warn(f"{folder}: {count} pictures; a subject needs 3 to 6. For more, see minidiff finetune")
     return data
 
 
@@ -177,11 +154,8 @@ def warn(message: str) -> None:
 def expand(templates: list[str], n: int, seed: int) -> list[str]:
     """n prompts: the templates in turn, with one of every {one|or another}, chosen at random."""
     rng = random.Random(f"class {seed}")
-    return [_filled(templates[k % len(templates)], rng) for k in range(n)]
-
-
-def _filled(template: str, rng: random.Random) -> str:
-    return re.sub(r"\{([^{}]*)\}", lambda choices: rng.choice(choices[1].split("|")), template)
+    turns = (templates[k % len(templates)] for k in range(n))
+    return [re.sub(r"\{([^{}]*)\}", lambda m: rng.choice(m[1].split("|")), each) for each in turns]
 
 
 def rare_words(prompt: str, class_prompts: list[str]) -> list[str]:
@@ -197,12 +171,8 @@ def _words(text: str) -> list[str]:
 def check_prompts(captions: list[str], class_prompts: list[str]) -> list[str]:
     """Warn of prompts that teach something else than a subject; returns the words that call it: in
     all captions, and in no class prompt."""
-    by_caption = [set(_words(caption)) for caption in captions]
-    words = [
-        word
-        for word in rare_words(captions[0], class_prompts)
-        if all(word in caption for caption in by_caption)
-    ]
+    common = set.intersection(*(set(_words(caption)) for caption in captions))
+    words = [word for word in rare_words(captions[0], class_prompts) if word in common]
     if class_prompts and not words:
         warn(
             f'"{captions[0]}" has no word that the class prompt lacks, so the whole class becomes '
@@ -211,8 +181,8 @@ def check_prompts(captions: list[str], class_prompts: list[str]) -> list[str]:
     rare = [word for word in words if len(token_ids(word)) > 1 or token_ids(word)[0] >= EVERYDAY]
     if words and class_prompts and not rare:
         warn(
-            f'"{" ".join(words)}" is an everyday word, whose meaning for the model will mix with '
-            'the subject; a rare token, as "sks", has none'
+            f'"{" ".join(words)}" is an everyday word, whose meaning will mix with the subject; '
+            'take a rare token, as "sks"'
         )
     return rare or words
 
@@ -221,10 +191,8 @@ def word_to_train(words: list[str], prompt: str) -> str:
     """The word whose vector is trained: a placeholder of the prompt, as in "a <sks> dog", or else
     the rarest of the words that call the subject."""
     placeholder = re.search(r"<([^<>]+)>|\[([^][]+)\]", prompt)
-    if placeholder:
-        word = placeholder[1] or placeholder[2]
-    else:
-        word = inversion.word_of(words, prompt)
+    names = placeholder and (placeholder[1] or placeholder[2])
+    word = names or inversion.word_of(words, prompt)
     if inversion.token_of(word) < EVERYDAY:
         raise UserError(
             f'the word "{word}" is an everyday one, and training its vector would change what it '
@@ -256,10 +224,9 @@ def class_pictures(
 ) -> CaptionedImages:
     """Draw an image for each prompt with the model as it is now, as folder/0000.png and so on.
 
-    Every file carries a key of all that it follows from: the weights, the prompts of its batch,
-    sampler, steps, guidance, seed. A batch whose files carry the right key is not drawn again. A
-    file of such a name without any key is not ours, and is refused; whatever else lies in the
-    folder is left alone.
+    Every file carries a key of all that it follows from: weights, prompts of its batch, sampler,
+    steps, guidance, seed. A batch with the right keys is not drawn again; a file of such a name
+    without a key is refused.
     """
     if not prompts:
         raise UserError("no class pictures, so there is nothing to preserve; ask for some.")
@@ -292,15 +259,11 @@ def make_room(folder: Path, paths: list[Path]) -> None:
             path.unlink()
     others = [path for path in (images_in(folder) if folder.is_dir() else []) if foreign(path)]
     if others:
-        warn(
-            f"{folder}: {len(others)} pictures are not ours, {others[0].name} for one; they are "
-            "left alone, and not used"
-        )
+        warn(f"{folder}: {len(others)} pictures are not ours ({others[0].name}), and not used")
 
 
 def foreign(path: Path) -> Path | None:
-    """path, unless it is a class picture of ours: it carries a key, or is damaged and carries our
-    signature; see atomic.Stranger."""
+    """path, unless it has a key, or is damaged with our signature; see atomic.Stranger."""
     try:
         load_image(path)
     except UserError:
@@ -328,8 +291,7 @@ def subject_examples(
     size: int | None = None,
     flip: bool = False,
 ) -> list[Example]:
-    """The subject as examples: every image as it is or, with a shift, moved about. folder: where
-    latents are cached."""
+    """The subject as examples, moved about with a shift. folder: where latents are cached."""
     size = size or model.size
     if config.shift:
         return moved_about(model, data, config.shift, config.seed, size, flip)
@@ -345,10 +307,9 @@ def moved_about(
     size: int,
     flip: bool = False,
 ) -> list[Example]:
-    """COPIES of every image as examples, each moved by up to `shift` of the side in each direction,
-    with its edge repeated: a subject seen in five places only is drawn in these places only."""
-    generator, examples = torch.Generator().manual_seed(seed), []
-    reach = round(shift * size)
+    """COPIES of every image as examples, each moved by up to `shift` of the side in each direction:
+    a subject in five places is drawn in these places only."""
+    generator, examples, reach = torch.Generator().manual_seed(seed), [], round(shift * size)
     for path, caption in zip(data.paths, data.captions, strict=True):
         image = to_model(load_image(path, size))
         copies = torch.stack([moved(image, reach, generator) for _ in range(COPIES)])

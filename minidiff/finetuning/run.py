@@ -1,7 +1,6 @@
 """The folder of a fine-tune: run.json, which says what the run is made of, and the results.
 
-A run is resumed with what it was started with, or not at all. A checkpoint alone would accept other
-images, other weights or another batch size without a word.
+A run is resumed with what it was started with, or not at all.
 """
 
 import hashlib
@@ -19,7 +18,7 @@ from minidiff.data.latents import Example
 from minidiff.errors import UserError
 from minidiff.finetuning.groups import Group
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.methods import inversion
+from minidiff.methods.inversion import Word, put_in
 from minidiff.options.finetuning import FineTuneConfig
 from minidiff.training import atomic
 
@@ -31,15 +30,11 @@ PARTS = {"settings", "weights", "data"}  # of run.json
 def identity(
     model: LatentDiffusion, groups: list[Group], config: FineTuneConfig
 ) -> dict[str, dict]:
-    """The content of run.json: the settings by name, a hash for the weights of each part, and the
-    fingerprints of each group."""
+    """The content of run.json: the settings, and fingerprints of the weights and of each group."""
     parts = {"VAE": model.vae, "text encoder": model.text, "U-Net": model.unet}
     weights = {name: latents.fingerprint(part) for name, part in parts.items()}
     weights["denoiser"] = f"{model.denoiser.target}, {model.denoiser.weighting}, {model.schedule}"
-    data = {
-        group.name: [f"weight {group.weight:g}", *map(fingerprint, group.examples)]
-        for group in groups
-    }
+    data = {g.name: [f"weight {g.weight:g}", *map(fingerprint, g.examples)] for g in groups}
     return {"settings": config.identity(), "weights": weights, "data": data}
 
 
@@ -60,8 +55,7 @@ def upgraded(run: dict[str, dict]) -> dict[str, dict]:
 
 
 def check_free(out: Path, resume: bool) -> None:
-    """Raise unless the folder is free for this run: nothing is written over, neither another run
-    nor a stranger's file with one of our names."""
+    """Raise if another run, or a stranger's file with one of our names, would be written over."""
     result = next((path for name in RESULTS for path in out.glob(name)), None)
     if resume and result is not None and not (out / "training").exists():
         raise UserError(f"{result} is there, but no training to go on with; choose another `out`.")
@@ -100,10 +94,8 @@ def start(out: Path, run: dict[str, dict], resume: bool) -> None:
         for name in {**run[part], **before[part]}:
             old, new = before[part].get(name), run[part].get(name)
             if old != new:
-                raise UserError(
-                    f"{file}: this run was started {_change(part, name, old, new)}, or choose "
-                    "another `out`."
-                )
+                change = _change(part, name, old, new)
+                raise UserError(f"{file}: this run was started {change}, or choose another `out`.")
 
 
 def _change(part: str, name: str, old: object, new: object) -> str:
@@ -132,14 +124,10 @@ def best_folder(out: Path, step: int) -> Path:
 
 
 def write_best(
-    model: LatentDiffusion,
-    config: FineTuneConfig,
-    out: Path,
-    word: inversion.Word | None,
-    step: int,
+    model: LatentDiffusion, config: FineTuneConfig, out: Path, word: Word | None, step: int
 ) -> None:
-    """Write the weights of the best step so far to a folder of their own, and remove the one
-    before. Those of the last step are in OUT anyway."""
+    """Write the best weights so far to their own folder, unless they are the last, which are in
+    OUT; remove the folder before."""
     folder = best_folder(out, step)
     if step < config.steps:
         folder.mkdir(parents=True, exist_ok=True)
@@ -155,18 +143,16 @@ def foreign_best(path: Path) -> Path | None:
     if path.is_symlink() or not path.is_dir() or not numbered:
         return path
     owners = {MODEL: folder.foreign, LORA: atomic.unsigned, EMBEDDING: atomic.unsigned}
-    for entry in sorted(path.iterdir()):
-        stranger = owners[entry.name](entry) if entry.name in owners else entry
-        if stranger is not None:
-            return stranger
-    return None
+    entries = sorted(path.iterdir())
+    strangers = (owners[each.name](each) if each.name in owners else each for each in entries)
+    return next(filter(None, strangers), None)
 
 
-def write(model: LatentDiffusion, method: str, out: Path, word: inversion.Word | None) -> None:
+def write(model: LatentDiffusion, method: str, out: Path, word: Word | None) -> None:
     """Write OUT/model; or OUT/lora.safetensors, OUT/embedding.safetensors or both. A disk that is
     full loses nothing: the last checkpoint has it all."""
     if word is not None:
-        inversion.put_in(model.text, word.word, word.vector.detach())
+        put_in(model.text, word.word, word.vector.detach())
     path = out / {"full": MODEL, "lora": LORA, "inversion": EMBEDDING}[method]
     try:
         if method == "full":
