@@ -170,8 +170,8 @@ def consistency_loss(
 
     With a teacher it is consistency distillation, [2] eq. 7: x_s is the teacher's DDIM step from
     x_t. With a guided teacher on latents it is LCM's, [5] section 4, whose k = 20 of 1000 levels
-    are schedule.timesteps(50); if only LoRAs of the student are trained, LCM-LoRA ([6]). Without a
-    teacher it is consistency training, [2] eq. 10: x_s is the same data with the same noise.
+    are schedule.timesteps(50); with only a LoRA trained, LCM-LoRA ([6]). Without a teacher it is
+    consistency training, [2] eq. 10: x_s is the same data with the same noise.
 
     target: an average of the student ([2] algorithm 2), or the student itself ([3] section 3.2); it
     gets no gradient. distance: pseudo_huber in [3]. n_eps: the interval and the noise of each

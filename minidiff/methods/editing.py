@@ -37,9 +37,8 @@ Mask = Float[Tensor, "1 1 h w"]
 class Edit:
     """What to start from, and what of it to keep.
 
-    image: in [-1, 1]. strength: the share of the steps that is walked; at 1 little of the image
-    stays.
-    mask: 1 where the image is drawn anew, 0 where it stays. Default: it is drawn anew everywhere.
+    image: in [-1, 1]. strength: the share of the steps that is taken; at 1 little of the image
+    stays. mask: 1 where the image is drawn anew, 0 where it stays. Default: 1 everywhere.
     """
 
     image: Float[Tensor, "1 C H W"]
@@ -54,7 +53,7 @@ class Edit:
             raise UserError("the mask is of another size than the image.")
 
     def paste(self, images: Images) -> Images:
-        """The images inside the mask, and the given one, to the bit, outside."""
+        """The images inside the mask, and the given image, to the bit, outside."""
         if self.mask is None:
             return images
         mask, image = self.mask.to(images), self.image.to(images)
@@ -65,8 +64,8 @@ class Edit:
 def edited(
     model: LatentDiffusion, prompts: list[str], edit: Edit, config: SampleConfig, noise: Noise
 ) -> Iterator[Frame]:
-    """As LatentDiffusion.sample, but from an image. What is outside a mask stays in the latents;
-    pixels that must stay are pasted back with edit.paste.
+    """As LatentDiffusion.sample, but from an image. Outside the mask the latents stay; Edit.paste
+    then puts the image's own pixels back there.
     """
     config = replace(config, size=Size(*edit.image.shape[2:]))
     blank = model.blank(len(prompts), config)
@@ -90,16 +89,16 @@ def edited(
 
 
 def late(times: Shaped[Tensor, "steps1"], strength: float) -> Shaped[Tensor, "late1"]:
-    """The last strength x steps of the steps, [1] section 3: the image has decided what the earlier
-    would."""
+    """The times of the last strength * steps steps ([1] section 3); the image replaces the earlier
+    ones."""
     steps = len(times) - 1
     return times[steps - max(1, int(steps * strength)) :]
 
 
 @dataclass(frozen=True)
 class Keeping(Step):
-    """A step after which all outside the mask is z0 with the noise of time s ([2] eq. 8, one
-    eps)."""
+    """A step after which all outside the mask is z0 noised to time s, [2] eq. 8 with one fixed
+    eps."""
 
     step: Step
     z0: Latents
@@ -122,8 +121,8 @@ class Keeping(Step):
 
 
 class Inpainting(nn.Module):
-    """A network trained for inpainting ([3] section 4.5): its input is x, the mask, and masked
-    latents."""
+    """A network trained for inpainting ([3] section 4.5): its input is x, the mask, and the
+    latents of the masked image."""
 
     def __init__(self, network: nn.Module, mask: Mask, masked: Float[Tensor, "1 Z h w"]):
         super().__init__()
@@ -137,7 +136,7 @@ class Inpainting(nn.Module):
 
 
 def inpainting_denoiser(model: LatentDiffusion, edit: Edit | None) -> Denoiser:
-    """The model's denoiser, where its U-Net has channels for the mask and the masked image."""
+    """The denoiser of a model whose U-Net has channels for the mask and the masked image."""
     channels, z = model.unet.config.in_channels, model.vae.latent_channels
     if channels != 2 * z + 1:
         raise UserError(

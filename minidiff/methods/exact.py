@@ -52,8 +52,8 @@ class Mixture:
     def _parts(
         self, x: Float[Tensor, "B *dims"], alpha: Float[Tensor, "B"], sigma: Float[Tensor, "B"]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """log(weight_k p_k(x)) of each component (B, K), and mean and variance of x0 given k (B, K,
-        D)."""
+        """log(weight_k p_k(x)) of each component (B, K), and mean and variance of x0 given x and k
+        (B, K, D)."""
         alpha, sigma = alpha.view(-1, 1, 1), sigma.view(-1, 1, 1)
         spread = (alpha * self.std) ** 2 + sigma**2  # variance of x about alpha mean
         away = x.double().flatten(1)[:, None] - alpha * self.means
@@ -93,7 +93,7 @@ class Mixture:
         schedule: NoiseSchedule | None = None,
         t: Shaped[Tensor, "B"] | None = None,
     ) -> Float[Tensor, "B"]:
-        """log p(x) in nats, of clean data, or of data at time t of a schedule."""
+        """log p(x) in nats, of clean data, or of x_t at time t of a schedule."""
         ones = torch.ones(len(x), dtype=torch.float64)
         alpha, sigma = (ones, 0 * ones) if schedule is None else schedule.alpha_sigma(t)
         return self._parts(x, alpha, sigma)[0].logsumexp(1).to(x.dtype)

@@ -5,10 +5,10 @@ images, [1] eq. 2:
 
     v* = argmin_v  E || eps - eps_theta(x_t, t, c_v(caption)) ||^2         all but v is frozen
 
-So the file is 3 KB, and the model can draw nothing new: only what it could draw all along and no
-word of its own would call. Trained beside the U-Net or a LoRA, v finds a place in the text
-encoder's language for what the U-Net learns to draw, while the encoder stays as it is (pivotal
-tuning [2]). The training loop is finetuning/loop.py; the files are checkpoints/embedding.py's.
+So the file is 3 KB, and the model learns nothing new: v only names what it could draw before but
+had no word for. Trained together with the U-Net or a LoRA, v becomes the name of what the U-Net
+learns to draw, while the text encoder stays as it is (after pivotal tuning [2]). The training loop
+is finetuning/loop.py; the files are checkpoints/embedding.py's.
 
 [1] Gal et al. An Image is Worth One Word: Personalizing Text-to-Image Generation using Textual
     Inversion. 2022. arXiv:2208.01618

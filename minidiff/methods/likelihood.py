@@ -40,7 +40,8 @@ def log_likelihood(
     probes: how many random sign vectors estimate the trace, without bias ([3], [1] eq. 40).
     Default: every axis in turn, which is exact and feasible for few dimensions. between: the levels
     sigma / alpha at the two ends. The result is the density of data blurred by the lower one; at
-    the upper one data count as noise of mean 0 and variance 1. Compute in float64 if digits matter.
+    the upper one the prior is N(0, 1 + level^2), as for data of unit variance. Compute in float64
+    if digits matter.
     """
     alpha, sigma = schedule.alpha_sigma(schedule.timesteps(1)[:1])
     low, high = math.log(between[0]), math.log(min(between[1], (sigma / alpha).item()))
