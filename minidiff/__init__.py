@@ -7,10 +7,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers; __getattr__ below imports the same when used
-    from minidiff import checkpoints, data, ddpm, denoiser, errors, evaluation, figures  # noqa: I001
+    from minidiff import checkpoints, data, ddpm, denoiser, evaluation, figures  # noqa: I001
     from minidiff import finetuning, guidance, latent_diffusion, layers, losses, methods, options
     from minidiff import pipeline, recipes, samplers, schedules, steps, text, train, training
-    from minidiff import unet, vae
+    from minidiff import errors, unet, vae
     from minidiff.data.world import World
     from minidiff.ddpm import DDPM
     from minidiff.denoiser import Denoiser

@@ -1,7 +1,7 @@
 """Denoising diffusion probabilistic models, literally: the two Markov chains and the loss.
 
-Read it with the paper open. The rest of the library is one generalization of these six methods, and
-a test shows that the general sampler reproduces this chain to 1e-10.
+Read it with the paper open. The rest of the library generalizes these seven methods, and a test
+shows that the general sampler reproduces this chain to 1e-10.
 
 [1] Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. arXiv:2006.11239
 """
@@ -17,7 +17,7 @@ EpsModel = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> the network's estim
 
 
 class DDPM:
-    """The forward chain adds noise in T small steps, the reverse chain learns to take it away.
+    """The forward chain adds noise in T small steps, the reverse chain learns to remove it.
 
     x_0 is data, x_T is noise: t runs from 0 (clean) to T. beta[t] is the variance of the step from
     t-1 to t, so beta[0] = 0 and alpha_bar[0] = 1. The paper's bare alpha_t is written 1 - beta_t.
@@ -44,14 +44,14 @@ class DDPM:
     def q_posterior(self, x0: X, x_t: X, t: Int[Tensor, "B"]) -> tuple[X, Float[Tensor, "B *ones"]]:
         """Mean and variance of q(x_{t-1} | x_t, x_0), [1] eq. 6-7.
 
-        Where the chain was one step ago, had it started at x_0.
+        The distribution of the previous, cleaner state of a chain that started at x_0.
         """
         t = t.cpu()
-        beta, alpha_bar, alpha_bar_before = self.beta[t], self.alpha_bar[t], self.alpha_bar[t - 1]
-        of_x0 = alpha_bar_before.sqrt() * beta / (1 - alpha_bar)
-        of_x_t = (1 - beta).sqrt() * (1 - alpha_bar_before) / (1 - alpha_bar)
-        variance = (1 - alpha_bar_before) / (1 - alpha_bar) * beta
-        return _like(of_x0, x_t) * x0 + _like(of_x_t, x_t) * x_t, _like(variance, x_t)
+        beta, alpha_bar, alpha_bar_prev = self.beta[t], self.alpha_bar[t], self.alpha_bar[t - 1]
+        weight_x0 = alpha_bar_prev.sqrt() * beta / (1 - alpha_bar)
+        weight_x_t = (1 - beta).sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
+        variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * beta
+        return _like(weight_x0, x_t) * x0 + _like(weight_x_t, x_t) * x_t, _like(variance, x_t)
 
     def predict_x0(self, x_t: X, t: Int[Tensor, "B"], eps: X) -> X:
         """[1] eq. 15, solving eq. 4:  (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)."""
@@ -59,10 +59,10 @@ class DDPM:
         return (x_t - _like((1 - alpha_bar).sqrt(), x_t) * eps) / _like(alpha_bar.sqrt(), x_t)
 
     def p_sample(self, model: EpsModel, x_t: X, t: Int[Tensor, "B"], z: X) -> X:
-        """One reverse step from t to t-1, [1] algorithm 2: the posterior at the estimate of x_0.
+        """One reverse step from t to t-1, [1] algorithm 2: the posterior for the estimated x_0.
 
         The variance is the posterior's (the paper's second choice, section 3.2). It is 0 at t = 1,
-        so the last step adds no noise without having to be told.
+        so the last step adds no noise and needs no special case.
         """
         mean, variance = self.q_posterior(self.predict_x0(x_t, t, model(x_t, t)), x_t, t)
         return mean + variance.sqrt() * z
@@ -73,11 +73,11 @@ class DDPM:
     ) -> Iterator[X]:
         """The reverse chain, [1] algorithm 2: yields x_{T-1}, ..., x_0; the caller may stop early.
 
-        The noise z is drawn where the generator is, by default on the CPU: one seed, one chain.
+        The noise z is drawn on the generator's device, by default the CPU; a seed gives one chain.
         """
         x, device = x_T, generator.device if generator else "cpu"
         for time in range(self.T, 0, -1):
-            t = torch.full((len(x),), time)
+            t = torch.full((len(x),), time, device=x.device)
             z = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device)
             x = self.p_sample(model, x, t, z.to(x.device))
             yield x
@@ -93,6 +93,6 @@ class DDPM:
 
 
 def _like(coefficient: Float[Tensor, "B"], x: X) -> Float[Tensor, "B *ones"]:
-    """One coefficient for each example, ready to be multiplied with x."""
+    """One coefficient for each example, shaped to multiply x."""
     # The cast comes before the move: some devices have no float64.
     return coefficient.to(x.dtype).to(x.device).view(-1, *[1] * (x.ndim - 1))

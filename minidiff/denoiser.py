@@ -2,8 +2,8 @@
 
 A schedule says x_t = alpha_t x0 + sigma_t eps. Every published prediction target is one row (a, b):
 the network's output F estimates a x0 + b eps. Together with x_t these are two equations in two
-unknowns, so one 2x2 solve turns any network into the same thing: a Prediction of (x0, eps). Nothing
-outside this file knows which row was chosen.
+unknowns, so one 2x2 solve turns any network's output into a Prediction of (x0, eps). Samplers need
+not know which row was chosen.
 
 [1] Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. arXiv:2006.11239
 [2] Salimans, Ho. Progressive Distillation for Fast Sampling of Diffusion Models. arXiv:2202.00512
@@ -28,14 +28,14 @@ from minidiff.schedules import NoiseSchedule, per_example
 def _edm(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """[4] eq. 8 as a row, for x / alpha as noisy data at the level sigma / alpha.
 
-    c_skip = (s_d alpha / r)^2 and c_out = s_d sigma / r follow from the 2x2 solve. The target lies
-    between x0, where there is much noise, and the noise, where there is little.
+    c_skip = (s_d alpha / r)^2 and c_out = s_d sigma / r follow from the 2x2 solve. The target
+    is about x0 / s_d where there is much noise, and about -eps where there is little.
     """
     r = (sigma**2 + (SIGMA_DATA * alpha) ** 2).sqrt()
     return sigma / (SIGMA_DATA * r), -SIGMA_DATA * alpha / r
 
 
-TARGETS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {  # F: a x0 + b eps
+TARGETS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {  # F is a x0 + b eps
     "eps": lambda alpha, sigma: (torch.zeros_like(alpha), torch.ones_like(alpha)),  # [1] eq. 14
     "x0": lambda alpha, sigma: (torch.ones_like(alpha), torch.zeros_like(alpha)),  # [1] sec. 3.2
     "v": lambda alpha, sigma: (-sigma, alpha),  # [2] appendix D
@@ -49,7 +49,7 @@ Context = Float[Tensor, "B L D"]
 
 
 class Prediction(NamedTuple):
-    """What a denoiser predicts of x_t = alpha_t x0 + sigma_t eps: the clean data and the noise."""
+    """What a denoiser predicts from x_t = alpha_t x0 + sigma_t eps: clean data and noise."""
 
     x0: Float[Tensor, "B *dims"]
     eps: Float[Tensor, "B *dims"]
@@ -69,7 +69,7 @@ class Denoiser(nn.Module):
         target: str = "eps",
         weighting: str | None = None,
     ):
-        """weighting: a key of WEIGHTINGS. Default: the target's, the squared error of F itself."""
+        """weighting: a key of WEIGHTINGS. Default: the target's own, the squared error of F."""
         super().__init__()
         choice("target", target, TARGETS)
         choice("weighting", weighting or target, WEIGHTINGS)
@@ -87,11 +87,11 @@ class Denoiser(nn.Module):
         return alpha, sigma, *TARGETS[self.target](alpha, sigma)
 
     def output(self, x: X, t: Time, context: Context | None = None) -> X:
-        """F, the bare output of the network; the target "edm" scales its input to unit variance."""
+        """F, the network's raw output; for the target "edm" x is scaled to unit variance first."""
         if self.target == "edm":  # c_in, [4] table 1
             alpha, sigma = self.schedule.alpha_sigma(t)
             x = x * per_example((sigma**2 + (SIGMA_DATA * alpha) ** 2).rsqrt(), x)
-        precise = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has no 999, only 1000
+        precise = torch.promote_types(x.dtype, torch.float32)  # bfloat16 rounds 999 to 1000
         return self.network(x, self.schedule.c_noise(t).to(precise).to(x.device), context)
 
     def forward(self, x: X, t: Time, context: Context | None = None) -> Prediction:
@@ -106,7 +106,7 @@ class Denoiser(nn.Module):
         return Prediction(x0, eps)
 
     def unsolve(self, prediction: Prediction, t: Time) -> X:
-        """The output with this solution:  F = a x0 + b eps."""
+        """The inverse of solve: the output F = a x0 + b eps that gives this prediction."""
         (_, _, a, b), (x0, eps) = self._row(t), prediction
         return per_example(a, x0) * x0 + per_example(b, eps) * eps
 
@@ -119,14 +119,14 @@ class Denoiser(nn.Module):
     ) -> Float[Tensor, "B"]:
         """w(SNR_t) || x0 - x0_hat(x_t) ||^2 of each example (mean over dims).
 
-        t and eps are drawn where they are not given. Computed on the network's output, where
+        Default: t from schedule.sample_t, eps from N(0, I). Computed from the network's output F,
         x0 - x0_hat = -(sigma / det) (target - F), to stay finite as alpha goes to 0.
         """
         t = self.schedule.sample_t(len(x0)) if t is None else t
         eps = torch.randn_like(x0) if eps is None else eps
         alpha, sigma, a, b = self._row(t)
-        error = per_example(a, x0) * x0 + per_example(b, x0) * eps
-        error = error - self.output(self.schedule.mix(x0, eps, t), t, context)
+        target = per_example(a, x0) * x0 + per_example(b, x0) * eps
+        error = target - self.output(self.schedule.mix(x0, eps, t), t, context)
         snr_weight = WEIGHTINGS[self.weighting](self.schedule.snr(t))
         weight = snr_weight * (sigma / (alpha * b - sigma * a)) ** 2
         loss = weight.to(x0.dtype).to(x0.device) * error.pow(2).flatten(1).mean(1)

@@ -1,4 +1,4 @@
-"""The one exception that is the user's to mend. The command line prints it and exits with 2."""
+"""UserError: a mistake in the input; the command line prints its one line and exits with code 2."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,12 +9,12 @@ class UserError(ValueError):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: the system asks the process to end, as a user does with Ctrl-C."""
+    """SIGTERM: the system asks the process to end; handled like Ctrl-C."""
 
 
 def choice(kind: str, name: object, choices: Iterable[str]) -> None:
     """Raise a UserError unless the name is one of the choices; it proposes the nearest."""
-    if name not in (known := list(choices)):
-        nearest = difflib.get_close_matches(str(name), known, 1)
+    if name not in (names := list(choices)):
+        nearest = difflib.get_close_matches(str(name), names, 1)
         perhaps = f"; perhaps you meant {nearest[0]}" if nearest else ""
-        raise UserError(f'no {kind} "{name}"; there is {", ".join(known)}{perhaps}.')
+        raise UserError(f'no {kind} "{name}"; there is {", ".join(names)}{perhaps}.')

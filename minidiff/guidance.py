@@ -31,19 +31,17 @@ def guide(
     interval: tuple[float, float] | None = None,
     weak: Denoiser | None = None,
 ) -> Denoise:
-    """Classifier-free guidance, [1] eq. 6 as Stable Diffusion counts it: null + scale (context -
-    null).
+    """Classifier-free guidance, [1] eq. 6 with Stable Diffusion's scale = 1 + w:
+    null + scale (context - null).
 
-    scale 1 is off, 0 is unconditional, above 1 exaggerates what the condition changes. At a fixed
-    x_t the solve of Denoiser is affine in F, so guiding x0, eps or F is the same thing.
+    scale 1 is off, 0 is unconditional, above 1 exaggerates what the condition changes. Guiding x0,
+    eps or F gives the same result, because Denoiser.solve is affine in F at a fixed x_t.
 
     null: the empty prompt, or any other to steer away from: a negative prompt.
-    rescale: from 0 to 1, how far the standard deviation of F is taken back to the unguided one
-    ([2]).
-    interval: guide only where schedule.progress(t) is in it, 0 data to 1 noise ([3]).
-    threshold: the share of x0's values, as 0.995, that must fit into [-1, 1] before x0 is divided
-    to make them fit ([4] section 2.3). For pixels; latents have no range.
-    weak: a worse denoiser, with the context, to steer away from in place of null ([4]).
+    rescale: from 0 to 1, how far the standard deviation of F is taken back to that of the
+    conditional output ([2]).
+    interval: guide only where schedule.progress(t) is in it, from 0 (data) to 1 (noise) ([3]).
+    weak: a worse denoiser, given the context, to steer away from in place of null ([4]).
     """
     if not 0 <= rescale <= 1:
         raise UserError(f"rescale is {rescale}; it must be from 0 (off) to 1.")
@@ -69,8 +67,8 @@ class Guided:
 
     def __call__(self, x: X, t: Time) -> Prediction:
         inside = self._inside(t)
-        nothing = self.weak is None and self.context is None
-        if self.scale == 1 or nothing or not inside.any():
+        unconditional = self.weak is None and self.context is None
+        if self.scale == 1 or unconditional or not inside.any():
             return self.denoiser(x, t, self.context)
         if self.scale == 0 and self.weak is None and inside.all():
             return self.denoiser(x, t, self.null)
@@ -88,7 +86,7 @@ class Guided:
         return (low <= progress) & (progress <= high)
 
     def _pair(self, x: X, t: Time) -> tuple[Prediction, Prediction]:
-        """What to steer away from, and towards; the null and the context run as one batch."""
+        """What to steer away from, and towards; null and context are evaluated as one batch."""
         if self.weak is not None:
             return self.weak(x, t, self.context), self.denoiser(x, t, self.context)
         contexts = torch.cat([self.null, self.context])
@@ -97,7 +95,7 @@ class Guided:
         return Prediction(*away), Prediction(*towards)
 
     def _rescaled(self, x: X, t: Time, guided: Prediction, towards: Prediction) -> Prediction:
-        """[2] eq. 15-16."""
+        """The guided prediction with the std of F taken back, [2] eq. 15-16."""
         F = self.denoiser.unsolve(guided, t)
         ratio = self.denoiser.unsolve(towards, t).flatten(1).std(1) / F.flatten(1).std(1)
         factor = per_example(1 - self.rescale + self.rescale * ratio, x)

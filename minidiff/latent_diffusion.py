@@ -25,7 +25,7 @@ DEFAULTS = SampleConfig()
 
 
 class LatentDiffusion(nn.Module):
-    """Composition only: images -> vae -> latents <- denoiser <- context <- text <- prompts."""
+    """Composition only: prompts -> text -> context -> denoiser -> latents -> vae -> images."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class LatentDiffusion(nn.Module):
         sampler: str = "ddim",
         spacing: str = "trailing",
     ):
-        """size: side of the training images in pixels. dropout: how often a caption is hidden.
+        """size: side of the training images in pixels. dropout: how often a caption is dropped.
 
         guidance, sampler, spacing: what sampling uses by default.
         """
@@ -50,7 +50,7 @@ class LatentDiffusion(nn.Module):
         self.sampler, self.spacing = sampler, spacing
 
     def check_widths(self) -> None:
-        """Raise a UserError unless the parts fit, as those of SD 1 and SD 2 do not."""
+        """Raise a UserError unless the parts fit together; those of SD 1 and SD 2 do not."""
         width, expected = self.text.dim, self.unet.context_dim
         if width != expected:
             widths = f"gives vectors of width {width}, the U-Net expects {expected}"
@@ -82,10 +82,10 @@ class LatentDiffusion(nn.Module):
     def latent_loss(
         self, latents: Latents, captions: list[str], t: Time | None = None
     ) -> Float[Tensor, "B"]:
-        """The same on latents. A caption is hidden with probability `dropout` ([2] algorithm 1)."""
-        hidden = torch.rand(len(captions)) < self.dropout
-        shown = ["" if hide else text for text, hide in zip(captions, hidden, strict=True)]
-        return self.denoiser.loss(latents, self.text.encode(shown), t)
+        """The same on latents. Captions are dropped with probability `dropout`, [2] algorithm 1."""
+        dropped = (torch.rand(len(captions)) < self.dropout).tolist()
+        captions = ["" if drop else c for c, drop in zip(captions, dropped, strict=True)]
+        return self.denoiser.loss(latents, self.text.encode(captions), t)
 
     @torch.no_grad()
     def sample(
@@ -96,15 +96,18 @@ class LatentDiffusion(nn.Module):
         generator: torch.Generator | Noise | None = None,
         step: Step | None = None,
         x_T: Latents | None = None,
-        config: SampleConfig = DEFAULTS,
+        config: SampleConfig | None = None,
     ) -> Iterator[Frame]:
         """Yields a Frame of latents at each time; images are self.decode(frame.x0).
 
-        config: every other option of sampling; steps and guidance, where given, go before its own.
-        steps: how many, or the times themselves. generator: seeds one generator for each image, in
-        order, so that image k is the same in any batch; or noise such as samplers.Normal. x_T:
-        where to start, in place of noise.
+        config: the other options. steps (their number, or the times) and guidance, where given,
+        override it. generator: seeds one generator for each image, in order, so that image k is the
+        same in any batch; or noise such as samplers.Normal. Default: the config's seed, or without
+        a config torch's own. x_T: where to start, in place of noise.
         """
+        if generator is None and config is not None:
+            generator = Normal.seeded(config.seed, range(len(prompts)))
+        config = config or DEFAULTS
         steps = config.steps if steps is None else steps
         times = times_of(self.schedule, steps, config.spacing or self.spacing)
         noise = generator if callable(generator) else Normal.split(generator, len(prompts))
@@ -114,7 +117,7 @@ class LatentDiffusion(nn.Module):
         yield from sample(denoise, self.schedule, x.to(self.device), times, step, noise=noise)
 
     def start(self, batch: int, config: SampleConfig, noise: Noise, t: Tensor) -> Latents:
-        """x_T: noise of the spread that data of unit variance have at time t."""
+        """x_T: noise with the standard deviation of x_t for data of unit variance."""
         alpha, sigma = self.schedule.alpha_sigma(t)
         return (alpha**2 + sigma**2).sqrt().item() * noise(self.blank(batch, config))
 
@@ -128,7 +131,7 @@ class LatentDiffusion(nn.Module):
 
     @property
     def multiple(self) -> int:
-        """The sides of an image, in pixels, are multiples of this."""
+        """The sides of an image, in pixels, must be multiples of this."""
         return self.vae.factor * self.unet.multiple
 
     def guided(
@@ -140,6 +143,8 @@ class LatentDiffusion(nn.Module):
     ) -> Denoise:
         """(x, t) -> Prediction under these prompts. denoiser: in place of the model's own."""
         context, null = self.text.encode(prompts), self.text.null(len(prompts))
+        if config.negative and null is None:
+            raise UserError("negative needs a model with a text encoder.")
         if config.negative:
             null = self.text.encode([config.negative]).expand(len(prompts), -1, -1)
         guidance = config.guidance if guidance is None else guidance
@@ -150,7 +155,7 @@ class LatentDiffusion(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Latents) -> Float[Tensor, "B C H W"]:
-        """Images, about [-1, 1], a megapixel at a time: memory does not grow with the batch."""
+        """Images, about [-1, 1], decoded a megapixel at a time to bound the memory."""
         pixels = latents[0, 0].numel() * self.vae.factor**2
         together = latents.split(max(1, 2**20 // pixels))
         return torch.cat([self.vae.decode(z) for z in together])

@@ -25,8 +25,8 @@ Context = Float[Tensor, "B L _"]
 def timestep_embedding(
     t: Shaped[Tensor, "B"], dim: int, max_period: float = 10_000
 ) -> Float[Tensor, "B {dim}"]:
-    """[cos, sin] of t at dim/2 geometric frequencies from 1 to 1/max_period, [1] section 3.5."""
-    # sines of t up to 1000 need more digits than bfloat16 has
+    """[cos, sin] of t at dim/2 frequencies max_period^(-i / (dim/2)), [1] section 3.5."""
+    # t up to 1000 needs more digits than bfloat16 has
     half, precise = dim // 2, torch.promote_types(t.dtype, torch.float32)
     frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, dtype=precise))
     angles = t[:, None].to(precise) * frequencies.to(t.device)
@@ -40,12 +40,12 @@ def run(block: Callable[..., Tensor], *inputs: Tensor | int | None, recompute: b
 
 
 def group_norm(groups: int, channels: int, eps: float) -> nn.Module:
-    """GroupNorm; groups = 0: none, so that absolute levels survive in a shallow network."""
+    """GroupNorm, or with groups = 0 no normalization, so that a shallow network sees brightness."""
     return nn.GroupNorm(groups, channels, eps) if groups else nn.Identity()
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions, each behind a normalization, around a skip ([2]).
+    """Two 3x3 convolutions, each after a normalization, and a skip connection around both ([2]).
 
     Time is added between them ([3]), or with scale_shift it scales and shifts the second
     normalization's output, the AdaGN of [5] section 3.
@@ -123,7 +123,7 @@ class GEGLU(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward, each behind a LayerNorm and around a skip.
+    """Self-attention, cross-attention, feed-forward: each after a LayerNorm, with a skip around.
 
     Without a context_dim there is no cross-attention; with ff_mult = 0 there is no feed-forward.
     """
@@ -147,7 +147,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A feature map as a sequence of pixels, through `depth` transformer blocks, [3] appendix E."""
+    """`depth` transformer blocks on a feature map as a sequence of positions, [3] appendix E."""
 
     def __init__(
         self,

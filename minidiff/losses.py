@@ -29,27 +29,26 @@ WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "edm": lambda snr: snr + SIGMA_DATA**-2,  # [3] table 1, lambda(sigma)
     "min-snr": lambda snr: snr.clamp(max=5),  # [4] section 3.4, gamma = 5
     "p2": lambda snr: snr / (1 + snr),  # [5] eq. 8, gamma = k = 1
-    "learned": lambda snr: torch.ones_like(snr),  # then divided by its own mean: balanced()
+    "learned": lambda snr: torch.ones_like(snr),  # balanced() then divides by the mean error
 }
 
-LEVELS = 20  # stretches of t in which the learned weighting has a mean of its own
-LR_MULTIPLIER = 20.0  # how many times faster than a weight it learns
+LEVELS = 20  # intervals of progress(t), in each of which the learned weighting has one value u
+LR_MULTIPLIER = 20.0  # u learns this many times faster than the network's weights
 
 
 def log_error() -> nn.Parameter:
-    """The parameter of the learned weighting, u / LR_MULTIPLIER at each level; for training
-    only."""
+    """The parameter of the learned weighting, u / LR_MULTIPLIER at each level; used in training."""
     return nn.Parameter(torch.zeros(LEVELS))
 
 
 def balanced(
     error: Float[Tensor, "B"], progress: Float[Tensor, "B"], log_error: Float[Tensor, "levels"]
 ) -> Float[Tensor, "B"]:
-    """The learned weighting ([6], after [7]): error / e^u + u, which is least where u = log E[error
-    | t].
+    """The learned weighting ([6], after [7]): error / e^u + u, which is least at u = log of
+    the mean error of the level.
 
-    So every noise level pulls equally hard, however large its error, and the optimum of the network
-    does not change. The loss can be negative. progress: where each example lies in [0, 1].
+    So every noise level contributes equally, however large its error, and the network's optimum
+    does not change. The loss can be negative. progress: schedule.progress(t) of each example.
     """
     level = (LEVELS * progress).long().clamp(max=LEVELS - 1)
     u = LR_MULTIPLIER * log_error[level.to(log_error.device)]

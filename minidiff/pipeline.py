@@ -1,4 +1,4 @@
-"""From prompts to finished images: batches, progress, editing, tiles, and where NaN began."""
+"""From prompts to finished images: batches, progress, editing, tiles, and the origin of NaN."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -29,7 +29,7 @@ def generate(
     first: int = 0,
     progress: bool = False,
 ) -> Images:
-    """Images in [-1, 1], one for each prompt, all at once; the arguments are draw's."""
+    """Images in [-1, 1], one for each prompt, all at once. Arguments as in draw."""
     return torch.cat(list(draw(model, prompts, config, batch, edit, first, progress)))
 
 
@@ -45,10 +45,10 @@ def draw(
 ) -> Iterator[Images]:
     """The same, yielded a batch at a time.
 
-    edit: start from an image; outside its mask that image stays, to the bit. first: the number of
+    edit: start from an image; outside its mask that image stays, to the bit. first: the index of
     the first image; the noise of image k follows from (config.seed, k), so that it is the same in
-    any batch. progress: show a bar. Numbers that are not finite are a UserError that names the
-    module where they began.
+    any batch. progress: show a bar. Numbers that are not finite raise a NonFiniteError that names
+    the module where they began.
     """
     config = config or SampleConfig()
     if not prompts:
@@ -59,7 +59,7 @@ def draw(
     with tqdm(desc="sampling", total=total, unit="step", delay=0.01, disable=not progress) as bar:
         for chunk, start in zip(chunks, count(first, batch), strict=False):
             images = _batch(model, chunk, config, edit, start, bar)
-            if not images.isfinite().all():  # once more, with a look at every module
+            if not images.isfinite().all():  # sample again, and check every module's output
                 again = partial(_batch, model, chunk, config, edit, start, bar)
                 culprit = first_bad(model, again) or "no module gives such numbers alone"
                 raise NonFiniteError(
@@ -82,7 +82,7 @@ def _batch(
     if edit is not None:
         frames = editing.edited(model, prompts, edit, config, noise)
     elif model.unet.config.in_channels != model.vae.latent_channels:
-        editing.inpainting_denoiser(model, edit)  # says what is missing
+        editing.inpainting_denoiser(model, edit)  # raises a UserError that says what is missing
     else:
         frames = model.sample(prompts, generator=noise, config=config)
     for frame in frames:
@@ -93,7 +93,7 @@ def _batch(
 def decode(
     model: LatentDiffusion, latents: Float[Tensor, "B Z h w"], tile: bool | None = None
 ) -> Images:
-    """Images from latents in bounded memory, in tiles where asked, by default above a megapixel."""
+    """Images from latents in bounded memory. tile: in tiles; by default above a megapixel."""
     f = model.vae.factor
     if tile or (tile is None and latents[0, 0].numel() * f**2 > MEGAPIXEL):
         return torch.cat(
@@ -109,8 +109,7 @@ def tiled(
     overlap: int,
     scale: int,
 ) -> Images:
-    """decode(x), from tiles of tile x tile that overlap; decode makes images `scale` times as
-    large.
+    """decode(x) from overlapping tiles of tile x tile latents; decode enlarges `scale` times.
 
     Where two tiles overlap, one fades linearly into the other, so that no seam shows.
     """
@@ -132,12 +131,12 @@ def tiled(
 
 
 def _starts(length: int, tile: int, stride: int) -> list[int]:
-    """Where tiles begin; the last one ends where the image does."""
+    """Where tiles begin; the last one ends at the image's edge."""
     return [*range(0, max(length - tile, 0), stride), max(length - tile, 0)]
 
 
 def _fade(length: int, overlap: int, like: Tensor) -> Float[Tensor, "N"]:
-    """Up over the overlap, flat, and down again; never 0, because an image's edge has one tile
-    only."""
+    """Weights that rise over the overlap, stay at 1 and fall again; never 0, because only one tile
+    covers an image's edge."""
     ramp = torch.arange(1, length + 1, device=like.device, dtype=like.dtype)
     return torch.minimum(ramp, ramp.flip(0)).clamp(max=overlap + 1) / (overlap + 1)

@@ -69,7 +69,7 @@ class Normal:
 
     @classmethod
     def split(cls, generator: torch.Generator | None, batch: int) -> "Normal":
-        """From seeds that one generator draws in order: two batches of 4 are one batch of 8."""
+        """From seeds that one generator draws in order: two batches of 4 equal one of 8."""
         device = generator.device if generator else None
         seeds = torch.randint(2**63 - 1, (batch,), generator=generator, device=device)
         return cls([torch.Generator().manual_seed(seed) for seed in seeds.tolist()])
@@ -84,12 +84,12 @@ class Normal:
 
 
 def unseeded(x: X) -> X:
-    """Standard normal numbers from torch's own generator on the CPU."""
+    """Standard normal numbers from torch's global generator on the CPU."""
     return torch.randn(x.shape, dtype=x.dtype).to(x.device)
 
 
 class Frame(NamedTuple):
-    """One stop of the chain: the time, the state there, and the estimate of x0 made from it."""
+    """One state of the chain: its time, x_t itself, and the estimate of x0 from it."""
 
     t: float
     x: X
@@ -108,8 +108,8 @@ def sample(
 ) -> Iterator[Frame]:
     """Walk from x_T to data; yields steps + 1 frames, the last one clean.
 
-    steps: how many; or the steps + 1 times themselves, decreasing to 0, and spacing does nothing.
-    noise: what steps that add noise call. Default: numbers from torch's own generator.
+    steps: their number; or the steps + 1 times, decreasing to 0, which need no spacing.
+    noise: where steps get new noise from. Default: torch's global CPU generator.
     """
     times, noise = times_of(schedule, steps, spacing), noise or unseeded
     x, memory = x_T, None
@@ -121,7 +121,7 @@ def sample(
 
 
 def times_of(schedule: NoiseSchedule, steps: int | Times, spacing: str = "trailing") -> Times:
-    """The times of so many steps, or the given ones, checked, on the CPU."""
+    """The times of a number of steps, or the given times, checked, on the CPU."""
     if isinstance(steps, int):
         return schedule.timesteps(steps, spacing)
     times, start = steps.cpu(), schedule.timesteps(1)[0].item()

@@ -1,10 +1,10 @@
-"""Noise schedules: how much signal and how much noise there is at time t. All are in this file.
+"""Noise schedules: how much signal and how much noise x_t holds at time t.
 
-One frame holds them all:  x_t = alpha_t x0 + sigma_t eps,  eps ~ N(0, I).  t grows with noise, and
-t = 0 is clean data.
+One equation holds for all:  x_t = alpha_t x0 + sigma_t eps,  eps ~ N(0, I).  Noise grows with t,
+and t = 0 is clean data.
 
-A schedule is a few numbers and no state. Times may be on any device; scales come back in float64 on
-the CPU, because some devices have no float64. `per_example` takes them to the image they multiply.
+A schedule is a few numbers and has no state. Times may be on any device; scales are float64 on the
+CPU, because some devices have no float64. `per_example` moves them to the tensor they multiply.
 
 [1] Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. arXiv:2006.11239
 [2] Nichol, Dhariwal. Improved Denoising Diffusion Probabilistic Models. 2021. arXiv:2102.09672
@@ -31,25 +31,25 @@ from torch import Tensor
 
 from minidiff.errors import UserError
 
-# Times are 0..T for Discrete, which is trained at whole numbers, and real for the others.
+# Discrete has times 0..T and is trained at whole ones; the other schedules have real times.
 Times = Shaped[Tensor, "*B"]
 Scales = Float[Tensor, "*B"]  # float64, on the CPU
 X = Float[Tensor, "B *dims"]  # images, latents, points
-SIGMA_MAX = 80.0  # sigma / alpha above which nothing is seen of data ([5] table 1)
-# [9], Stable Diffusion 1.5 in 10 steps; there counted from 0
+SIGMA_MAX = 80.0  # sigma / alpha at which noise hides the data ([5] table 1)
+# [9], for Stable Diffusion 1.5 in 10 steps; [9] counts from 0, so 1 is added here
 AYS = (1000, 851, 737, 646, 546, 456, 344, 234, 125, 25, 1)
 
 
 def per_example(scale: Float[Tensor, "B"], x: X) -> Float[Tensor, "B *ones"]:
-    """One scale for each example, ready to be multiplied with x."""
+    """One scale for each example, shaped to multiply x."""
     # The cast comes before the move: some devices have no float64.
     return scale.to(x.dtype).to(x.device).view(-1, *[1] * (x.ndim - 1))
 
 
 class NoiseSchedule:
-    """The interface. Subclasses are frozen dataclasses: their fields are all there is to save."""
+    """The interface. Subclasses are frozen dataclasses: their fields are all that must be saved."""
 
-    final = 0  # the time at which the published DDIM stops
+    final = 0  # the last time of the published DDIM; 0 is clean data
 
     def alpha_sigma(self, t: Times) -> tuple[Scales, Scales]:
         """Scales of signal and noise at t."""
@@ -71,19 +71,19 @@ class NoiseSchedule:
         raise NotImplementedError
 
     def sample_t(self, batch: int, generator: torch.Generator | None = None) -> Shaped[Tensor, "B"]:
-        """The times trained on: one for each example."""
+        """Random times to train on, one for each example."""
         raise NotImplementedError
 
     def timesteps(self, steps: int, spacing: str = "trailing") -> Shaped[Tensor, "steps1"]:
-        """The steps + 1 times a sampler visits, decreasing; the last one is clean."""
+        """The steps + 1 times that a sampler visits, decreasing to 0 (clean data)."""
         raise NotImplementedError
 
     def c_noise(self, t: Times) -> Shaped[Tensor, "*B"]:
-        """The number the network is shown for t ([5] table 1)."""
+        """What the network takes as its time input at t ([5] table 1)."""
         raise NotImplementedError
 
     def progress(self, t: Times) -> Scales:
-        """Where t lies between data (0) and noise (1): the axis of plots and of loss-by-t bins."""
+        """Where t lies between data (0) and noise (1): the axis of plots and of the loss by t."""
         return t.cpu().double()
 
     def snr(self, t: Times) -> Scales:
@@ -123,9 +123,9 @@ def _line(first: float, last: float, count: int) -> Float[Tensor, "N"]:
     return torch.linspace(first, last, count, dtype=torch.float64)
 
 
-def _betas_from(alpha_bar_of: Tensor) -> Tensor:
+def _betas_from(alpha_bar: Tensor) -> Tensor:
     """The betas of a given alpha_bar, none of them above 0.999 ([2] section 3.2)."""
-    return (1 - alpha_bar_of[1:] / alpha_bar_of[:-1]).clamp(max=0.999)
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
 def _betas_sigmoid(T: int) -> Float[Tensor, "T"]:
@@ -134,7 +134,7 @@ def _betas_sigmoid(T: int) -> Float[Tensor, "T"]:
     return _betas_from((u[-1] - u) / (u[-1] - u[0]))
 
 
-BETAS = {  # of T, beta_1, beta_T
+BETAS = {  # functions of T, beta_1, beta_T
     "linear": lambda T, first, last: _line(first, last, T),  # [1] section 4
     "scaled_linear": lambda T, first, last: _line(first**0.5, last**0.5, T) ** 2,  # [7]
     "cosine": lambda T, *_: _betas_from(  # [2] eq. 17 with s = 0.008
@@ -146,17 +146,16 @@ BETAS = {  # of T, beta_1, beta_T
 
 @dataclass(frozen=True)
 class Discrete(NoiseSchedule):
-    """Variance preserving, alpha_t^2 + sigma_t^2 = 1: T noise levels, t = 1..T, and clean data at t
-    = 0."""
+    """Variance preserving, alpha_t^2 + sigma_t^2 = 1: noise levels t = 1..T; t = 0 is clean."""
 
     betas: str
     T: int = 1000
     beta_1: float = 1e-4
     beta_T: float = 0.02
     zero_terminal_snr: bool = False
-    # where the published DDIM stops: SD's is 1 (diffusers: set_alpha_to_one = False)
+    # the last time of the published DDIM: SD's is 1 (diffusers: set_alpha_to_one = False)
     final: int = 0
-    # None: train on uniform times; a number: on logit-normal ones, as Flow
+    # of logit(t / T) in training, as in Flow; mean None: uniform times
     mean: float | None = None
     std: float = 1.0
 
@@ -176,7 +175,7 @@ class Discrete(NoiseSchedule):
 
     @cached_property
     def _log_snr(self) -> Float[Tensor, "T1"]:
-        """For t = 0..T; finite at both ends, so that one can interpolate there."""
+        """log SNR for t = 0..T, made finite at both ends, so that it can be interpolated."""
         return self.alpha_bar.logit(eps=1e-12)
 
     def alpha_sigma(self, t: Times) -> tuple[Scales, Scales]:
@@ -205,21 +204,21 @@ class Discrete(NoiseSchedule):
         return real.ceil().long().clamp(1, self.T)
 
     def timesteps(self, steps: int, spacing: str = "trailing") -> Shaped[Tensor, "steps1"]:
-        """On whole levels: trailing, T down to 0 in equal strides ([4] table 2); leading, Stable
-        Diffusion's, which starts a stride below T; linspace, with both T and 1 ([2] section 4).
+        """At whole times: trailing, T down to 0 in equal strides ([4] table 2); leading, Stable
+        Diffusion's, which starts about a stride below T; linspace, from T to 1 ([2] section 4).
 
-        Between levels: karras, equal strides in (sigma / alpha)^(1/7) ([5] eq. 5); log-snr, in log
-        SNR ([8] section 3.4); ays, Stable Diffusion's for 10 steps, interpolated ([9]); shifted, a
-        flow's with shift 2."""
+        At real times: karras, equal strides in (sigma / alpha)^(1/7) ([5] eq. 5); log-snr, in log
+        SNR ([8] section 3.4); ays, the 10 steps of [9] for Stable Diffusion, interpolated;
+        shifted, those of Flow(shift=2)."""
         whole, real = ("trailing", "leading", "linspace"), ("karras", "log-snr", "ays", "shifted")
         _check(steps, spacing, (*whole, *real), most=self.T if spacing in whole else None)
         if spacing == "trailing":
             return _line(self.T, 0, steps + 1).round().long()
-        # SD counts from 0 and adds 1; here 0 is clean data, which makes it 2
+        # SD counts its levels from 0 and adds 1; here 0 is clean data, so 2 is added
         if spacing == "leading":
             stride = self.T // steps
-            visited = torch.arange(steps).flip(0) * stride + (2 if stride > 1 else 1)
-        elif spacing == "linspace":  # rounded in the published count, which starts at 0
+            visited = torch.arange(steps).flip(0) * stride + (2 if steps < self.T else 1)
+        elif spacing == "linspace":  # rounded as published, where levels count from 0
             visited = _line(self.T - 1, 0, steps).round().long() + 1
         elif spacing == "shifted":
             visited = self.T * Flow(shift=2.0).timesteps(steps)[:-1]
@@ -244,7 +243,7 @@ class Flow(NoiseSchedule):
     t in [0, 1].
 
     Training times are logit-normal, sigmoid(mean + std n) with n ~ N(0, 1) ([6] section 3.1).
-    Sampling times are moved towards noise, t -> shift t / (1 + (shift - 1) t) ([6] eq. 23)."""
+    Sampling times are shifted towards noise, t -> shift t / (1 + (shift - 1) t) ([6] eq. 23)."""
 
     mean: float = 0.0
     std: float = 1.0
@@ -269,12 +268,12 @@ class Flow(NoiseSchedule):
             return self.shift * t / (1 + (self.shift - 1) * t)
         if spacing == "karras":
             visited = _ramp(1, 1e-3, steps, spacing)
-        else:  # t = 1 has log SNR -inf: begin as near to it as the last level is to data
+        else:  # t = 1 has log SNR -inf: start at 1 - 1/1000, as far from 1 as the end is from 0
             visited = self.at_log_snr(-2 * _ramp(999, 1 / 999, steps, spacing).log())
         return torch.cat([visited, torch.zeros(1, dtype=torch.float64)])
 
     def c_noise(self, t: Times) -> Shaped[Tensor, "*B"]:
-        return 1000 * t  # the sinusoidal embedding expects numbers in the hundreds
+        return 1000 * t  # the sinusoidal embedding expects times up to about 1000
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
     step(denoise, schedule, x, t, s, noise, memory) -> (x_s, x0_hat, memory)
 
-All are made of x_s = alpha_s x0 + sigma_s eps, and differ in how they estimate the x0 and eps that
-hold all the way from t to s. Every schedule has alpha = 1, sigma = 0 at the clean end, so the first
-and the last step need no code of their own. A step has no state: what a multistep method remembers
-is the `memory` that it returns and is given back.
+All compute x_s = alpha_s x0 + sigma_s eps, and differ in how they estimate the x0 and eps of the
+way from t to s. Every schedule has alpha = 1, sigma = 0 at t = 0, so DDIM's last step is no special
+case. A step has no state: what a multistep method remembers is the `memory` that it returns and
+that the next step is given.
 
 [1] Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. arXiv:2010.02502
 [2] Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. arXiv:2006.11239
@@ -55,10 +55,10 @@ class Step:
 
 @dataclass(frozen=True)
 class DDIM(Step):
-    """[1] eq. 12 and 16 for any schedule. eta: the share of DDPM's new noise in each step.
+    """[1] eq. 12 and 16 for any schedule. eta: scale of the new noise; 1 is DDPM's.
 
     eta = 0 is deterministic: Euler's method for flow matching and in sigma. eta = 1 is DDPM's
-    ancestral step. final: stop at schedule.final, as published, or at clean data.
+    ancestral step. final: end at schedule.final, as published; False: at clean data.
     """
 
     eta: float = 0.0
@@ -69,8 +69,8 @@ class DDIM(Step):
         s = s.clamp(min=schedule.final) if self.final else s
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
         removed = (sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2).clamp(min=0)
-        up = self.eta * (sigma_s / sigma_t) * removed.sqrt()  # noise put back
-        down = (sigma_s**2 - up**2).clamp(min=0).sqrt()  # noise left in place
+        up = self.eta * (sigma_s / sigma_t) * removed.sqrt()  # new noise
+        down = (sigma_s**2 - up**2).clamp(min=0).sqrt()  # predicted noise that stays
         x_s = alpha_s.item() * x0 + down.item() * eps
         if self.eta > 0:
             x_s = x_s + up.item() * noise(x)
@@ -97,24 +97,24 @@ def euler_ancestral() -> DDIM:
 class Heun(Step):
     """Heun's second-order method, two evaluations a step, [3] algorithm 2.
 
-    The ODE is dx = x0 d(alpha) + eps d(sigma). Euler's step takes x0 and eps at t for the whole
-    way; Heun's takes the mean of those at t and at the end of Euler's step, which moves x_s by
-    `lean` times the change of x0.
+    The ODE is dx = x0 d(alpha) + eps d(sigma). Euler's step uses the slope at t for the whole
+    way; Heun's uses the mean of the slopes at t and at the end of Euler's step, which moves x_s by
+    `weight` times the change of x0.
     """
 
-    churn: float = 0.0  # first add noise until sigma / alpha has grown by this share (gamma)
-    noise_scale: float = 1.0  # of that noise (S_noise)
-    between: tuple[float, float] = (0.0, math.inf)  # add it in these sigma / alpha (S_tmin, S_tmax)
+    churn: float = 0.0  # first add noise: sigma / alpha grows by this fraction (gamma)
+    noise_scale: float = 1.0  # standard deviation of that noise (S_noise)
+    between: tuple[float, float] = (0.0, math.inf)  # range of sigma / alpha for it (S_tmin, S_tmax)
 
     def __call__(self, denoise, schedule, x, t, s, noise, memory=None):
         x, t = self._churned(schedule, x, t, noise) if self.churn > 0 else (x, t)
         x0, eps = denoise(x, t.expand(len(x)))
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
         x_s = alpha_s.item() * x0 + sigma_s.item() * eps
-        if sigma_s == 0:  # nothing is left to evaluate at clean data
+        if sigma_s == 0:  # the denoiser is not defined at clean data
             return x_s, x0, None
-        lean = schedule.unit(s) / schedule.unit(t) * (sigma_t * alpha_s / sigma_s - alpha_t) / 2
-        return x_s + lean.item() * (denoise(x_s, s.expand(len(x))).x0 - x0), x0, None
+        weight = schedule.unit(s) / schedule.unit(t) * (sigma_t * alpha_s / sigma_s - alpha_t) / 2
+        return x_s + weight.item() * (denoise(x_s, s.expand(len(x))).x0 - x0), x0, None
 
     def _churned(self, schedule: NoiseSchedule, x: State, t: Time, noise: Noise) -> tuple:
         """x with more noise, and its time."""
@@ -129,8 +129,8 @@ class Heun(Step):
 
 
 class Stride(NamedTuple):
-    """The way from t to s in lambda = log(alpha / sigma), the time of [4] and [5]; it can be
-    infinite."""
+    """The way from t to s in lambda = log(alpha / sigma), the time of [4] and [5]. h is infinite
+    where t is pure noise or s is clean."""
 
     h: Tensor  # lambda_s - lambda_t
     r: Tensor  # e^-h
@@ -150,7 +150,7 @@ class Stride(NamedTuple):
 
 
 class Last(NamedTuple):
-    """What dpmpp_2m remembers: the step before, and the x0 it started from."""
+    """What dpmpp_2m remembers: the previous step, and the estimate of x0 at its start."""
 
     stride: Stride
     x0: State
@@ -168,7 +168,7 @@ def second_order(x0: State, stride: Stride, last: Last | None, weight: Tensor) -
 
 @dataclass(frozen=True)
 class DPMpp2M(Step):
-    """DPM-Solver++(2M), [4] algorithm 2: second order, from the x0 of the step before.
+    """DPM-Solver++(2M), [4] algorithm 2: second order, with the x0 of the step before.
 
     eta = 1 is SDE-DPM-Solver++(2M) of [4]; values between are k-diffusion's eta.
     """
@@ -193,8 +193,8 @@ def dpmpp_2m_sde() -> DPMpp2M:
 
 
 class Uncorrected(NamedTuple):
-    """What unipc remembers: the last step, which the next evaluation corrects, and the one
-    before."""
+    """What unipc remembers: the last step, which the next evaluation corrects (its start x and x0),
+    and the step before."""
 
     x: State
     stride: Stride
@@ -207,7 +207,7 @@ class UniPC(Step):
     """UniPC-2, [5] section 3: DPM-Solver++(2M), then a correction.
 
     The evaluation at x_s is reused to correct x_s: no extra evaluation. variant: B(h) of [5], the
-    weight where there are only two points.
+    weight of a second-order term: h (bh1) or 1 - e^-h (bh2).
     """
 
     variant: str = "bh2"
@@ -229,10 +229,10 @@ class UniPC(Step):
         return stride.h if self.variant == "bh1" else 1 - stride.r
 
     def _corrected(self, memory: Uncorrected, x0_s: State) -> State:
-        """The last step taken again with a third estimate of x0, at its end.
+        """The last step taken again, with one more estimate of x0, at its end.
 
-        x_s is the integral of alpha_s e^(u - h) x0(u) over u = 0..h, along the parabola through the
-        three estimates; the integral of u^k is h^k m_k.
+        x_s = shrink x + alpha_s (integral of e^(u - h) x0(u) over u = 0..h), where x0(u) is the
+        parabola through the three estimates; the integral of e^(u - h) u^k is h^k m_k.
         """
         x, stride, x0, last = memory
         h, m0 = stride.h, 1 - stride.r
@@ -255,13 +255,13 @@ def consistent(
 ) -> State:
     """The consistency function of [6] eq. 9, c_skip x + c_out x0_hat: x itself at the first level.
 
-    c_skip = 0.5^2 / (tau^2 + 0.5^2) and c_out = tau / sqrt(tau^2 + 0.5^2), where tau is ten times
-    the thousandths of the way since the first level. A few levels further on it is x0_hat.
+    c_skip = 0.5^2 / (tau^2 + 0.5^2) and c_out = tau / sqrt(tau^2 + 0.5^2), where tau is 10 (t - 1)
+    for T = 1000. A few levels above the first it is x0_hat almost exactly.
     """
     tau = 10 * (1000 * schedule.progress(t) - 1).clamp(min=0)
     c_skip = per_example(0.25 / (tau**2 + 0.25), x)
     c_out = per_example(tau / (tau**2 + 0.25).sqrt(), x)
-    x0 = denoise(x, t).x0  # NaN for clean data, of a network that predicts x0
+    x0 = denoise(x, t).x0  # NaN at t = 0 if the target is "x0"
     return torch.where(c_out > 0, c_skip * x + c_out * x0, x)
 
 

@@ -47,7 +47,7 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class Block(nn.Module):
-    """Causal self-attention and a perceptron, each behind a LayerNorm, each around a skip."""
+    """Causal self-attention and an MLP, each with a LayerNorm before and a skip around."""
 
     def __init__(self, width: int, heads: int, activation: str):
         super().__init__()
@@ -63,7 +63,7 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class TextConfig:
-    """All there is to build CLIP's text encoder."""
+    """All that defines CLIP's text encoder."""
 
     width: int
     layers: int
@@ -72,16 +72,16 @@ class TextConfig:
     pad: int = END  # SD 1.x pads with the end token, SD 2.x and open_clip with 0
     context_length: int = 77
     vocabulary: int = 49408
-    words_only: bool = False  # zero vectors at start, end and padding, which say nothing
+    words_only: bool = False  # set the vectors of start, end and padding to zero
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise UserError(f'no activation "{self.activation}"; there is {known}.')
+            names = ", ".join(ACTIVATIONS)
+            raise UserError(f'no activation "{self.activation}"; there is {names}.')
 
 
 class CLIPText(nn.Module):
-    """[1] section 2.4: each vector depends on the words up to it. No padding mask, as in [3]."""
+    """[1] section 2.4: each vector depends on the tokens up to it. No padding mask, as in [3]."""
 
     Config = TextConfig
 
@@ -100,8 +100,8 @@ class CLIPText(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """As [1], but blocks start by adding nothing, and embeddings have unit size: an encoder
-        trained from nothing starts as a bag of words, and learns their order from there."""
+        """As [1], but the blocks' output weights start at zero and token embeddings have unit std:
+        an encoder trained from scratch starts as a bag of words, and learns their order later."""
         nn.init.normal_(self.token_embedding.weight)
         nn.init.normal_(self.position_embedding.weight, std=0.3)
         for block in self.blocks:
@@ -111,7 +111,7 @@ class CLIPText(nn.Module):
                 nn.init.zeros_(linear.weight)
 
     def tokens(self, prompts: list[str]) -> Int[Tensor, "B L"]:
-        """start, words, end, padding. What does not fit is cut; a warning names those words."""
+        """start, words, end, padding. Words that do not fit are cut, and a warning names them."""
         rows, room = [], self.context_length - 2
         for prompt in prompts:
             ids = token_ids(prompt)
@@ -184,7 +184,7 @@ class NoCondition:
 
 
 class Unconditional(nn.Module):
-    """No condition: prompts only say how many pictures there are."""
+    """No condition: the number of prompts is the number of images; their text is ignored."""
 
     Config = NoCondition
 
@@ -200,10 +200,10 @@ class Unconditional(nn.Module):
 
 
 def clip_vit_l14() -> CLIPText:
-    """Of OpenAI's ViT-L/14, in SD 1.x: 123.06 M parameters."""
+    """The text encoder of OpenAI's ViT-L/14, used by SD 1.x: 123.06 M parameters."""
     return CLIPText(TextConfig(width=768, layers=12, heads=12, activation="quick_gelu", pad=END))
 
 
 def openclip_vit_h14() -> CLIPText:
-    """Of OpenCLIP's ViT-H/14 ([2]), in SD 2.x: 23 of its 24 blocks, 340.39 M parameters."""
+    """That of OpenCLIP's ViT-H/14 ([2]), used by SD 2.x: 23 of 24 blocks, 340.39 M parameters."""
     return CLIPText(TextConfig(width=1024, layers=23, heads=16, activation="gelu", pad=0))

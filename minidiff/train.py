@@ -1,11 +1,11 @@
-"""Training: one loop that knows nothing of diffusion. DDPM, VAE, fine-tune are loss functions.
+"""Training: one loop that knows nothing of diffusion; DDPM and VAE are loss functions to it.
 
     for step in train(loss_fn, module, batches, TrainConfig(steps=1000, lr=1e-3)):
         ...  # a generator: the caller logs, plots, samples, stops
 
 Everything random in step k follows from (seed, k): the batch, the noise, dropout. So a resumed run
-ends, bit for bit, where an uninterrupted one would, with no random state to save. What the loop
-stands on is in training/.
+ends, bit for bit, where an uninterrupted one would, with no random state to save. The loop's
+helpers are in training/.
 
 [1] Loshchilov, Hutter. Decoupled Weight Decay Regularization. 2019. arXiv:1711.05101
 [2] Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. arXiv:2006.11239
@@ -33,8 +33,8 @@ from minidiff.training.workers import workers
 __all__ = ["BINS", "EMA", "Loss", "LossFn", "NonFiniteError", "TrainConfig", "TrainStep", "train"]
 __all__ += ["backward_all", "by_bin", "seed_of"]
 
-# "loss": of each example; its mean is minimized. "progress": where each lies in [0, 1], for the
-# loss by noise level. The means of all other entries are reported.
+# A batch -> "loss" of each example, whose mean is minimized; "progress" of each in [0, 1], for the
+# loss by noise level; and other entries, whose means are reported.
 LossFn = Callable[[Any], Loss]
 
 
@@ -43,10 +43,10 @@ class TrainStep(NamedTuple):
 
     step: int  # counted from 1
     loss: float
-    bins: list[float | None]  # mean loss in each tenth of [0, 1]; None where no example lies
+    bins: list[float | None]  # mean loss in each tenth of progress; None: no example there
     lr: float
     grad_norm: float
-    parts: dict[str, float] = {}  # the means of what else the loss function names  # noqa: RUF012
+    parts: dict[str, float] = {}  # means of the loss function's other entries  # noqa: RUF012
 
 
 class EMA:
@@ -60,7 +60,7 @@ class EMA:
     def update(self, step: int) -> None:
         """average <- d average + (1 - d) weights, d = min(decay, step / (step + 9)).
 
-        So an early average is a mean over the last tenth of the run, and not noise.
+        So early on it averages over about the last tenth of the steps so far, not the random start.
         """
         torch._foreach_lerp_(self.averages, self.weights, 1 - min(self.decay, step / (step + 9)))
 
@@ -77,14 +77,14 @@ def train(
 ) -> Iterator[TrainStep]:
     """AdamW ([1]) on module's trainable parameters; yields after every optimizer step.
 
-    batches(k) iterates over batches from the k-th on, endlessly; config.accumulate of them make a
+    batches(k): an endless iterable of batches from the k-th on; config.accumulate of them make a
     step. config.threads: compute this many at a time (CPU only); the loss must then draw no random
-    numbers. config.pieces: batches() yields each batch in so many pieces, for small machines.
+    numbers. config.pieces: batches(k) yields each batch in this many pieces, to save memory.
 
-    With a folder, which is locked meanwhile, every step adds a line to log.jsonl, and a checkpoint
-    is written every config.save_every steps, at the end, and on Ctrl-C and SIGTERM. resume: go on
-    from the newest one. Its step is yielded once more: a kill may have come before the caller was
-    done with it.
+    folder: locked during the run; every step adds a line to log.jsonl, and a checkpoint is written
+    every config.save_every steps, at the end, and on Ctrl-C and SIGTERM. resume: go on from the
+    newest checkpoint. Its step is yielded again, because the run may have been killed before the
+    caller handled it.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     device, groups = parameters[0].device, optimizers.grouped(parameters, config.weight_decay)
@@ -149,7 +149,7 @@ def backward_all(
     if pool is None:
         return [_backward(forward, len(batches), batch) for batch in batches]
     losses, gradients = [], partial(_gradients, forward, parameters, len(batches))
-    for loss, grads in pool.map(gradients, batches):  # in this order, whichever ends first
+    for loss, grads in pool.map(gradients, batches):  # in the order of the batches
         losses.append(loss)
         for p, g in zip(parameters, grads, strict=True):
             if g is not None:
@@ -171,7 +171,7 @@ def _backward(forward: LossFn, batches: int, batch: Any) -> Loss:
 def _gradients(
     forward: LossFn, parameters: list[nn.Parameter], batches: int, batch: Any
 ) -> tuple[Loss, tuple[Tensor | None, ...]]:
-    """As _backward, and beside other threads: nothing is written to .grad."""
+    """As _backward, but safe in threads: it returns the gradients and leaves .grad alone."""
     loss = forward(batch)
     grads = torch.autograd.grad(loss["loss"].mean() / batches, parameters, allow_unused=True)
     return {name: value.detach() for name, value in loss.items()}, grads

@@ -1,4 +1,4 @@
-"""The U-Net: one class, and builders that are nothing but numbers: CIFAR's, Stable Diffusion's.
+"""The U-Net: one class; CIFAR's and Stable Diffusion's differ by their configs alone.
 
     x (B, C, H, W)
       conv_in
@@ -55,7 +55,7 @@ class Upsample(nn.Module):
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """All there is to build a U-Net; channels, depth and heads name each level, finest first."""
+    """All that defines a U-Net; channels, depth and heads have one entry a level, finest first."""
 
     in_channels: int
     out_channels: int
@@ -64,13 +64,13 @@ class UNetConfig:
     depth: Sequence[int]  # transformer blocks at each level; 0 is none
     heads: Sequence[int]  # attention heads at each level
     context_dim: int | None = None  # None: no cross-attention
-    ff_mult: int = 4  # width of the transformers' feed-forward layers; 0 is none
+    ff_mult: int = 4  # width of the transformers' feed-forward layers / channels; 0 is none
     linear_projection: bool = False  # SD 2.x
     dropout: float = 0.0
     groups: int = 32  # of the group normalizations; 0: no normalization
-    pooled: bool = False  # add the context's sum to the time embedding, for every residual block
+    pooled: bool = False  # add a linear map of the context's sum to the time embedding
     scale_shift: bool = False  # time also scales, rather than only shifts, in the residual blocks
-    middle: bool = True  # False: pruned networks, whose decoder follows the encoder at once
+    middle: bool = True  # False: no middle, as in pruned networks
 
     def __post_init__(self) -> None:
         for name in ("channels", "depth", "heads"):  # JSON has lists
@@ -83,7 +83,7 @@ class UNetConfig:
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, each with a transformer behind it, then a change of size."""
+    """One resolution: residual blocks, each followed by a transformer, then a change of size."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """The only condition besides time is a sequence of vectors: words, or a class as one vector."""
+    """[1] with attention, as in [2] and [3]; conditioned on time and a sequence of vectors."""
 
     Config = UNetConfig
 
@@ -167,7 +167,7 @@ class UNet(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """PyTorch's defaults, but every residual branch starts at zero ([2] appendix B)."""
+        """PyTorch's defaults, but every residual branch starts at zero, as in the code of [2]."""
         ends = [m.conv2 for m in self.modules() if isinstance(m, ResBlock)]
         ends += [m.proj_out for m in self.modules() if isinstance(m, SpatialTransformer)]
         for layer in [self.conv_out, *ends]:
@@ -175,7 +175,7 @@ class UNet(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Map, t: Shaped[Tensor, "B"], context: Context | None = None) -> Map:
-        """t: from the schedule's c_noise. Computed in the weights' precision, returned in x's."""
+        """t: the schedule's c_noise(t). Computed in the weights' precision, returned in x's."""
         height, width = x.shape[2:]
         if height % self.multiple or width % self.multiple:
             raise UserError(
@@ -190,9 +190,7 @@ class UNet(nn.Module):
         dtype = self.conv_in.weight.dtype
         context = None if context is None else context.to(dtype)
         emb = self.time(timestep_embedding(t, self.conv_in.out_channels).to(dtype))
-        if (
-            self.pool is not None
-        ):  # a sum: a word weighs the same in a long prompt as in a short one
+        if self.pool is not None:  # a sum: a word weighs the same in long and in short prompts
             emb = emb + self.pool(context.sum(dim=1))
 
         h = self.conv_in(x.to(dtype))

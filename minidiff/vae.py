@@ -58,7 +58,7 @@ def _level(
 
 
 class Encoder(nn.Module):
-    """Pictures to the 2 z numbers (mean and log-variance) of each latent position."""
+    """Images to the mean and log-variance of each latent: twice the latent channels."""
 
     def __init__(
         self, in_channels: int, out_channels: int, channels: Sequence[int], blocks: int, groups: int
@@ -82,7 +82,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The encoder backwards, with one more residual block a level."""
+    """The encoder reversed, with one more residual block a level."""
 
     def __init__(
         self, in_channels: int, out_channels: int, channels: Sequence[int], blocks: int, groups: int
@@ -108,7 +108,7 @@ class Decoder(nn.Module):
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """All there is to build a VAE, one entry of channels for each level, finest first."""
+    """All that defines a VAE; channels has one entry a level, finest first."""
 
     in_channels: int = 3
     latent_channels: int = 4
@@ -157,24 +157,25 @@ class VAE(nn.Module):
         return mean, log_variance.clamp(-30, 20)
 
     def encode(self, images: Images, noise: Latents | None = None) -> Latents:
-        """Scaled latents: the posterior's mean, or with standard normal noise a draw from it."""
+        """Scaled latents: the posterior's mean, or, given standard normal noise, a sample of it."""
         mean, log_variance = self.posterior(images)
         z = mean if noise is None else mean + (0.5 * log_variance).exp() * noise
         return z * self.latent_scale
 
     def decode(self, latents: Latents) -> Images:
-        """Pictures from scaled latents; about [-1, 1], not clamped."""
+        """Images from scaled latents; about [-1, 1], not clamped."""
         z = (latents / self.latent_scale).to(self.post_quant.weight.dtype)
         return self.decoder(self.post_quant(z)).to(latents.dtype)
 
     def loss(self, images: Images) -> Float[Tensor, "B"]:
-        """[1] eq. 7, with |error| as in [2]:  |error| + kl_weight KL(q(z | image) || N(0, I))."""
+        """[1] eq. 7 with the L1 error of [2]:  |error| + kl_weight KL(q(z | image) || N(0, I)).
+
+        |error| is the mean over pixels and channels, KL ([1] appendix B) the sum over latents.
+        """
         mean, log_variance = self.posterior(images)
         z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
         error = (self.decoder(self.post_quant(z)) - images).abs().flatten(1).mean(1)
-        kl = 0.5 * (mean.pow(2) + log_variance.exp() - 1 - log_variance).flatten(1).sum(
-            1
-        )  # [1] app. B
+        kl = 0.5 * (mean.pow(2) + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
         return error + self.config.kl_weight * kl
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""DDIM inversion: from data to the noise that DDIM makes it from.
+"""DDIM inversion: from data to the noise that DDIM makes it from, the start of editing in [2].
 
 [1] Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. arXiv:2010.02502
 [2] Mokady et al. Null-text Inversion for Editing Real Images using Guided Diffusion Models.
@@ -29,10 +29,10 @@ def invert(
 ) -> Iterator[Frame]:
     """From data to the noise that ddim() makes it from; yields steps + 1 frames, from clean to x_T.
 
-    DDIM's step from t to s is walked up: x_t = x_s + (alpha_t - alpha_s) x0 + (sigma_t - sigma_s)
-    eps with x0 and eps estimated at (x_t, t). That x_t is not known yet: it starts as x_s and is
-    improved `rounds` times; with more rounds this is nearer to the inverse of ddim(), where steps
-    are small.
+    DDIM's step from t to s ([1] eq. 12) is reversed: x_t = x_s + (alpha_t - alpha_s) x0 + (sigma_t
+    - sigma_s) eps, with x0 and eps estimated at (x_t, t). That x_t is not known yet: it starts as
+    x_s and is improved `rounds` times; with more rounds this is nearer to the inverse of ddim(),
+    where steps are small.
     """
     if rounds < 1:
         raise UserError(f"rounds is {rounds}; it must be at least 1.")

@@ -48,7 +48,7 @@ class Edit:
             raise UserError("the mask is of another size than the image.")
 
     def paste(self, images: Images) -> Images:
-        """The images inside the mask, and the given one, to the bit, outside."""
+        """The images inside the mask, and the given image, to the bit, outside."""
         if self.mask is None:
             return images
         return torch.where(self.mask.to(images) > 0.5, images, self.image.to(images))
@@ -81,7 +81,7 @@ def edited(
 
 
 def late(times: Shaped[Tensor, "steps1"], strength: float) -> Shaped[Tensor, "late1"]:
-    """The last strength x steps of the steps, [1] section 3."""
+    """The times of the last strength * steps steps, [1] section 3."""
     steps = len(times) - 1
     return times[steps - max(1, int(steps * strength)) :]
 
@@ -124,7 +124,7 @@ class Inpainting(nn.Module):
 
 
 def inpainting_denoiser(model: LatentDiffusion, edit: Edit | None) -> Denoiser:
-    """The model's denoiser, where its U-Net has channels for the mask and the masked image."""
+    """The denoiser of a model whose U-Net has channels for the mask and the masked image."""
     channels, z = model.unet.config.in_channels, model.vae.latent_channels
     if channels != 2 * z + 1:
         raise UserError(

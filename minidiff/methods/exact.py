@@ -78,7 +78,7 @@ class Mixture:
     def log_likelihood(
         self, x: Points, schedule: NoiseSchedule | None = None, t: Times | None = None
     ) -> Float[Tensor, "B"]:
-        """log p(x) in nats, of clean data, or of data at time t of a schedule."""
+        """log p(x) in nats, of clean data, or of x_t at time t of a schedule."""
         ones = torch.ones(len(x), dtype=torch.float64)
         alpha, sigma = (ones, 0 * ones) if schedule is None else schedule.alpha_sigma(t)
         return self._parts(x, alpha, sigma)[0].logsumexp(1).to(x.dtype)

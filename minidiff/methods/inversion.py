@@ -39,8 +39,8 @@ def word_of(words: list[str], prompt: str) -> str:
     """The rarest of the words that may name the subject (or of the whole prompt); one token."""
     candidates = words or re.findall(r"\w+", prompt)
     single = [word for word in candidates if len(token_ids(word)) == 1]
-    if not single:
-        token_of(candidates[0])
+    if not single:  # says what is wrong with the first
+        token_of(candidates[0] if candidates else prompt)
     return max(single, key=token_of)
 
 

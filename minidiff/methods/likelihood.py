@@ -39,7 +39,7 @@ def log_likelihood(
 
     probes: how many random sign vectors estimate the trace, without bias ([3], [1] eq. 40).
     Default: every axis in turn, exact and for few dimensions. between: sigma / alpha at the two
-    ends. Data are blurred by the lower one; at the upper one they count as noise of variance 1.
+    ends. Data are blurred by the lower one; at the upper one the prior is N(0, 1 + level^2).
     """
     alpha, sigma = schedule.alpha_sigma(schedule.timesteps(1)[:1])
     low, high = math.log(between[0]), math.log(min(between[1], (sigma / alpha).item()))

@@ -10,7 +10,8 @@ B is 1x1.
     lora.merge(model), lora.unmerge(model)            # into the weights, and back to the bit
     lora.remove(model)
 
-A LoRA is a child of its layer, named "lora", and adds to the layer's output by a forward hook.
+A LoRA is a submodule of its layer, named "lora", and a forward hook adds its output to the layer's.
+So the networks' code knows nothing of it, and their tensors keep their names.
 
 [1] Hu et al. LoRA: Low-Rank Adaptation of Large Language Models. 2021. arXiv:2106.09685
 """
@@ -131,7 +132,7 @@ def state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def scale(module: nn.Module, by: float) -> None:
-    """Weigh every LoRA by this much: 0 is the model without it, 1 as it was trained."""
+    """Multiply every LoRA's change by this: 0 is the model without it, 1 the LoRA as trained."""
     for layer in adapted(module).values():
         layer.lora.scale = float(by)
         if layer.lora.own_weight is not None:

@@ -1,4 +1,4 @@
-"""Dynamic thresholding: strong guidance does not saturate pixels. Latents have no range to keep.
+"""Dynamic thresholding: keeps strong guidance from saturating pixels; latents have no fixed range.
 
 [1] Saharia et al. Photorealistic Text-to-Image Diffusion Models with Deep Language Understanding.
     arXiv:2205.11487
@@ -17,9 +17,9 @@ from minidiff.schedules import NoiseSchedule, per_example
 
 @dataclass(frozen=True)
 class Thresholded:
-    """[1] section 2.3: x0 clamped to [-s, s], s a quantile of |x0| and at least 1, divided by s.
+    """[1] section 2.3: x0 is clamped to [-s, s] and divided by s, a quantile of |x0|, at least 1.
 
-    share: of the values of x0 that lie within [-s, s], as 0.995.
+    share: which quantile: the share of the values of x0 within [-s, s], as 0.995.
     """
 
     denoise: Denoise

@@ -108,7 +108,7 @@ class FineTuneConfig(TuningConfig):
     word: str | None = None
     # peak learning rate of the word's vector. Default: that of all else
     word_lr: float | None = None
-    # how often a caption is hidden, so that guidance still works. Default: the model's own
+    # how often a caption is dropped, so that guidance still works. Default: the model's own
     dropout: float | None = None
     # mean of logit(t / T) in training; needs t_std. Default: the schedule's own distribution
     t_mean: float | None = None
@@ -143,13 +143,13 @@ class DataConfig:
 
     # a captioned folder (metadata.jsonl and images); `minidiff data check` says whether it is fit
     data: Path
-    # where metadata.jsonl has the captions
+    # the key of the captions in metadata.jsonl
     caption_column: str = "text"
     # side of the images in pixels. Default: the size the model was trained at
     size: int | None = None
     # nearly keep the images' shapes, all with the same area. Default: cut out the middle square
     buckets: bool = False
-    # show mirrored images too; not where captions say left and right
+    # train on mirrored images too; do not if captions say left or right
     flip: bool = False
     # share of the images to hold out: never trained on
     validation: float = 0.1
@@ -164,11 +164,11 @@ class SubjectConfig:
 
     # a folder with images of the subject; captions in its metadata.jsonl replace the prompt
     subject: Path
-    # where metadata.jsonl has the captions
+    # the key of the captions in metadata.jsonl
     caption_column: str = "text"
     # side of the images in pixels. Default: the size the model was trained at
     size: int | None = None
-    # show mirrored images of the subject too; not where left and right matter
+    # train on mirrored images of the subject too; do not if left and right matter
     flip: bool = False
     # a folder with class images of your own. Default: the model draws them
     class_dir: Path | None = None
@@ -182,14 +182,14 @@ class RecorderConfig:
     every: int = 100
     # images of each prompt
     n: int = 4
-    # sampling steps and guidance for them (None: the model's own)
+    # sampling steps and guidance for them. None: the model's own guidance
     steps: int = 25
     guidance: float | None = None
     # everything random follows from it
     seed: int = 0
     # how many held-out and how many training examples are measured
     probe: int = 8
-    # times t, with a noise each, in each tenth of the way from data to noise
+    # times t, each with its own noise, in each tenth of the way from data to noise
     noises: int = 2
     # whose features (evaluation/features.py) say how far images moved
     network: str = "random-conv-0"
@@ -207,7 +207,8 @@ class DreamBoothConfig(TuningConfig):
     # the prompt without the token, as in "a photo of a dog": the model draws it and keeps learning
     # it, so that it is not forgotten. Repeat for more; {red|blue} stands for either
     class_prompt: tuple[str, ...] = ()
-    # weight of the class images' loss; at 0 the model forgets the class. Default: suits the model
+    # weight of the class images' loss; 0 trains without them, and the model forgets the class.
+    # Default: chosen for the model and method
     prior: float | None = None
     # how many class images to draw, once. Default: suits the model
     class_pictures: int | None = None

@@ -20,7 +20,7 @@ class Size(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """A stretch of the way from data (0) to noise (1)."""
+    """A part of the way from data (0) to noise (1)."""
 
     low: float
     high: float
@@ -56,7 +56,7 @@ class SampleConfig:
     negative: str = ""
     # from 0 to 1, how much of the contrast that guidance adds is taken back (0.7 for burnt images)
     rescale: float = 0.0
-    # guide only in this stretch, from 0 (data) to 1 (noise); a step outside costs half
+    # guide only in this interval, from 0 (data) to 1 (noise); a step outside it costs half
     interval: Interval = EVERYWHERE
     # everything random follows from it; the same seed gives the same bytes
     seed: int = 0
