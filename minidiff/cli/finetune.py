@@ -94,7 +94,7 @@ def recorder_of(
     examples: list,
     config: RecorderConfig,
 ):
-    """The flight recorder of a fine-tune; paths: of the training images."""
+    """The flight recorder of a fine-tune. paths: of the training images."""
     from minidiff.finetuning.recorder.recorder import Recorder, Thumbnails
 
     images = Thumbnails(list(dict.fromkeys(paths)), diffusion.size)
@@ -109,8 +109,7 @@ def report(observer) -> None:
 def commands(
     diffusion, method: str, model: Path, out: Path, caption: str, best: int | None
 ) -> list[str]:
-    """The files written, and the commands that use them. best: the step that the recorder
-    recommends, if it is not the last."""
+    """The files written, and the commands that use them. best: the recorder's best step."""
     from minidiff.finetuning.run import best_folder
 
     layout = layout_of(diffusion)
@@ -123,13 +122,11 @@ def commands(
         lines.append(f"as of step {best}: ".ljust(19) + f"{generate} {earlier}")
     if method != "full":
         base, _, added = source.partition(" ")
-        lines.append(
-            f"one model of both: minidiff convert {base} {out / 'merged'} --to {layout} {added}"
-        )
+        convert = f"{base} {out / 'merged'} --to {layout} {added}"
+        lines.append(f"one model of both: minidiff convert {convert}")
     elif layout == "diffusers":
-        lines.append(
-            f"for other tools:   minidiff convert {files[0]} {out / 'diffusers'} --to diffusers"
-        )
+        convert = f"{files[0]} {out / 'diffusers'} --to diffusers"
+        lines.append(f"for other tools:   minidiff convert {convert}")
     return lines
 
 
