@@ -26,7 +26,9 @@ class CocoConfig:
 
     def __post_init__(self):
         if not self.annotations:
-            raise UserError("no annotations; name a COCO file such as captions_val2017.json.")
+            raise UserError(
+                "no annotations; name a COCO caption file, such as captions_val2017.json."
+            )
         if self.images is None and not self.download:
             raise UserError("no images; name the folder of COCO's pictures, or set download.")
         if self.images is not None and not self.images.is_dir():

@@ -61,15 +61,10 @@ POOL = 12_000  # images of two objects; half as many of one
 T_CENTRE, T_SPREAD = 0.6, 0.85  # of logit(t / 1000)
 GUIDANCE = 2.0
 CAPTIONS = 200  # held-out captions behind each accuracy
+# what is written beside the model
 WRITTEN = (
-    "samples.png",
-    "forward.png",
-    "forward.gif",
-    "reverse.png",
-    "reverse.gif",
-    "loss.png",
-    "results.json",
-)  # beside the model
+    "samples.png forward.png forward.gif reverse.png reverse.gif loss.png results.json".split()
+)
 PROMPTS = [
     "a small blue circle above a large red square",
     "a large yellow triangle on a black background",
@@ -90,21 +85,9 @@ def text_quickstart() -> CLIPText:
 
 def unet_quickstart() -> UNet:
     """Four levels, 16x16 to 2x2, mostly convolutions; attention at 4x4 and in the middle."""
-    return UNet(
-        UNetConfig(
-            4,
-            4,
-            channels=(64, 64, 64, 64),
-            blocks=1,
-            depth=(0, 0, 1, 0),
-            heads=(2, 2, 2, 2),
-            context_dim=64,
-            ff_mult=2,
-            groups=16,
-            pooled=True,
-            scale_shift=True,
-        )
-    )
+    levels = {"channels": (64, 64, 64, 64), "depth": (0, 0, 1, 0), "heads": (2, 2, 2, 2)}
+    text = {"context_dim": 64, "pooled": True, "scale_shift": True}
+    return UNet(UNetConfig(4, 4, blocks=1, ff_mult=2, groups=16, **levels, **text))
 
 
 def batches(world: World, key: str, start: int) -> Iterator[Images]:
@@ -272,13 +255,9 @@ def check_folder(out: Path, resume: bool) -> None:
     """Raise a UserError rather than continue by mistake or overwrite other files."""
     trained, drawn = (out / "training").exists(), (out / "model").exists()
     if (trained or drawn) and not resume:
-        raise UserError(
-            f"{out} holds a quickstart already; pass --resume to go on with it, or another --out."
-        )
+        raise UserError(f"{out} holds a quickstart already; `resume` it, or choose another `out`.")
     if drawn and not trained:
-        raise UserError(
-            f"{out / 'model'} is there, but no training to go on with; pass another --out."
-        )
+        raise UserError(f"{out / 'model'} has no training to go on with; choose another `out`.")
     for name in WRITTEN:
         atomic.check(out / name, atomic.unsigned)
     atomic.check(out / "model", foreign)

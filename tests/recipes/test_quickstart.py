@@ -65,7 +65,7 @@ def test_it_writes_what_it_promises_and_never_overwrites(tiny, tmp_path, capsys)
         assert key in results
     assert results["seed"] == 3
 
-    with pytest.raises(UserError, match="--resume"):
+    with pytest.raises(UserError, match="`resume` it"):
         quickstart.quickstart(out, seed=3)
 
     before = load(out / "model")
