@@ -7,7 +7,7 @@ from typing import Literal
 import tyro
 
 from minidiff.cli import options
-from minidiff.cli.flags import Flat
+from minidiff.cli.flags import Flat, in_flags
 from minidiff.cli.options import Folder
 from minidiff.data.coco_config import CocoConfig
 from minidiff.errors import UserError
@@ -63,7 +63,7 @@ def check(
 
     report = doctor.examine(folder, layout, caption_column, size)
     paths = [doctor.write(report, out), *contact_sheet(report.data, out / "contact.png", seed)]
-    text = "\n".join([doctor.as_text(report), *map(str, paths)])
+    text = "\n".join([in_flags(doctor.as_text(report)), *map(str, paths)])
     encoding = sys.stdout.encoding  # strangers' captions on any terminal
     print(text.encode(encoding, "backslashreplace").decode(encoding))
     if report.errors:

@@ -158,7 +158,7 @@ def _showing(instances: Path, categories: Sequence[str]) -> set[int]:
 def check_new(out: Path) -> None:
     """Refuse to write where something is."""
     if os.path.lexists(out):
-        raise UserError(f"--out {out} is there already; name a new folder, or remove that one.")
+        raise UserError(f"`out` {out} is there already; name a new folder, or remove that one.")
 
 
 def write(source: Source, out: Path) -> dict[str, object]:
@@ -172,7 +172,7 @@ def write(source: Source, out: Path) -> dict[str, object]:
     by_name = {path.name: path for path in reversed(files)}
     captioned = {source.names[i] for i, own in source.captions.items() if own}
     absent = 0 if config.download else len(captioned - by_name.keys())
-    counts["captioned pictures that are not in --images"] = absent
+    counts["captioned pictures that are not in the folder of images"] = absent
     counts["pictures without captions"] = len(by_name.keys() - captioned)
     counts["pictures of the same name"] = len(files) - len(by_name)
     order = [i for i in source.matches if config.download or source.names[i] in by_name]
@@ -293,7 +293,7 @@ def summary(selection: dict) -> str:
     """The selection as lines to print."""
     words = ", ".join(f'"{word}"' for word in selection["contains"])
     text = f"a picture's text is one of its own{f' that has {words}' if words else ''}"
-    enlarged = f"{selection['enlarged']} to --pixels {selection['pixels']}"
+    enlarged = f"{selection['enlarged']} to {selection['pixels']} pixels"
     lines = {
         "pictures": f"{selection['pictures']} of {selection['asked for']} asked for",
         "captions": f"{selection['captions']}; {text}, chosen by seed {selection['seed']}",

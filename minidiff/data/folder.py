@@ -230,7 +230,7 @@ def _column(where: str, row: dict, column: str) -> object:
         others = [k for k, v in row.items() if k != "file_name" and isinstance(v, str | list)]
         trap, close = "no caption column", difflib.get_close_matches(column, others, 1)
         close += [name for name in (*CAPTION_NAMES, *others) if name in others]
-        advice = f"Rename it, or pass --caption-column {close[0]}" if close else "Add it"
+        advice = f"Rename it, or pass `caption_column={close[0]}`" if close else "Add it"
     raise Fault(trap, f"{where}: no column {_quote(column)}; found {names}. {advice}.")
 
 

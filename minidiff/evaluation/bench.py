@@ -146,7 +146,7 @@ def of_folder(
     if len(data) < 2 * n:
         raise UserError(
             f"{folder} holds {len(data)} pictures; a floor at the same n needs twice n: "
-            f"pass --n {len(data) // 2} or less."
+            f"pass `n={len(data) // 2}` or less."
         )
     of = partial(measure, networks=networks, judged=False, clip=clip)
     training = of(folder_images(data, size))

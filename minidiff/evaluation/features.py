@@ -179,7 +179,7 @@ def _clip(name: str, weights: str) -> tuple[nn.Module, Callable]:
         reason = " ".join(str(error).split())[:120]
         raise UserError(
             f"CLIP's weights {name}/{weights} cannot be had ({reason}); "
-            "go online once, or leave --clip out."
+            "go online once, or leave `clip` out."
         ) from None
     return model, open_clip.get_tokenizer(name)
 

@@ -65,7 +65,7 @@ def read(path: Path) -> list[Row]:
     uneven = any(None in row or None in row.values() for row in rows)
     if uneven or not OURS <= set(table.fieldnames or OURS):
         raise UserError(
-            f"{path} is not a table of evaluations; name another --out, or move the file away."
+            f"{path} is not a table of evaluations; name another `out`, or move the file away."
         )
     return rows
 

@@ -174,7 +174,7 @@ def test_a_line_has_all_that_coco_says(make, files):
         "captions seen before": 1,
         "empty captions": 1,
         "captions without a picture": 1,
-        "captioned pictures that are not in --images": 1,
+        "captioned pictures that are not in the folder of images": 1,
         "pictures without captions": 1,
     }
     assert said.out.splitlines()[:3] == [
@@ -291,7 +291,7 @@ def test_by_category(make, refused, files):
 )
 def test_crop_and_pixels(make, files, options, size):
     said = make(*options)[2]
-    assert ("enlarged: 4 to --pixels 60" in said.out) == (size == (80, 60))
+    assert ("enlarged: 4 to 60 pixels" in said.out) == (size == (80, 60))
     with (
         Image.open(files / "out/images/001.jpg") as ours,
         Image.open(files / "images/001.jpg") as source,
@@ -503,7 +503,7 @@ def test_real_annotations(real_data, tmp_path):
     selection = coco.write(source, tmp_path / "all")
     assert (
         selection["pictures"] == 111
-        and selection["left out"]["captioned pictures that are not in --images"] == 4915
+        and selection["left out"]["captioned pictures that are not in the folder of images"] == 4915
     )
     published = {
         Path(row["file_name"]).name: row

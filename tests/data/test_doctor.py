@@ -331,7 +331,7 @@ def agree(folder, report):
         (
             row(3, text=..., caption="x"),
             'line 4: no column "text"; found "file_name", "caption". Rename it, or '
-            "pass --caption-column caption.",
+            "pass `caption_column=caption`.",
         ),
         (
             row(3, file_name="4.pgn"),
@@ -359,7 +359,7 @@ def agree(folder, report):
             content("3.png", lambda _: b""),
             "3.png: not a readable picture (the file is empty); replace it",
         ),
-        (lambda folder: (folder / META).unlink(), "--layout classes"),
+        (lambda folder: (folder / META).unlink(), "`layout=classes`"),
     ],
 )
 def test_what_is_said(clean, change, said):
@@ -370,7 +370,7 @@ def test_what_is_said(clean, change, said):
 def test_training_sizes(clean):
     report = doctor.examine(clean, size=56)
     assert [(finding.trap, finding.where, finding.what) for finding in report.findings] == [
-        ("training size not divisible by 64", "--size 56", "the nearest that are: 64")
+        ("training size not divisible by 64", "`size=56`", "the nearest that are: 64")
     ]
     with pytest.raises(
         UserError, match="size 60 is not divisible by 8; the nearest valid sizes are 56 and 64"

@@ -247,16 +247,16 @@ GOOD = {"file_name": "a.png", "text": "x"}
         (
             {"file_name": "a.png", "caption": "x"},
             'no column "text"; found "file_name", "caption". Rename it, or pass '
-            "--caption-column caption.",
+            "`caption_column=caption`.",
         ),
         (
             {"url": "u", "caption": "x", "file_name": "a.png"},
-            'found "url", "caption", "file_name". Rename it, or pass --caption-column caption.',
+            'found "url", "caption", "file_name". Rename it, or pass `caption_column=caption`.',
         ),
         (
             {"file_name": "a.png", "Text": "x"},
             'no column "text"; found "file_name", "Text". Rename it, or pass '
-            "--caption-column Text.",
+            "`caption_column=Text`.",
         ),
         ({"file_name": "a.png", "id": 3}, 'no column "text"; found "file_name", "id". Add it.'),
         (

@@ -196,7 +196,7 @@ def test_a_folder_is_halved_and_copies_of_it_are_memorised(tmp_path):
     assert (
         found["copies"] == 1 and max(found["fresh"], floor) <= 0.2
     )  # by chance the one or other stands where another stood
-    with pytest.raises(UserError, match=r"holds 30 pictures; .* pass --n 15 or less"):
+    with pytest.raises(UserError, match=r"holds 30 pictures; .* pass `n=15` or less"):
         evaluate.of_folder(place, 32, 16, 0, NETWORKS[:1])
 
 

@@ -33,8 +33,8 @@ LAYOUTS = ("captions", "classes", "pictures")
 # What to do about a fault, where the loader does not say it.
 ADVICE = {name: trap.advice for name, trap in TRAPS.items()}
 ADVICE["no metadata.jsonl"] = (
-    "a folder that needs none: --layout classes (a folder for each), "
-    "or --layout pictures (a DreamBooth subject)"
+    "a folder that needs none: `layout=classes` (a folder for each), "
+    "or `layout=pictures` (a DreamBooth subject)"
 )
 
 

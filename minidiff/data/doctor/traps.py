@@ -222,7 +222,7 @@ def training_size(data: Folder) -> Places:
     if data.size % 64:
         below = data.size // 64 * 64
         valid = f"{below} and {below + 64}" if below else "64"
-        yield f"--size {data.size}", f"the nearest that are: {valid}"
+        yield f"`size={data.size}`", f"the nearest that are: {valid}"
 
 
 def indivisible(image: ImageInfo, size: int) -> str:
@@ -272,7 +272,7 @@ TRAPS = {
     "the same picture twice": warning(same_pixels, TWICE),
     "near-duplicate": warning(near_duplicates, ALIKE),
     "smaller than the training size": warning(
-        each_image(enlarged), "it is blurred: take a larger picture, or a smaller --size"
+        each_image(enlarged), "it is blurred: take a larger picture, or a smaller `size`"
     ),
     "long and narrow": warning(each_image(elongated), "only its centre is seen: crop it yourself"),
     "black bars": warning(each_image(bars), "they are learnt and drawn: cut them off"),
@@ -293,7 +293,7 @@ TRAPS = {
         each_image(lambda i, _: i.animated and "several frames"), "its first frame is taken"
     ),
     "sides not divisible by 64": note(
-        each_image(indivisible), "of no matter: images are scaled and cut to --size"
+        each_image(indivisible), "of no matter: images are scaled and cut to `size`"
     ),
     "junk": note(junk, "skipped; delete it"),
 }
