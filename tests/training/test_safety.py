@@ -1,0 +1,168 @@
+"""Runs that are stopped, killed, doubled or moved to another machine: nothing is lost, and what goes on is the uninterrupted run."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_finetune import Recording, examples, moved, run, stop_at_4, tiny, weights
+
+from minidiff import finetune
+from minidiff.groups import Group
+from minidiff.recorder import Recorder
+
+TESTS = Path(__file__).parents[1]
+
+
+def python(script, *args, **how):
+    """A script in a process of its own."""
+    command = [sys.executable, "-c", script, *map(str, args)]
+    return subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=120, check=False, **how)
+
+
+STOPPED = """
+import signal, sys
+from itertools import count
+from pathlib import Path
+from minidiff import console
+from test_finetune import run, tiny
+signal.signal(signal.SIGINT, signal.default_int_handler)
+model, calls = tiny(), count(1)
+def hook(*_):
+    if next(calls) == 3:
+        signal.raise_signal(getattr(signal, sys.argv[2]))
+model.unet.register_forward_hook(hook)
+with console.one_line("minidiff"):
+    run(Path(sys.argv[1]), model, steps=6, batch=1, every=4)
+"""
+
+
+@pytest.mark.xfail(strict=True)
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_saves_and_the_message_says_how_to_go_on(tmp_path, name, code):
+    """Ctrl-C, and what a cluster or a container sends: the step is finished and saved, and the run resumes bit for bit."""
+    ended = python(STOPPED, tmp_path / "parts", name)
+    last = ended.stderr.splitlines()[-1]
+    assert ended.returncode == code and last.startswith("minidiff: ") and "step 3 is saved" in last and "Traceback" not in ended.stderr
+    whole, parts = (run(tmp_path / kind, steps=6, batch=1, every=4, resume=True) for kind in ("whole", "parts"))
+    assert not moved(weights(whole), parts)
+    logs = [(tmp_path / kind / "training" / "log.jsonl").read_text() for kind in ("whole", "parts")]
+    assert logs[0] == logs[1]
+
+
+DROPPED = """
+import builtins, sys
+from itertools import repeat
+import torch
+from torch import nn
+from minidiff.train import *
+module = nn.Linear(4, 4)
+{train}
+next(loop)
+if len(sys.argv) > 1:
+    builtins.loop = loop
+"""
+
+
+@pytest.mark.xfail(strict=True)
+@pytest.mark.parametrize("outlives", [(), ("modules",)])
+def test_a_dropped_generator_ends_without_a_word(outlives):
+    train = (
+        "loop = train(lambda x: (module(x).pow(2).mean(1), None), module, lambda k: repeat(torch.ones(2, 4)), 9, 1e-3, accumulate=2, threads=2)"
+    )
+    ended = python(DROPPED.format(train=train), *outlives)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.xfail(strict=True)
+@pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
+def test_a_run_goes_on_where_the_batch_is_split_otherwise(tmp_path, monkeypatch, first, then):
+    """A CPU's cores share a batch in two pieces, a GPU takes it whole: the same examples, the same noise, the same run."""
+
+    def on(pieces, out, **how):
+        monkeypatch.setattr(finetune, "shares", lambda *_: pieces)
+        return run(out, batch=4, **how)
+
+    whole = on(first, tmp_path / "whole")
+    with pytest.raises(InterruptedError):
+        on(first, tmp_path / "parts", recorder=Recording(stop_at_4))
+    parts = on(then, tmp_path / "parts", resume=True)
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-4, atol=1e-5)  # another order of additions, through Adam
+
+
+@pytest.mark.xfail(strict=True)
+def test_a_kill_between_checkpoint_and_measure_loses_no_line(tmp_path):
+    """Killed when step 4 was saved and not yet measured, and once more between checkpoints: the record is the uninterrupted one."""
+    pictures = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def recorder(out, model, killed_at=None):
+        class Killed(Recorder):
+            def measure(self, step, losses, lr=None):
+                if step == killed_at:
+                    raise InterruptedError
+                return super().measure(step, losses, lr)
+
+        how = dict(examples=examples(2), every=2, n=2, steps=2, probe=2, noises=1, network="pixels-8x8")
+        return Killed(model, out, {"training caption": "a cat"}, pictures, **how)
+
+    def go(out, killed_at=None, **how):
+        model = tiny()
+        return run(out, model, groups=[Group("data", examples(6))], recorder=recorder(out, model, killed_at), **how)
+
+    go(tmp_path / "whole")
+    for killed_at in (4, 6):
+        with pytest.raises(InterruptedError):
+            go(tmp_path / "parts", killed_at, resume=killed_at > 4)
+    go(tmp_path / "parts", resume=True)
+    records = []
+    for kind in ("whole", "parts"):
+        lines = [json.loads(line) for line in (tmp_path / kind / "record.jsonl").read_text().splitlines()]
+        records.append([{k: v for k, v in line.items() if k not in ("seconds_per_step", "seconds", "memory_gb")} for line in lines])
+    assert [line["step"] for line in records[0]] == [0, 2, 4, 6]
+    assert records[1] == records[0]
+
+
+SECOND = """
+import sys
+from pathlib import Path
+from minidiff import console
+from test_finetune import run
+with console.one_line("minidiff"):
+    run(Path(sys.argv[1]), resume=True)
+"""
+
+
+@pytest.mark.xfail(strict=True)
+def test_a_second_run_into_one_folder_is_refused(tmp_path):
+    """While the first is at work: one line that says who, exit code 2, and nothing has changed. When it has ended, the folder is free."""
+    ended = []
+
+    def second(step, losses):
+        if step == 4:
+            before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+            ended.append(python(SECOND, tmp_path))
+            assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+    run(tmp_path, recorder=Recording(second))
+    (end,) = ended
+    assert end.returncode == 2 and len(end.stderr.strip().splitlines()) == 1 and f"process {os.getpid()}" in end.stderr
+    assert python(SECOND, tmp_path).returncode == 0
+
+
+@pytest.mark.xfail(strict=True)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
+    """Cut short, or one bit turned: said in one line, and the run ends where it would have."""
+    whole = run(tmp_path / "whole")
+    for spoil in (lambda data: data[: len(data) // 2], lambda data: data[:5000] + bytes([data[5000] ^ 1]) + data[5001:]):
+        out = tmp_path / f"parts {len(list(tmp_path.iterdir()))}"
+        with pytest.raises(InterruptedError):
+            run(out, recorder=Recording(stop_at_4))
+        newest = max((out / "training").glob("checkpoint*.pt"))
+        newest.write_bytes(spoil(newest.read_bytes()))
+        with pytest.warns(UserWarning, match=f"{newest.name} is damaged"):
+            parts = run(out, resume=True)
+        assert not moved(weights(whole), parts)
+        assert (out / "training" / "log.jsonl").read_text() == (tmp_path / "whole" / "training" / "log.jsonl").read_text()
