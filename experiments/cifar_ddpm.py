@@ -27,7 +27,7 @@ from minidiff.errors import UserError
 from minidiff.labels import ClassLabels, Unconditional
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.script import follow, last_loss, pick_device, read_log, run, write_results
-from minidiff.train import EMA, seed_of, train
+from minidiff.train import EMA, Loss, TrainConfig, seed_of, train
 from minidiff.unet import UNet, unet_cifar10
 from minidiff.vae import Pixels
 
@@ -157,14 +157,14 @@ def main(
     if compile:
         model.unet.compile()
 
-    def loss(batch: tuple[Tensor, list[str]]) -> tuple[Tensor, Tensor]:
+    def loss(batch: tuple[Tensor, list[str]]) -> Loss:
         x0 = batch[0].to(device, memory_format=torch.channels_last)
         t = model.schedule.sample_t(len(x0))
-        return model.loss(x0, batch[1], t), model.schedule.progress(t)
+        return {"loss": model.loss(x0, batch[1], t), "progress": model.schedule.progress(t)}
 
     autocast = torch.bfloat16 if (device == "cuda" if bf16 is None else bf16) else None
-    how = dict(warmup=recipe.warmup, betas=recipe.betas, ema=ema, autocast=autocast, seed=seed, folder=out / "training", resume=resume)
-    training = train(loss, model, partial(batches, images, labels, batch, seed), steps, lr, **how)
+    config = TrainConfig(steps, lr, recipe.warmup, betas=recipe.betas, autocast=autocast, seed=seed)
+    training = train(loss, model, partial(batches, images, labels, batch, seed), config, ema, out / "training", resume)
     speed = follow(training, "training", steps, batch)
     log = read_log(out / "training")
 

@@ -28,7 +28,7 @@ from minidiff.errors import UserError
 from minidiff.metrics import Moments, frechet
 from minidiff.plots import COLOURS, _panels, _save, _style
 from minidiff.script import follow, last_loss, read_log, run, write_results
-from minidiff.train import train
+from minidiff.train import Loss, TrainConfig, train
 
 Pictures = UInt8[Tensor, "N 3 32 32"]
 
@@ -134,13 +134,13 @@ def main(
     torch.manual_seed(seed)
     network = Classifier(len(classes))
 
-    def loss(batch: tuple[Tensor, list[str]]) -> tuple[Tensor, None]:
+    def loss(batch: tuple[Tensor, list[str]]) -> Loss:
         right = torch.tensor([index[name] for name in batch[1]])
-        return F.cross_entropy(network(batch[0]), right, reduction="none", label_smoothing=0.1), None
+        return {"loss": F.cross_entropy(network(batch[0]), right, reduction="none", label_smoothing=0.1)}
 
     steps = epochs * (len(images) // batch)
-    how = dict(weight_decay=weight_decay, seed=seed, folder=out / "training", resume=resume)
-    speed = follow(train(loss, network, partial(batches, images, names, batch, seed), steps, lr, **how), "training", steps, batch)
+    data, config = partial(batches, images, names, batch, seed), TrainConfig(steps, lr, weight_decay=weight_decay, seed=seed)
+    speed = follow(train(loss, network, data, config, folder=out / "training", resume=resume), "training", steps, batch)
 
     # What is measured is what is shipped: half precision.
     network.half().float()

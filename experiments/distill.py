@@ -39,7 +39,7 @@ from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.quickstart import COLOURS, SHAPES
 from minidiff.samplers import by_name
 from minidiff.script import follow, last_loss, read_log, run, write_results
-from minidiff.train import EMA, seed_of, train
+from minidiff.train import EMA, Loss, TrainConfig, seed_of, train
 
 TWO_OBJECTS = 0.8  # the share of pictures that show two
 WALK = 8  # steps of dpmpp_2m
@@ -120,17 +120,17 @@ def train_student(
     student, schedule = copy.deepcopy(start.denoiser).requires_grad_(True), start.schedule
     ema, times = EMA(student.network, decay=0.998), schedule.timesteps(WALK)
 
-    def loss(points: Points) -> tuple[Tensor, Tensor]:
+    def loss(points: Points) -> Loss:
         ours, theirs = (guide(denoiser, points.context, None, 1) for denoiser in (student, start.denoiser))
         each, place = endpoint_loss(ours, schedule, points.x, points.t, points.end, pseudo_huber), schedule.progress(points.t)
         if not sharpen:
-            return each, place
+            return {"loss": each, "progress": place}
         noise, s = torch.randn_like(points.x), torch.randint(*RENOISED, points.t.shape)
         more = renoised_loss(ours, theirs, schedule, noise, times[:1].expand(len(noise)), s, pseudo_huber)
-        return torch.cat([each, more]), torch.cat([place, torch.ones_like(place)])
+        return {"loss": torch.cat([each, more]), "progress": torch.cat([place, torch.ones_like(place)])}
 
     data = partial(points, walks, times, batch, far, seed)
-    training = train(loss, student.network, data, steps, lr, ema=ema, seed=seed, folder=folder, resume=resume)
+    training = train(loss, student.network, data, TrainConfig(steps, lr, seed=seed), ema, folder, resume)
     follow(training, f"2/5 student, {folder.name}", steps, batch)
     denoiser = Denoiser(ema.average, schedule, start.denoiser.target)
     return LatentDiffusion(start.vae, start.text, denoiser, start.size, start.dropout, guidance=1.0, sampler="lcm")
@@ -145,13 +145,13 @@ def train_lora(
     lora.add(student.unet, rank, targets=LAYERS)
     times = schedule.timesteps(WALK)
 
-    def loss(points: Points) -> tuple[Tensor, None]:
+    def loss(points: Points) -> Loss:
         ours = guide(student.denoiser, points.context, None, 1)
         taught = guide(teacher.denoiser, points.context, teacher.text.null(len(points.end)), **GUIDED)
-        return consistency_loss(ours, ours, schedule, points.end, times, taught, pseudo_huber), None
+        return {"loss": consistency_loss(ours, ours, schedule, points.end, times, taught, pseudo_huber)}
 
     data = partial(points, walks, times, batch, 0.0, seed)
-    follow(train(loss, student.unet, data, steps, lr, seed=seed, folder=folder, resume=resume), "3/5 LCM-LoRA", steps, batch)
+    follow(train(loss, student.unet, data, TrainConfig(steps, lr, seed=seed), folder=folder, resume=resume), "3/5 LCM-LoRA", steps, batch)
     return student.eval()
 
 
@@ -165,16 +165,16 @@ def train_guided(
     student, schedule, null = copy.deepcopy(start.denoiser).requires_grad_(True), teacher.schedule, teacher.text.null(batch)
     ema = EMA(student.network, decay=0.998)
 
-    def loss(points: Points) -> tuple[Tensor, Tensor]:
+    def loss(points: Points) -> Loss:
         ours, theirs = guide(student, points.context, None, 1), guide(teacher.denoiser, points.context, null, **TAKEN_IN)
         if own:
-            return matching_loss(ours, theirs, schedule, points.x, points.t), schedule.progress(points.t)
+            return {"loss": matching_loss(ours, theirs, schedule, points.x, points.t), "progress": schedule.progress(points.t)}
         high = torch.rand(points.t.shape) < 0.75
         t = torch.where(high, torch.randint(MIDDLE, CEILING, points.t.shape), torch.randint(FLOOR, CEILING, points.t.shape))
-        return guided_loss(ours, theirs, schedule, points.end, t), schedule.progress(t)
+        return {"loss": guided_loss(ours, theirs, schedule, points.end, t), "progress": schedule.progress(t)}
 
     data = partial(points, walks, schedule.timesteps(WALK, "shifted" if own else "trailing"), batch, 0.0, seed)
-    training = train(loss, student.network, data, steps, lr, ema=ema, seed=seed, folder=folder, resume=resume)
+    training = train(loss, student.network, data, TrainConfig(steps, lr, seed=seed), ema, folder, resume)
     follow(training, f"4/5 student, {folder.name}", steps, batch)
     denoiser = Denoiser(ema.average, schedule, teacher.denoiser.target)
     how = dict(guidance=1.0, sampler=GUIDELESS[0][0], spacing="shifted")

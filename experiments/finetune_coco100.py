@@ -31,7 +31,7 @@ from minidiff.finetune import finetune
 from minidiff.groups import Group, split
 from minidiff.recorder import Recorder
 from minidiff.script import follow, last_loss, peak_memory_gb, pick_device, read_log, run, write_results
-from minidiff.train import seed_of, train
+from minidiff.train import Loss, TrainConfig, seed_of, train
 from minidiff.vae import VAE
 
 PROMPTS = ("A large white bowl of many green apples.", "Apples in a blue bowl sitting on a brown counter.")
@@ -61,10 +61,11 @@ def adapt_vae(vae: VAE, images: Float[Tensor, "N 3 S S"], folder: Path, steps: i
     """Act one: to photographs and back. The scale follows, so that latents are of unit variance again."""
     place, vae = vae.latent_scale.device, vae.float().requires_grad_(True)
 
-    def loss(pictures: Float[Tensor, "B 3 s s"]) -> tuple[Tensor, None]:
-        return vae.loss(pictures.to(place)), None
+    def loss(pictures: Float[Tensor, "B 3 s s"]) -> Loss:
+        return {"loss": vae.loss(pictures.to(place))}
 
-    follow(train(loss, vae, partial(windows, images, batch, seed), steps, lr, seed=seed, folder=folder, resume=resume), "1/2 VAE", steps, batch)
+    config = TrainConfig(steps, lr, seed=seed)
+    follow(train(loss, vae, partial(windows, images, batch, seed), config, folder=folder, resume=resume), "1/2 VAE", steps, batch)
     vae.requires_grad_(False).eval()
     vae.measure_scale(images[:256].to(place))
 

@@ -22,7 +22,7 @@ from minidiff.data.world import World
 from minidiff.errors import UserError
 from minidiff.recorder import Recorder
 from minidiff.script import run, write_results
-from minidiff.train import NonFiniteError, seed_of, train
+from minidiff.train import NonFiniteError, TrainConfig, seed_of, train
 
 KNOWN = ("red", "yellow", "green", "blue")  # the colours of the box
 KEPT = {"class": "a large blue square on white", "unrelated": "a large red circle above a small blue square"}
@@ -97,7 +97,8 @@ def fly(flight: Flight, every: int, sampling_steps: int, seed: int, folder: Path
     recorder = Recorder(model, folder, prompts, pictures, validation, examples, **how)
     recorder.measure(0, {})
     losses: list[float] = []
-    training = train(lambda batch: (model.denoiser.loss(*batch), None), model.denoiser, batches, flight.steps, flight.lr, warmup=10, seed=seed)
+    config = TrainConfig(flight.steps, flight.lr, warmup=10, seed=seed)
+    training = train(lambda batch: {"loss": model.denoiser.loss(*batch)}, model.denoiser, batches, config)
     try:
         for step in training:
             losses.append(step.loss)

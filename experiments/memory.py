@@ -23,7 +23,7 @@ from minidiff.denoiser import Denoiser
 from minidiff.estimate import Settings, alternatives, estimate, human
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.script import run, write_results
-from minidiff.train import EMA, train
+from minidiff.train import EMA, TrainConfig, train
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 
@@ -132,8 +132,11 @@ def trained(numbers: dict, how: Settings) -> float:
     with torch.no_grad():
         context = model.text.encode([""] * how.batch)
     steps = train(
-        lambda batch: (model.denoiser.loss(*batch), None), unet, lambda _: repeat((latents, context)), 3, 1e-6, accumulate=how.accumulate,
-        ema=EMA(unet, 0.99) if how.ema else None, autocast=torch.bfloat16 if how.bf16 else None,
+        lambda batch: {"loss": model.denoiser.loss(*batch)},
+        unet,
+        lambda _: repeat((latents, context)),
+        TrainConfig(3, 1e-6, accumulate=how.accumulate, autocast=torch.bfloat16 if how.bf16 else None),
+        EMA(unet, 0.99) if how.ema else None,
     )
     seconds, begun = 0.0, time.perf_counter()
     for _ in steps:

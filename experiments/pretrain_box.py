@@ -33,13 +33,14 @@ from minidiff.quickstart import (
     crops,
     judge,
     noise_levels,
+    part_loss,
     text_quickstart,
     unet_quickstart,
     vae_quickstart,
 )
 from minidiff.quickstart import batches as pictures_of
 from minidiff.script import follow, last_loss, peak_memory_gb, read_log, run, write_results
-from minidiff.train import EMA, seed_of, train
+from minidiff.train import EMA, Loss, TrainConfig, seed_of, train
 from minidiff.vae import VAE
 
 TWO_OBJECTS = 0.8  # the share of pictures that show two
@@ -51,7 +52,7 @@ def train_text(world: World, folder: Path, steps: int, batch: int, lr: float, se
     torch.manual_seed(seed)
     text = text_quickstart()
     data = partial(reading.lessons, world, reading.codes(world, text.dim), batch, TWO_OBJECTS, seed)
-    training = train(partial(reading.loss, text), text, data, steps, lr, seed=seed, folder=folder, resume=resume)
+    training = train(partial(reading.loss, text), text, data, TrainConfig(steps, lr, seed=seed), folder=folder, resume=resume)
     follow(training, "2/3 text", steps, batch)
     return text.requires_grad_(False).eval()
 
@@ -61,11 +62,11 @@ def train_vae(world: World, folder: Path, steps: int, lr: float, seed: int, resu
     torch.manual_seed(seed)
     vae = vae_quickstart().to(memory_format=torch.channels_last)
 
-    def loss(pictures: Tensor) -> tuple[Tensor, None]:
-        return vae.loss(crops(pictures, 2 * VAE_BATCH)), None
+    def loss(pictures: Tensor) -> Loss:
+        return {"loss": vae.loss(crops(pictures, 2 * VAE_BATCH))}
 
     data = partial(pictures_of, world, f"vae {seed}")
-    follow(train(loss, vae, data, steps, lr, seed=seed, folder=folder, resume=resume), "1/3 VAE", steps, VAE_BATCH)
+    follow(train(loss, vae, data, TrainConfig(steps, lr, seed=seed), folder=folder, resume=resume), "1/3 VAE", steps, VAE_BATCH)
     vae.measure_scale(world.batch(256, f"scale {seed}", two_objects=TWO_OBJECTS)[0])
     return vae.requires_grad_(False).eval()
 
@@ -150,11 +151,9 @@ def main(
     ema = EMA(model, decay=0.999)
     one, two = pool_of(world, vae, -(-pool // 4), 1, seed), pool_of(world, vae, pool, 2, seed)
 
-    def loss(part: Part) -> tuple[Tensor, Tensor]:
-        return denoiser.loss(part.latents, text.encode(part.captions), part.t, part.eps), model.schedule.progress(part.t)
-
     data = partial(parts, world, one, two, batch, late, seed, model.dropout)
-    speed = follow(train(loss, model, data, steps, lr, ema=ema, seed=seed, folder=training / "unet", resume=resume), "3/3 U-Net", steps, batch)
+    loop = train(partial(part_loss, model), model, data, TrainConfig(steps, lr, seed=seed), ema, training / "unet", resume)
+    speed = follow(loop, "3/3 U-Net", steps, batch)
 
     # What is judged is what is shipped: half precision, read back from the folder.
     box = ema.average.half().save(out / "box")

@@ -22,7 +22,7 @@ from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.script import follow, last_loss, pick_device, read_log, run, write_results
-from minidiff.train import EMA, seed_of, train
+from minidiff.train import EMA, Loss, TrainConfig, seed_of, train
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 
@@ -120,7 +120,7 @@ def main(
     if judged < 1:
         raise UserError(f"--judged is {judged}; it must be at least 1.")
     device = pick_device(device)
-    how = dict(autocast=torch.bfloat16 if (device == "cuda" if bf16 is None else bf16) else None, seed=seed, resume=resume)
+    how = dict(autocast=torch.bfloat16 if (device == "cuda" if bf16 is None else bf16) else None, seed=seed)
     place = dict(device=device, memory_format=torch.channels_last)
 
     # Build everything first, so that what does not fit is refused before the first step.
@@ -139,10 +139,11 @@ def main(
     images = to_model(pictures)
 
     # Act one: the VAE learns to squeeze pictures.
-    def vae_loss(chosen: Int[Tensor, "B"]) -> tuple[Tensor, None]:
-        return vae.loss(images[chosen].to(**place)), None
+    def vae_loss(chosen: Int[Tensor, "B"]) -> Loss:
+        return {"loss": vae.loss(images[chosen].to(**place))}
 
-    training = train(vae_loss, vae, partial(rows, len(images), vae_batch, seed + 1), vae_steps, vae_lr, folder=out / "training" / "vae", **how)
+    data, config = partial(rows, len(images), vae_batch, seed + 1), TrainConfig(vae_steps, vae_lr, **how)
+    training = train(vae_loss, vae, data, config, folder=out / "training" / "vae", resume=resume)
     vae_speed = follow(training, "1/2 VAE", vae_steps, vae_batch)
     vae.requires_grad_(False).eval()
     vae.measure_scale(images[:256].to(**place))
@@ -151,13 +152,15 @@ def main(
     latents = in_parts(lambda part: vae.encode(part.to(**place)).cpu(), images)
     ema = EMA(model, decay=0.995)
 
-    def loss(half: Half) -> tuple[Tensor, Tensor]:
+    def loss(half: Half) -> Loss:
         chosen, t, eps, hidden = half
         context = model.text.encode(["" if h else captions[i] for i, h in zip(chosen.tolist(), hidden, strict=True)])
-        return model.denoiser.loss(latents[chosen].to(**place), context, t, eps.to(**place)), model.schedule.progress(t)
+        each = model.denoiser.loss(latents[chosen].to(**place), context, t, eps.to(**place))
+        return {"loss": each, "progress": model.schedule.progress(t)}
 
     both = dict(accumulate=2, threads=2 if device == "cpu" and torch.get_num_threads() > 1 else 1)  # two halves of a batch, on two cores
-    training = train(loss, model, partial(halves, model, latents, batch, seed), steps, lr, ema=ema, folder=out / "training" / "model", **both, **how)
+    data, config = partial(halves, model, latents, batch, seed), TrainConfig(steps, lr, **both, **how)
+    training = train(loss, model, data, config, ema, out / "training" / "model", resume)
     speed = follow(training, "2/2 text to image", steps, batch)
     model = ema.average
     print(model.save(out / "model"))

@@ -23,7 +23,7 @@ from minidiff.exact import Mixture
 from minidiff.layers import timestep_embedding
 from minidiff.samplers import ddim, sample
 from minidiff.script import follow, last_loss, read_log, run, write_results
-from minidiff.train import EMA, seed_of, train
+from minidiff.train import EMA, Loss, TrainConfig, seed_of, train
 
 
 def moons(u: Float[Tensor, "K"]) -> Float[Tensor, "K 2"]:
@@ -113,11 +113,11 @@ def main(
         for k in count(start):  # training seeds its noise with steps from 0 up; data made from the same seeds would be correlated with it
             yield mixture.draw(batch, torch.Generator().manual_seed(seed_of(seed, -1 - k)))
 
-    def loss(x0: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(x0: Tensor) -> Loss:
         t = schedule.sample_t(len(x0))
-        return denoiser.loss(x0, t=t), schedule.progress(t)
+        return {"loss": denoiser.loss(x0, t=t), "progress": schedule.progress(t)}
 
-    training = train(loss, denoiser, batches, steps, lr, ema=ema, seed=seed, folder=out / "training", resume=resume)
+    training = train(loss, denoiser, batches, TrainConfig(steps, lr, seed=seed), ema, out / "training", resume)
     speed = follow(training, f"learning the {density}", steps, batch)
     log = read_log(out / "training")
     denoisers = {"exact": mixture.denoiser(schedule), "learnt": torch.no_grad()(ema.average)}

@@ -25,7 +25,7 @@ VERBS: dict[str, Callable[..., None]] = {
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run one verb. Exit code 0 on success, 2 with one line on bad input, 130 on Ctrl-C."""
+    """Run one verb. Exit code 0 on success, 2 with one line on bad input, 130 on Ctrl-C, 143 on SIGTERM."""
     console.run("minidiff", "Text-to-image diffusion from scratch.", VERBS, sys.argv[1:] if args is None else args)
 
 

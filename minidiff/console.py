@@ -8,15 +8,17 @@ import functools
 import io
 import os
 import re
+import signal
 import sys
 import textwrap
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 
 import tyro
 from tqdm import tqdm
 
-from minidiff.errors import UserError
+from minidiff.errors import Terminated, UserError
 
 Verbs = dict[str, Callable[..., None]]  # by name; a name of two words is a verb of a group, as in "plot forward"
 
@@ -27,13 +29,24 @@ def run(program: str, purpose: str, verbs: Verbs, args: list[str]) -> None:
         for arg in args:
             if re.search("[\ud800-\udfff]", arg):  # how Python keeps bytes that are no text
                 raise UserError(f"the argument {arg!a} is not valid UTF-8; type it anew, or rename the file.")
-        chosen(program, purpose, verbs, args or ["--help"])()
+        call(chosen(program, purpose, verbs, args or ["--help"]))
+
+
+def call(job: Callable[[], None]) -> None:
+    """Run a verb with its options; one that can resume says so where it is interrupted."""
+    try:
+        job()
+    except KeyboardInterrupt as error:
+        if "resume" not in getattr(job, "keywords", {}):
+            raise
+        advice = "the same command with --resume goes on from there"
+        raise type(error)(f"{error}; {advice}" if str(error) else advice) from error
 
 
 @contextlib.contextmanager
-def one_line(program: str, interrupted: str = "interrupted.") -> Iterator[None]:
-    """Every complaint in one line. Exit code 0 on success, 2 on bad input, 130 on Ctrl-C."""
-    with warnings.catch_warnings():  # a warning is one line too, above a progress bar where there is one
+def one_line(program: str) -> Iterator[None]:
+    """Every complaint in one line. Exit code 0 on success, 2 on bad input, 130 on Ctrl-C, 143 on SIGTERM."""
+    with _terminated(), warnings.catch_warnings():  # a warning is one line too, above a progress bar where there is one
         warnings.showwarning = lambda message, *_, **__: tqdm.write(f"{program}: {_flat(str(message))}", file=sys.stderr)
         try:
             yield
@@ -45,8 +58,26 @@ def one_line(program: str, interrupted: str = "interrupted.") -> Iterator[None]:
         except OSError as error:
             advice = "check the path, its permissions and the free space."
             _fail(program, f"{error.filename}: {error.strerror}; {advice}" if error.filename else str(error), 2)
-        except KeyboardInterrupt:
-            _fail(program, interrupted, 130)
+        except KeyboardInterrupt as error:
+            name, code = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+            _fail(program, f"{name}; {error}." if str(error) else f"{name}.", code)
+
+
+@contextlib.contextmanager
+def _terminated() -> Iterator[None]:
+    """SIGTERM ends things as Ctrl-C does, so that nothing is left half-written. Only the main thread can listen for it."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
 
 
 def chosen(program: str, purpose: str, verbs: Verbs, args: list[str]) -> Callable[[], None]:

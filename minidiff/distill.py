@@ -10,7 +10,7 @@
         taught = guide(teacher.denoiser, context, null, 2.0)    # guided, so that the student needs one evaluation a step
         return progressive_loss(guide(student.denoiser, context, None, 1), taught, teacher.schedule, latents, times), None
 
-    for step in train(loss, student.denoiser, batches, steps=1000, lr=3e-4): ...
+    for step in train(loss, student.denoiser, batches, TrainConfig(steps=1000, lr=3e-4)): ...
 
 A teacher and a student are what samplers ask for, (x, t) -> Prediction, conditions and guidance already inside. So guided distillation ([4])
 is any of these losses with a guided teacher, and `guided_loss` is its first stage, in which the number of steps stays.

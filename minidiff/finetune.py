@@ -8,9 +8,11 @@ refused.
 [1] Hang et al. Efficient Diffusion Training via Min-SNR Weighting Strategy. 2023. arXiv:2303.09556
 """
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,13 +25,14 @@ from minidiff.cache import Example
 from minidiff.data.folder import Pictures, load_picture
 from minidiff.denoiser import HASTE, LEVELS, Denoiser
 from minidiff.errors import UserError
-from minidiff.groups import Batch, Group, batches, loss
+from minidiff.groups import Batch, Group, GroupLoss, batches, pieces
 from minidiff.identity import identity, same_run
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.optimizers import OPTIMIZERS
 from minidiff.outcome import keep, write
 from minidiff.recorder import Recorder
-from minidiff.train import EMA, LossFn, train
+from minidiff.train import EMA, LossFn, TrainConfig, train
+from minidiff.training.optimizers import OPTIMIZERS
+from minidiff.training.resume import checkpoints, read_log
 
 METHODS = ("full", "lora", "inversion")
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
@@ -143,56 +146,39 @@ def finetune(
         part.checkpointing = checkpointing
     captions = [example.caption for group in groups for example in group.examples]
     contexts = None if text or word or model.text.dim is None else cache.contexts(model.text, captions, out / "cache")
-    average, seen = None if ema is None else EMA(trained, ema), {}
-    pieces, loss_fn = shares(model, trained, batch), loss(model, contexts, denoiser, seen)
+    average, loss_fn = None if ema is None else EMA(trained, ema), GroupLoss(model, contexts, denoiser)
     times = replace(model.schedule, mean=levels[0], std=levels[1]) if levels else model.schedule
-
-    def data(start: int) -> Iterator[Batch]:
-        return batches(groups, times, batch // pieces, dropout, seed, start)
-
+    whole = partial(batches, groups, times, batch, dropout, seed)
     if denoiser.log_error is not None:
-        settle(denoiser, loss_fn, data(0))
-        seen.clear()
-    loop = train(
-        loss_fn,
-        trained,
-        data,
+        settle(denoiser, loss_fn, whole(0))
+    count = shares(model, trained, batch)
+    config = TrainConfig(
         steps,
         lr,
         warmup=warmup,
-        accumulate=accumulate * pieces,
-        threads=min(pieces, torch.get_num_threads()),
-        ema=average,
+        accumulate=accumulate,
+        pieces=count,
+        threads=min(count, torch.get_num_threads()),
         autocast=DTYPES[dtype],
         optimizer=optimizer,
         seed=seed,
-        folder=out / "training",
-        resume=resume,
         save_every=every,
     )
-
-    since: list[dict[str, float]] = []  # the groups' losses at every step since the last record
-
-    def record(step: int, rate: float | None) -> None:
-        if recorder is not None:
-            with averaged(average):
-                recorder.measure(step, mean(since), rate)
-                if step and recorder.best() == step:
-                    keep(model, method, out, named, step, steps)
-        since.clear()
-
-    if not (out / "training" / "checkpoint.pt").exists():
-        record(0, None)
-    with tqdm(desc=f"fine-tuning ({method})", total=steps, unit="step") as bar:
+    record = partial(measure, recorder, average, partial(keep, model, method, out, named, steps=steps))
+    if recorder and not checkpoints(out / "training"):
+        record(0, {}, None)
+    recent: deque[dict[str, float]] = deque(maxlen=20)
+    loop = train(loss_fn, trained, partial(cut, whole, count), config, average, out / "training", resume)
+    with closing(loop), tqdm(desc=f"fine-tuning ({method})", total=steps, unit="step") as bar:
         for step in loop:
             if not bar.n:
                 bar.initial = bar.n = step.step - 1  # a resumed loop starts further on
-            since.append(mean([{name: value.item() for name, value in seen[k].items()} for k in sorted(seen)]))
-            seen.clear()
-            bar.set_postfix_str(", ".join(f"{name} {value:.3f}" for name, value in mean(since[-20:]).items()), refresh=False)
+            recent.append(step.parts)
+            bar.set_postfix_str(", ".join(f"{name} {value:.3f}" for name, value in mean(list(recent)).items()), refresh=False)
             bar.update()
-            if step.step % every == 0 or step.step == steps:
-                record(step.step, step.lr)
+            if recorder and (step.step % every == 0 or step.step == steps):
+                since = read_log(out / "training")[(step.step - 1) // every * every : step.step]  # the steps since the last record
+                record(step.step, mean([line["parts"] for line in since if line.get("parts")]), step.lr)
     if average is not None:
         with torch.no_grad():
             torch._foreach_copy_(average.weights, average.averages)
@@ -202,6 +188,23 @@ def finetune(
     return model.eval()
 
 
+def cut(whole: Callable[[int], Iterator[Batch]], count: int, start: int) -> Iterator[Batch]:
+    """The pieces of batches start, start + 1, ..."""
+    for batch in whole(start):
+        yield from pieces(batch, count)
+
+
+def measure(
+    recorder: Recorder, average: EMA | None, keep_best: Callable[[int], None], step: int, losses: dict[str, float], lr: float | None
+) -> None:
+    """Have the recorder look at the averages, where there are some, unless it has before a resume; keep the weights of the best step so far."""
+    with averaged(average):
+        if not step or recorder.last() != step:
+            recorder.measure(step, losses, lr)
+        if step and recorder.best() == step:
+            keep_best(step)
+
+
 @torch.no_grad()
 def settle(denoiser: Denoiser, loss_fn: LossFn, data: Iterator[Batch], count: int = 320) -> None:
     """Begin the learned weighting at its optimum, u = log E[error | t], measured on some examples: no file keeps it, and from 0 it would take a
@@ -209,10 +212,10 @@ def settle(denoiser: Denoiser, loss_fn: LossFn, data: Iterator[Batch], count: in
     errors, places = [], []
     denoiser.log_error.zero_()
     for batch in data:
-        for part in batch.parts:  # each alone is a batch whose loss is known for each example
-            each, where = loss_fn(Batch(batch.number, [part._replace(weight=1.0)]))
-            errors.append(each.cpu())
-            places.append(where)
+        for part in batch:  # each alone is a batch whose loss is known for each example
+            loss = loss_fn([part._replace(weight=1.0)])
+            errors.append(loss["loss"].cpu())
+            places.append(loss["progress"])
         if sum(map(len, errors)) >= count:
             break
     level = (torch.cat(places) * LEVELS).long().clamp(max=LEVELS - 1)
@@ -222,14 +225,14 @@ def settle(denoiser: Denoiser, loss_fn: LossFn, data: Iterator[Batch], count: in
 
 def shares(model: LatentDiffusion, trained: nn.Module, batch: int) -> int:
     """Into how many pieces a batch is cut, so that two cores work on pictures and not on one operation: 2 where that is possible, else 1.
-    It follows from the run and not from how many cores there are today: the sum of two halves has other last bits than the whole."""
+    It does not follow from how many cores there are today: the sum of two halves has other last bits than the whole."""
     few = sum(p.numel() for p in trained.parameters()) < SHARED
     random_inside = model.unet.numbers.get("dropout", 0) > 0  # threads that draw from one generator draw in any order
     return 2 if model.device.type == "cpu" and batch % 2 == 0 and few and not random_inside else 1
 
 
 def mean(losses: list[dict[str, float]]) -> dict[str, float]:
-    """Of each group, over some batches or steps."""
+    """Of each group, over some steps."""
     return {name: sum(each[name] for each in losses) / len(losses) for name in (losses[0] if losses else ())}
 
 

@@ -19,7 +19,7 @@ from minidiff.cache import Example
 from minidiff.denoiser import Denoiser
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.schedules import NoiseSchedule
-from minidiff.train import LossFn, seed_of
+from minidiff.train import Loss, seed_of
 
 
 class Group(NamedTuple):
@@ -41,9 +41,7 @@ class Part(NamedTuple):
     eps: Float[Tensor, "B Z h w"]
 
 
-class Batch(NamedTuple):
-    number: int  # counted from 0, over all steps
-    parts: list[Part]
+Batch = list[Part]  # one for each group
 
 
 def split(n: int, share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -67,37 +65,40 @@ def batches(groups: list[Group], schedule: NoiseSchedule, batch: int, dropout: f
             captions = ["" if h else group.examples[i].caption for i, h in zip(indices, hidden, strict=True)]
             t = schedule.sample_t(batch, generator)
             parts.append(Part(group.name, group.weight, latents, captions, t, torch.randn(latents.shape, generator=generator)))
-        yield Batch(k, parts)
+        yield parts
 
 
-def loss(
-    model: LatentDiffusion,
-    contexts: dict[str, Float[Tensor, "L D"]] | None = None,
-    denoiser: Denoiser | None = None,
-    seen: dict[int, dict[str, Tensor]] | None = None,
-) -> LossFn:
+def pieces(batch: Batch, count: int) -> list[Batch]:
+    """A batch cut into `count` of one size. The mean of their losses is the loss of the whole."""
+    size = len(batch[0].t) // count
+    return [[_cut(part, slice(i * size, (i + 1) * size)) for part in batch] for i in range(count)]
+
+
+def _cut(part: Part, rows: slice) -> Part:
+    return part._replace(latents=part.latents[rows], captions=part.captions[rows], t=part.t[rows], eps=part.eps[rows])
+
+
+class GroupLoss:
     """The loss of a Batch: the sum over its groups of weight times the group's mean, [2] eq. 2. A batch of one group gives a loss for each
-    example, of several that sum alone, as one number.
+    example, of several that sum alone, as one number. Beside it stand the losses of each group, by its name and without its weight."""
 
-    contexts: what the text tower says of every caption; None asks it anew, so that it can learn too. denoiser: the model's own, unless another
-    weighting is wanted. seen: where the group's means go, by the batch's number, for whoever shows them.
-    """
-    denoiser, device = denoiser or model.denoiser, model.device
+    def __init__(self, model: LatentDiffusion, contexts: dict[str, Float[Tensor, "L D"]] | None = None, denoiser: Denoiser | None = None):
+        """contexts: what the text encoder says of every caption; None asks it anew, so that it can learn too. denoiser: the model's own, unless
+        another weighting is wanted."""
+        self.model, self.contexts, self.denoiser = model, contexts, denoiser or model.denoiser
 
-    def together(parts: list[Part]) -> list[Float[Tensor, "B"]]:
-        captions = [caption for part in parts for caption in part.captions]
-        context = model.text.encode(captions) if contexts is None else torch.stack([contexts[caption] for caption in captions]).to(device)
+    def __call__(self, batch: Batch) -> Loss:
+        alike = len({part.latents.shape[1:] for part in batch}) == 1  # then one pass of the network does for all groups
+        each = self._together(batch) if alike else [loss for part in batch for loss in self._together([part])]
+        groups = {part.group: loss for part, loss in zip(batch, each, strict=True)}
+        if len(batch) == 1:
+            return {"loss": batch[0].weight * each[0], "progress": self.model.schedule.progress(batch[0].t), **groups}
+        return {"loss": sum(part.weight * loss.mean() for part, loss in zip(batch, each, strict=True))[None], **groups}
+
+    def _together(self, parts: list[Part]) -> list[Float[Tensor, "B"]]:
+        """The losses of parts of one shape."""
+        captions, device = [caption for part in parts for caption in part.captions], self.model.device
+        contexts = self.contexts
+        context = self.model.text.encode(captions) if contexts is None else torch.stack([contexts[caption] for caption in captions]).to(device)
         latents, t, eps = (torch.cat([getattr(part, name) for part in parts]) for name in ("latents", "t", "eps"))
-        each = denoiser.loss(latents.to(device), context, t, eps.to(device))
-        return list(each.split([len(part.t) for part in parts]))
-
-    def of_batch(batch: Batch) -> tuple[Tensor, Tensor | None]:
-        alike = len({part.latents.shape[1:] for part in batch.parts}) == 1  # then one pass of the network does for all groups
-        losses = together(batch.parts) if alike else [each for part in batch.parts for each in together([part])]
-        if seen is not None:
-            seen[batch.number] = {part.group: each.detach().mean() for part, each in zip(batch.parts, losses, strict=True)}
-        if len(batch.parts) == 1:
-            return batch.parts[0].weight * losses[0], model.schedule.progress(batch.parts[0].t)
-        return sum(part.weight * each.mean() for part, each in zip(batch.parts, losses, strict=True))[None], None
-
-    return of_batch
+        return list(self.denoiser.loss(latents.to(device), context, t, eps.to(device)).split([len(part.t) for part in parts]))

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidiff import editing, finite, schedules
+from minidiff import editing, schedules
 from minidiff.clip import CLIPText
 from minidiff.data.folder import check_size
 from minidiff.denoiser import Denoiser, guide
@@ -27,6 +28,7 @@ from minidiff.lora import merged_state
 from minidiff.samplers import SAMPLERS, Frame, by_name, sample
 from minidiff.steps import Step
 from minidiff.tiling import tiled
+from minidiff.training.nonfinite import NonFiniteError, first_bad
 from minidiff.unet import UNet
 from minidiff.vae import VAE, Pixels
 from minidiff.weights import files
@@ -187,9 +189,8 @@ class LatentDiffusion(nn.Module):
                 if not pictures.isfinite().all():  # the same again, with a look at every module
                     if generator is not None:
                         generator.set_state(before)
-                    with finite.watched(self, advice := "compute in bf16 or fp32 (--dtype)."):
-                        drawn(some)
-                    raise UserError(f"the pictures hold numbers that are not finite; {advice}")
+                    culprit = first_bad(self, partial(drawn, some)) or "no module gives such numbers alone"
+                    raise NonFiniteError(f"the pictures hold numbers that are not finite: {culprit}; compute in bf16 or fp32.")
                 yield pictures.clamp(-1, 1)
 
     @torch.no_grad()

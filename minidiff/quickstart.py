@@ -10,7 +10,8 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -30,7 +31,7 @@ from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.script import peak_memory_gb, write_results
-from minidiff.train import EMA, TrainStep, seed_of, train
+from minidiff.train import EMA, Loss, TrainConfig, TrainStep, seed_of, train
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 
@@ -86,9 +87,9 @@ def crops(pictures: Float[Tensor, "B 3 H W"], count: int, side: int = 16, stride
     return windows[windows.flatten(2).std(2).mean(1).topk(count).indices].contiguous(memory_format=torch.channels_last)
 
 
-def watched(loop: Iterator[TrainStep], steps: int, title: str) -> None:
+def watched(loop: Generator[TrainStep], steps: int, title: str) -> None:
     """Run a training loop to its end behind a progress bar."""
-    with tqdm(desc=title, total=steps, unit="step") as bar:
+    with closing(loop), tqdm(desc=title, total=steps, unit="step") as bar:
         for step in loop:
             if not bar.n:
                 bar.initial = bar.n = step.step - 1  # a resumed loop starts further on
@@ -101,12 +102,10 @@ def train_vae(world: World, folder: Path, seed: int, device: str, resume: bool) 
     torch.manual_seed(seed)
     vae = vae_quickstart().to(device, memory_format=torch.channels_last)
     loop = train(
-        lambda pictures: (vae.loss(crops(pictures, 2 * VAE_BATCH).to(device)), None),
+        lambda pictures: {"loss": vae.loss(crops(pictures, 2 * VAE_BATCH).to(device))},
         vae,
-        lambda start: batches(world, f"vae {seed}", start),
-        VAE_STEPS,
-        VAE_LR,
-        seed=seed,
+        partial(batches, world, f"vae {seed}"),
+        TrainConfig(VAE_STEPS, VAE_LR, seed=seed),
         folder=folder,
         resume=resume,
     )
@@ -124,11 +123,7 @@ def train_text(world: World, folder: Path, seed: int, device: str, resume: bool)
         partial(reading.loss, text.to(device)),
         text,
         partial(reading.lessons, world, codes, TEXT_BATCH // PARTS, TWO_OBJECTS, seed),
-        TEXT_STEPS,
-        TEXT_LR,
-        accumulate=PARTS,
-        threads=min(PARTS, torch.get_num_threads()),
-        seed=seed,
+        TrainConfig(TEXT_STEPS, TEXT_LR, accumulate=PARTS, threads=min(PARTS, torch.get_num_threads()), seed=seed),
         folder=folder,
         resume=resume,
     )
@@ -184,6 +179,12 @@ def parts(world: World, one: Pool, two: Pool, seed: int, dropout: float, start: 
         yield Part(x0, captions, noise_levels(len(x0), generator), torch.randn(x0.shape, generator=generator).to(x0.device))
 
 
+def part_loss(model: LatentDiffusion, part: Part) -> Loss:
+    """The denoiser's loss of each example, and where its t lies."""
+    each = model.denoiser.loss(part.latents, model.text.encode(part.captions), part.t, part.eps)
+    return {"loss": each, "progress": model.schedule.progress(part.t)}
+
+
 def train_model(world: World, vae: VAE, text: CLIPText, folder: Path, seed: int, device: str, resume: bool) -> LatentDiffusion:
     """Act three: a U-Net, on latents. Returns the average of the weights."""
     torch.manual_seed(seed + 1)
@@ -192,21 +193,14 @@ def train_model(world: World, vae: VAE, text: CLIPText, folder: Path, seed: int,
     ema = EMA(model, decay=0.998)
     one, two = (Pool(world, vae, size, f"model {seed}", objects, device) for objects, size in ((1, POOL // 2), (2, POOL)))
 
-    def loss(part: Part) -> tuple[Tensor, Tensor]:
-        return denoiser.loss(part.latents, model.text.encode(part.captions), part.t, part.eps), model.schedule.progress(part.t)
-
     loop = train(
-        loss,
+        partial(part_loss, model),
         model,
-        lambda start: parts(world, one, two, seed, model.dropout, start),
-        STEPS,
-        LR,
-        accumulate=PARTS,
-        threads=min(PARTS, torch.get_num_threads()),
-        ema=ema,
-        seed=seed,
-        folder=folder,
-        resume=resume,
+        partial(parts, world, one, two, seed, model.dropout),
+        TrainConfig(STEPS, LR, accumulate=PARTS, threads=min(PARTS, torch.get_num_threads()), seed=seed),
+        ema,
+        folder,
+        resume,
     )
     watched(loop, STEPS, "3/4 a U-Net learns to denoise latents")
     return ema.average

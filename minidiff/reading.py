@@ -63,7 +63,7 @@ def lessons(world: World, codes: Codes, batch: int, two_objects: float, seed: in
         yield Lesson([world.caption(scene, rng) for scene in scenes], meant)
 
 
-def loss(text: CLIPText, lesson: Lesson) -> tuple[Float[Tensor, "B"], None]:
-    """How far the sums of the words' vectors are from what is meant; None: there is no noise level to report it by."""
+def loss(text: CLIPText, lesson: Lesson) -> dict[str, Float[Tensor, "B"]]:
+    """How far the sums of the words' vectors are from what is meant."""
     said = text.encode(lesson.captions).sum(1)
-    return (said - lesson.meant.to(said)).pow(2).mean(1), None
+    return {"loss": (said - lesson.meant.to(said)).pow(2).mean(1)}

@@ -96,6 +96,10 @@ class Recorder:
     def due(self, step: int) -> bool:
         return step % self.every == 0
 
+    def last(self) -> int | None:
+        """The last step that was measured."""
+        return self.records[-1].step if self.records else None
+
     # Measuring.
 
     def measure(self, step: int, losses: dict[str, float], lr: float | None = None) -> Record:

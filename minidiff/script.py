@@ -4,7 +4,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -13,13 +14,21 @@ from tqdm import tqdm
 from minidiff import console
 from minidiff.errors import UserError
 from minidiff.train import TrainStep
+from minidiff.training.lock import locked
+from minidiff.training.resume import read_log
+
+__all__ = ["follow", "last_loss", "peak_memory_gb", "pick_device", "read_log", "run", "write_results"]
 
 
 def run(main: Callable[..., None]) -> None:
-    """main's signature is the command line. Exit code 2 with one line on bad input, 130 on Ctrl-C."""
+    """main's signature is the command line. Exit code 2 with one line on bad input, 130 on Ctrl-C, 143 on SIGTERM. A study that trains is
+    alone in its folder."""
     script = Path(sys.argv[0]).name
-    with console.one_line(script, "interrupted; where it was training, --resume goes on from there."):
-        console.parsed(main, sys.argv[1:], script)()
+    with console.one_line(script):
+        job = console.parsed(main, sys.argv[1:], script)
+        options = getattr(job, "keywords", {})
+        with locked(options["out"] if "resume" in options else None):
+            console.call(job)
 
 
 def pick_device(name: str) -> str:
@@ -34,23 +43,21 @@ def pick_device(name: str) -> str:
     return name
 
 
-def follow(training: Iterator[TrainStep], name: str, steps: int, batch: int) -> dict[str, float | None]:
-    """Train to the end behind a bar that shows examples a second and the time left; returns the seconds it took here, and the speed."""
-    start, done = time.perf_counter(), 0
-    with tqdm(desc=name, total=steps * batch, unit=" examples", unit_scale=True) as bar:
+def follow(training: Generator[TrainStep], name: str, steps: int, batch: int) -> dict[str, float | None]:
+    """Train to the end behind a bar that shows examples a second and the time left; returns the seconds it took here, and the speed
+    after the first step."""
+    start, done, rest = time.perf_counter(), 0, None
+    with closing(training), tqdm(desc=name, total=steps * batch, unit=" examples", unit_scale=True) as bar:
         for step in training:
-            if not done:
+            if rest is None:
                 bar.initial = bar.n = (step.step - 1) * batch  # a resumed run has these behind it
-            done += batch
+                rest = time.perf_counter()
+            else:
+                done += batch
             bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
             bar.update(batch)
-    seconds = time.perf_counter() - start
-    return {"seconds": round(seconds, 1), "images_per_second": round(done / seconds, 1) if done else None}
-
-
-def read_log(folder: Path) -> list[dict]:
-    """The lines that training wrote: one for each step, those before a resume included."""
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    end = time.perf_counter()
+    return {"seconds": round(end - start, 1), "images_per_second": round(done / (end - rest), 1) if done else None}
 
 
 def last_loss(log: list[dict]) -> float:

@@ -7,7 +7,7 @@ from torch import nn
 
 from minidiff import lora
 from minidiff.clip import CLIPText
-from minidiff.train import train
+from minidiff.train import TrainConfig, train
 from minidiff.unet import UNet
 
 
@@ -100,7 +100,9 @@ def test_two_threads_in_one_training():
         torch.manual_seed(0)
         network = unet()
         network.checkpointing = checkpointing
-        for _ in train(lambda batch, of=network: (of(*batch).pow(2).mean((1, 2, 3)), None), network, batches, 4, 1e-2, accumulate=2, threads=2):
+        for _ in train(
+            lambda batch, of=network: {"loss": of(*batch).pow(2).mean((1, 2, 3))}, network, batches, TrainConfig(4, 1e-2, accumulate=2, threads=2)
+        ):
             pass
         ends.append(network.state_dict())
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

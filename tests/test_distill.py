@@ -27,7 +27,7 @@ from minidiff.exact import Mixture
 from minidiff.layers import timestep_embedding
 from minidiff.samplers import ddim, lcm, sample, unipc
 from minidiff.steps import consistent
-from minidiff.train import EMA, seed_of, train
+from minidiff.train import EMA, TrainConfig, seed_of, train
 from minidiff.unet import UNet
 
 SCHEDULES = [schedules.cosine(), schedules.Flow(), schedules.Karras()]
@@ -299,7 +299,7 @@ def distilled(loss, student, steps, lr=4e-3):
         for k in count(start):
             yield ISLANDS.draw(256, torch.Generator().manual_seed(seed_of(0, -1 - k))).float()
 
-    for _ in train(lambda x0: (loss(x0, ema.average), None), student, batches, steps, lr, ema=ema, warmup=20):
+    for _ in train(lambda x0: {"loss": loss(x0, ema.average)}, student, batches, TrainConfig(steps, lr, warmup=20), ema):
         pass
     return ema.average
 

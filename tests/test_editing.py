@@ -5,10 +5,11 @@ import torch
 from PIL import Image
 
 import minidiff
-from minidiff import editing, finite, schedules
+from minidiff import editing, schedules
 from minidiff.errors import UserError
 from minidiff.samplers import ddim
 from minidiff.tiling import tiled
+from minidiff.training.nonfinite import first_bad
 from minidiff.weights.fill import DTYPES
 
 PROMPTS = ["a red apple", "a blue bowl"]
@@ -105,14 +106,18 @@ def test_precisions(model, tmp_path, dtype):
 def test_where_nan_began(model, tmp_path):
     broken = minidiff.load(model.save(tmp_path / "m"))
     broken.unet.decoder[0].residual[1].conv1.weight.data[0] = torch.inf
-    with pytest.raises(UserError, match=r"began in denoiser.network.decoder.0.residual.1.conv1, computed in float32; compute in bf16 or fp32"):
+    with pytest.raises(UserError, match=r'"denoiser.network.decoder.0.residual.1.conv1.weight" is not finite; compute in bf16 or fp32'):
         broken.generate(PROMPTS, steps=2, generator=torch.Generator().manual_seed(0))
     broken = minidiff.load(model.save(tmp_path / "m"))
     broken.vae.decoder.conv_in.bias.data[:] = torch.nan
-    with pytest.raises(UserError, match=r"began in vae.decoder.conv_in"):
+    with pytest.raises(UserError, match=r'"vae.decoder.conv_in.bias" is not finite'):
         broken.generate(PROMPTS, steps=2)
-    with finite.watched(model, ""):  # hooks are gone afterwards, and healthy models pass
-        model.generate(PROMPTS, steps=2)
+    small = minidiff.load(model.save(tmp_path / "m"))
+    small.unet.conv_in.weight.data.fill_(1e38)  # finite, and what it computes is not
+    with pytest.raises(UserError, match=r'the output of "denoiser.network.conv_in" is the first that is not finite \(in float32\)'):
+        small.generate(PROMPTS, steps=2)
+    assert not any(part._forward_hooks for part in small.modules())
+    assert first_bad(model, lambda: model.generate(PROMPTS, steps=2)) is None  # hooks are gone afterwards, and healthy models pass
     assert not any(part._forward_hooks for part in model.modules())
 
 

@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from minidiff import estimate as module
-from minidiff import lora, optimizers, schedules
+from minidiff import lora, schedules
 from minidiff.clip import CLIPText
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.estimate import Ledger, Settings, advice, duration, forecast, human
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.train import train
+from minidiff.train import TrainConfig, train
+from minidiff.training import optimizers
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 
@@ -152,7 +153,7 @@ def test_human():
 
 def toy(**how):
     network = nn.Linear(2, 2)
-    return list(train(lambda x: (network(x).pow(2).mean(1), None), network, lambda _: iter([torch.ones(3, 2)]), 1, 1e-3, **how))
+    return list(train(lambda x: {"loss": network(x).pow(2).mean(1)}, network, lambda _: iter([torch.ones(3, 2)]), TrainConfig(1, 1e-3, **how)))
 
 
 def test_an_unknown_optimizer():

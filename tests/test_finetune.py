@@ -18,12 +18,13 @@ from minidiff.denoiser import HASTE, LEVELS, Denoiser
 from minidiff.errors import UserError
 from minidiff.estimate import Settings
 from minidiff.finetune import averaged, finetune, hearing, settle, shares, to_train
-from minidiff.groups import Batch, Group, batches, loss, split
+from minidiff.groups import Group, GroupLoss, batches, pieces, split
 from minidiff.labels import ClassLabels
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.outcome import kept
 from minidiff.recorder import Recorder
 from minidiff.train import EMA
+from minidiff.training.resume import checkpoints
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 
@@ -62,6 +63,9 @@ class Recording(Recorder):
     def measure(self, step, losses, lr=None):
         self.call(step, losses)
 
+    def last(self):
+        return None
+
 
 def stop_at_4(step, losses):
     if step == 4:
@@ -83,25 +87,23 @@ def test_a_batch_follows_from_its_number_alone():
     groups, schedule = two_groups(), schedules.linear()
     whole = list(islice(batches(groups, schedule, 2, 0.3, 0, 0), 12))
     later = list(islice(batches(groups, schedule, 2, 0.3, 0, 7), 5))
-    assert [batch.number for batch in whole] == list(range(12))
     for a, b in zip(whole[7:], later, strict=True):
-        assert a.number == b.number
-        for p, q in zip(a.parts, b.parts, strict=True):
+        for p, q in zip(a, b, strict=True):
             assert p.captions == q.captions and all(torch.equal(getattr(p, name), getattr(q, name)) for name in ("latents", "t", "eps"))
     other = next(batches(groups, schedule, 2, 0.3, 1, 0))
-    assert not torch.equal(other.parts[0].eps, whole[0].parts[0].eps)
-    assert [(part.group, part.weight, len(part.captions)) for part in whole[0].parts] == [("subject", 1.0, 2), ("class", 0.7, 2)]
+    assert not torch.equal(other[0].eps, whole[0][0].eps)
+    assert [(part.group, part.weight, len(part.captions)) for part in whole[0]] == [("subject", 1.0, 2), ("class", 0.7, 2)]
 
 
 def test_captions_are_hidden_as_often_as_asked():
     for dropout, least, most in ((0.0, 0, 0), (0.25, 160, 240)):  # of 800; three standard deviations
         found = islice(batches([Group("data", examples(8))], schedules.linear(), 8, dropout, 0, 0), 100)
-        assert least <= sum(caption == "" for batch in found for caption in batch.parts[0].captions) <= most
+        assert least <= sum(caption == "" for batch in found for caption in batch[0].captions) <= most
 
 
 def test_every_batch_is_of_one_shape_and_every_picture_is_met():
     group = Group("data", examples(5) + examples(3, 9, (4, 4, 16)))
-    found = [part for batch in islice(batches([group], schedules.linear(), 2, 0.0, 0, 0), 5) for part in batch.parts]
+    found = [part for batch in islice(batches([group], schedules.linear(), 2, 0.0, 0, 0), 5) for part in batch]
     rows = [z for part in found for z in part.latents]
     assert all(any(torch.equal(e.latents, z) for z in rows) for e in group.examples)  # ceil(5 / 2) + ceil(3 / 2) batches are an epoch
     assert {tuple(part.latents.shape) for part in found} == {(2, 4, 8, 8), (2, 4, 4, 16)}
@@ -119,14 +121,15 @@ def test_split_is_seeded_and_rounds_down():
 
 def test_loss_of_groups_is_the_sum_it_claims_to_be():
     """To the bit: weight times mean, summed; and each mean is that of the denoiser's own loss on the group alone."""
-    model, seen = tiny().double(), {}
+    model = tiny().double()
     groups = [Group(g.name, [Example(e.latents.double(), e.caption) for e in g.examples], g.weight) for g in two_groups()]
     for batch in islice(batches(groups, model.schedule, 2, 0.2, 0, 0), 5):
-        batch = Batch(batch.number, [part._replace(eps=part.eps.double()) for part in batch.parts])
-        each, where = loss(model, None, None, seen)(batch)
-        subject, of_class = seen[batch.number].values()
-        assert where is None and torch.equal(each, (1.0 * subject + 0.7 * of_class)[None])
-        for part, mean in zip(batch.parts, (subject, of_class), strict=True):
+        batch = [part._replace(eps=part.eps.double()) for part in batch]
+        found = GroupLoss(model)(batch)
+        assert list(found) == ["loss", "subject", "class"] and found["subject"].shape == found["class"].shape == (2,)
+        subject, of_class = found["subject"].mean(), found["class"].mean()
+        assert torch.equal(found["loss"], (1.0 * subject + 0.7 * of_class)[None])
+        for part, mean in zip(batch, (subject, of_class), strict=True):
             alone = model.denoiser.loss(part.latents, model.text.encode(part.captions), part.t, part.eps).mean()
             assert abs(alone - mean) < 1e-13 * alone  # a batch of four is not summed in the order of two of two
 
@@ -134,17 +137,29 @@ def test_loss_of_groups_is_the_sum_it_claims_to_be():
 def test_groups_of_different_shapes_take_a_pass_each():
     model, groups = tiny(), [Group("subject", examples(2)), Group("class", examples(2, 5, (4, 4, 16)), 0.5)]
     batch = next(batches(groups, model.schedule, 2, 0.0, 0, 0))
-    each, _ = loss(model)(batch)
-    first, second = (loss(model)(Batch(0, [part._replace(weight=1.0)]))[0].mean() for part in batch.parts)
+    each = GroupLoss(model)(batch)["loss"]
+    first, second = (GroupLoss(model)([part._replace(weight=1.0)])["loss"].mean() for part in batch)
     assert torch.equal(each[0], first + 0.5 * second)
+
+
+def test_the_losses_of_pieces_are_those_of_the_whole():
+    """The same examples with the same noise; the mean of the pieces' losses is the loss."""
+    model = tiny().double()
+    groups = [Group(g.name, [Example(e.latents.double(), e.caption) for e in g.examples], g.weight) for g in two_groups()]
+    batch = [part._replace(eps=part.eps.double()) for part in next(batches(groups, model.schedule, 4, 0.2, 0, 0))]
+    whole, parts = GroupLoss(model)(batch), [GroupLoss(model)(piece) for piece in pieces(batch, 2)]
+    for name, value in whole.items():
+        torch.testing.assert_close(torch.cat([part[name] for part in parts]).mean(), value.mean(), rtol=1e-12, atol=0)
 
 
 def test_loss_of_one_group_is_each_example_s_and_says_where():
     model = tiny()
     batch = next(batches([Group("data", examples(6))], model.schedule, 4, 0.0, 0, 0))
-    (part,) = batch.parts
+    (part,) = batch
     contexts = {name: model.text.encode([name])[0] for name in ("", *NAMES)}
-    each, where = loss(model, contexts)(batch)
+    found = GroupLoss(model, contexts)(batch)
+    each, where = found["loss"], found["progress"]
+    assert torch.equal(found["data"], each)
     assert torch.equal(each, model.denoiser.loss(part.latents, model.text.encode(part.captions), part.t, part.eps)) and each.shape == (4,)
     assert torch.equal(where, part.t.double() / 1000)
 
@@ -174,11 +189,11 @@ def test_min_snr_is_what_the_switch_turns_on(tmp_path):
     for on in (False, True):
         run(tmp_path / str(on), min_snr=on, steps=1, batch=8)
         logs.append(json.loads((tmp_path / str(on) / "training" / "log.jsonl").read_text())["loss"])
-    batch = list(islice(batches([Group("data", examples(6))], schedules.linear(), 4, 0.1, 0, 0), 2))  # the pieces of the first step
+    batch = next(batches([Group("data", examples(6))], schedules.linear(), 8, 0.1, 0, 0))
     model = tiny()
     weighted = Denoiser(model.unet, model.schedule, "eps", "min-snr")
     for logged, denoiser in zip(logs, (model.denoiser, weighted), strict=True):
-        assert logged == pytest.approx(sum(loss(model, None, denoiser)(b)[0].mean().item() for b in batch) / 2, rel=1e-5)
+        assert logged == pytest.approx(GroupLoss(model, None, denoiser)(batch)["loss"].mean().item(), rel=1e-5)
     assert logs[0] != logs[1] and load(tmp_path / "True" / "model").denoiser.weighting == "eps"  # the model stays what it was
 
 
@@ -187,9 +202,9 @@ def test_learned_weighting_begins_at_its_optimum():
     model = tiny("x0", "learned")
     data = list(islice(batches([Group("data", examples(16))], model.schedule, 64, 0.0, 0, 0), 10))
     with torch.no_grad():
-        settle(model.denoiser, loss(model), iter(data), count=640)
+        settle(model.denoiser, GroupLoss(model), iter(data), count=640)
         u = HASTE * model.denoiser.log_error
-        each, where = zip(*(loss(model)(batch) for batch in data), strict=True)
+        each, where = zip(*((found["loss"], found["progress"]) for found in map(GroupLoss(model), data)), strict=True)
     level = (torch.cat(where) * LEVELS).long().clamp(max=LEVELS - 1)
     for k in range(LEVELS):
         assert (torch.cat(each)[level == k].mean() - (1 + u[k])).abs() < 1e-5  # of 20 numbers or more in fp32
@@ -225,7 +240,7 @@ def test_lora_trains_a_and_b_alone_and_writes_what_load_reads(tmp_path):
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([100, 900])
     for a, b in zip(model.denoiser(x, t, model.text.encode(NAMES)), fresh.denoiser(x, t, fresh.text.encode(NAMES)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # the file has alpha / rank in B
-    state = torch.load(tmp_path / "training" / "checkpoint.pt", weights_only=True)
+    state = torch.load(checkpoints(tmp_path / "training")[0], weights_only=True)
     assert sum(v.numel() for v in state["module"].values()) == sum(p.numel() for p in lora.state(model).values())  # no frozen weight in it
 
 
@@ -250,7 +265,7 @@ def test_the_noise_levels_trained_on_can_be_chosen(tmp_path, monkeypatch):
 
     def spied(*how):
         for batch in drawn(*how):
-            times.extend(batch.parts[0].t.tolist())
+            times.extend(batch[0].t.tolist())
             yield batch
 
     monkeypatch.setattr("minidiff.finetune.batches", spied)
@@ -295,7 +310,7 @@ def test_average_is_what_is_written_and_what_the_recorder_sees(tmp_path):
     seen, model = [], tiny()
 
     run(tmp_path, model, ema=0.9, recorder=Recording(lambda step, losses: seen.append((step, losses, weights(model)))))
-    state = torch.load(tmp_path / "training" / "checkpoint.pt", weights_only=True)
+    state = torch.load(checkpoints(tmp_path / "training")[0], weights_only=True)
     name = "0.network.conv_in.weight"
     assert [step for step, _, _ in seen] == [0, 2, 4, 6] and seen[0][1] == {} and list(seen[1][1]) == ["data"]
     assert not torch.equal(state["ema"][name], state["module"][name])
@@ -327,9 +342,9 @@ def test_bf16_checkpointing_and_accumulation(tmp_path):
     for name, how in (("two", dict(batch=2, accumulate=2)), ("one", dict(batch=2, accumulate=1))):
         run(tmp_path / name, steps=1, **how)
         losses.append(json.loads((tmp_path / name / "training" / "log.jsonl").read_text())["loss"])
-    data = islice(batches([Group("data", examples(6))], schedules.linear(), 1, 0.1, 0, 0), 4)
-    each = [loss(tiny())(batch)[0].item() for batch in data]
-    assert losses == pytest.approx([sum(each) / 4, sum(each[:2]) / 2], rel=1e-5)
+    data = islice(batches([Group("data", examples(6))], schedules.linear(), 2, 0.1, 0, 0), 2)
+    each = [GroupLoss(tiny())(batch)["loss"].mean().item() for batch in data]
+    assert losses == pytest.approx([sum(each) / 2, each[0]], rel=1e-5)
 
 
 def test_a_half_precision_model_trains_in_float32(tmp_path):
@@ -442,17 +457,17 @@ with console.one_line("minidiff"):
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
     """No file may grow beyond half of what a checkpoint takes: as where the disk is full."""
     whole = run(tmp_path / "whole", steps=8)
-    need = (tmp_path / "whole" / "training" / "checkpoint.pt").stat().st_size
+    need = checkpoints(tmp_path / "whole" / "training")[0].stat().st_size
 
     with pytest.raises(InterruptedError):
         run(tmp_path / "parts", steps=8, recorder=Recording(stop_at_4))
-    before = (tmp_path / "parts" / "training" / "checkpoint.pt").read_bytes()
+    before = checkpoints(tmp_path / "parts" / "training")[0].read_bytes()
     script = [sys.executable, "-c", FULL, tmp_path / "parts", str(need // 2)]
     ended = subprocess.run(script, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     said = ended.stderr.splitlines()[-1]
-    assert ended.returncode == 2 and said.startswith("minidiff: ") and "checkpoint.pt: step 6 could not be saved" in said and "--resume" in said
-    assert "Traceback" not in ended.stderr and not list(tmp_path.rglob("*.new"))
-    assert (tmp_path / "parts" / "training" / "checkpoint.pt").read_bytes() == before
+    assert ended.returncode == 2 and said.startswith("minidiff: ") and "checkpoint-000006.pt: step 6 could not be saved" in said and "resume" in said
+    assert "Traceback" not in ended.stderr and not [file for pattern in ("*.new", ".*") for file in tmp_path.rglob(pattern)]
+    assert checkpoints(tmp_path / "parts" / "training")[0].read_bytes() == before
     assert not moved(weights(whole), run(tmp_path / "parts", steps=8, resume=True))
 
 

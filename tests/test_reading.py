@@ -10,7 +10,7 @@ from minidiff import reading
 from minidiff.data.world import INVERSE, RELATIONS, Scene, World
 from minidiff.errors import UserError
 from minidiff.quickstart import COLOURS, SHAPES, SIZE, text_quickstart
-from minidiff.train import train
+from minidiff.train import TrainConfig, train
 
 WORLD = World(SIZE, SHAPES, COLOURS)
 
@@ -61,7 +61,7 @@ def test_a_tower_learns_whose_colour_is_whose():
 
     turned, swapped = apart()
     assert turned > swapped  # at first, other words are farther than another order of them
-    for _ in train(partial(reading.loss, text), text, data, 120, 4e-3, warmup=10):
+    for _ in train(partial(reading.loss, text), text, data, TrainConfig(120, 4e-3, warmup=10)):
         pass
     turned, swapped = apart()
     assert turned < 0.5 * swapped

@@ -22,7 +22,7 @@ from minidiff.labels import ClassLabels
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.recorder import Recorder
 from minidiff.report import SHOWN, page, shown
-from minidiff.train import seed_of, train
+from minidiff.train import TrainConfig, seed_of, train
 from minidiff.unet import UNet
 from minidiff.vae import Pixels
 
@@ -64,7 +64,7 @@ def run(folder=None, steps=4, **how):
     pictures, _ = data()
     if watching:
         watching.measure(0, {})
-    for step in train(lambda x: (model.latent_loss(x, ["cat"] * len(x)), None), model.unet, lambda k: repeat(pictures), steps, 1e-2):
+    for step in train(lambda x: {"loss": model.latent_loss(x, ["cat"] * len(x))}, model.unet, lambda k: repeat(pictures), TrainConfig(steps, 1e-2)):
         torch.rand(1)
         if watching and watching.due(step.step):
             watching.measure(step.step, {"subject": step.loss, "class": 0.5}, step.lr)

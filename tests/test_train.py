@@ -1,4 +1,5 @@
 """The training loop: resuming bit for bit, Ctrl-C, accumulation, averages, what is said when numbers go bad, and checkpoints nobody should trust."""
+import hashlib
 import json
 import math
 import os
@@ -13,7 +14,8 @@ import torch
 from torch import nn
 
 from minidiff.errors import UserError
-from minidiff.train import EMA, NonFiniteError, by_bin, learning_rate, seed_of, train
+from minidiff.train import EMA, NonFiniteError, TrainConfig, by_bin, seed_of, train
+from minidiff.training.resume import checkpoints
 
 STEPS = 12
 
@@ -35,9 +37,18 @@ def noisy_loss(module):
     def loss_fn(x):
         place = torch.rand(len(x))
         noise = torch.randn_like(x)
-        return (module(x + place[:, None] * noise) - noise).pow(2).mean(1), place
+        return {"loss": (module(x + place[:, None] * noise) - noise).pow(2).mean(1), "progress": place}
 
     return loss_fn
+
+
+def go(loss_fn, module, batches, steps, lr, ema=None, folder=None, resume=False, **how):
+    return train(loss_fn, module, batches, TrainConfig(steps, lr, **how), ema, folder, resume)
+
+
+def newest(folder):
+    """What stands in the newest checkpoint."""
+    return torch.load(checkpoints(folder)[0], weights_only=True)
 
 
 class Run:
@@ -47,7 +58,7 @@ class Run:
         self.module = net()
         self.ema, self.folder, self.done = EMA(self.module, 0.5), folder, []
         how = dict(steps=STEPS, lr=1e-2, warmup=3, weight_decay=0.1, accumulate=2, save_every=5) | how
-        steps = train(loss(self.module), self.module, batches, **how, ema=self.ema, folder=folder, resume=resume)
+        steps = go(loss(self.module), self.module, batches, **how, ema=self.ema, folder=folder, resume=resume)
         for step in steps:
             self.done.append(step)
             torch.rand(step.step)  # what the caller does in between is not the run's business
@@ -57,7 +68,7 @@ class Run:
 
     def everything(self):
         """Weights, averages, optimizer and log: all that should not depend on whether the run was interrupted."""
-        state = torch.load(self.folder / "checkpoint.pt", weights_only=True)
+        state = newest(self.folder)
         moments = [v for s in state["optimizer"]["state"].values() for v in s.values()]
         tensors = [*self.module.parameters(), *self.ema.average.parameters(), *state["module"].values(), *state["ema"].values(), *moments]
         return [state["step"], (self.folder / "log.jsonl").read_text(), *(t.detach().numpy().tobytes() for t in tensors)]
@@ -67,16 +78,16 @@ class Run:
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(tmp_path, stop):
     whole = Run(tmp_path / "whole").everything()
     first = Run(tmp_path / "parts", stop=stop)
-    assert torch.load(first.folder / "checkpoint.pt", weights_only=True)["step"] == 5
+    assert newest(first.folder)["step"] == 5
     second = Run(tmp_path / "parts", resume=True)
-    assert [step.step for step in second.done] == list(range(6, STEPS + 1))
+    assert [step.step for step in second.done] == list(range(5, STEPS + 1))  # the step of the checkpoint once more
     assert second.everything() == whole
 
 
 def test_resuming_a_finished_run_does_nothing_and_a_fresh_one_starts_over(tmp_path):
     whole = Run(tmp_path)
     again = Run(tmp_path, resume=True)
-    assert again.done == [] and again.everything() == whole.everything()
+    assert again.done == whole.done[-1:] and again.everything() == whole.everything()
     assert len(Run(tmp_path, stop=2).done) == 2 and len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
 
 
@@ -94,7 +105,7 @@ def test_log_says_what_the_caller_saw(tmp_path):
     run = Run(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines == [step._asdict() for step in run.done]
-    assert list(lines[0]) == ["step", "loss", "bins", "lr", "grad_norm"] and [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert list(lines[0]) == ["step", "loss", "bins", "lr", "grad_norm", "parts"] and [line["step"] for line in lines] == list(range(1, STEPS + 1))
 
 
 @pytest.fixture
@@ -126,20 +137,20 @@ def test_ctrl_c_saves_and_the_run_resumes(tmp_path, foreground):
     with pytest.raises(KeyboardInterrupt):
         Run(tmp_path / "parts", loss=interrupting(1))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["step"] == 7  # the step was finished first
+    assert newest(tmp_path / "parts")["step"] == 7  # the step was finished first
     assert Run(tmp_path / "parts", resume=True).everything() == Run(tmp_path / "whole").everything()
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path, foreground):
     with pytest.raises(KeyboardInterrupt):
         Run(tmp_path / "parts", loss=interrupting(2))
-    assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["step"] == 5
+    assert newest(tmp_path / "parts")["step"] == 5
     assert Run(tmp_path / "parts", resume=True).everything() == Run(tmp_path / "whole").everything()
 
 
 def test_ctrl_c_while_the_caller_has_the_last_step_is_not_lost(foreground):
     module = net()
-    steps = train(noisy_loss(module), module, batches, 1, 1e-2)
+    steps = go(noisy_loss(module), module, batches, 1, 1e-2)
     next(steps)
     signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
@@ -163,10 +174,10 @@ def test_two_half_batches_are_one_whole_batch():
         module[1].p = 0.0  # no dropout: it would draw other masks
 
         def loss_fn(x):
-            return (module(x) - x.flip(1)).pow(2).mean(1), None
+            return {"loss": (module(x) - x.flip(1)).pow(2).mean(1)}
 
         parts = [part for batch in data for part in batch.chunk(pieces)]
-        done = list(train(loss_fn, module, lambda start: parts[start:], 10, 1e-2, warmup=3, accumulate=pieces))
+        done = list(go(loss_fn, module, lambda start: parts[start:], 10, 1e-2, warmup=3, accumulate=pieces))
         return torch.cat([p.detach().flatten() for p in module.parameters()]), torch.tensor([(s.loss, s.lr, s.grad_norm) for s in done])
 
     (weights1, numbers1), (weights2, numbers2) = run(1), run(2)
@@ -182,9 +193,9 @@ def test_threads_give_the_numbers_of_one_after_the_other():
         module[1].p = 0.0  # all that is random comes with the batch
 
         def loss_fn(x):
-            return (module(x) - x.flip(1)).pow(2).mean(1), None
+            return {"loss": (module(x) - x.flip(1)).pow(2).mean(1)}
 
-        done = list(train(loss_fn, module, batches, 10, 1e-2, warmup=3, accumulate=4, threads=threads))
+        done = list(go(loss_fn, module, batches, 10, 1e-2, warmup=3, accumulate=4, threads=threads))
         return torch.cat([p.detach().flatten() for p in module.parameters()]), [(s.loss, s.grad_norm) for s in done]
 
     cores = torch.get_num_threads()
@@ -201,7 +212,7 @@ def test_threads_pass_errors_on():
         raise ValueError("no such picture")
 
     with pytest.raises(ValueError, match="no such picture"):
-        next(train(loss_fn, module, batches, 10, 1e-2, accumulate=2, threads=2))
+        next(go(loss_fn, module, batches, 10, 1e-2, accumulate=2, threads=2))
 
 
 def test_ema_formula():
@@ -218,7 +229,11 @@ def test_ema_formula():
 
 
 def test_learning_rate_curve(tmp_path):
+    def learning_rate(k, steps, lr, warmup, schedule="cosine"):
+        return TrainConfig(steps, lr, warmup, schedule).learning_rate(k)
+
     assert [learning_rate(k, 100, 1.0, 10) for k in (0, 4, 9, 10)] == [0.1, 0.5, 1.0, 1.0]
+    assert [learning_rate(k, 100, 1.0, 10, "constant") for k in (0, 4, 9, 10, 99)] == [0.1, 0.5, 1.0, 1.0, 1.0]
     for k, share in ((10, 0.0), (40, 1 / 3), (55, 0.5), (100, 1.0)):
         assert abs(learning_rate(k, 100, 2.0, 10) - (1 + math.cos(math.pi * share))) < 1e-15
     assert learning_rate(0, 5, 1.0, 0) == 1.0 and learning_rate(4, 5, 1.0, 100) == 0.05  # no warm-up; nothing but warm-up
@@ -229,7 +244,7 @@ def test_learning_rate_curve(tmp_path):
 def test_only_matrices_decay():
     module = net(torch.float64)
     before = [p.detach().clone() for p in module.parameters()]
-    list(train(lambda x: (0 * module(x.double()).mean(1), None), module, batches, 1, 0.1, warmup=0, weight_decay=0.5))
+    list(go(lambda x: {"loss": 0 * module(x.double()).mean(1)}, module, batches, 1, 0.1, warmup=0, weight_decay=0.5))
     for p, old in zip(module.parameters(), before, strict=True):
         torch.testing.assert_close(p.detach(), old * (1 - 0.1 * 0.5) if p.ndim > 1 else old, rtol=1e-15, atol=0)
 
@@ -237,21 +252,81 @@ def test_only_matrices_decay():
 def test_gradients_are_clipped_and_the_norm_before_is_reported(tmp_path):
     """Adam's first moment after one step is (1 - 0.9) times the gradient it was given."""
     module = net()
-    (step,) = train(lambda x: (1000 * module(x).pow(2).mean(1), None), module, batches, 1, 1e-3, clip=0.5, folder=tmp_path)
-    moments = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["optimizer"]["state"].values()
+    (step,) = go(lambda x: {"loss": 1000 * module(x).pow(2).mean(1)}, module, batches, 1, 1e-3, clip=0.5, folder=tmp_path)
+    moments = newest(tmp_path)["optimizer"]["state"].values()
     given = sum((m["exp_avg"] / 0.1).pow(2).sum().item() for m in moments) ** 0.5
     assert step.grad_norm > 100 and abs(given - 0.5) < 1e-5  # fp32
 
 
 def test_by_bin():
     loss, places = torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0]), [torch.tensor([0.0, 0.05, 0.1]), torch.tensor([0.999, 1.0])]
-    assert by_bin(loss, places) == [2.0, 5.0, *[None] * 7, 8.0]
-    assert by_bin(loss, [torch.tensor([0.5]), None]) == [None] * 10
+    assert by_bin(loss, [{"progress": place} for place in places]) == [2.0, 5.0, *[None] * 7, 8.0]
+    assert by_bin(loss, [{"progress": torch.tensor([0.5])}, {}]) == [None] * 10
 
 
-def test_steps_must_be_positive():
-    with pytest.raises(UserError, match="steps is 0"):
-        next(train(noisy_loss(net()), net(), batches, 0, 1e-2))
+@pytest.mark.parametrize("how, complaint", [
+    (dict(steps=0), "steps is 0; it must be at least 1"),
+    (dict(lr=0.0), "lr is 0; it must be above 0"),
+    (dict(lr=math.nan), "lr is nan; it must be above 0"),
+    (dict(warmup=-1), "warmup is -1; it must be at least 0"),
+    (dict(accumulate=0), "accumulate is 0"),
+    (dict(threads=0), "threads is 0"),
+    (dict(pieces=0), "pieces is 0"),
+    (dict(save_every=0), "save_every is 0"),
+    (dict(betas=(0.9, 1.0)), r"betas are \(0.9, 1.0\); both must be from 0 to below 1"),
+    (dict(weight_decay=-0.1), "weight_decay is -0.1; it must be 0 or above"),
+    (dict(clip=math.nan), "clip is nan; it must be above 0"),
+    (dict(lr_schedule="linear"), 'no lr_schedule "linear"; there is cosine, constant'),
+    (dict(optimizer="sgd"), 'no optimizer "sgd"; there is adamw, adamw8bit'),
+    (dict(autocast=torch.float64), "autocast is torch.float64; it must be torch.bfloat16, torch.float16 or None"),
+])
+def test_a_config_that_cannot_be_is_refused(how, complaint):
+    with pytest.raises(UserError, match=complaint):
+        TrainConfig(**(dict(steps=1, lr=1e-2) | how))
+    with pytest.raises(AttributeError):
+        TrainConfig(1, 1e-2).lr = 1.0
+
+
+def test_what_else_the_loss_names_is_reported_by_its_mean(tmp_path):
+    """A loss that sums two groups, and how it is split between them; over all batches of a step."""
+    module = net().eval()
+
+    def loss_fn(x):
+        each = module(x).pow(2).mean(1)
+        return {"loss": (each[:2].mean() + each[2:].mean())[None], "subject": each[:2], "class": each[2:]}
+
+    with torch.no_grad():
+        first = [loss_fn(x) for x, _ in zip(batches(0), range(2), strict=False)]
+    module[1].p = 0.0
+    step = next(go(loss_fn, module, batches, 3, 1e-2, accumulate=2, folder=tmp_path))
+    for name in ("subject", "class"):
+        assert step.parts[name] == pytest.approx(torch.cat([each[name] for each in first]).mean().item(), rel=1e-6)  # fp32
+    assert list(step.parts) == ["subject", "class"] and step.loss == pytest.approx(sum(step.parts.values()), rel=1e-6)
+    assert json.loads((tmp_path / "log.jsonl").read_text())["parts"] == step.parts
+
+
+def test_pieces_are_no_part_of_what_a_run_is(tmp_path):
+    """Each batch whole, or in two pieces one after another: the k-th batch is the k-th batch, and one resumes the other."""
+
+    def cut(start):
+        for batch in batches(start):
+            yield from batch.chunk(2)
+
+    def run(folder, data, pieces, stop=6, resume=False):
+        module = net().double().eval()
+        module[1].p = 0.0
+
+        def loss_fn(x):
+            return {"loss": (module(x.double()) - x.double().flip(1)).pow(2).mean(1)}
+
+        for step in go(loss_fn, module, data, 6, 1e-2, folder=folder, resume=resume, accumulate=2, pieces=pieces, save_every=3):
+            if step.step == stop:
+                break
+        return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+    whole = run(tmp_path / "whole", batches, 1)
+    run(tmp_path / "parts", cut, 2, stop=4)
+    torch.testing.assert_close(run(tmp_path / "parts", batches, 1, resume=True), whole, rtol=1e-10, atol=1e-12)
 
 
 class Divides(nn.Module):
@@ -268,9 +343,9 @@ def test_nan_stops_and_names_the_first_bad_module(tmp_path):
 
     def loss_fn(k):
         divides.by = 0.0 if k == 3 else 1.0
-        return module(torch.ones(2, 4)).mean(1), None
+        return {"loss": module(torch.ones(2, 4)).mean(1)}
 
-    steps = train(loss_fn, module, count, 10, 1e-2, folder=tmp_path)
+    steps = go(loss_fn, module, count, 10, 1e-2, folder=tmp_path)
     assert [next(steps).step for _ in range(3)] == [1, 2, 3]
     before = [p.detach().clone() for p in module.parameters()]
     with pytest.raises(NonFiniteError, match=r'step 4: the output of "1\.1" is the first that is not finite'):
@@ -282,10 +357,10 @@ def test_nan_stops_and_names_the_first_bad_module(tmp_path):
 def test_bad_gradient_and_bad_weight_are_named():
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1, bias=False))
     with pytest.raises(NonFiniteError, match=r'step 1: the gradient of "0\.weight" is not finite'):
-        next(train(lambda x: ((0 * module(x)).sqrt().mean(1), None), module, batches, 1, 1e-2))  # sqrt is steep at 0
+        next(go(lambda x: {"loss": (0 * module(x)).sqrt().mean(1)}, module, batches, 1, 1e-2))  # sqrt is steep at 0
     module[1].weight.data[0, 0] = math.nan
     with pytest.raises(NonFiniteError, match=r'the weight "1\.weight" is not finite'):
-        next(train(lambda x: (module(x).mean(1), None), module, batches, 1, 1e-2))
+        next(go(lambda x: {"loss": module(x).mean(1)}, module, batches, 1, 1e-2))
 
 
 def test_gradients_left_over_from_before_do_not_count():
@@ -294,7 +369,7 @@ def test_gradients_left_over_from_before_do_not_count():
         module = net()
         if leftover:
             module(torch.ones(1, 4)).sum().backward()
-        list(train(noisy_loss(module), module, batches, 2, 1e-2))
+        list(go(noisy_loss(module), module, batches, 2, 1e-2))
         runs.append([p.detach() for p in module.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -304,7 +379,7 @@ def test_overflow_in_low_precision_is_found_in_low_precision():
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     nn.init.constant_(module[0].weight, 7e4)
     with pytest.raises(NonFiniteError, match='the output of "0" is the first'):
-        next(train(lambda x: (module(x.abs() + 1).mean(1), None), module, batches, 1, 1e-2, autocast=torch.float16))
+        next(go(lambda x: {"loss": module(x.abs() + 1).mean(1)}, module, batches, 1, 1e-2, autocast=torch.float16))
 
 
 def test_autocast_computes_in_bfloat16_and_keeps_float32_weights(tmp_path):
@@ -331,61 +406,136 @@ class Code:
         return os.mkdir, (str(self.marker),)
 
 
+NEWEST = "checkpoint-000005.pt"
+
+
 def bigger(folder):
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    state = newest(folder)
     state["module"]["0.weight"] = torch.zeros(9, 9)
-    torch.save(state, folder / "checkpoint.pt")
+    torch.save(state, folder / NEWEST)
+    (folder / f"{NEWEST}.sha256").unlink()
 
 
 def cut(folder):
-    data = (folder / "checkpoint.pt").read_bytes()
-    (folder / "checkpoint.pt").write_bytes(data[: len(data) // 2])
+    data = (folder / NEWEST).read_bytes()
+    (folder / NEWEST).write_bytes(data[: len(data) // 2])
+
+
+def flipped(folder):
+    """One bit of one number: as a zip file it would pass."""
+    data = bytearray((folder / NEWEST).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / NEWEST).write_bytes(data)
+
+
+def replaced(content):
+    """A checkpoint by somebody else, who can write checksums too."""
+
+    def spoil(folder):
+        (folder / f"{NEWEST}.sha256").unlink()
+        content(folder)
+
+    return spoil
+
+
+DAMAGED = "damaged, or no checkpoint of minidiff, and there is no other; start afresh in another folder"
 
 
 @pytest.mark.parametrize("spoil, how, complaint", [
-    (lambda folder: None, dict(seed=1), "is of a run with seed 0, not 1; pass --seed 0"),
-    (lambda folder: None, dict(steps=13), "is of a run with steps 12, not 13; pass --steps 12"),
-    (lambda folder: None, dict(lr=2e-2), "is of a run with lr 0.01, not 0.02; pass --lr 0.01"),
-    (lambda folder: None, dict(warmup=4), "is of a run with warmup 3, not 4; pass --warmup 3"),
-    (lambda folder: None, dict(accumulate=1), "is of a run with accumulate 2, not 1; pass --accumulate 2"),
+    (lambda folder: None, dict(seed=1), "is of a run with seed 0, not 1"),
+    (lambda folder: None, dict(steps=13), "is of a run with steps 12, not 13"),
+    (lambda folder: None, dict(lr=2e-2), "is of a run with lr 0.01, not 0.02"),
+    (lambda folder: None, dict(warmup=4), "is of a run with warmup 3, not 4"),
+    (lambda folder: None, dict(betas=(0.9, 0.999)), r"is of a run with betas \(0.9, 0.99\), not \(0.9, 0.999\)"),
+    (lambda folder: None, dict(lr_schedule="constant"), "is of a run with lr_schedule cosine, not constant"),
+    (lambda folder: None, dict(accumulate=1), "is of a run with accumulate 2, not 1"),
     (bigger, {}, r"does not fit this run \(size mismatch for 0.weight"),
-    (cut, {}, "is damaged, or no checkpoint"),
-    (lambda folder: (folder / "checkpoint.pt").write_bytes(b""), {}, "is damaged, or no checkpoint"),
-    (lambda folder: (folder / "checkpoint.pt").write_text("hello"), {}, "is damaged, or no checkpoint"),
-    (lambda folder: torch.save([1, 2], folder / "checkpoint.pt"), {}, "is not a checkpoint of a minidiff run"),
-    (lambda folder: torch.save({"step": 1, "module": Code(folder / "ran")}, folder / "checkpoint.pt"), {}, "is damaged, or no checkpoint"),
-    (lambda folder: (folder / "checkpoint.pt").write_bytes(pickle.dumps(Code(folder / "ran"), protocol=2)), {}, "is damaged, or no checkpoint"),
-], ids=["seed", "steps", "lr", "warmup", "accumulate", "shape", "cut", "empty", "text", "list", "code", "plain pickle"])
+    (cut, {}, DAMAGED),
+    (flipped, {}, DAMAGED),
+    (replaced(lambda folder: (folder / NEWEST).write_bytes(b"")), {}, DAMAGED),
+    (replaced(lambda folder: (folder / NEWEST).write_text("hello")), {}, DAMAGED),
+    (replaced(lambda folder: torch.save([1, 2], folder / NEWEST)), {}, DAMAGED),
+    (replaced(lambda folder: torch.save({"step": 1, "module": Code(folder / "ran")}, folder / NEWEST)), {}, DAMAGED),
+    (replaced(lambda folder: (folder / NEWEST).write_bytes(pickle.dumps(Code(folder / "ran"), protocol=2))), {}, DAMAGED),
+], ids=["seed", "steps", "lr", "warmup", "betas", "schedule", "accumulate", "shape", "cut", "bit", "empty", "text", "list", "code", "plain pickle"])
 def test_bad_checkpoints_are_refused_in_one_line(tmp_path, spoil, how, complaint):
     Run(tmp_path, stop=5)
     spoil(tmp_path)
     with pytest.raises(UserError, match=complaint) as refused:
         Run(tmp_path, resume=True, **how)
-    assert "\n" not in str(refused.value) and str(tmp_path / "checkpoint.pt") in str(refused.value)
+    assert "\n" not in str(refused.value) and str(tmp_path / NEWEST) in str(refused.value)
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_checkpoint_without_averages_does_not_fit_a_run_with_them(tmp_path):
     module = net()
-    list(train(noisy_loss(module), module, batches, STEPS, 1e-2, warmup=3, accumulate=2, folder=tmp_path))
+    list(go(noisy_loss(module), module, batches, STEPS, 1e-2, warmup=3, weight_decay=0.1, accumulate=2, folder=tmp_path))
     with pytest.raises(UserError, match="does not fit this run"):
         Run(tmp_path, resume=True)
 
 
 def test_a_failed_save_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
     Run(tmp_path / "parts", stop=5)
-    before = (tmp_path / "parts" / "checkpoint.pt").read_bytes()
+    before = (tmp_path / "parts" / NEWEST).read_bytes()
 
     def full_disk(state, file):
         file.write_bytes(b"half of it")
         raise OSError("no space left on device")
 
-    complaint = r"checkpoint.pt: step 10 could not be saved \(no space left on device\); what was saved before is whole"
+    complaint = r"checkpoint-000010.pt: step 10 could not be saved \(no space left on device\); the checkpoint before it is whole"
     with monkeypatch.context() as patch, pytest.raises(UserError, match=complaint):
         patch.setattr(torch, "save", full_disk)
         Run(tmp_path / "parts", resume=True)
-    assert (tmp_path / "parts" / "checkpoint.pt").read_bytes() == before and not (tmp_path / "parts" / "checkpoint.pt.new").exists()
+    assert (tmp_path / "parts" / NEWEST).read_bytes() == before
+    assert sorted(file.name for file in (tmp_path / "parts").iterdir()) == [NEWEST, f"{NEWEST}.sha256", "log.jsonl"]
     assert Run(tmp_path / "parts", resume=True).everything() == Run(tmp_path / "whole").everything()
+
+
+def test_the_last_two_checkpoints_are_kept(tmp_path):
+    Run(tmp_path)
+    names = [f"checkpoint-{step:06d}.pt" for step in (10, 12)]
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*names, *(f"{name}.sha256" for name in names), "log.jsonl"])
+    for name in names:
+        digest, file = (tmp_path / f"{name}.sha256").read_text().split()
+        assert (digest, file) == (hashlib.sha256((tmp_path / name).read_bytes()).hexdigest(), name)
+
+
+@pytest.mark.parametrize("spoil", [cut, flipped])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, spoil, monkeypatch):
+    """Said in one line; and what is damaged never counts as one of the last two."""
+    monkeypatch.setitem(globals(), "NEWEST", "checkpoint-000010.pt")
+    Run(tmp_path / "parts", stop=11)
+    spoil(tmp_path / "parts")
+    with pytest.warns(UserWarning, match=r"checkpoint-000010.pt is damaged; going on from checkpoint-000005.pt, at step 5\.$"):
+        Run(tmp_path / "parts", stop=7, resume=True)
+    with pytest.warns(UserWarning):
+        assert Run(tmp_path / "parts", resume=True).everything() == Run(tmp_path / "whole").everything()
+    for file in (tmp_path / "parts").glob("checkpoint-*.pt"):
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match=rf"checkpoint-000012.pt and .*checkpoint-000010.pt: {DAMAGED}"):
+        Run(tmp_path / "parts", resume=True)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2], ids=["as now", "pieces counted as batches"])
+def test_a_checkpoint_of_the_last_version_is_resumed(tmp_path, accumulate):
+    """It was called checkpoint.pt, had no checksum, and knew five numbers of the run."""
+    Run(tmp_path / "parts", stop=5)
+    state = newest(tmp_path / "parts")
+    run = {name: state["run"][name] for name in ("seed", "steps", "lr", "warmup")} | {"accumulate": accumulate}
+    for file in checkpoints(tmp_path / "parts"):
+        file.unlink()
+    torch.save({name: state[name] for name in ("step", "module", "optimizer", "ema")} | {"run": run}, tmp_path / "parts" / "checkpoint.pt")
+    assert Run(tmp_path / "parts", resume=True).everything() == Run(tmp_path / "whole").everything()
+    assert not (tmp_path / "parts" / "checkpoint.pt").exists()
+
+
+def test_a_log_that_is_cut_is_cut_whole_or_not_at_all(tmp_path, monkeypatch):
+    Run(tmp_path, stop=8)
+    before = (tmp_path / "log.jsonl").read_text()
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(InterruptedError))
+        Run(tmp_path, resume=True)
+    assert (tmp_path / "log.jsonl").read_text() == before and len(before.splitlines()) == 8
 
 
 def test_gradients_are_gone_before_the_next_step():
@@ -394,8 +544,8 @@ def test_gradients_are_gone_before_the_next_step():
 
     def loss_fn(x):
         assert not any(gone() is not None for gone in last)
-        return module(x).pow(2).mean(1), None
+        return {"loss": module(x).pow(2).mean(1)}
 
     for p in module.parameters():
         p.register_post_accumulate_grad_hook(lambda p: last.append(weakref.ref(p.grad.untyped_storage())))
-    assert len(list(train(loss_fn, module, batches, 3, 1e-3))) == 3 and len(last) == 12
+    assert len(list(go(loss_fn, module, batches, 3, 1e-3))) == 3 and len(last) == 12

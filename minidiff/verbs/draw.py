@@ -24,6 +24,7 @@ from minidiff.verbs.options import (
 )
 
 
+@options.alone
 def quickstart(out: Path = Path("out/quickstart"), seed: int = 0, device: Device = "auto", resume: bool = False) -> None:
     """Train a small text-to-image model here and now, from nothing, and show how it happened.
 

@@ -16,6 +16,7 @@ Texts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="PROMPT"), tyro.conf.Us
 Word = Annotated[str | None, tyro.conf.arg(metavar="WORD")]
 
 
+@options.alone
 def dreambooth(
     subject: Subject,
     prompt: Annotated[str, tyro.conf.arg(metavar="PROMPT")],

@@ -18,6 +18,7 @@ SMALL, FASTER = 50_000_000, 20  # a U-Net of fewer weights, such as the box's, l
 THUMBNAIL = 128  # pixels: what the report compares samples with
 
 
+@options.alone
 def finetune(
     data: Data,
     model: Path = MODEL,

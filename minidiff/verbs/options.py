@@ -1,6 +1,8 @@
 """What the verbs share: options, and checks that find all that can be wrong before anything slow. Torch is imported where it is needed."""
+import functools
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -142,6 +144,20 @@ def check_out(out: Path) -> None:
         raise UserError(f'--out {out}: "{there}" is a file; name a folder.')
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f'--out {out}: no permission to write in "{there}"; name another folder.')
+
+
+def alone(verb: Callable[..., None]) -> Callable[..., None]:
+    """Have a verb that trains be the only one to write in its --out folder."""
+
+    @functools.wraps(verb)
+    def locked_verb(*args: object, out: Path, **options: object) -> None:
+        check_out(out)
+        from minidiff.training.lock import locked
+
+        with locked(out):
+            verb(*args, out=out, **options)
+
+    return locked_verb
 
 
 def pick_device(name: str) -> str:

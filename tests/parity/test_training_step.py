@@ -7,8 +7,8 @@ import minidiff
 from minidiff.cache import Example
 from minidiff.denoiser import Denoiser
 from minidiff.finetune import to_train
-from minidiff.groups import Batch, Group, batches, loss
-from minidiff.train import train
+from minidiff.groups import Group, GroupLoss, batches
+from minidiff.train import TrainConfig, train
 from minidiff.weights import names
 
 diffusers = pytest.importorskip("diffusers")
@@ -18,7 +18,7 @@ CAPTIONS, LR = ["a bowl of green apples", "a red circle", "苹果"], 1e-3
 def published_loss(pipe, batch, scheduler, min_snr):
     """Noise added by their scheduler, the loss as their training scripts compute it; a batch's parts are summed with their weights."""
     total = 0.0
-    for part in batch.parts:
+    for part in batch:
         t = part.t - 1  # they count noise levels from 0
         noisy = scheduler.add_noise(part.latents, part.eps, t)
         ids = pipe.tokenizer(part.captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
@@ -47,7 +47,7 @@ def test_a_step_is_theirs(pipeline, min_snr):
     examples = [Example(z, CAPTIONS[k % 3]) for k, z in enumerate(latents)]
     groups = [Group("subject", examples[:2]), Group("class", examples[2:], 0.7)]
     batch = next(batches(groups, model.schedule, 2, 0.5, 0, 0))
-    batch = Batch(0, [part._replace(t=torch.tensor(t)) for part, t in zip(batch.parts, ([30, 900], [1, 500]), strict=True)])
+    batch = [part._replace(t=torch.tensor(t)) for part, t in zip(batch, ([30, 900], [1, 500]), strict=True)]
 
     config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     scheduler = diffusers.DDPMScheduler(**config, prediction_type=pipe.scheduler.config.prediction_type)
@@ -68,7 +68,7 @@ def test_a_step_is_theirs(pipeline, min_snr):
     with pytest.MonkeyPatch.context() as patch:
         real = torch.optim.AdamW
         patch.setattr(torch.optim, "AdamW", lambda *args, **how: real(*args, **how, eps=1e-4))
-        (step,) = train(loss(model, None, denoiser), trained, lambda start: iter([batch]), 1, LR, warmup=0)
+        (step,) = train(GroupLoss(model, None, denoiser), trained, lambda start: iter([batch]), TrainConfig(1, LR, warmup=0))
     assert abs(step.loss - expected.item()) < 1e-5 * expected.item()
     ours = names.to_published(model.unet.state_dict(), names.UNET_DIFFUSERS)
     assert ours.keys() == after.keys()

@@ -4,10 +4,19 @@
 [2] Dettmers, Lewis, Shleifer, Zettlemoyer. 8-bit Optimizers via Block-wise Quantization. 2022. arXiv:2110.02861
 """
 import torch
+from torch import nn
 
 from minidiff.errors import UserError
 
 OPTIMIZERS = ("adamw", "adamw8bit")
+
+
+def grouped(parameters: list[nn.Parameter], weight_decay: float) -> list[dict]:
+    """Matrices decay, biases and norms do not."""
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
 
 
 def named(name: str, groups: list[dict], lr: float, betas: tuple[float, float], device: torch.device) -> torch.optim.Optimizer:
@@ -17,7 +26,7 @@ def named(name: str, groups: list[dict], lr: float, betas: tuple[float, float], 
     if name != "adamw8bit":
         raise UserError(f'no optimizer "{name}"; there is {", ".join(OPTIMIZERS)}.')
     if device.type != "cuda":
-        raise UserError(f"adamw8bit computes on a GPU, and this is {device.type}; leave it out, or pass --device cuda.")
+        raise UserError(f"adamw8bit computes on a GPU, and this is {device.type}; leave it out, or choose the device cuda.")
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
