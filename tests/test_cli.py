@@ -270,7 +270,7 @@ def test_interrupted(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "minidiff.quickstart", types.SimpleNamespace(quickstart=interrupted))
     with pytest.raises(SystemExit) as end:
         main(["quickstart", "--out", str(tmp_path)])
-    assert end.value.code == 130 and capsys.readouterr().err == "minidiff: interrupted.\n"
+    assert end.value.code == 130 and capsys.readouterr().err == "minidiff: interrupted; the same command with --resume goes on from there.\n"
 
 
 def test_a_reader_that_has_seen_enough():

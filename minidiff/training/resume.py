@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 import warnings
 import weakref
@@ -67,7 +68,8 @@ class Progress:
         """All that resuming needs, written whole or not at all; then the oldest checkpoint goes. The numbers of the step are in it."""
         if self.folder is None:
             return
-        state = {"step": step["step"], "run": self.run, "last": step, "module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {"step": step["step"], "run": self.run, "last": step, "module": self.module.state_dict()}
+        state["optimizer"] = _interned(self.optimizer.state_dict())
         state["ema"] = None if self.ema is None else self.ema.state_dict()
         file = self.folder / f"checkpoint-{step['step']:06d}.pt"
         try:
@@ -195,6 +197,13 @@ def _close() -> None:
     for running in list(_running):
         if not running.gi_running:
             running.close()
+
+
+def _interned(state: object) -> object:
+    """The same with one object for each equal key: pickle writes an object once, and a resumed run's file is to have the same bytes."""
+    if isinstance(state, dict):
+        return {sys.intern(key) if isinstance(key, str) else key: _interned(value) for key, value in state.items()}
+    return [_interned(value) for value in state] if isinstance(state, list) else state
 
 
 def _sum_of(file: Path) -> Path:

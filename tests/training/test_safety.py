@@ -218,3 +218,62 @@ def test_terminated_elsewhere_is_one_line(tmp_path):
     script = "import signal; from minidiff import console\nwith console.one_line('minidiff'): signal.raise_signal(signal.SIGTERM)"
     ended = python(script)
     assert (ended.returncode, ended.stderr) == (143, "minidiff: terminated.\n")
+
+
+KILLS = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from minidiff import console
+from minidiff.errors import UserError
+from test_finetune import Group, examples, tiny, run
+from minidiff.recorder import Recorder
+torch.set_num_threads(1)
+out, kills = Path(sys.argv[1]), int(sys.argv[2])
+pictures = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+def go(folder):
+    model = tiny()
+    how = dict(examples=examples(2), every=2, n=2, steps=2, probe=2, noises=1, network="pixels-8x8")
+    recorder = Recorder(model, folder, {"training caption": "a cat"}, pictures, **how)
+    run(folder, model, groups=[Group("data", examples(6))], steps=14, ema=0.9, recorder=recorder, resume=True)
+
+go(out / "whole")
+dice, log = random.Random(7), out / "killed" / "training" / "log.jsonl"
+for number in [*(dice.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]) for _ in range(kills)), None]:
+    child = os.fork()
+    if not child:
+        sys.stderr = open(os.devnull, "w")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with console.one_line("minidiff"):
+                go(out / "killed")
+        except SystemExit as end:
+            os._exit(end.code)
+        os._exit(0)
+    if number is not None:
+        time.sleep(dice.uniform(0.05, 0.5))
+        os.kill(child, number)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    allowed = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15), signal.SIGINT: (130, 1, -2), None: ()}[number]
+    assert code in (0, *allowed), (number, code)
+"""
+
+
+@pytest.mark.slow
+def test_killed_in_every_way_at_any_moment_leaves_the_files_of_an_uninterrupted_run(tmp_path):
+    """Training, saving, measuring: every file is the same but for measured times, and there is nothing to clean up."""
+    ended = subprocess.run([sys.executable, "-c", KILLS, tmp_path, "20"], cwd=TESTS, capture_output=True, text=True, timeout=500, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    whole, killed = (
+        {str(file.relative_to(tmp_path / kind)): file for file in (tmp_path / kind).rglob("*") if file.is_file()} for kind in ("whole", "killed")
+    )
+    assert killed.keys() == whole.keys()
+    for name, file in whole.items():
+        if name == "record.jsonl":
+            records = [[json.loads(line) for line in path.read_text().splitlines()] for path in (file, killed[name])]
+            times = {"per_step", "seconds", "memory", "seconds_per_step", "memory_gb"}
+            whole_record, killed_record = ([{k: v for k, v in line.items() if k not in times} for line in lines] for lines in records)
+            assert killed_record == whole_record
+        elif name != "report.html":
+            assert killed[name].read_bytes() == file.read_bytes(), name
