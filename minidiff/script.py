@@ -27,7 +27,7 @@ def run(main: Callable[..., None]) -> None:
     with console.one_line(script):
         job = console.parsed(main, sys.argv[1:], script)
         options = getattr(job, "keywords", {})
-        with locked(options["out"] if "resume" in options else None):
+        with locked(options.get("out") if "resume" in options else None):
             console.call(job)
 
 

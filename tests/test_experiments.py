@@ -17,7 +17,7 @@ from minidiff import features, schedules, script
 from minidiff.data import critic
 from minidiff.data.folder import load_picture, to_uint8
 from minidiff.data.world import World
-from minidiff.errors import UserError
+from minidiff.errors import Terminated, UserError
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
@@ -45,7 +45,7 @@ def written(out, *names):
 
 
 def stop_at(step):
-    """In place of the progress bar: Ctrl-C while that step is looked at, so that training stops after the next, saved."""
+    """In place of the progress bar: Ctrl-C while that step is looked at, so that training stops there, saved."""
 
     def follow(training, *_):
         for done in training:
@@ -139,7 +139,7 @@ def test_cifar_ddpm(classes, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(cifar_ddpm, "follow", stop_at(1))
         cifar_ddpm.main(**settings, out=halves)
-    assert len((halves / "training" / "log.jsonl").read_text().splitlines()) == 2
+    assert len((halves / "training" / "log.jsonl").read_text().splitlines()) == 1
     cifar_ddpm.main(**settings, out=halves, resume=True)
     same(whole, halves)
 
@@ -368,14 +368,15 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, tmp_path, monkeypatch,
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_ctrl_c_is_exit_code_130(monkeypatch, capsys):
-    def main() -> None:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("kind, code", [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_ctrl_c_is_exit_code_130_and_sigterm_143(kind, code, monkeypatch, capsys):
+    def main(resume: bool = False) -> None:
+        raise kind
 
     monkeypatch.setattr(sys, "argv", ["main.py"])
     with pytest.raises(SystemExit) as exit_code:
         script.run(main)
-    assert exit_code.value.code == 130 and "--resume" in capsys.readouterr().err
+    assert exit_code.value.code == code and "--resume" in capsys.readouterr().err
 
 
 def test_a_device_that_is_not_there():
