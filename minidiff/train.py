@@ -12,7 +12,6 @@ ends, bit for bit, where an uninterrupted one would, with no random state to sav
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from minidiff.training.config import TrainConfig
 from minidiff.training.lock import locked
 from minidiff.training.nonfinite import NonFiniteError
 from minidiff.training.resume import Progress, Signals, closed_at_exit
+from minidiff.training.workers import workers
 
 __all__ = ["BINS", "EMA", "Loss", "LossFn", "NonFiniteError", "TrainConfig", "TrainStep", "by_bin", "seed_of", "train"]
 
@@ -90,7 +90,7 @@ def train(
     optimizer = optimizers.named(config.optimizer, groups, config.lr, config.betas, device)
     optimizer.zero_grad()  # whatever the caller left there
     forward = partial(_forward, loss_fn, device.type, config.autocast)
-    with locked(folder), Signals() as signals, _workers(config.threads) as workers:
+    with locked(folder), Signals() as signals, workers(config.threads) as pool:
         progress = Progress(folder, config.identity(), module, optimizer, None if ema is None else ema.average)
         last = progress.start(resume)
         start = last["step"] if last else 0
@@ -107,13 +107,14 @@ def train(
             torch.manual_seed(seed_of(config.seed, step))
             micro = [next(data) for _ in range(config.accumulate * config.pieces)]
             signals.saved = None
-            losses = backward_all(forward, parameters, micro, workers)
+            losses = backward_all(forward, parameters, micro, pool)
 
             loss = torch.cat([each["loss"] for each in losses]).float().cpu()
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if not (loss.isfinite().all() and norm.isfinite()):
                 torch.manual_seed(seed_of(config.seed, step))
-                raise NonFiniteError(f"step {step + 1}: {_culprit(forward, module, micro)}; lower the learning rate, or compute in float32.")
+                culprit = nonfinite.in_step(module, partial(list, map(forward, micro)))
+                raise NonFiniteError(f"step {step + 1}: {culprit}; lower the learning rate, or compute in float32.")
             nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -136,13 +137,13 @@ def train(
 
 
 def backward_all(
-    forward: LossFn, parameters: list[nn.Parameter], batches: list[Any], workers: ThreadPoolExecutor | None = None
+    forward: LossFn, parameters: list[nn.Parameter], batches: list[Any], pool: ThreadPoolExecutor | None = None
 ) -> list[Loss]:
     """Add the gradients of the mean loss over all batches to .grad; returns what the loss function said of each, without gradients."""
-    if workers is None:
+    if pool is None:
         return [_backward(forward, len(batches), batch) for batch in batches]
     losses = []
-    for loss, grads in workers.map(partial(_gradients, forward, parameters, len(batches)), batches):  # in this order, whoever ends first
+    for loss, grads in pool.map(partial(_gradients, forward, parameters, len(batches)), batches):  # in this order, whoever ends first
         losses.append(loss)
         for p, g in zip(parameters, grads, strict=True):
             if g is not None:
@@ -179,24 +180,3 @@ def _gradients(forward: LossFn, parameters: list[nn.Parameter], batches: int, ba
     loss = forward(batch)
     grads = torch.autograd.grad(loss["loss"].mean() / batches, parameters, allow_unused=True)
     return {name: value.detach() for name, value in loss.items()}, grads
-
-
-@torch.no_grad()
-def _culprit(forward: LossFn, module: nn.Module, batches: list[Any]) -> str:
-    """Compute the same step again and watch: where the numbers that are not finite begin."""
-    found = nonfinite.first_bad(module, lambda: [forward(batch) for batch in batches])
-    return found or nonfinite.bad_gradient(module) or "the loss is not finite"
-
-
-@contextmanager
-def _workers(threads: int) -> Iterator[ThreadPoolExecutor | None]:
-    """Threads that share out the cores evenly between them; None where one is enough."""
-    if threads == 1:
-        yield None
-        return
-    cores = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(max(1, cores // threads),)) as workers:
-            yield workers
-    finally:
-        torch.set_num_threads(cores)

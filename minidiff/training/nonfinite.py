@@ -2,6 +2,7 @@
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from minidiff.errors import UserError
@@ -32,12 +33,15 @@ def first_bad(module: nn.Module, compute: Callable[[], object]) -> str | None:
     return None
 
 
-def bad_gradient(module: nn.Module) -> str | None:
-    """The first gradient that is not finite, in words."""
+@torch.no_grad()
+def in_step(module: nn.Module, forward: Callable[[], object]) -> str:
+    """Where the numbers of a training step that are not finite begin, in words; forward() computes its loss again."""
+    if found := first_bad(module, forward):
+        return found
     for name, parameter in module.named_parameters():
         if parameter.grad is not None and not parameter.grad.isfinite().all():
             return f'the gradient of "{name}" is not finite'
-    return None
+    return "the loss is not finite"
 
 
 def _look(name: str, _module: nn.Module, _inputs: tuple, output: object) -> None:
