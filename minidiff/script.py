@@ -1,16 +1,17 @@
 """What the experiments share: a main that is a command, the device a name means, training behind a progress bar, the memory
 it took, and results.json."""
+import inspect
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from minidiff import console
+from minidiff import atomic, console
 from minidiff.errors import UserError
 from minidiff.train import TrainStep
 
@@ -19,7 +20,18 @@ def run(main: Callable[..., None]) -> None:
     """main's signature is the command line. Exit code 2 with one line on bad input, 130 on Ctrl-C."""
     script = Path(sys.argv[0]).name
     with console.one_line(script, "interrupted; where it was training, --resume goes on from there."):
-        console.parsed(main, sys.argv[1:], script)()
+        ready = console.parsed(main, sys.argv[1:], script)
+        check_results(ready)
+        ready()
+
+
+def check_results(ready: Callable[[], None]) -> None:
+    """Refuse another's results.json before anything slow; ready is a main with its arguments, the folder `out` among them."""
+    if isinstance(ready, partial):
+        bound = inspect.signature(ready.func).bind(*ready.args, **ready.keywords)
+        bound.apply_defaults()
+        if isinstance(out := bound.arguments.get("out"), Path):
+            atomic.check(out / "results.json", atomic.unsigned)
 
 
 def pick_device(name: str) -> str:
@@ -70,10 +82,8 @@ def peak_memory_gb() -> float | None:
 
 
 def write_results(out: Path, **figures: object) -> Path:
-    """results.json: every figure that the study prints, and what it was run with."""
-    out.mkdir(parents=True, exist_ok=True)
+    """results.json: every figure that the study prints, and what it was run with. Another file of that name is not written over."""
     path = out / "results.json"
-    fresh = out / "results.json.new"
-    fresh.write_text(json.dumps(figures, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(fresh, path)
+    with atomic.write(path, atomic.unsigned) as new:
+        new.write_text(json.dumps({"about": atomic.SIGNATURE, **figures}, indent=2, default=str) + "\n", encoding="utf-8")
     return path
