@@ -8,7 +8,6 @@ copy ships in minidiff/networks), distances.png, loss.png and results.json. Ctrl
 
 [1] Heusel et al. GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium. 2017. arXiv:1706.08500 (figure 3: distortions)
 """
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from jaxtyping import Float, UInt8
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minidiff import plots
+from minidiff import atomic, plots
 from minidiff.classifier import Classifier
 from minidiff.data.cifar10 import cifar10
 from minidiff.data.folder import ClassFolder, load_all, to_model
@@ -145,8 +144,8 @@ def main(
     # What is measured is what is shipped: half precision.
     network.half().float()
     weights = {name: tensor.half() for name, tensor in network.state_dict().items()}
-    save_file(weights, out / "fresh.safetensors")
-    os.replace(out / "fresh.safetensors", out / "cifar10_resnet.safetensors")
+    with atomic.write(out / "cifar10_resnet.safetensors", atomic.unsigned) as new:
+        save_file(weights, new, {"software": atomic.SIGNATURE})
     right = {f"{part}_accuracy": round(accuracy(network, *some, index), 4) for part, some in zip(("training", "test"), both, strict=True)}
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     found = distances(network, images[order], test, n)

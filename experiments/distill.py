@@ -16,7 +16,6 @@ results.json. Ctrl-C saves; --resume goes on.
 [5] Ross, Gordon, Bagnell. A Reduction of Imitation Learning and Structured Prediction to No-Regret Online Learning. 2011. arXiv:1011.0686
 """
 import copy
-import os
 import random
 from collections.abc import Iterator
 from functools import partial
@@ -30,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import minidiff
-from minidiff import evaluate, lora, plots
+from minidiff import atomic, evaluate, lora, plots
 from minidiff.data import critic
 from minidiff.data.world import World
 from minidiff.denoiser import Denoiser, guide
@@ -84,8 +83,8 @@ def all_walks(model: LatentDiffusion, world: World, n: int, folder: Path, seed: 
     for k in tqdm(range(-(-n // CHUNK)), desc=title, unit=f" x {CHUNK}"):
         file = folder / f"{k:03d}.pt"
         if not (resume and file.exists()):
-            torch.save(walked(model, world, k, min(CHUNK, n - k * CHUNK), seed, sampler, how), file.with_suffix(".new"))
-            os.replace(file.with_suffix(".new"), file)
+            with atomic.write(file) as new:
+                torch.save(walked(model, world, k, min(CHUNK, n - k * CHUNK), seed, sampler, how), new)
         kept = torch.load(file, weights_only=True)
         contexts.append(model.text.encode(kept["captions"]))
         x.append(kept["x"])
@@ -284,8 +283,9 @@ def main(
 
     # What is judged is what is written: half precision, read back.
     folder, other = copy.deepcopy(student).half().save(out / "student"), copy.deepcopy(guided).half().save(out / "guided")
-    (out / "lcm_lora.safetensors").unlink(missing_ok=True)  # of a run that was interrupted while it was judged
-    file = lora.save(adapted, out / "lcm_lora.safetensors")
+    file = out / "lcm_lora.safetensors"
+    with atomic.write(file, atomic.unsigned) as new:  # it may be there, of a run that was interrupted while it was judged
+        lora.save(adapted, new)
     quick, low = minidiff.load(folder), minidiff.load(model)
     loaded = lora.load(low, file)
     told = {objects: evaluate.held_out(world, captions, objects, seed) for objects in (1, 2)}

@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minidiff import atomic, evaluate, load, plots
 from minidiff import dreambooth as booth
-from minidiff import evaluate, load, plots
 from minidiff.data import critic
 from minidiff.data.folder import Pictures
 from minidiff.data.world import BACKGROUNDS, RELATIONS, SIZES, Scene, Thing, World
@@ -147,8 +147,8 @@ def figure(rows: dict[str, Float[Tensor, "10 3 H W"]], results: dict[str, dict[s
     bars.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 1.15))
     bars.invert_yaxis()
     right.legend(loc="outside upper center", fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.savefig(path, dpi=110)
+    with atomic.write(path, atomic.unsigned) as new:
+        sheet.savefig(new, dpi=110, metadata={"Software": atomic.SIGNATURE})
     return path
 
 

@@ -20,6 +20,7 @@ except ImportError:  # Windows: no locks, so the rest of a killed write stays wh
 
 LOCK = "minidiff.lock"
 MARK = b"minidiff writes a file or folder here and then renames it. If no minidiff runs, the next write removes this folder.\n"
+SIGNATURE = "made with minidiff"  # stands in what we write by a fixed name, near its beginning or its end
 Stranger = Callable[[Path], Path | None]  # of a path that exists: what in it we did not write, or None
 
 
@@ -30,6 +31,22 @@ def check(path: str | Path, stranger: Stranger) -> None:
         return
     if (other := stranger(path)) is not None:
         raise UserError(f"{other} was not written by minidiff, and would be lost; move it away, or choose another name for the output.")
+
+
+def check_new(path: str | Path) -> None:
+    """Raise a UserError where something is there already."""
+    if os.path.lexists(path):
+        raise UserError(f'"{path}" exists; nothing is written over it: name another place, or remove it.')
+
+
+def unsigned(path: Path) -> Path | None:
+    """A Stranger: a file is ours if our signature stands in its first or last 64 KB; a folder never is."""
+    if not path.is_file():
+        return path
+    with path.open("rb") as file:
+        head = file.read(2**16)
+        file.seek(max(0, path.stat().st_size - 2**16))
+        return None if SIGNATURE.encode() in head + file.read() else path
 
 
 @contextmanager

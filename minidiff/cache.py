@@ -7,7 +7,6 @@ weight. So what has changed has another key and is computed anew, and nothing ha
 Entries are computed one at a time: what is in one then follows from its key, to the bit, whatever else was missing with it.
 """
 import hashlib
-import os
 import warnings
 import zlib
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from minidiff import atomic
 from minidiff.data.folder import load_picture, to_model
 from minidiff.errors import UserError
 from minidiff.lora import merged_state
@@ -117,6 +117,7 @@ def _read(file: Path) -> dict[str, Tensor]:
     """The entries of a file as memory maps, which take no memory until they are read; none of a file that is not whole."""
     if not file.exists():
         return {}
+    atomic.check(file, foreign)
     try:
         entries = files.tensors(file)
         if files.metadata(file).get("checksum") == _checksum(entries):
@@ -128,15 +129,20 @@ def _read(file: Path) -> dict[str, Tensor]:
     return {}
 
 
+def foreign(file: Path) -> Path | None:
+    """file, where it is no cache of ours, damaged or not; see atomic.Stranger."""
+    if not file.is_file():
+        return file
+    with file.open("rb") as opened:
+        return None if b'"checksum"' in opened.read(2**16) else file
+
+
 def _write(file: Path, entries: dict[str, Tensor]) -> None:
     """Written beside its place, then renamed: who reads meanwhile, and what was mapped before, sees the old file whole."""
-    fresh = file.with_name(file.name + ".new")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.contiguous() for key, value in entries.items()}, fresh, {"checksum": _checksum(entries)})
-        os.replace(fresh, file)
+        with atomic.write(file, foreign) as new:
+            save_file({key: value.contiguous() for key, value in entries.items()}, new, {"checksum": _checksum(entries)})
     except (SafetensorError, OSError) as error:
-        fresh.unlink(missing_ok=True)
         size = sum(value.nbytes for value in entries.values()) / 1e6
         why = " ".join(str(error).split())
         raise UserError(f"{file}: {size:.1f} MB cannot be written ({why}); free some space, or name another folder.") from error

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from minidiff import cache, plots
+from minidiff import atomic, cache, plots
 from minidiff.cache import Example
 from minidiff.clip import token_ids
 from minidiff.data.folder import CaptionedFolder, Pictures, existing, load_picture, pictures_in, to_model
@@ -127,16 +127,22 @@ def class_pictures(
     """A picture for each prompt, drawn by the model as it is now, into folder/0000.png and so on.
 
     Every file carries the key of all that it follows from: the weights, the prompts of its batch, sampler, steps, guidance, seed. One that is
-    there under the key wanted is not drawn again; any other is, and so is one that cannot be read.
+    there under the key wanted is not drawn again; any other with a key is, and so is one that cannot be read. A file of such a name without a key
+    is not ours, and is refused; whatever else lies in the folder is left alone.
     """
     if not prompts:
         raise UserError("no class pictures: prior preservation has nothing to preserve. Ask for some, or go without it.")
-    folder.mkdir(parents=True, exist_ok=True)
     guidance = model.guidance if guidance is None else guidance
     weights = [cache.fingerprint(part) for part in (model.vae, model.text, model.unet)]
     paths = [folder / f"{k:04d}.png" for k in range(len(prompts))]
-    for path in set(pictures_in(folder)) - set(paths):  # of an earlier run that drew more
-        path.unlink()
+    for path in paths:
+        atomic.check(path, foreign)
+    for path in set(folder.glob("[0-9]*.png")) - set(paths):
+        if path.stem.isdecimal() and foreign(path) is None:  # of an earlier run that drew more
+            path.unlink()
+    others = [path for path in (pictures_in(folder) if folder.is_dir() else []) if foreign(path)]
+    if others:
+        warnings.warn(f"{folder}: {len(others)} pictures are not ours, {others[0].name} for one; they are left alone, and not used", stacklevel=2)
     starts = range(0, len(prompts), BATCH)
     with tqdm(desc="drawing class pictures", total=len(prompts), unit="", delay=0.5) as bar:
         for start in starts:
@@ -147,9 +153,19 @@ def class_pictures(
                 generator = torch.Generator().manual_seed(seed_of(seed, start))
                 drawn = model.generate(some, steps=steps, guidance=guidance, generator=generator, step=by_name(model.sampler, generator))
                 for path, picture, prompt in zip(places, drawn.float().cpu(), some, strict=True):
-                    plots.save_png(picture, path, {"prompt": prompt, "key": key})
+                    plots.save_png(picture, path, {"prompt": prompt, "key": key}, foreign)
             bar.update(len(some))
     return Pictures(paths, prompts)
+
+
+def foreign(path: Path) -> Path | None:
+    """path, where it is not a class picture of ours: one that carries a key, or is damaged and carries our signature; see atomic.Stranger."""
+    try:
+        load_picture(path)
+    except UserError:
+        return atomic.unsigned(path)
+    with Image.open(path) as picture:
+        return None if picture.info.get("key") else path
 
 
 def carries(path: Path, key: str) -> bool:

@@ -4,19 +4,19 @@ A checkpoint alone would take other pictures, other weights or another batch siz
 """
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
 
-from minidiff import cache
+from minidiff import atomic, cache
 from minidiff.cache import Example
 from minidiff.errors import UserError
 from minidiff.groups import Group
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.weights import files
 
-RESULTS = ("training", "model", "lora.safetensors")  # what a run leaves in its folder
+RESULTS = ("training", "model", "lora.safetensors", "embedding.safetensors", "best_step_[0-9]*")  # what a run leaves in its folder
+PARTS = {"settings", "weights", "data"}  # of run.json
 
 
 def identity(model: LatentDiffusion, groups: list[Group], settings: dict[str, object]) -> dict[str, dict]:
@@ -38,9 +38,25 @@ def fingerprints(groups: list[Group]) -> dict[str, list[str]]:
 
 
 def check_free(out: Path, resume: bool) -> None:
-    """That no run is written over."""
-    if not resume and any((out / name).exists() for name in RESULTS):
+    """That no run is written over, nor anything else that has the name of one of a run's files."""
+    found = next((place for name in RESULTS for place in out.glob(name)), None)
+    if resume and found is not None and not (out / "training").exists():
+        raise UserError(f"{found} is there, but no training to go on with; pass another --out.")
+    if not resume and found is not None:
         raise UserError(f"{out} holds a training already; pass --resume to go on with it, or another --out.")
+    for name, stranger in {"run.json": foreign, "report.html": atomic.unsigned}.items():
+        atomic.check(out / name, stranger)
+    for grid in out.glob("grids/step_*.png"):
+        atomic.check(grid, atomic.unsigned)
+
+
+def foreign(path: Path) -> Path | None:
+    """path, where it is not a run.json of ours; see atomic.Stranger."""
+    try:
+        run = files.read_json(path)
+    except (UserError, OSError):
+        return path
+    return None if isinstance(run, dict) and run.keys() == PARTS else path
 
 
 def same_run(out: Path, run: dict[str, dict], resume: bool) -> None:
@@ -48,10 +64,8 @@ def same_run(out: Path, run: dict[str, dict], resume: bool) -> None:
     check_free(out, resume)
     file = out / "run.json"
     if not (out / "training").exists():
-        out.mkdir(parents=True, exist_ok=True)
-        fresh = out / "run.json.new"
-        fresh.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
-        os.replace(fresh, file)
+        with atomic.write(file, foreign) as new:
+            new.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
         return
     before = files.read_json(file)
     if before.keys() != run.keys() or not all(isinstance(part, dict) for part in before.values()):

@@ -11,7 +11,6 @@ tuning [2]).
 [1] Gal et al. An Image is Worth One Word: Personalizing Text-to-Image Generation using Textual Inversion. 2022. arXiv:2208.01618
 [2] Roich et al. Pivotal Tuning for Latent-based Editing of Real Images. 2021. arXiv:2106.05744
 """
-import os
 import re
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from minidiff import atomic
 from minidiff.clip import CLIPText, token_ids
 from minidiff.errors import UserError
 from minidiff.weights import files
@@ -76,10 +76,9 @@ def put_in(text: CLIPText, word: str, vector: Float[Tensor, "D"]) -> None:
 
 
 def save(word: str, vector: Float[Tensor, "D"], file: Path) -> Path:
-    """{"<word>": (1, D)}, as diffusers' load_textual_inversion reads it; written beside, then renamed."""
-    fresh = file.with_name(file.name + ".new")
-    save_file({f"<{word}>": vector.detach().float().cpu()[None].contiguous()}, fresh)
-    os.replace(fresh, file)
+    """{"<word>": (1, D)}, as diffusers' load_textual_inversion reads it; another file of that name is not written over."""
+    with atomic.write(file, atomic.unsigned) as new:
+        save_file({f"<{word}>": vector.detach().float().cpu()[None].contiguous()}, new, {"software": atomic.SIGNATURE})
     return file
 
 

@@ -6,8 +6,6 @@ A model folder holds model.json (kinds and numbers) and one safetensors file for
 [2] Ho, Salimans. Classifier-Free Diffusion Guidance. 2022. arXiv:2207.12598
 """
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidiff import editing, schedules
+from minidiff import atomic, editing, schedules
 from minidiff.clip import CLIPText
 from minidiff.data.folder import check_size
 from minidiff.denoiser import Denoiser, guide
@@ -204,33 +202,27 @@ class LatentDiffusion(nn.Module):
         return torch.cat([self.vae.decode(z) for z in together])
 
     def save(self, path: str | Path) -> Path:
-        """Write the model folder beside its place, then rename: an interrupted save leaves the old folder as it was.
-        What LoRAs change is written into the weights."""
+        """Write the model folder whole or not at all: an interrupted save leaves the old folder as it was. What LoRAs change is written into
+        the weights. A folder that is there is replaced only if it is a model folder with nothing else in it."""
         path = Path(path)
-        fresh, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
-        _finish_save(path)
-        for folder in (fresh, old):
-            shutil.rmtree(folder, ignore_errors=True)
-        fresh.mkdir(parents=True)
         parts = {"vae": self.vae, "text": self.text, "unet": self.unet}
-        for name, part in parts.items():
-            save_file({k: v.contiguous() for k, v in merged_state(part).items()}, fresh / f"{name}.safetensors")
         numbers = {name: {"kind": type(part).__name__, **part.numbers} for name, part in parts.items()}
         how = {"target": self.denoiser.target, "weighting": self.denoiser.weighting, "schedule": schedules.to_json(self.schedule)}
         settings = {name: getattr(self, name) for name in ("size", "dropout", "guidance", "sampler", "spacing")}
         whole = {"format": FORMAT, **settings, "denoiser": how, **numbers}
-        (fresh / "model.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-        if path.exists():
-            os.replace(path, old)
-        os.replace(fresh, path)
-        shutil.rmtree(old, ignore_errors=True)
+        with atomic.write(path, foreign) as new:
+            new.mkdir()
+            for name, part in parts.items():
+                save_file({k: v.contiguous() for k, v in merged_state(part).items()}, new / f"{name}.safetensors")
+            (new / "model.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
         return path
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32) -> "LatentDiffusion":
         """Read a model folder, in this precision or as stored (None); every problem is a UserError that names the file."""
         path = Path(path)
-        _finish_save(path)
+        if not path.exists():
+            atomic.recover(path)  # a save that was killed
         if not path.is_dir():
             raise UserError(f'no model folder "{path}"; `minidiff quickstart` makes one, or pass --model FOLDER.')
         if not (path / "model.json").is_file():
@@ -255,11 +247,19 @@ class LatentDiffusion(nn.Module):
         return model.to(device).eval()
 
 
-def _finish_save(path: Path) -> None:
-    """A save that was killed between its two renames left the model under its old name: put it back."""
-    old = path.with_name(path.name + ".old")
-    if old.is_dir() and not path.exists():
-        os.replace(old, path)
+def foreign(path: Path) -> Path | None:
+    """What in path is not a part of a model folder of ours; see atomic.Stranger."""
+    names = {"model.json", "vae.safetensors", "text.safetensors", "unet.safetensors"}
+    if not path.is_dir():
+        return path
+    for entry in sorted(path.iterdir()):
+        if entry.name not in names or not entry.is_file():
+            return entry
+    try:
+        whole = files.read_json(path / "model.json")
+    except (UserError, OSError):
+        return path
+    return None if isinstance(whole, dict) and str(whole.get("format", "")).startswith("minidiff") else path / "model.json"
 
 
 def _empty(numbers: dict) -> nn.Module:

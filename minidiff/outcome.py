@@ -1,11 +1,10 @@
 """What a fine-tune writes: a model, a LoRA, a word's vector, at its end and of its best step. All in this file."""
-import os
 import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from minidiff import inversion, lora
+from minidiff import atomic, inversion, latent_diffusion, lora
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
 
@@ -20,7 +19,17 @@ def keep(model: LatentDiffusion, method: str, out: Path, word: inversion.Word | 
         kept(out, step).mkdir(parents=True, exist_ok=True)
         write(model, method, kept(out, step), word)
     for older in set(out.glob("best_step_*")) - {kept(out, step)}:
-        shutil.rmtree(older)
+        if foreign(older) is None:
+            shutil.rmtree(older)
+
+
+def foreign(path: Path) -> Path | None:
+    """What in path is not what keep() writes; see atomic.Stranger."""
+    if path.is_symlink() or not path.is_dir() or not path.name.removeprefix("best_step_").isdecimal():
+        return path
+    owners = {"model": latent_diffusion.foreign, "lora.safetensors": atomic.unsigned, "embedding.safetensors": atomic.unsigned}
+    strangers = (owners.get(entry.name, lambda path: path)(entry) for entry in sorted(path.iterdir()))
+    return next((stranger for stranger in strangers if stranger is not None), None)
 
 
 def write(model: LatentDiffusion, method: str, out: Path, word: inversion.Word | None) -> None:
@@ -33,9 +42,8 @@ def write(model: LatentDiffusion, method: str, out: Path, word: inversion.Word |
             model.save(place)
             return
         if method == "lora":
-            fresh = out / "fresh.safetensors"
-            fresh.unlink(missing_ok=True)
-            os.replace(lora.save(model, fresh), place)
+            with atomic.write(place, atomic.unsigned) as new:
+                lora.save(model, new)
         if word is not None:
             place = inversion.save(word.word, word.vector, out / "embedding.safetensors")
     except (OSError, SafetensorError) as error:

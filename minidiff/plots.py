@@ -5,7 +5,6 @@ but never blurred; figures made of curves are matplotlib's. Each function return
 """
 import io
 import math
-import os
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
+from minidiff import atomic
 from minidiff.data.folder import to_uint8
 from minidiff.errors import UserError
 
@@ -25,9 +25,11 @@ DPI = 200
 # Figures made of pictures.
 
 
-def save_png(image: Float[Tensor, "C H W"], path: str | Path, text: dict[str, str] | None = None) -> Path:
-    """One picture in [-1, 1] at its own size; `text` travels inside the file, as in Image.open(path).text."""
-    return _write_png(_images(image[None])[0], path, text)
+def save_png(
+    image: Float[Tensor, "C H W"], path: str | Path, text: dict[str, str] | None = None, stranger: atomic.Stranger = atomic.unsigned
+) -> Path:
+    """One picture in [-1, 1] at its own size; `text` travels inside the file, as in Image.open(path).text. stranger: see atomic.write."""
+    return _write_png(_images(image[None])[0], path, text, stranger)
 
 
 def grid(
@@ -80,7 +82,7 @@ def animate(
         sheets.append(_sheet(parts, [], label, at_least=96).quantize(255, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE))
     while True:
         lasts = [max(20, round(1000 * seconds / len(sheets)))] * (len(sheets) - 1) + [round(1000 * hold)]
-        sheets[0].save(data := io.BytesIO(), "GIF", save_all=True, append_images=sheets[1:], duration=lasts, loop=0)
+        sheets[0].save(data := io.BytesIO(), "GIF", save_all=True, append_images=sheets[1:], duration=lasts, loop=0, comment=atomic.SIGNATURE)
         if data.tell() <= max_bytes or len(sheets) == 1:
             return _write(path, data.getvalue(), {".gif"})
         sheets = sheets[::-2][::-1]
@@ -162,24 +164,25 @@ def _wrapped(words: str, width: int, text: int, lines: int) -> list[str]:
     return done
 
 
-def _write(path: str | Path, data: bytes, suffixes: set[str]) -> Path:
-    """Write beside and rename, so that nobody ever sees half a file."""
+def _write(path: str | Path, data: bytes, suffixes: set[str], stranger: atomic.Stranger = atomic.unsigned) -> Path:
+    """Write a figure whole or not at all; a file of that name is replaced only if it is a figure of ours."""
     path = Path(path)
     if path.suffix.lower() not in suffixes:
         raise UserError(f'{path}: this figure is written as {" or ".join(sorted(suffixes))}; end the file name so')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(data)
-    beside.replace(path)
+    with atomic.write(path, stranger) as new:
+        new.write_bytes(data)
     return path
 
 
-def _write_png(image: Image.Image, path: str | Path, text: dict[str, str] | None = None) -> Path:
+def _write_png(
+    image: Image.Image, path: str | Path, text: dict[str, str] | None = None, stranger: atomic.Stranger = atomic.unsigned
+) -> Path:
     info = PngImagePlugin.PngInfo()
+    info.add(b"mdIf", atomic.SIGNATURE.encode())  # a private chunk, which other readers skip
     for key, value in (text or {}).items():
         info.add_text(key, value)
     image.save(data := io.BytesIO(), "PNG", dpi=(DPI, DPI), pnginfo=info)
-    return _write(path, data.getvalue(), {".png"})
+    return _write(path, data.getvalue(), {".png"}, stranger)
 
 
 # Figures made of curves.
@@ -203,7 +206,8 @@ def _panels(count: int, width: float = 3.0, height: float = 2.6):
 
 def _save(figure, path: str | Path) -> Path:
     data, kind, kinds = io.BytesIO(), Path(path).suffix.lower(), {".png", ".pdf", ".svg"}
-    figure.savefig(data, format=kind[1:] if kind in kinds else "png")
+    signed = {"Creator" if kind in {".pdf", ".svg"} else "Software": atomic.SIGNATURE}
+    figure.savefig(data, format=kind[1:] if kind in kinds else "png", metadata=signed)
     return _write(path, data.getvalue(), kinds)
 
 

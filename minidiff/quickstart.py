@@ -23,13 +23,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from minidiff import chains, evaluate, plots, reading, schedules
+from minidiff import atomic, chains, evaluate, plots, reading, schedules
 from minidiff.clip import CLIPText
 from minidiff.data import critic
 from minidiff.data.world import World
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
-from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.latent_diffusion import LatentDiffusion, foreign
 from minidiff.script import peak_memory_gb, write_results
 from minidiff.train import EMA, Loss, TrainConfig, TrainStep, seed_of, train
 from minidiff.unet import UNet
@@ -48,6 +48,7 @@ POOL = 12_000  # pictures of two objects; half as many of one
 T_CENTRE, T_SPREAD = 0.6, 0.85  # of logit(t / 1000)
 GUIDANCE = 2.0
 CAPTIONS = 200  # held-out captions behind each accuracy
+WRITTEN = ("samples.png", "forward.png", "forward.gif", "reverse.png", "reverse.gif", "loss.png", "results.json")  # beside the model
 PROMPTS = [
     "a small blue circle above a large red square",
     "a large yellow triangle on a black background",
@@ -229,8 +230,14 @@ def judge(
 def quickstart(out: Path, seed: int = 0, device: str = "cpu", resume: bool = False) -> dict:
     """Train, draw, judge, and leave everything in `out`; returns what results.json says."""
     started = time.perf_counter()
-    if (out / "training").exists() and not resume:
+    begun = (out / "training").exists()
+    if (begun or (out / "model").exists()) and not resume:
         raise UserError(f"{out} holds a quickstart already; pass --resume to go on with it, or another --out.")
+    if (out / "model").exists() and not begun:
+        raise UserError(f"{out / 'model'} is there, but no training to go on with; pass another --out.")
+    for name in WRITTEN:
+        atomic.check(out / name, atomic.unsigned)
+    atomic.check(out / "model", foreign)
     world = World(SIZE, SHAPES, COLOURS)
     vae = train_vae(world, out / "training" / "vae", seed, device, resume)
     text = train_text(world, out / "training" / "text", seed, device, resume)

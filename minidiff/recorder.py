@@ -18,7 +18,6 @@ any other is a prompt that is being taught.
 """
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from minidiff import features, metrics, plots
+from minidiff import atomic, features, metrics, plots
 from minidiff.advice import Record, advise, best
 from minidiff.data.folder import to_model, to_uint8
 from minidiff.denoiser import Denoiser
@@ -90,6 +89,7 @@ class Recorder:
         self.copies_floor = metrics.memorised_floor(self.known).mean().item() if len(training) > 2 else 0.0
         self.t, self.bin = self._times()
         self.records = self._read()
+        atomic.check(self.folder / "report.html", atomic.unsigned)
         self.clock: tuple[int, float] | None = None
         self.first: Drawn = {}
 
@@ -108,7 +108,9 @@ class Recorder:
         start = time.perf_counter()
         per_step = (start - self.clock[1]) / (step - self.clock[0]) if self.clock and step > self.clock[0] else None
         while self.records and self.records[-1].step >= step:
-            self._grid_file(self.records.pop().step).unlink(missing_ok=True)
+            grid = self._grid_file(self.records.pop().step)
+            if grid.exists() and atomic.unsigned(grid) is None:
+                grid.unlink()
         with _evaluating(self.model):
             validation, train = self._losses(self.validation), self._losses(self.examples)
             drawn, broken = self._draw()
@@ -241,7 +243,10 @@ class Recorder:
         if not file.exists():
             return []
         try:
-            return [Record(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+            records = [Record(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+            if not records:
+                raise ValueError("no line")
+            return records
         except (ValueError, TypeError) as error:
             raise UserError(f"{file} is damaged, or of another version; delete it, or start afresh in another folder.") from error
 
@@ -270,9 +275,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _replace(path: Path, text: str) -> Path:
-    """Written beside and renamed: nobody ever sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)
+    """Written whole or not at all."""
+    with atomic.write(path) as new:
+        new.write_text(text, encoding="utf-8")
     return path

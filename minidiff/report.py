@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
+from minidiff import atomic
 from minidiff.advice import ASTRAY, CLOSE, Record, closeness, relative
 from minidiff.svg import chart
 
@@ -77,7 +78,8 @@ def page(
     said = {f"prompt: {label}": prompt for label, prompt in prompts.items()} | settings
     parts += ["<h2>Every measure</h2>", _measures(records), "<h2>Settings</h2>", _rows(said), "<h2>Command</h2>"]
     parts.append(f"<pre>{html.escape(shlex.join(sys.argv))}</pre>")
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Flight recorder</title>'
+    head = f'<meta name="generator" content="{atomic.SIGNATURE}">'
+    head += '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Flight recorder</title>'
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
 
 

@@ -1,17 +1,18 @@
 """What the experiments share: a main that is a command, the device a name means, training behind a progress bar, the memory
 it took, and results.json."""
+import inspect
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from minidiff import console
+from minidiff import atomic, console
 from minidiff.errors import UserError
 from minidiff.train import TrainStep
 from minidiff.training.lock import locked
@@ -26,9 +27,19 @@ def run(main: Callable[..., None]) -> None:
     script = Path(sys.argv[0]).name
     with console.one_line(script):
         job = console.parsed(main, sys.argv[1:], script)
+        check_results(job)
         options = getattr(job, "keywords", {})
         with locked(options.get("out") if "resume" in options else None):
             console.call(job)
+
+
+def check_results(ready: Callable[[], None]) -> None:
+    """Refuse another's results.json before anything slow; ready is a main with its arguments, the folder `out` among them."""
+    if isinstance(ready, partial):
+        bound = inspect.signature(ready.func).bind(*ready.args, **ready.keywords)
+        bound.apply_defaults()
+        if isinstance(out := bound.arguments.get("out"), Path):
+            atomic.check(out / "results.json", atomic.unsigned)
 
 
 def pick_device(name: str) -> str:
@@ -77,10 +88,8 @@ def peak_memory_gb() -> float | None:
 
 
 def write_results(out: Path, **figures: object) -> Path:
-    """results.json: every figure that the study prints, and what it was run with."""
-    out.mkdir(parents=True, exist_ok=True)
+    """results.json: every figure that the study prints, and what it was run with. Another file of that name is not written over."""
     path = out / "results.json"
-    fresh = out / "results.json.new"
-    fresh.write_text(json.dumps(figures, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(fresh, path)
+    with atomic.write(path, atomic.unsigned) as new:
+        new.write_text(json.dumps({"about": atomic.SIGNATURE, **figures}, indent=2, default=str) + "\n", encoding="utf-8")
     return path

@@ -6,12 +6,12 @@ import csv
 import hashlib
 import io
 import math
-import os
 from collections.abc import Iterable
 from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
+from minidiff import atomic
 from minidiff.errors import UserError
 from minidiff.evaluate import Bench, Drawn, Figure, draw, figures
 from minidiff.latent_diffusion import LatentDiffusion
@@ -73,10 +73,8 @@ def append(path: Path, row: Row) -> Path:
     writer = csv.DictWriter(text, dict.fromkeys(column for each in (*rows, row) for column in each), lineterminator="\n")
     writer.writeheader()
     writer.writerows([*rows, row])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text.getvalue(), encoding="utf-8")
-    os.replace(fresh, path)
+    with atomic.write(path) as new:
+        new.write_text(text.getvalue(), encoding="utf-8")
     return path
 
 

@@ -2,6 +2,11 @@
 import inspect
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,10 +72,13 @@ def test_save_and_load_bit_for_bit(tmp_path, schedule, target, weighting):
 def test_saving_again_replaces(tmp_path):
     first = model()
     first.save(tmp_path / "m")
-    (tmp_path / "m" / "stray").write_text("")
     model(guidance=7.0).save(tmp_path / "m")
     assert minidiff.load(tmp_path / "m").guidance == 7.0
-    assert [p.name for p in tmp_path.iterdir()] == ["m"] and not (tmp_path / "m" / "stray").exists()
+    (tmp_path / "m" / "stray").write_text("")
+    with pytest.raises(UserError, match="stray was not written by minidiff"):  # nobody else's file goes with the old folder
+        model().save(tmp_path / "m")
+    assert minidiff.load(tmp_path / "m").guidance == 7.0
+    assert [p.name for p in tmp_path.iterdir()] == ["m"] and (tmp_path / "m" / "stray").exists()
 
 
 @pytest.mark.parametrize("failing", ["vae", "text", "unet"])
@@ -255,9 +263,20 @@ def test_pixels_without_text(tmp_path, text, conditions):
 
 def test_a_save_killed_between_its_renames_is_put_right(tmp_path):
     folder = model().save(tmp_path / "m")
-    folder.rename(tmp_path / "m.old")  # what a kill after the first of the two renames leaves
+    code = f"""
+import os, signal
+import minidiff
+model, replace = minidiff.load({str(folder)!r}), os.replace
+def killing(source, target):
+    replace(source, target)
+    os.kill(os.getpid(), signal.SIGKILL)
+os.replace = killing
+model.save({str(folder)!r})
+"""
+    here = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    assert subprocess.run([sys.executable, "-c", code], env=here).returncode == -signal.SIGKILL and not folder.exists()
     minidiff.load(folder)
-    assert folder.is_dir() and not (tmp_path / "m.old").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_a_folder_of_another_format_is_refused(tmp_path):

@@ -28,7 +28,7 @@ def test_it_writes_what_it_promises_and_never_overwrites(tiny, tmp_path, capsys)
         assert (out / name).stat().st_size > 0, name
     printed = capsys.readouterr().out
     assert all(str(out / name) in printed for name in ("model", "samples.png", "reverse.gif", "results.json"))
-    assert json.loads((out / "results.json").read_text()) == results
+    assert json.loads((out / "results.json").read_text()) == {"about": "made with minidiff", **results}
     for key in ("minutes", "seed", "accuracy_one_object", "accuracy_two_objects", "accuracy_one_object_shuffled_captions", "prompts"):
         assert key in results
     assert results["seed"] == 3

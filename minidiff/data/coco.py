@@ -27,6 +27,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from minidiff import atomic
 from minidiff.data.folder import Fault, load_picture, pictures_in
 from minidiff.errors import UserError
 
@@ -163,19 +164,6 @@ def check_new(out: Path) -> None:
         raise UserError(f"--out {out} is there already; name a new folder, or remove that one.")
 
 
-@contextlib.contextmanager
-def beside(out: Path) -> Iterator[Path]:
-    """A folder to write in, which gets its name when all is written; else nothing is left."""
-    check_new(out)
-    fresh = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}")
-    fresh.mkdir(parents=True)
-    try:
-        yield fresh
-        os.rename(fresh, out)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
 def write(source: Source, images: Path | None, out: Path, size: int, shape: Shape, download: bool = False, seed: int = 0) -> dict[str, object]:
     """Write `size` of the wanted pictures, or as many as there are, and return what selection.json holds. Which pictures, follows from the seed;
     which caption is a picture's text, from the seed and the picture alone."""
@@ -198,10 +186,11 @@ def write(source: Source, images: Path | None, out: Path, size: int, shape: Shap
     random.Random(seed).shuffle(order)
 
     rows, enlarged = [], 0
-    with beside(out) as fresh, tqdm(desc="pictures", total=min(size, len(order)), unit="", leave=False) as bar:
-        (fresh / "images").mkdir()
-        for i, path, shorter in islice(sound(source, order, there, fresh / "fetched", counts), size):
-            shape.save(path, fresh / "images" / picture_name(source, i))
+    check_new(out)
+    with atomic.write(out) as new, tqdm(desc="pictures", total=min(size, len(order)), unit="", leave=False) as bar:
+        (new / "images").mkdir(parents=True)
+        for i, path, shorter in islice(sound(source, order, there, new / "fetched", counts), size):
+            shape.save(path, new / "images" / picture_name(source, i))
             enlarged += shorter < (shape.pixels or 0)
             rows.append(row(source, i, seed))
             bar.update()
@@ -212,9 +201,9 @@ def write(source: Source, images: Path | None, out: Path, size: int, shape: Shap
         how = {"crop": shape.crop, "pixels": shape.pixels, "seed": seed, "asked for": size}
         found = {"pictures": len(rows), "captions": sum(len(one["captions"]) for one in rows), "enlarged": enlarged, "left out": dict(+counts)}
         selection = {**source.settings, **how, **found, "licenses": dict(Counter(one["license"] for one in rows).most_common())}
-        (fresh / "fetched").unlink(missing_ok=True)
-        (fresh / "metadata.jsonl").write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows), encoding="utf-8")
-        (fresh / "selection.json").write_text(json.dumps(selection, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (new / "fetched").unlink(missing_ok=True)
+        (new / "metadata.jsonl").write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows), encoding="utf-8")
+        (new / "selection.json").write_text(json.dumps(selection, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return selection
 
 

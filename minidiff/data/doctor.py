@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from minidiff import plots
+from minidiff import atomic, plots
 from minidiff.clip import token_ids
 from minidiff.data import folder as loader
 from minidiff.data.folder import Fault, pictures_in
@@ -214,12 +214,10 @@ def write(report: Report, out: Path, seed: int = 0) -> list[Path]:
         {"trap": trap, "level": level, "count": len(group), "advice": advice(trap), "places": [{"where": f.where, "what": f.what} for f in group]}
         for (level, trap), group in by_trap(report.findings).items()
     ]
-    about = {"folder": str(report.seen.folder), "size": report.seen.size, "trainable": not report.errors}
+    about = {"about": atomic.SIGNATURE, "folder": str(report.seen.folder), "size": report.seen.size, "trainable": not report.errors}
     whole = about | {"summary": report.summary, "findings": groups}
-    out.mkdir(parents=True, exist_ok=True)
-    fresh = out / ".report.json.new"
-    fresh.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-    os.replace(fresh, out / "report.json")
+    with atomic.write(out / "report.json", atomic.unsigned) as new:
+        new.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     return [out / "report.json", *sheet(report.seen, out / "contact.png", seed)]
 
 

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from minidiff import atomic
 from minidiff.errors import UserError
 from minidiff.verbs import options
 from minidiff.verbs.options import Device, Embeddings, File, Loras, Target
@@ -27,6 +28,9 @@ def inspect(path: Source, seed: int = 0, device: Device = "auto", out: File = No
     from minidiff.weights.inspect import inspect as told
 
     options.check_seed(seed)
+    if out is not None:
+        options.check_out(out)
+        atomic.check(out / "inspect.json", foreign)
     path = hub.resolve(path)
     if not path.exists():
         raise UserError(f'no file or folder "{path}".')
@@ -34,10 +38,21 @@ def inspect(path: Source, seed: int = 0, device: Device = "auto", out: File = No
     width = max(len(what) for what, _ in rows)
     print(*(f"{what:{width}}  {how}" for what, how in rows), sep="\n")
     if out is not None:
-        options.check_out(out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "inspect.json").write_text(json.dumps([{"what": what, "how": how} for what, how in rows], indent=2) + "\n", encoding="utf-8")
+        with atomic.write(out / "inspect.json", foreign) as new:
+            new.write_text(json.dumps([{"what": what, "how": how} for what, how in rows], indent=2) + "\n", encoding="utf-8")
         print(out / "inspect.json")
+
+
+def foreign(path: Path) -> Path | None:
+    """path, where it is not an inspect.json of ours; see atomic.Stranger."""
+    import json
+
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return path
+    ours = isinstance(rows, list) and rows and all(isinstance(row, dict) and row.keys() == {"what", "how"} for row in rows)
+    return None if ours else path
 
 
 def convert(

@@ -84,7 +84,7 @@ def check(
         device: accepted as everywhere; nothing here is computed on it.
         out: folder for report.json and contact.png.
     """
-    options.check_out(out)
+    options.check_out(out, "report.json", "contact.png")
     options.check_seed(seed)
     options.pick_device(device)
     if out.resolve().is_relative_to(folder.resolve()):

@@ -99,7 +99,8 @@ def generate(
         embedding: the vector of a word that textual inversion learnt; with :WORD, the word of the vocabulary that is to mean it.
         seed: everything random follows from it; the same seed gives the same bytes.
         device: where to compute; auto takes a GPU if there is one.
-        out: folder for the pictures; each carries its prompt and its settings inside.
+        out: folder for the pictures; each carries its prompt and its settings inside. Where there are some already, numbers go on: 004-..., and
+            grid-004.png beside grid.png.
     """
     if not prompts:
         raise UserError(f'no prompt; say what to draw, as in: minidiff generate "{EXAMPLE}".')
@@ -150,16 +151,23 @@ def generate(
     settings |= {"lora": ", ".join(f"{file.name}:{scale:g}" for file, scale in loras)} if loras else {}
     settings |= {"embedding": ", ".join(embedding)} if embedding else {}
     settings = {name: str(value) for name, value in settings.items()}
-    written, pictures = [], []
+    written, pictures, (first, grid) = [], [], free_names(out)
     for drawn in diffusion.draw(wanted, batch, size=(height, width), tile=tile or None, progress=True, **how):
         drawn = drawn.cpu() if mask is None else hole * drawn.cpu() + (1 - hole) * given  # outside the mask, to the byte
         for picture in drawn:  # written as soon as they are there: an interruption loses a batch at most
             k, prompt = len(pictures), wanted[len(pictures)]
             pictures.append(picture)
             carried = {"prompt": prompt, "picture": f"{k + 1} of {len(wanted)}", **settings}
-            written.append(plots.save_png(picture, out / f"{k:03d}-{slug(prompt)}.png", carried))
-    written.append(plots.grid(torch.stack(pictures), wanted, out / "grid.png", columns=min(n, 8) if n > 1 else None))
+            written.append(plots.save_png(picture, out / f"{first + k:03d}-{slug(prompt)}.png", carried))
+    written.append(plots.grid(torch.stack(pictures), wanted, out / grid, columns=min(n, 8) if n > 1 else None))
     print(*written, sep="\n")
+
+
+def free_names(out: Path) -> tuple[int, str]:
+    """The number of a run's first picture, above all that are there, and the name of its grid: grid.png, or else grid- and that number."""
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    first = max((int(found[1]) + 1 for name in names if (found := re.match(r"(?:grid-)?(\d{3,9})\b", name))), default=0)
+    return first, "grid.png" if "grid.png" not in names else f"grid-{first:03d}.png"
 
 
 def parsed_size(size: str | None) -> tuple[int, int] | None:

@@ -57,6 +57,7 @@ def evaluate(
         device: where to compute; auto takes a GPU if there is one.
         out: folder for results.json and evaluate.csv, or trilemma.csv and trilemma.png.
     """
+    options.check_out(out, *(["trilemma.png"] if trilemma else ["results.json"]))
     if n < LEAST:
         raise UserError(f"--n is {n}; it must be at least {LEAST}.")
     if world not in ("quickstart", "whole"):
@@ -80,6 +81,7 @@ def evaluate(
     networks = sweeps.NETWORKS if trilemma else words(features) or suit
     for network in networks:
         by_name(network)
+    sweeps.read(out / ("trilemma.csv" if trilemma else "evaluate.csv"))  # complains of other people's files before anything slow
     if data is None:
         parts = (quickstart.SHAPES, quickstart.COLOURS) if world == "quickstart" else ()
         bench = evaluate.of_world(World(diffusion.size, *parts), n, seed, networks, clip)
@@ -95,7 +97,6 @@ def evaluate(
         print(f"99 % of the best quality at the fewest evaluations: {sweeps.name(best)} ({said})")
         print(out / "trilemma.csv", sweeps.figure(rows, out / "trilemma.png"), sep="\n")
         return
-    sweeps.read(out / "evaluate.csv")  # complains of other people's files before anything slow
     setting = sweeps.Setting(sampler or diffusion.sampler, steps, guidance, between, spacing)
     drawn = sweeps.drawn(diffusion, bench, setting, seed)
     rows = evaluate.figures(bench, drawn, seed)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from minidiff import atomic
 from minidiff.errors import UserError
 
 Device = Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda|mps")]
@@ -137,13 +138,16 @@ def check_seed(seed: int) -> None:
         raise UserError(f"--seed is {seed}; it must be from 0 to {2**63 - 1}.")
 
 
-def check_out(out: Path) -> None:
-    """That files can be written there; nothing is made yet, so that bad input leaves nothing behind."""
+def check_out(out: Path, *names: str) -> None:
+    """That files can be written there, and that files of these names are ours to replace; nothing is made yet, so that bad input leaves
+    nothing behind."""
     there = next(place for place in (out, *out.absolute().parents) if place.exists())
     if not there.is_dir():
         raise UserError(f'--out {out}: "{there}" is a file; name a folder.')
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f'--out {out}: no permission to write in "{there}"; name another folder.')
+    for name in names:
+        atomic.check(out / name, atomic.unsigned)
 
 
 def alone(verb: Callable[..., None]) -> Callable[..., None]:

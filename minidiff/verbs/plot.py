@@ -25,7 +25,7 @@ def forward(
         device: accepted as everywhere; this is quick on the CPU.
         out: folder for forward.png and forward.gif.
     """
-    options.check_out(out)
+    options.check_out(out, "forward.png", "forward.gif")
     options.check_seed(seed)
     options.check_positive("--size", size)
     options.pick_device(device)
@@ -63,6 +63,7 @@ def reverse(
         device: where to compute; auto takes a GPU if there is one.
         out: folder for reverse.png and reverse.gif.
     """
+    options.check_out(out, "reverse.png", "reverse.gif")
     diffusion, how = options.sampling(model, steps, guidance, sampler, seed, device, out)
     from minidiff import chains
 
@@ -85,7 +86,7 @@ def schedules(
         device: accepted as everywhere; this is quick on the CPU.
         out: folder for schedules.png.
     """
-    options.check_out(out)
+    options.check_out(out, "schedules.png")
     options.check_seed(seed)
     options.pick_device(device)
     from minidiff import chains

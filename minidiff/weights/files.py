@@ -4,13 +4,9 @@ A safetensors file is a length, a JSON header and bytes; `header` reads the firs
 file's size. Its tensors are memory maps: what is not used is never read. A .ckpt or .bin is a zip of a pickle and raw storages;
 `weights_only` runs nothing in it. What is written is written `beside` its place first.
 """
-import contextlib
 import json
 import math
-import os
 import re
-import shutil
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -183,29 +179,6 @@ def stored(file: Path) -> dict[str, Stored]:
         kind = str(value.dtype).removeprefix("torch.")
         found[name] = Stored(short.get(kind, re.sub(r"^int", "I", kind)), tuple(value.shape))
     return found
-
-
-@contextlib.contextmanager
-def beside(path: Path) -> Iterator[Path]:
-    """A place beside the path, renamed to it at the end. Nothing is written over, and what fails leaves nothing."""
-    if path.exists():
-        raise UserError(f'"{path}" exists; nothing is written over it: name another place, or remove it.')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".new")
-    _remove(fresh)
-    try:
-        yield fresh
-        os.replace(fresh, path)
-    except BaseException:
-        _remove(fresh)
-        raise
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _first_line(error: BaseException) -> str:

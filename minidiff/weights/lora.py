@@ -14,6 +14,7 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minidiff import atomic
 from minidiff.clip import CLIPText
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
@@ -73,8 +74,9 @@ def save(model: LatentDiffusion, file: str | Path, layout: str = "diffusers") ->
         else:
             B = B * (lora.alpha / len(A))
         whole |= dict(zip((name + half for half in HALVES[layout]), (A, B), strict=True))
-    with files.beside(file) as fresh:
-        save_file({name: value.contiguous() for name, value in whole.items()}, fresh, {"format": "pt"})
+    atomic.check_new(file)
+    with atomic.write(file) as new:
+        save_file({name: value.contiguous() for name, value in whole.items()}, new, {"format": "pt", "software": atomic.SIGNATURE})
     return file
 
 

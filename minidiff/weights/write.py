@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minidiff import atomic
 from minidiff.clip import END, CLIPText, tokenizer
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
@@ -16,7 +17,7 @@ from minidiff.lora import merged_state
 from minidiff.schedules import Discrete
 from minidiff.unet import UNet
 from minidiff.vae import VAE
-from minidiff.weights import files, names
+from minidiff.weights import names
 
 State = dict[str, Tensor]
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
@@ -156,18 +157,19 @@ def save_diffusers(model: LatentDiffusion, folder: str | Path) -> Path:
     kind = "StableDiffusionInpaintPipeline" if model.unet.numbers["in_channels"] == 9 else "StableDiffusionPipeline"
     absent = {part: (None, None) for part in ("safety_checker", "feature_extractor", "image_encoder")}
     index = {"_class_name": kind, "_diffusers_version": "0.30.0", "requires_safety_checker": False, **whole, **absent}
-    with files.beside(Path(folder)) as fresh:
+    atomic.check_new(folder)
+    with atomic.write(folder) as new:
         for part in whole:
-            (fresh / part).mkdir(parents=True)
+            (new / part).mkdir(parents=True)
         for part, config in (("unet", unet_config(model)), ("vae", vae_config(model)), ("text_encoder", text_config(model))):
-            _write_json(fresh / part / "config.json", config)
-        _write_json(fresh / "scheduler" / "scheduler_config.json", scheduler_config(model))
+            _write_json(new / part / "config.json", config)
+        _write_json(new / "scheduler" / "scheduler_config.json", scheduler_config(model))
         for name, content in tokenizer_files(model.text.pad, model.text.context_length).items():
-            (fresh / "tokenizer" / name).write_text(content, encoding="utf-8")
-        _save(names.to_published(merged_state(model.unet), names.UNET_DIFFUSERS), fresh / "unet" / "diffusion_pytorch_model.safetensors")
-        _save(names.to_published(_vae_state(model), names.VAE_DIFFUSERS), fresh / "vae" / "diffusion_pytorch_model.safetensors")
-        _save(_transformers_text(model), fresh / "text_encoder" / "model.safetensors")
-        _write_json(fresh / "model_index.json", index)
+            (new / "tokenizer" / name).write_text(content, encoding="utf-8")
+        _save(names.to_published(merged_state(model.unet), names.UNET_DIFFUSERS), new / "unet" / "diffusion_pytorch_model.safetensors")
+        _save(names.to_published(_vae_state(model), names.VAE_DIFFUSERS), new / "vae" / "diffusion_pytorch_model.safetensors")
+        _save(_transformers_text(model), new / "text_encoder" / "model.safetensors")
+        _write_json(new / "model_index.json", index)
     return Path(folder)
 
 
@@ -201,8 +203,9 @@ def save_compvis(model: LatentDiffusion, file: str | Path) -> Path:
     whole = {f"model.diffusion_model.{name}": value for name, value in unet.items()}
     whole |= {f"first_stage_model.{name}": value for name, value in vae.items()} | text
     said = {"prediction_type": {"eps": "epsilon"}.get(model.denoiser.target, model.denoiser.target), "resolution": f"{model.size}x{model.size}"}
-    with files.beside(file) as fresh:
-        _save(whole, fresh, {f"modelspec.{name}": value for name, value in said.items()})  # no tensor tells eps from v
+    atomic.check_new(file)
+    with atomic.write(file) as new:
+        _save(whole, new, {f"modelspec.{name}": value for name, value in said.items()})  # no tensor tells eps from v
     return file
 
 
