@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from minidiff import samplers, schedules
+from minidiff import pipeline, samplers, schedules
 from minidiff.cli.script import follow, last_loss, pick_device, read_log, run, write_results
 from minidiff.data.cifar10 import cifar10
 from minidiff.data.folder import ClassFolder, load_all, to_model
@@ -28,6 +28,7 @@ from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.figures import chains, plots
 from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.options.sampling import SampleConfig
 from minidiff.text import ClassLabels, LabelsConfig, Unconditional
 from minidiff.train import EMA, seed_of, train
 from minidiff.unet import UNet, UNetConfig, unet_cifar10
@@ -146,12 +147,9 @@ def draw(
 ) -> None:
     """samples.png, with a row for each class where there are classes, and the reverse chain of a few."""
     classes = [name for name in getattr(model.text, "index", {}) if name]
-    generator = torch.Generator().manual_seed(seed)
-    step = samplers.by_name(preset.sampler, torch.Generator(model.device).manual_seed(seed))
+    config = SampleConfig(steps, sampler=preset.sampler, seed=seed)
     conditions = [name for name in classes or [""] * 10 for _ in range(each)]
-    pictures = model.generate(
-        conditions, steps=steps, step=step, generator=generator, progress=True
-    )
+    pictures = pipeline.generate(model, conditions, config, progress=True)
     rows = {name: pictures[k * each : (k + 1) * each] for k, name in enumerate(classes)}
     print(
         plots.strip(rows, [], out / "samples.png")
@@ -159,7 +157,8 @@ def draw(
         else plots.grid(pictures, None, out / "samples.png", columns=each)
     )
     shown = classes[:8] or [""] * 8
-    frames = list(model.sample(shown, steps=steps, step=step, generator=generator))
+    noise = samplers.Normal.seeded(seed, range(len(shown)))
+    frames = list(model.sample(shown, generator=noise, config=config))
     for path in chains.plot_reverse(
         model, frames, shown, out, title=f"reverse chain: {shown[0] or 'unconditional'}"
     ):

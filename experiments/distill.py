@@ -31,12 +31,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import minidiff
+from minidiff import pipeline
 from minidiff.cli.script import follow, last_loss, read_log, run, write_results
 from minidiff.data import critic
 from minidiff.data.world import World
-from minidiff.denoiser import Denoiser, guide
+from minidiff.denoiser import Denoiser
 from minidiff.evaluation import bench as evaluate
 from minidiff.figures import plots
+from minidiff.guidance import guide
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods import lora
 from minidiff.methods.distill import (
@@ -47,8 +49,8 @@ from minidiff.methods.distill import (
     pseudo_huber,
     renoised_loss,
 )
+from minidiff.options.sampling import SampleConfig
 from minidiff.recipes.quickstart import COLOURS, SHAPES
-from minidiff.samplers import by_name
 from minidiff.train import EMA, seed_of, train
 
 TWO_OBJECTS = 0.8  # the share of pictures that show two
@@ -105,13 +107,14 @@ def walked(
     captions = [world.caption(scene, rng, full=rng.random() < 0.5) for scene in scenes]
     side = model.size // model.vae.factor
     noise, x = torch.randn(size, model.vae.latent_channels, side, side, generator=generator), []
+    config = SampleConfig(sampler=sampler, **how)
     for i in range(0, size, 50):
         frames = model.sample(
             captions[i : i + 50],
             WALK,
-            step=by_name(sampler, generator),
+            generator=generator,
             x_T=noise[i : i + 50],
-            **how,
+            config=config,
         )
         x.append(torch.stack([frame.x for frame in frames], dim=1))
     return {"captions": captions, "x": torch.cat(x).half()}
@@ -318,14 +321,8 @@ def measured(
         }
         shown = []
         for objects, kind in ((1, "one_object"), (2, "two_objects")):
-            generator = torch.Generator().manual_seed(seed)
-            pictures = model.generate(
-                captions[objects],
-                steps=steps,
-                guidance=guidance,
-                step=by_name(sampler, generator),
-                generator=generator,
-            )
+            config = SampleConfig(steps, guidance, sampler, seed=seed)
+            pictures = pipeline.generate(model, captions[objects], config)
             row[kind] = critic.accuracy(pictures, captions[objects])
             shown.append(pictures[:3])
         row["mean"] = (row["one_object"] + row["two_objects"]) / 2

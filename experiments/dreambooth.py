@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minidiff import load
+from minidiff import load, pipeline
 from minidiff.cli.script import run, write_results
 from minidiff.data import critic
 from minidiff.data.folder import Pictures
@@ -33,6 +33,7 @@ from minidiff.finetuning import dreambooth as booth
 from minidiff.finetuning.groups import Group
 from minidiff.finetuning.loop import encoded, finetune
 from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.options.sampling import SampleConfig
 from minidiff.recipes.quickstart import COLOURS, SHAPES, SIZE
 
 TOKEN = "panna"  # rare, and one token
@@ -119,10 +120,8 @@ def second_folder(
     while len(scenes) < drawings:
         scene = beside(rng)
         scenes += [scene] if scene not in [*FIVE, *contexts] else []
-    pictures = model.generate(
-        [said(scene) for scene in scenes],
-        generator=torch.Generator().manual_seed(seed + 1),
-        progress=True,
+    pictures = pipeline.generate(
+        model, [said(scene) for scene in scenes], SampleConfig(seed=seed + 1), progress=True
     ).cpu()
     right = [
         pair
@@ -179,10 +178,8 @@ def judged(
     model: LatentDiffusion, scenes: list[Scene], captions: list[str], seed: int
 ) -> tuple[dict[str, float], Float[Tensor, "N 3 H W"]]:
     """How many of the scenes show a red ring, how many show all that was asked for, and how many of the other captions come out right."""
-    pictures = model.generate(
-        [said(scene) for scene in scenes],
-        generator=torch.Generator().manual_seed(seed),
-        progress=True,
+    pictures = pipeline.generate(
+        model, [said(scene) for scene in scenes], SampleConfig(seed=seed), progress=True
     ).cpu()
     seen = [critic.read(picture).things for picture in pictures]
     there = [

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import minidiff
+from minidiff import pipeline
 from minidiff.cli.script import (
     follow,
     last_loss,
@@ -41,6 +42,7 @@ from minidiff.figures import plots
 from minidiff.finetuning.groups import Group, split
 from minidiff.finetuning.loop import finetune
 from minidiff.finetuning.recorder.recorder import Recorder
+from minidiff.options.sampling import SampleConfig
 from minidiff.train import seed_of, train
 from minidiff.vae import VAE
 
@@ -225,9 +227,7 @@ def main(
     base.size = size
 
     def drawn(wanted: list[str]) -> Float[Tensor, "B 3 S S"]:
-        return base.generate(
-            wanted, steps=sampling_steps, generator=torch.Generator().manual_seed(seed)
-        ).cpu()
+        return pipeline.generate(base, wanted, SampleConfig(sampling_steps, seed=seed)).cpu()
 
     # What it draws before: what it makes of words it does not know.
     shown = [*PROMPTS, *(captions[i] for i in kept[:4]), *(captions[i] for i in held[:2])]

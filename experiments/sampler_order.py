@@ -45,9 +45,8 @@ def ends(
         ISLANDS.denoiser(schedule),
         schedule,
         (alpha**2 + sigma**2).sqrt() * noise,
-        steps,
+        times,
         by_name(name),
-        times=times,
     )
     return last.x
 
@@ -59,17 +58,13 @@ def variance(
     chains as there are coefficients tell what they are."""
     times, chains = schedule.timesteps(steps, spacing), 2 * (steps + 1)
     alpha, sigma = schedule.alpha_sigma(times[0])
-    z = torch.Generator().manual_seed(seed)
-    noises = torch.cat(
-        [torch.randn(chains, 1, generator=z, dtype=torch.float64) for _ in range(steps + 1)], dim=1
-    )
-    z.manual_seed(seed)
-    x_T = (alpha**2 * STD**2 + sigma**2).sqrt() * torch.randn(
-        chains, 1, generator=z, dtype=torch.float64
-    )
+    generator = torch.Generator().manual_seed(seed)
+    noises = torch.randn(chains, steps + 1, generator=generator, dtype=torch.float64)
+    columns = iter(noises.split(1, dim=1))
+    x_T = (alpha**2 * STD**2 + sigma**2).sqrt() * next(columns)
     *_, last = sample(
-        ONE.denoiser(schedule), schedule, x_T, steps, by_name(name, z), times=times
-    )  # draws the other columns
+        ONE.denoiser(schedule), schedule, x_T, times, by_name(name), noise=lambda x: next(columns)
+    )
     return torch.linalg.lstsq(noises, last.x).solution.pow(2).sum().item()
 
 

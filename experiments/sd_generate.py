@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 import minidiff
 from minidiff.cli.script import pick_device, run, write_results
-from minidiff.denoiser import guide
 from minidiff.figures import plots
 from minidiff.figures.trace import table, trace_half, trace_unet
-from minidiff.samplers import by_name
+from minidiff.guidance import guide
+from minidiff.samplers import Normal, by_name
 from minidiff.text import clip_vit_l14
 from minidiff.unet import unet_sd1
 from minidiff.vae import vae_sd
@@ -71,17 +71,16 @@ def main(
         context, null = text.encode([prompt]), text.encode([negative])
 
     # Noise, on the CPU, so that a seed means the same picture everywhere.
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(
-        1, vae.latent_channels, side // vae.factor, side // vae.factor, generator=generator
-    ).to(found.device)
+    noise = Normal.seeded(seed, [0])
+    shape = 1, vae.latent_channels, side // vae.factor, side // vae.factor
+    x = noise(torch.empty(shape, device=found.device))
 
     # From noise to latents: at each time the U-Net guesses what is noise in x, once with and once without the words.
-    denoise, step = guide(found.denoiser, context, null, guidance), by_name(sampler, generator)
-    times, guesses = found.schedule.timesteps(steps, found.spacing), []
+    denoise, step = guide(found.denoiser, context, null, guidance), by_name(sampler)
+    times, guesses, memory = found.schedule.timesteps(steps, found.spacing), [], None
     with torch.no_grad():
         for t, s in zip(tqdm(times[:-1], "sampling"), times[1:], strict=True):
-            x, x0 = step(denoise, found.schedule, x, t, s)
+            x, x0, memory = step(denoise, found.schedule, x, t, s, noise, memory)
             guesses.append(x0)
 
     # Latents become pixels, also those of the guesses along the way.

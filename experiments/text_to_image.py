@@ -16,13 +16,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from minidiff import schedules
+from minidiff import pipeline, samplers, schedules
 from minidiff.cli.script import follow, last_loss, pick_device, read_log, run, write_results
 from minidiff.data.folder import CaptionedFolder, check_size, load_all, to_model
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.figures import chains, plots
 from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.options.sampling import SampleConfig
 from minidiff.text import CLIPText, TextConfig
 from minidiff.train import EMA, seed_of, train
 from minidiff.unet import UNet, UNetConfig
@@ -227,11 +228,11 @@ def main(
     print(model.save(out / "model"))
 
     # Draw what was asked for, and captions of the folder, spread evenly.
-    generator, judged = torch.Generator().manual_seed(seed), min(judged, len(captions))
+    config, judged = SampleConfig(sampling_steps, seed=seed), min(judged, len(captions))
     wanted = list(
         dict.fromkeys([*prompts, *(captions[i * len(captions) // judged] for i in range(judged))])
     )
-    drawn = model.generate(wanted, steps=sampling_steps, generator=generator, progress=True).cpu()
+    drawn = pipeline.generate(model, wanted, config, progress=True).cpu()
     print(
         plots.grid(
             drawn[: max(8, len(prompts))],
@@ -240,7 +241,9 @@ def main(
             columns=4,
         )
     )
-    frames = list(model.sample(wanted[:4], steps=sampling_steps, generator=generator))
+    frames = list(
+        model.sample(wanted[:4], generator=samplers.Normal.seeded(seed, range(4)), config=config)
+    )
     for path in chains.plot_reverse(model, frames, wanted[:4], out):
         print(path)
 

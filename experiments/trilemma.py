@@ -9,6 +9,7 @@ interrupted goes on where it stopped. Writes trilemma.csv, trilemma.png and resu
 [2] Kynkäänniemi et al. Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion Models. 2024. arXiv:2404.07724
 """
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from minidiff.cli.script import run, write_results
 from minidiff.data.world import World
 from minidiff.evaluation import sweep as trilemma
 from minidiff.evaluation.bench import of_world
-from minidiff.evaluation.sweep import Setting
+from minidiff.options.sampling import Interval, SampleConfig
 from minidiff.recipes import quickstart
 
 SAMPLERS = (
@@ -32,15 +33,10 @@ SAMPLERS = (
     "lcm",
     "heun",
 )  # heun takes two evaluations a step
-PART = {
-    "guidance": 2.5,
-    "interval": (0.78, 0.95),
-    "spacing": "shifted",
-}  # guided in two steps only, where it is settled what stands where ([2])
-MORE = [
-    Setting("ddpm", 25, 2.0),
-    *(Setting("ddpm", count, **PART) for count in (5, 6, 7, 8)),
-]  # the model's own setting, and the fewest evaluations
+# guided in two steps only, which settle what stands where ([2])
+PART = SampleConfig(5, 2.5, "ddpm", "shifted", interval=Interval(0.78, 0.95))
+# the model's own setting, and the fewest evaluations
+MORE = [SampleConfig(25, 2.0, "ddpm"), *(replace(PART, steps=count) for count in (5, 6, 7, 8))]
 
 
 def main(
@@ -78,11 +74,11 @@ def main(
         "seed": str(seed),
     }
     settings = [
-        Setting(name, count, scale) for count, name, scale in product(steps, samplers, guidance)
+        SampleConfig(count, scale, name)
+        for count, name, scale in product(steps, samplers, guidance)
     ]  # the fast ones first
-    rows = trilemma.sweep(
-        diffusion, bench, [*settings, *(MORE if more else [])], out / "trilemma.csv", key, seed
-    )
+    settings = [replace(setting, seed=seed) for setting in [*settings, *(MORE if more else [])]]
+    rows = trilemma.sweep(diffusion, bench, settings, out / "trilemma.csv", key)
 
     best, enough = max(rows, key=trilemma.point), trilemma.cheapest(rows)
     said = {

@@ -1,6 +1,4 @@
-"""Text-to-image latent diffusion: a VAE, a text tower and a denoiser put together, trained, sampled, saved and loaded. No new mathematics.
-
-A model folder holds model.json (kinds and numbers) and one safetensors file for each part.
+"""Text-to-image latent diffusion: a VAE, a text encoder and a denoiser put together. No new mathematics.
 
 [1] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. 2022. arXiv:2112.10752
 [2] Ho, Salimans. Classifier-Free Diffusion Guidance. 2022. arXiv:2207.12598
@@ -17,30 +15,30 @@ import torch
 from jaxtyping import Float, Shaped
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from minidiff import schedules
 from minidiff.checkpoints import files
 from minidiff.checkpoints.fill import empty, fill, precision_of
-from minidiff.data.folder import check_size
-from minidiff.denoiser import Denoiser, guide
-from minidiff.errors import UserError
-from minidiff.methods import editing
+from minidiff.denoiser import Denoise, Denoiser
+from minidiff.errors import UserError, choice
+from minidiff.guidance import guide
 from minidiff.methods.lora import merged_state
-from minidiff.samplers import SAMPLERS, Frame, by_name, sample
+from minidiff.options.sampling import SampleConfig, check_size
+from minidiff.samplers import SAMPLERS, Frame, Noise, Normal, by_name, sample, times_of
 from minidiff.steps import Step
 from minidiff.text import ClassLabels, CLIPText, Unconditional
-from minidiff.tiling import tiled
-from minidiff.training import finite
 from minidiff.unet import UNet
 from minidiff.vae import VAE, Pixels
 
 FORMAT = "minidiff 1"
 PARTS = {cls.__name__: cls for cls in (VAE, Pixels, CLIPText, ClassLabels, Unconditional, UNet)}
 
+Latents = Float[Tensor, "B Z h w"]
+DEFAULTS = SampleConfig()
+
 
 class LatentDiffusion(nn.Module):
-    """Composition only: pictures -> vae -> latents <- denoiser <- context <- text <- prompts."""
+    """Composition only: images -> vae -> latents <- denoiser <- context <- text encoder <- prompts."""
 
     def __init__(
         self,
@@ -53,32 +51,27 @@ class LatentDiffusion(nn.Module):
         sampler: str = "ddim",
         spacing: str = "trailing",
     ):
-        """size: the side of the training pictures in pixels. dropout: how often training hides the condition. guidance, sampler, spacing:
-        what sampling uses unless told otherwise."""
+        """size: side of the training images in pixels. dropout: how often training hides the caption.
+
+        guidance, sampler, spacing: what sampling uses by default.
+        """
         super().__init__()
         self.vae, self.text, self.denoiser = vae, text, denoiser
         self.check_widths()
-        if sampler not in SAMPLERS:
-            raise ValueError(f'no sampler "{sampler}"; there is {", ".join(SAMPLERS)}')
-        self.size, self.dropout, self.guidance, self.sampler, self.spacing = (
-            size,
-            dropout,
-            guidance,
-            sampler,
-            spacing,
-        )
+        choice("sampler", sampler, SAMPLERS)
+        self.size, self.dropout, self.guidance = size, dropout, guidance
+        self.sampler, self.spacing = sampler, spacing
 
     def check_widths(self) -> None:
-        """That the parts fit: a U-Net of one version with the text tower of another does not."""
-        if self.text.dim != self.unet.context_dim:
+        """Raise a UserError unless the parts fit, as a U-Net of SD 1 and a text encoder of SD 2 do not."""
+        width, expected = self.text.dim, self.unet.context_dim
+        if width != expected:
             raise UserError(
-                f"the text encoder gives vectors of width {self.text.dim}, the U-Net expects {self.unet.context_dim}."
+                f"the text encoder gives vectors of width {width}, the U-Net expects {expected}."
             )
-        z = self.vae.latent_channels
-        if self.unet.config.out_channels != z:
-            raise UserError(
-                f"the VAE's latents have {z} channels, the U-Net gives {self.unet.config.out_channels}."
-            )
+        z, channels = self.vae.latent_channels, self.unet.config.out_channels
+        if channels != z:
+            raise UserError(f"the VAE's latents have {z} channels, the U-Net gives {channels}.")
 
     @property
     def unet(self) -> nn.Module:
@@ -95,169 +88,89 @@ class LatentDiffusion(nn.Module):
     def loss(
         self,
         images: Float[Tensor, "B C H W"],
-        conditions: list[str],
+        captions: list[str],
         t: Shaped[Tensor, "B"] | None = None,
     ) -> Float[Tensor, "B"]:
-        """The denoiser's loss on the latents of pictures in [-1, 1]."""
+        """The denoiser's loss on the latents of images in [-1, 1]."""
         with torch.no_grad():
             latents = self.vae.encode(images)
-        return self.latent_loss(latents, conditions, t)
+        return self.latent_loss(latents, captions, t)
 
     def latent_loss(
-        self,
-        latents: Float[Tensor, "B Z h w"],
-        conditions: list[str],
-        t: Shaped[Tensor, "B"] | None = None,
+        self, latents: Latents, captions: list[str], t: Shaped[Tensor, "B"] | None = None
     ) -> Float[Tensor, "B"]:
-        """The same on latents encoded beforehand. A condition is hidden with probability `dropout`, here and only here ([2] algorithm 1)."""
-        hidden = torch.rand(len(conditions)) < self.dropout
-        context = self.text.encode(
-            ["" if h else c for c, h in zip(conditions, hidden, strict=True)]
-        )
-        return self.denoiser.loss(latents, context, t)
+        """The same on latents. A caption is hidden with probability `dropout` ([2] algorithm 1)."""
+        hidden = torch.rand(len(captions)) < self.dropout
+        shown = ["" if hide else text for text, hide in zip(captions, hidden, strict=True)]
+        return self.denoiser.loss(latents, self.text.encode(shown), t)
 
     @torch.no_grad()
     def sample(
         self,
-        conditions: list[str],
-        steps: int = 25,
+        prompts: list[str],
+        steps: int | Shaped[Tensor, "steps1"] | None = None,
         guidance: float | None = None,
+        generator: torch.Generator | Noise | None = None,
         step: Step | None = None,
-        size: int | tuple[int, int] | None = None,
-        generator: torch.Generator | None = None,
-        x_T: Float[Tensor, "B Z h w"] | None = None,
-        negative: str = "",
-        spacing: str | None = None,
-        times: Shaped[Tensor, "steps1"] | None = None,
-        image: Float[Tensor, "1 C H W"] | None = None,
-        strength: float = 1.0,
-        mask: Float[Tensor, "1 1 H W"] | None = None,
-        **steering,
+        x_T: Latents | None = None,
+        config: SampleConfig = DEFAULTS,
     ) -> Iterator[Frame]:
-        """Yields a Frame of latents for each of steps + 1 times; pictures are self.vae.decode(frame.x0).
+        """Yields a Frame of latents at each time; images are self.decode(frame.x0).
 
-        size: side, or height and width, in pixels. negative: what guidance steers away from. spacing or times: which times are visited.
-        image: a picture in [-1, 1] to start from; the last `strength` of the steps are walked. mask: 1 where the image is to be drawn anew;
-        all else stays. steering: more of guide's arguments.
-
-        Noise is drawn on the CPU, so a seed means the same picture on every device. x_T, where given, is that noise.
+        config: every other option of sampling; steps and guidance, where given, go before its own.
+        steps: how many, or the times themselves. generator: each image gets one of its own, seeded from
+        this one in order, so that image k is the same in any batch; or an object such as
+        samplers.Normal. x_T: where to start, in place of noise.
         """
-        height, width = self._shape(size if image is None else tuple(image.shape[2:]))
-        times = self.schedule.timesteps(steps, spacing or self.spacing) if times is None else times
-        step = step or by_name(self.sampler, generator)
-        shape = (
-            len(conditions),
-            self.vae.latent_channels,
-            height // self.vae.factor,
-            width // self.vae.factor,
-        )
-        noise = (torch.randn(shape, generator=generator) if x_T is None else x_T).to(self.device)
-        denoiser, x = self.denoiser, noise
-        if x_T is None:
-            alpha, sigma = self.schedule.alpha_sigma(times[0])
-            x = (
-                alpha**2 + sigma**2
-            ).sqrt().item() * noise  # the spread of x_T, for data of unit variance
-        if mask is not None and image is None:
-            raise UserError("a mask needs an image that it belongs to.")
-        if image is not None:
-            z0 = self.vae.encode(image.to(self.device)).expand(shape)
-            times = editing.late(times, strength)
-            if mask is None or strength < 1:
-                x = editing.noised(self.schedule, z0, noise, times[0])
-        if self.unet.config.in_channels != self.vae.latent_channels:
-            denoiser = self._inpainting(image, mask)
-        elif mask is not None:
-            step = editing.keeping(
-                step, z0, noise, editing.shrunk(mask, self.vae.factor).to(self.device)
-            )
-        context, null = self.text.encode(conditions), self.text.null(len(conditions))
-        if negative:
-            null = self.text.encode([negative]).expand(len(conditions), -1, -1)
-        scale = self.guidance if guidance is None else guidance
-        denoise = guide(denoiser, context, null, scale, **steering)
-        yield from sample(denoise, self.schedule, x, len(times) - 1, step, times=times)
+        times = times_of(self.schedule, steps or config.steps, config.spacing or self.spacing)
+        noise = generator if callable(generator) else Normal.split(generator, len(prompts))
+        x = self.start(len(prompts), config, noise, times[0]) if x_T is None else x_T
+        denoise = self.guided(prompts, config, guidance)
+        step = step or by_name(config.sampler or self.sampler)
+        yield from sample(denoise, self.schedule, x.to(self.device), times, step, noise=noise)
 
-    def _shape(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
-        height, width = (size, size) if isinstance(size, int) else size or (self.size, self.size)
+    def start(
+        self, batch: int, config: SampleConfig, noise: Noise, t: Shaped[Tensor, ""]
+    ) -> Latents:
+        """x_T: noise of the spread that data of unit variance have at time t."""
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        return (alpha**2 + sigma**2).sqrt().item() * noise(self.blank(batch, config))
+
+    def blank(self, batch: int, config: SampleConfig) -> Latents:
+        """Zeros of the shape of these latents; a size that the networks cannot take is a UserError."""
+        height, width = config.size or (self.size, self.size)
         for side in (height, width):
-            check_size(side, self.vae.factor * self.unet.multiple)
-        return height, width
+            check_size(side, self.multiple)
+        f, z = self.vae.factor, self.vae.latent_channels
+        return torch.zeros(batch, z, height // f, width // f, device=self.device)
 
-    def _inpainting(
-        self, image: Float[Tensor, "1 C H W"] | None, mask: Float[Tensor, "1 1 H W"] | None
-    ) -> Denoiser:
-        channels, z = self.unet.config.in_channels, self.vae.latent_channels
-        if channels != 2 * z + 1:
-            raise UserError(
-                f"this U-Net takes {channels} channels; known are {z}, and {2 * z + 1} for inpainting."
-            )
-        if image is None or mask is None:
-            raise UserError(
-                "this model is for inpainting; it needs an image and a mask (--image FILE --mask FILE)."
-            )
-        kept = self.vae.encode((image * (mask < 0.5)).to(self.device))
-        network = editing.Inpainting(
-            self.unet, editing.shrunk(mask, self.vae.factor).to(self.device), kept
-        )
-        return Denoiser(network, self.schedule, self.denoiser.target)
+    @property
+    def multiple(self) -> int:
+        """The sides of an image, in pixels, are multiples of this."""
+        return self.vae.factor * self.unet.multiple
 
-    def generate(
-        self, conditions: list[str], batch: int = 64, steps: int = 25, **how
-    ) -> Float[Tensor, "B C H W"]:
-        """Pictures in [-1, 1], all at once; `how` are draw's arguments and sample's."""
-        return torch.cat(list(self.draw(conditions, batch, steps, **how)))
-
-    @torch.no_grad()
-    def draw(
+    def guided(
         self,
-        conditions: list[str],
-        batch: int = 64,
-        steps: int = 25,
-        progress: bool = False,
-        tile: bool | None = None,
-        **how,
-    ) -> Iterator[Float[Tensor, "B C H W"]]:
-        """The same, yielded a batch at a time. progress: show a bar, once the first step is done. tile: decode in tiles; None does above
-        1024x1024 pixels. Numbers that are not finite are a UserError that names the module where they began."""
-        if not conditions:
-            raise UserError("no conditions to generate from; name at least one.")
-        generator, starts = how.get("generator"), range(0, len(conditions), batch)
-        walked = max(1, int(steps * how.get("strength", 1.0)))
-        with tqdm(
-            desc="sampling",
-            total=len(starts) * walked,
-            unit="step",
-            delay=0.01,
-            disable=not progress,
-        ) as bar:
-
-            def drawn(some: list[str]) -> Float[Tensor, "B C H W"]:
-                for frame in self.sample(some, steps, **how):
-                    bar.update(frame.t > 0)  # the last frame of a chain is clean, and took no step
-                return self.decode(frame.x0, tile)
-
-            for some in (conditions[i : i + batch] for i in starts):
-                before = None if generator is None else generator.get_state()
-                pictures = drawn(some)
-                if not pictures.isfinite().all():  # the same again, with a look at every module
-                    if generator is not None:
-                        generator.set_state(before)
-                    with finite.watched(self, advice := "compute in bf16 or fp32 (--dtype)."):
-                        drawn(some)
-                    raise UserError(f"the pictures hold numbers that are not finite; {advice}")
-                yield pictures.clamp(-1, 1)
+        prompts: list[str],
+        config: SampleConfig,
+        guidance: float | None = None,
+        denoiser: Denoiser | None = None,
+    ) -> Denoise:
+        """(x, t) -> Prediction under these prompts. denoiser: in place of the model's own."""
+        context, null = self.text.encode(prompts), self.text.null(len(prompts))
+        if config.negative:
+            null = self.text.encode([config.negative]).expand(len(prompts), -1, -1)
+        guidance = config.guidance if guidance is None else guidance
+        scale = self.guidance if guidance is None else guidance
+        interval = None if config.interval == (0, 1) else config.interval
+        denoiser = denoiser or self.denoiser
+        return guide(denoiser, context, null, scale, config.rescale, interval)
 
     @torch.no_grad()
-    def decode(
-        self, latents: Float[Tensor, "B Z h w"], tile: bool | None = None
-    ) -> Float[Tensor, "B C H W"]:
-        """Pictures from latents in bounded memory: about a megapixel at a time, and above it, or where asked, in tiles."""
+    def decode(self, latents: Latents) -> Float[Tensor, "B C H W"]:
+        """Images, about [-1, 1], a megapixel at a time: memory does not grow with the batch."""
         pixels = latents[0, 0].numel() * self.vae.factor**2
         together = latents.split(max(1, 2**20 // pixels))
-        if tile or (tile is None and pixels > 2**20):
-            f = self.vae.factor
-            return torch.cat([tiled(self.vae.decode, z, 512 // f, 128 // f, f) for z in together])
         return torch.cat([self.vae.decode(z) for z in together])
 
     def save(self, path: str | Path) -> Path:

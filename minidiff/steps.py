@@ -1,119 +1,142 @@
-"""Every step a sampler can take from time t to the cleaner time s:  (denoise, schedule, x, t, s) -> (x_s, x0_hat).
+"""Every step a sampler can take from time t to the next, cleaner time s.
 
-All are made of x_s = alpha_s x0 + sigma_s eps, and differ in how they guess the x0 and eps that hold all the way from t to s. Every schedule
-says alpha = 1, sigma = 0 at the clean end, so no step is special, neither the first nor the last. Random numbers are drawn on the CPU:
-one seed, one picture, on any device.
+    step(denoise, schedule, x, t, s, noise, memory) -> (x_s, x0_hat, memory)
+
+All are made of x_s = alpha_s x0 + sigma_s eps, and differ in how they estimate the x0 and eps that hold
+all the way from t to s. Every schedule has alpha = 1, sigma = 0 at the clean end, so the first and the
+last step need no code of their own. A step has no state: `noise(x)` gives standard normal numbers of x's
+shape, and what a multistep method remembers of the steps before is the `memory` that it returns and is
+given back; it is None at the first step.
 
 [1] Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. arXiv:2010.02502
 [2] Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. arXiv:2006.11239
-[3] Karras, Aittala, Aila, Laine. Elucidating the Design Space of Diffusion-Based Generative Models. 2022. arXiv:2206.00364
-[4] Lu et al. DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models. 2022. arXiv:2211.01095
-[5] Zhao et al. UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models. 2023. arXiv:2302.04867
+[3] Karras, Aittala, Aila, Laine. Elucidating the Design Space of Diffusion-Based Generative Models.
+    2022. arXiv:2206.00364
+[4] Lu et al. DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models. 2022.
+    arXiv:2211.01095
+[5] Zhao et al. UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models.
+    2023. arXiv:2302.04867
 [6] Luo et al. Latent Consistency Models. 2023. arXiv:2310.04378
 """
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from minidiff.denoiser import Denoise, _like
-from minidiff.errors import UserError
-from minidiff.schedules import NoiseSchedule
+from minidiff.denoiser import Denoise
+from minidiff.errors import choice
+from minidiff.schedules import NoiseSchedule, per_example
 
 State = Float[Tensor, "B *dims"]
 Time = Shaped[Tensor, ""]
-Step = Callable[[Denoise, NoiseSchedule, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Noise = Callable[[Tensor], Tensor]  # x -> standard normal numbers of its shape
+Step = Callable[..., tuple[Tensor, Tensor, Any]]  # as in the first lines of this file
 
 
-def _normal(x: State, generator: torch.Generator | None) -> State:
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+@dataclass(frozen=True)
+class DDIM:
+    """[1] eq. 12 and 16 for any schedule, by the noise that is put back in each step.
 
-
-def ddim(eta: float = 0.0, generator: torch.Generator | None = None, final: bool = True) -> Step:
-    """[1] eq. 12 and 16 for any schedule. eta = 0 is deterministic: Euler's method for flow matching and in sigma. eta = 1 is
-    DDPM's ancestral step. final: stop at schedule.final, as published; without it, at clean data."""
-
-    def step(
-        denoise: Denoise, schedule: NoiseSchedule, x: State, t: Time, s: Time
-    ) -> tuple[State, State]:
-        x0, eps = denoise(x, t.expand(len(x)))
-        s = s.clamp(min=schedule.final) if final else s
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
-        up = (
-            eta
-            * (sigma_s / sigma_t)
-            * (sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2).clamp(min=0).sqrt()
-        )  # noise put back
-        down = (sigma_s**2 - up**2).clamp(min=0).sqrt()  # noise kept
-        x_s = alpha_s.item() * x0 + down.item() * eps
-        if eta > 0:
-            x_s = x_s + up.item() * _normal(x, generator)
-        return x_s, x0
-
-    return step
-
-
-def ddpm(generator: torch.Generator | None = None) -> Step:
-    """Ancestral sampling, [2] algorithm 2, over any times."""
-    return ddim(eta=1.0, generator=generator)
-
-
-def euler() -> Step:
-    """Euler's method for the ODE of [3] eq. 1, in sigma / alpha or along the straight lines of a flow: DDIM, down to clean data."""
-    return ddim(eta=0.0, final=False)
-
-
-def euler_ancestral(generator: torch.Generator | None = None) -> Step:
-    """Euler's method to less noise than wanted, and new noise on top (k-diffusion): DDPM's ancestral step, down to clean data."""
-    return ddim(eta=1.0, generator=generator, final=False)
-
-
-def heun(
-    churn: float = 0.0,
-    noise: float = 1.0,
-    between: tuple[float, float] = (0.0, math.inf),
-    generator: torch.Generator | None = None,
-) -> Step:
-    """Heun's second-order method, two evaluations a step, [3] algorithm 2.
-
-    churn: noise is first added until sigma / alpha has grown by this share (the paper's gamma = S_churn / steps, at most sqrt(2) - 1).
-    noise: the scale of that noise (S_noise). between: where it is added, in sigma / alpha (S_tmin, S_tmax).
-
-    The ODE is dx = x0 d(alpha) + eps d(sigma). Euler's step takes x0 and eps at t for the whole way; here they are the mean of those at t
-    and at the end of Euler's step. With x_s = alpha_s x0 + sigma_s eps at both, that moves x_s by `lean` times the change of x0.
+    eta = 0 is deterministic: Euler's method for flow matching and in sigma. eta = 1 is DDPM's ancestral
+    step. final: stop at schedule.final, as published; False: at clean data.
     """
 
-    def step(
-        denoise: Denoise, schedule: NoiseSchedule, x: State, t: Time, s: Time
-    ) -> tuple[State, State]:
-        x, t = _churned(schedule, x, t) if churn > 0 else (x, t)
+    eta: float = 0.0
+    final: bool = True
+
+    def __call__(
+        self,
+        denoise: Denoise,
+        schedule: NoiseSchedule,
+        x: State,
+        t: Time,
+        s: Time,
+        noise: Noise,
+        memory: None = None,
+    ) -> tuple[State, State, None]:
+        x0, eps = denoise(x, t.expand(len(x)))
+        s = s.clamp(min=schedule.final) if self.final else s
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
+        removed = (sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2).clamp(min=0)
+        up = self.eta * (sigma_s / sigma_t) * removed.sqrt()  # noise put back
+        down = (sigma_s**2 - up**2).clamp(min=0).sqrt()  # noise left in place
+        x_s = alpha_s.item() * x0 + down.item() * eps
+        if self.eta > 0:
+            x_s = x_s + up.item() * noise(x)
+        return x_s, x0, None
+
+
+def ddpm() -> DDIM:
+    """Ancestral sampling, [2] algorithm 2, over any times."""
+    return DDIM(eta=1.0)
+
+
+def euler() -> DDIM:
+    """Euler's method for the ODE of [3] eq. 1, or along a flow's straight lines: DDIM to clean data."""
+    return DDIM(eta=0.0, final=False)
+
+
+def euler_ancestral() -> DDIM:
+    """k-diffusion's Euler ancestral: DDPM's ancestral step to clean data."""
+    return DDIM(eta=1.0, final=False)
+
+
+@dataclass(frozen=True)
+class Heun:
+    """Heun's second-order method, two evaluations a step, [3] algorithm 2.
+
+    The ODE is dx = x0 d(alpha) + eps d(sigma). Euler's step takes x0 and eps at t for the whole way;
+    Heun's takes the mean of those at t and at the end of Euler's step. With x_s = alpha_s x0 + sigma_s eps
+    at both ends, that moves x_s by `lean` times the change of x0.
+    """
+
+    churn: float = 0.0  # first add noise until sigma / alpha has grown by this share (gamma)
+    noise_scale: float = 1.0  # of that noise (S_noise)
+    between: tuple[float, float] = (0.0, math.inf)  # add it in these sigma / alpha (S_tmin, S_tmax)
+
+    def __call__(
+        self,
+        denoise: Denoise,
+        schedule: NoiseSchedule,
+        x: State,
+        t: Time,
+        s: Time,
+        noise: Noise,
+        memory: None = None,
+    ) -> tuple[State, State, None]:
+        x, t = self._churned(schedule, x, t, noise) if self.churn > 0 else (x, t)
         x0, eps = denoise(x, t.expand(len(x)))
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
         x_s = alpha_s.item() * x0 + sigma_s.item() * eps
+        if sigma_s == 0:  # nothing is left to evaluate at clean data
+            return x_s, x0, None
         lean = schedule.unit(s) / schedule.unit(t) * (sigma_t * alpha_s / sigma_s - alpha_t) / 2
-        if lean.isinf():  # s is clean: nothing is left to evaluate there
-            return x_s, x0
-        return x_s + lean.item() * (denoise(x_s, s.expand(len(x))).x0 - x0), x0
+        return x_s + lean.item() * (denoise(x_s, s.expand(len(x))).x0 - x0), x0, None
 
-    def _churned(schedule: NoiseSchedule, x: State, t: Time) -> tuple[State, Time]:
+    def _churned(
+        self, schedule: NoiseSchedule, x: State, t: Time, noise: Noise
+    ) -> tuple[State, Time]:
+        """x with more noise, and its time."""
         alpha_t, sigma_t = schedule.alpha_sigma(t)
-        if not between[0] <= sigma_t / alpha_t <= between[1]:
+        if not self.between[0] <= sigma_t / alpha_t <= self.between[1]:
             return x, t
-        noisier = schedule.at_log_snr(2 * (alpha_t / sigma_t / (1 + churn)).log())
+        noisier = schedule.at_log_snr(2 * (alpha_t / sigma_t / (1 + self.churn)).log())
         alpha, sigma = schedule.alpha_sigma(noisier)
-        kept = (alpha / alpha_t).nan_to_num(1.0)  # 0 / 0: pure noise stays what it is
-        added = (sigma**2 - (kept * sigma_t) ** 2).clamp(min=0).sqrt()
-        return kept.item() * x + noise * added.item() * _normal(x, generator), noisier
-
-    return step
+        ratio = (alpha / alpha_t).nan_to_num(1.0)  # 0 / 0: pure noise stays what it is
+        added = (sigma**2 - (ratio * sigma_t) ** 2).clamp(min=0).sqrt()
+        return ratio.item() * x + self.noise_scale * added.item() * noise(x), noisier
 
 
-class _Stride(NamedTuple):
-    """The way from t to s in lambda = log(alpha / sigma), which [4] and [5] count in. It may be infinite at either end."""
+class Stride(NamedTuple):
+    """The way from t to s in lambda = log(alpha / sigma), the time of [4] and [5].
+
+    It is infinite where t is pure noise, or s clean data.
+    """
 
     h: Tensor  # lambda_s - lambda_t
     r: Tensor  # e^-h
@@ -122,124 +145,168 @@ class _Stride(NamedTuple):
     sigma: Tensor  # sigma_s
 
     @classmethod
-    def between(cls, schedule: NoiseSchedule, t: Time, s: Time) -> "_Stride":
+    def between(cls, schedule: NoiseSchedule, t: Time, s: Time) -> "Stride":
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
         r = (sigma_s / alpha_s) * (alpha_t / sigma_t)
         return cls(-r.log(), r, sigma_s / sigma_t, alpha_s, sigma_s)
 
-
-class _Past:
-    """What a multistep method knows of the steps before. One that begins where the last step ended goes on with it; any other has no past. So one
-    object serves many chains one after the other, not two in turn."""
-
-    def __init__(self) -> None:
-        self.end, self.kept = None, ()
-
-    def recall(self, x: State, t: Time) -> tuple:
-        """What was kept, if this chain goes on; else nothing."""
-        return self.kept if self.end == (t.item(), x.shape, x.device) else ()
-
-    def keep(self, x: State, s: Time, *what) -> None:
-        self.end, self.kept = (s.item(), x.shape, x.device), what
+    @property
+    def finite(self) -> bool:
+        return bool(self.h.isfinite())
 
 
-def dpmpp_2m(eta: float = 0.0, generator: torch.Generator | None = None) -> Step:
-    """DPM-Solver++(2M), [4] algorithm 2: second order at one evaluation a step, by leaning on the x0 of the step before.
-    eta = 1 is SDE-DPM-Solver++(2M) of [4]; values between are k-diffusion's eta."""
-    past = _Past()
+class Last(NamedTuple):
+    """What dpmpp_2m remembers: the step before, and the x0 it started from."""
 
-    def step(
-        denoise: Denoise, schedule: NoiseSchedule, x: State, t: Time, s: Time
-    ) -> tuple[State, State]:
+    stride: Stride
+    x0: State
+
+
+def second_order(x0: State, stride: Stride, last: Last | None, weight: Tensor) -> State | float:
+    """weight / (2 h_last) (x0 - x0_last): what the slope of x0, from its last two values, adds.
+
+    First step: no previous x0, so no second-order term. Last step (sigma 0): fall back to first order.
+    """
+    if last is None or not (last.stride.finite and stride.finite):
+        return 0.0
+    return (weight / (2 * last.stride.h)).item() * (x0 - last.x0)
+
+
+@dataclass(frozen=True)
+class DPMpp2M:
+    """DPM-Solver++(2M), [4] algorithm 2: second order from the x0 of the step before, one evaluation a step.
+
+    eta = 1 is SDE-DPM-Solver++(2M) of [4]; values between are k-diffusion's eta.
+    """
+
+    eta: float = 0.0
+
+    def __call__(
+        self,
+        denoise: Denoise,
+        schedule: NoiseSchedule,
+        x: State,
+        t: Time,
+        s: Time,
+        noise: Noise,
+        memory: Last | None = None,
+    ) -> tuple[State, State, Last]:
         x0 = denoise(x, t.expand(len(x))).x0
-        stride = _Stride.between(schedule, t, s)
-        h_last, x0_last = past.recall(x, t) or (math.inf, x0)
-        past.keep(x, s, stride.h, x0)
-        # A chain without a past has it infinitely far away; and no slope can be followed infinitely far, where s is clean.
-        lean = (stride.h / (2 * h_last)).nan_to_num(0.0, posinf=0.0)
-        ahead = x0 + lean.item() * (x0 - x0_last)
-        x_s = (stride.shrink * stride.r**eta).item() * x + (
-            stride.alpha * (1 - stride.r ** (1 + eta))
-        ).item() * ahead
+        stride = Stride.between(schedule, t, s)
+        r, eta = stride.r, self.eta
+        ahead = x0 + second_order(x0, stride, memory, stride.h)
+        x_s = (stride.shrink * r**eta).item() * x
+        x_s = x_s + (stride.alpha * (1 - r ** (1 + eta))).item() * ahead
         if eta > 0:
-            x_s = x_s + (stride.sigma * (1 - stride.r ** (2 * eta)).sqrt()).item() * _normal(
-                x, generator
-            )
-        return x_s, x0
-
-    return step
+            x_s = x_s + (stride.sigma * (1 - r ** (2 * eta)).sqrt()).item() * noise(x)
+        return x_s, x0, Last(stride, x0)
 
 
-def dpmpp_2m_sde(generator: torch.Generator | None = None) -> Step:
-    """SDE-DPM-Solver++(2M), [4]: dpmpp_2m with as much new noise as ancestral sampling has."""
-    return dpmpp_2m(eta=1.0, generator=generator)
+def dpmpp_2m_sde() -> DPMpp2M:
+    """SDE-DPM-Solver++(2M), [4]: dpmpp_2m with as much new noise as ancestral sampling."""
+    return DPMpp2M(eta=1.0)
 
 
-def unipc(variant: str = "bh2") -> Step:
-    """UniPC-2, [5] section 3: DPM-Solver++(2M) predicts x_s; the x0 that is found there, and only there, then corrects x_s before the next
-    step leaves from it. No evaluation more. variant: B(h) of [5], which weighs what has not three points to go by."""
-    if variant not in ("bh1", "bh2"):
-        raise UserError(f'no variant "{variant}" of UniPC; there is bh1 and bh2.')
-    past = _Past()
+class Uncorrected(NamedTuple):
+    """What unipc remembers: the last step, which the next evaluation corrects, and the one before."""
 
-    def B(stride: _Stride) -> Tensor:
-        return stride.h if variant == "bh1" else 1 - stride.r
+    x: State
+    stride: Stride
+    x0: State
+    last: Last | None
 
-    def step(
-        denoise: Denoise, schedule: NoiseSchedule, x: State, t: Time, s: Time
-    ) -> tuple[State, State]:
-        x0 = denoise(x, t.expand(len(x))).x0
-        h_last, x0_last = math.inf, x0
-        if kept := past.recall(x, t):
-            x, h_last, x0_last = _corrected(*kept, x0)
-        stride = _Stride.between(schedule, t, s)
-        past.keep(x, s, x, stride, x0, h_last, x0_last)
-        lean = (B(stride) * stride.h / (2 * h_last)).nan_to_num(0.0, posinf=0.0)  # as in dpmpp_2m
-        ahead = (1 - stride.r).item() * x0 + lean.item() * (x0 - x0_last)
-        return stride.shrink.item() * x + stride.alpha.item() * ahead, x0
 
-    def _corrected(
-        x: State, stride: _Stride, x0: State, h_last: Tensor | float, x0_last: State, x0_s: State
-    ) -> tuple[State, Tensor, State]:
-        """The stride taken again, now from three guesses of x0: before it, at its start x, and at its end. x_s is the integral of
-        alpha_s e^(u - h) x0(u) over u = 0..h, taken along the parabola through the three; of u^k it is h^k m_k."""
+@dataclass(frozen=True)
+class UniPC:
+    """UniPC-2, [5] section 3: DPM-Solver++(2M) predicts x_s; the evaluation at x_s is reused to correct x_s.
+
+    So it costs no extra evaluation. variant: B(h) of [5], the weight where there are only two points.
+    """
+
+    variant: str = "bh2"
+
+    def __post_init__(self) -> None:
+        choice("variant of UniPC", self.variant, ("bh1", "bh2"))
+
+    def __call__(
+        self,
+        denoise: Denoise,
+        schedule: NoiseSchedule,
+        x: State,
+        t: Time,
+        s: Time,
+        noise: Noise,
+        memory: Uncorrected | None = None,
+    ) -> tuple[State, State, Uncorrected]:
+        x0, last = denoise(x, t.expand(len(x))).x0, None
+        if memory is not None:
+            x, last = self._corrected(memory, x0), Last(memory.stride, memory.x0)
+        stride = Stride.between(schedule, t, s)
+        ahead = (1 - stride.r).item() * x0
+        ahead = ahead + second_order(x0, stride, last, self._B(stride) * stride.h)
+        x_s = stride.shrink.item() * x + stride.alpha.item() * ahead
+        return x_s, x0, Uncorrected(x, stride, x0, last)
+
+    def _B(self, stride: Stride) -> Tensor:
+        return stride.h if self.variant == "bh1" else 1 - stride.r
+
+    def _corrected(self, memory: Uncorrected, x0_s: State) -> State:
+        """The last step taken again with a third estimate of x0, at its end.
+
+        x_s is the integral of alpha_s e^(u - h) x0(u) over u = 0..h, along the parabola through the three
+        estimates; the integral of u^k is h^k m_k.
+        """
+        x, stride, x0, last = memory
         h, m0 = stride.h, 1 - stride.r
-        m1 = 1 - m0 / h
-        m2 = 1 - 2 * m1 / h
-        past_reach = h_last / h
-        bend = (m2 - m1) / (1 + past_reach)
-        new, old = m1 + bend, bend / past_reach
-        if math.isinf(
-            h_last
-        ):  # two points are a line, which B(h) / 2 weighs as well to this order, even where h is infinite
-            new, old = (B(stride) / 2).nan_to_num(posinf=0.0), torch.zeros(())
-        ahead = m0.item() * x0 + new.item() * (x0_s - x0) - old.item() * (x0 - x0_last)
-        return stride.shrink.item() * x + stride.alpha.item() * ahead, h, x0
-
-    return step
+        if last is None or not last.stride.finite:  # a line through two points
+            B = self._B(stride)
+            new = B.item() / 2 if B.isfinite() else 0.0
+            ahead = m0.item() * x0 + new * (x0_s - x0)
+        else:
+            m1 = 1 - m0 / h
+            m2 = 1 - 2 * m1 / h
+            reach = last.stride.h / h
+            bend = (m2 - m1) / (1 + reach)
+            ahead = m0.item() * x0 + (m1 + bend).item() * (x0_s - x0)
+            ahead = ahead - (bend / reach).item() * (x0 - last.x0)
+        return stride.shrink.item() * x + stride.alpha.item() * ahead
 
 
 def consistent(
     denoise: Denoise, schedule: NoiseSchedule, x: State, t: Shaped[Tensor, "B"]
 ) -> State:
-    """The consistency function of [6] eq. 9, the guess of x0 that is x itself at clean data and at the first level: c_skip x + c_out x0_hat, with
-    tau ten times the thousandths of the way since then, c_skip = 0.5^2 / (tau^2 + 0.5^2) and c_out = tau / sqrt(tau^2 + 0.5^2). A few levels
-    further on, that is x0_hat."""
+    """The consistency function of [6] eq. 9, c_skip x + c_out x0_hat: x itself at the first level.
+
+    c_skip = 0.5^2 / (tau^2 + 0.5^2), c_out = tau / sqrt(tau^2 + 0.5^2), and tau is ten times the
+    thousandths of the way since the first level. A few levels further on it is x0_hat.
+    """
     tau = 10 * (1000 * schedule.progress(t) - 1).clamp(min=0)
-    c_skip, c_out = _like(0.25 / (tau**2 + 0.25), x), _like(tau / (tau**2 + 0.25).sqrt(), x)
-    return torch.where(
-        c_out > 0, c_skip * x + c_out * denoise(x, t).x0, x
-    )  # of clean data, a network that predicts x0 says nan
+    c_skip = per_example(0.25 / (tau**2 + 0.25), x)
+    c_out = per_example(tau / (tau**2 + 0.25).sqrt(), x)
+    x0 = denoise(x, t).x0  # NaN for clean data, of a network that predicts x0
+    return torch.where(c_out > 0, c_skip * x + c_out * x0, x)
 
 
-def lcm(generator: torch.Generator | None = None) -> Step:
-    """Multistep consistency sampling, [6] algorithm 3, for a network distilled to guess x0 in one go: all the noise is new at every step."""
+@dataclass(frozen=True)
+class LCM:
+    """Multistep consistency sampling, [6] algorithm 3, for a network distilled to estimate x0 in one go.
 
-    def step(
-        denoise: Denoise, schedule: NoiseSchedule, x: State, t: Time, s: Time
-    ) -> tuple[State, State]:
+    All the noise is new at every step.
+    """
+
+    def __call__(
+        self,
+        denoise: Denoise,
+        schedule: NoiseSchedule,
+        x: State,
+        t: Time,
+        s: Time,
+        noise: Noise,
+        memory: None = None,
+    ) -> tuple[State, State, None]:
         x0 = consistent(denoise, schedule, x, t.expand(len(x)))
-        alpha_s, sigma_s = schedule.alpha_sigma(s)
-        return alpha_s.item() * x0 + sigma_s.item() * _normal(x, generator), x0
+        return schedule.mix(x0, noise(x), s), x0, None
 
-    return step
+
+# The published names of the steps; samplers.SAMPLERS lists them all.
+ddim, heun, dpmpp_2m, unipc, lcm = DDIM, Heun, DPMpp2M, UniPC, LCM

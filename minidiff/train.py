@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from minidiff.errors import UserError
 from minidiff.training import optimizers
+from minidiff.training.seeds import seed_of
 
 # A batch of any kind to (a loss for each example, where each lies in [0, 1] on the axis of the loss-by-t plot, or None).
 LossFn = Callable[[Any], tuple[Tensor, Tensor | None]]
@@ -70,11 +71,6 @@ def learning_rate(step: int, steps: int, lr: float, warmup: int) -> float:
     if step < warmup:
         return lr * (step + 1) / warmup
     return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def seed_of(seed: int, step: int) -> int:
-    """One number for (seed, step), spread out so that neighbouring seeds share none."""
-    return (seed * 1_000_003 + step) * 2_654_435_761 % 2**63
 
 
 def train(

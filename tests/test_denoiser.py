@@ -12,8 +12,8 @@ from minidiff.denoiser import (
     WEIGHTINGS,
     Denoiser,
     Prediction,
-    guide,
 )
+from minidiff.guidance import guide
 from minidiff.errors import UserError
 
 ALL_SCHEDULES = [

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from minidiff.cli import options
@@ -23,6 +24,8 @@ from minidiff.cli.options import (
     Target,
 )
 from minidiff.errors import UserError
+from minidiff.options.sampling import Size as Sides
+from minidiff.options.sampling import check_size
 
 
 def quickstart(
@@ -118,77 +121,63 @@ def generate(
         raise UserError("--mask needs the --image that it belongs to.")
     if not 0 <= rescale <= 1:
         raise UserError(f"--rescale is {rescale:g}; it must be from 0 to 1.")
-    between = options.parsed_interval(interval)
-    how, loras = (
-        {"dtype": dtype, "target": target, "vae": vae, "text": text, "unet": unet},
-        options.parsed_loras(lora),
-    )
-    diffusion, how = options.sampling(
-        model, steps, guidance, sampler, seed, device, out, spacing, **how
+    between, loras = options.parsed_interval(interval), options.parsed_loras(lora)
+    parts = {"dtype": dtype, "target": target, "vae": vae, "text": text, "unet": unet}
+    diffusion, config = options.sampling(
+        model, steps, guidance, sampler, seed, device, out, spacing, between, **parts
     )
     options.put_in(diffusion, loras)
     options.put_words_in(diffusion, embedding)
     import torch
 
-    from minidiff.data.folder import check_size
+    from minidiff import pipeline
     from minidiff.figures import plots
+    from minidiff.methods.editing import Edit
 
     height, width = shape or (diffusion.size, diffusion.size)
+    edit = None
     if image is not None:
         given = pictured(image, shape, diffusion)
         height, width = given.shape[2:]
-        how |= {
-            "image": given,
-            "strength": (0.8 if mask is None else 1.0) if strength is None else strength,
-        }
-    multiple = diffusion.vae.factor * diffusion.unet.multiple
+        hole = None if mask is None else white(mask, height, width)
+        strength = (0.8 if mask is None else 1.0) if strength is None else strength
+        edit = Edit(given, strength, hole)
     for side in (height, width):
-        check_size(side, multiple)
-    if mask is not None:
-        how["mask"] = hole = white(mask, height, width)
+        check_size(side, diffusion.multiple)
     if (height, width) != (diffusion.size, diffusion.size):
         trained = f"the model was trained at {diffusion.size}x{diffusion.size}"
         warnings.warn(
             f"{width}x{height} pixels, but {trained}: things may repeat when larger, and fall apart when smaller",
             stacklevel=2,
         )
-    how |= {"negative": negative} if negative else {}
-    how |= {"rescale": rescale} if rescale else {}
-    how |= {"interval": between} if between != (0, 1) else {}
+    config = replace(
+        config, size=Sides(height, width), negative=negative, rescale=rescale, tile=tile or None
+    )
     wanted = [prompt for prompt in prompts for _ in range(n)]
     batch = batch or max(1, min(64, 2**20 // (height * width)))
     settings = {
         "seed": seed,
         "steps": steps,
-        "guidance": how["guidance"],
-        "sampler": sampler or diffusion.sampler,
+        "guidance": config.guidance,
+        "sampler": config.sampler,
         "size": f"{width}x{height}",
-    }
-    settings |= {
-        "spacing": spacing or diffusion.spacing,
+        "spacing": config.spacing,
         "dtype": dtype,
         "model": model.resolve().name,
+        "negative": negative,
+        "rescale": rescale,
+        "strength": edit and edit.strength,
+        "interval": interval if config.interval != (0, 1) else None,
+        "image": image and image.name,
+        "mask": mask and mask.name,
+        "lora": ", ".join(f"{file.name}:{scale:g}" for file, scale in loras),
+        "embedding": ", ".join(embedding),
     }
-    settings |= {name: how[name] for name in ("negative", "rescale", "strength") if name in how}
-    settings |= {"interval": interval} if "interval" in how else {}
-    settings |= {
-        name: file.name for name, file in (("image", image), ("mask", mask)) if file is not None
-    }
-    settings |= (
-        {"lora": ", ".join(f"{file.name}:{scale:g}" for file, scale in loras)} if loras else {}
-    )
-    settings |= {"embedding": ", ".join(embedding)} if embedding else {}
-    settings = {name: str(value) for name, value in settings.items()}
+    always = ("seed", "guidance")
+    settings = {k: str(value) for k, value in settings.items() if value or k in always}
     written, pictures = [], []
-    for drawn in diffusion.draw(
-        wanted, batch, size=(height, width), tile=tile or None, progress=True, **how
-    ):
-        drawn = (
-            drawn.cpu() if mask is None else hole * drawn.cpu() + (1 - hole) * given
-        )  # outside the mask, to the byte
-        for (
-            picture
-        ) in drawn:  # written as soon as they are there: an interruption loses a batch at most
+    for drawn in pipeline.draw(diffusion, wanted, config, batch, edit, progress=True):
+        for picture in drawn.cpu():  # written as they come: an interruption loses a batch at most
             k, prompt = len(pictures), wanted[len(pictures)]
             pictures.append(picture)
             carried = {"prompt": prompt, "picture": f"{k + 1} of {len(wanted)}", **settings}

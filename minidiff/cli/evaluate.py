@@ -1,5 +1,6 @@
 """The verb that measures: quality, diversity and speed."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -99,8 +100,9 @@ def evaluate(
         numbers("--sweep-guidance", sweep_guidance or SWEEP_GUIDANCE),
     )
     between, steps = options.parsed_interval(interval), STEPS if steps is None else steps
-    diffusion, how = options.sampling(model, steps, guidance, sampler, seed, device, out, spacing)
-    spacing, guidance = how["spacing"], how["guidance"]
+    diffusion, config = options.sampling(
+        model, steps, guidance, sampler, seed, device, out, spacing, between
+    )
     from minidiff.cli.script import write_results
     from minidiff.data.world import World
     from minidiff.evaluation import bench as evaluate
@@ -125,8 +127,8 @@ def evaluate(
         "seed": str(seed),
     }
     if trilemma:
-        settings = swept(diffusion, words(samplers or SAMPLERS), *listed, between, spacing)
-        rows = sweeps.sweep(diffusion, bench, settings, out / "trilemma.csv", run, seed)
+        settings = swept(diffusion, words(samplers or SAMPLERS), *listed, config)
+        rows = sweeps.sweep(diffusion, bench, settings, out / "trilemma.csv", run)
         best = sweeps.cheapest(rows)
         print(
             "the Pareto front of quality, diversity and speed:",
@@ -138,8 +140,7 @@ def evaluate(
         print(out / "trilemma.csv", sweeps.figure(rows, out / "trilemma.png"), sep="\n")
         return
     sweeps.read(out / "evaluate.csv")  # complains of other people's files before anything slow
-    setting = sweeps.Setting(sampler or diffusion.sampler, steps, guidance, between, spacing)
-    drawn = sweeps.drawn(diffusion, bench, setting, seed)
+    drawn = evaluate.draw(diffusion, bench, config, progress=True)
     rows = evaluate.figures(bench, drawn, seed)
     print(table(rows))
     if data is None:
@@ -150,7 +151,7 @@ def evaluate(
         print(
             "no Fréchet distance here is an FID: that name belongs to Inception's features (--features inception-v3-compat)."
         )
-    key = run | setting.columns()
+    key = run | sweeps.columns(config)
     written = write_results(out, **key, figures=[row._asdict() for row in rows])
     print(written, sweeps.append(out / "evaluate.csv", key | sweeps.flat(rows)), sep="\n")
 
@@ -160,11 +161,9 @@ def swept(
     names: list[str],
     steps: list[float],
     guidance: list[float],
-    interval: tuple[float, float],
-    spacing: str,
+    config,  # SampleConfig
 ):
     """Every combination, each checked before anything slow."""
-    from minidiff.evaluation.sweep import Setting
     from minidiff.samplers import by_name
 
     for name in names:
@@ -172,11 +171,11 @@ def swept(
     for count in steps:
         if count != int(count):
             raise UserError(f"--sweep-steps holds {count:g}; steps are whole numbers.")
-        diffusion.schedule.timesteps(int(count), spacing)
+        diffusion.schedule.timesteps(int(count), config.spacing)
     if not names:
         raise UserError("--samplers names none; write them as in ddim,dpmpp_2m.")
     return [
-        Setting(name, int(count), scale, interval, spacing)
+        replace(config, sampler=name, steps=int(count), guidance=scale)
         for name in names
         for count in steps
         for scale in guidance

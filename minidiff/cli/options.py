@@ -2,12 +2,14 @@
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from minidiff.errors import UserError
+from minidiff.options.sampling import Interval, SampleConfig
 
 Device = Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda|mps")]
 Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
@@ -44,37 +46,32 @@ def sampling(
     device: str,
     out: Path,
     spacing: str | None = None,
+    interval: tuple[float, float] = (0.0, 1.0),
     **loading: object,
 ):
-    """The model (LatentDiffusion), and the arguments of its `sample`. loading: more of minidiff.load's arguments."""
+    """The model (LatentDiffusion), and a SampleConfig with the model's own values filled in.
+    loading: more of minidiff.load's arguments."""
     check_out(out)
     check_seed(seed)
     check_positive("--steps", steps)
-    if guidance is not None and not math.isfinite(guidance):
-        raise UserError(f"--guidance is {guidance}; it must be finite, as in --guidance 4.")
+    config = SampleConfig(
+        steps, guidance, sampler, spacing, interval=Interval(*interval), seed=seed
+    )
     device = pick_device(device)
-    import torch
-
     from minidiff import load
     from minidiff.samplers import by_name
 
-    generator = torch.Generator().manual_seed(seed)
     if sampler is not None:
         by_name(sampler)  # complains of unknown ones before anything slow
     diffusion = load(model, device, **loading)
-    step = by_name(sampler or diffusion.sampler, generator)
-    spacing = spacing or diffusion.spacing
-    diffusion.schedule.timesteps(
-        steps, spacing
-    )  # complains of more steps than noise levels, and of unknown spacings
-    guidance = diffusion.guidance if guidance is None else guidance
-    return diffusion, {
-        "steps": steps,
-        "guidance": guidance,
-        "step": step,
-        "generator": generator,
-        "spacing": spacing,
-    }
+    config = replace(
+        config,
+        guidance=diffusion.guidance if guidance is None else guidance,
+        sampler=sampler or diffusion.sampler,
+        spacing=spacing or diffusion.spacing,
+    )
+    diffusion.schedule.timesteps(steps, config.spacing)  # complains of more steps than levels
+    return diffusion, config
 
 
 def parsed_loras(loras: tuple[str, ...]) -> list[tuple[Path, float]]:

@@ -76,13 +76,13 @@ def reverse(
         device: where to compute; auto takes a GPU if there is one.
         out: folder for reverse.png and reverse.gif.
     """
-    diffusion, how = options.sampling(model, steps, guidance, sampler, seed, device, out)
+    diffusion, config = options.sampling(model, steps, guidance, sampler, seed, device, out)
     from minidiff.figures import chains
+    from minidiff.samplers import Normal
 
-    with tqdm(
-        diffusion.sample(list(prompts), **how), "sampling", steps + 1, unit="frame", delay=0.01
-    ) as bar:
-        frames = list(bar)
+    noise = Normal.seeded(seed, range(len(prompts)))
+    chain = diffusion.sample(list(prompts), generator=noise, config=config)
+    frames = list(tqdm(chain, "sampling", steps + 1, unit="frame", delay=0.01))
     print(*chains.plot_reverse(diffusion, frames, list(prompts), out), sep="\n")
 
 

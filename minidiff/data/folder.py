@@ -59,15 +59,6 @@ def to_uint8(pictures: Float[Tensor, "*dims"]) -> UInt8[Tensor, "*dims"]:
     return ((pictures.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def check_size(size: int, multiple: int) -> None:
-    """A network that halves its input k times needs sides divisible by 2^k: refuse others, and name the nearest that work."""
-    if size > 0 and size % multiple == 0:
-        return
-    below = max(size, 0) // multiple * multiple
-    nearest = f"sizes are {below} and {below + multiple}" if below else f"size is {multiple}"
-    raise UserError(f"size {size} is not divisible by {multiple}; the nearest valid {nearest}")
-
-
 def load_picture(
     path: str | Path, size: int | tuple[int, int] | None = None
 ) -> UInt8[Tensor, "3 H W"]:

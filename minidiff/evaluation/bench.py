@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from minidiff import pipeline
 from minidiff.data import critic
 from minidiff.data.folder import CaptionedFolder, Pictures, load_all, to_model
 from minidiff.data.world import Scene, World
@@ -26,7 +27,7 @@ from minidiff.errors import UserError
 from minidiff.evaluation import features, metrics
 from minidiff.evaluation.metrics import Score
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.samplers import by_name
+from minidiff.options.sampling import SampleConfig
 
 EACH = 5  # pictures of one prompt, behind its diversity
 AT_ONCE = 500  # real pictures in memory
@@ -46,13 +47,8 @@ def caption_accuracy(
     seed: int = 0,
 ) -> tuple[float, Float[Tensor, "B 3 H W"], list[bool]]:
     """The share of captions whose picture the critic accepts in every attribute; the pictures; the verdict on each."""
-    pictures = model.generate(
-        captions,
-        steps=steps,
-        guidance=guidance,
-        generator=torch.Generator().manual_seed(seed),
-        progress=True,
-    ).cpu()
+    config = SampleConfig(steps, guidance, seed=seed)
+    pictures = pipeline.generate(model, captions, config, progress=True).cpu()
     verdicts = [
         critic.holds(picture, caption) for picture, caption in zip(pictures, captions, strict=True)
     ]
@@ -227,14 +223,11 @@ def counted(network: nn.Module) -> Iterator[list[int]]:
 
 
 def draw(
-    model: LatentDiffusion, bench: Bench, sampler: str | None = None, seed: int = 0, **how
+    model: LatentDiffusion, bench: Bench, config: SampleConfig, progress: bool = False
 ) -> Drawn:
-    """A picture for every prompt, the repeated ones included; how: steps, guidance, and more of model.draw's arguments."""
-    generator = torch.Generator().manual_seed(seed)
+    """An image for every prompt, the repeated ones included."""
     prompts, n, seconds = bench.prompts + bench.repeated, len(bench.prompts), 0.0
-    drawing = model.draw(
-        prompts, step=by_name(sampler or model.sampler, generator), generator=generator, **how
-    )
+    drawing = pipeline.draw(model, prompts, config, progress=progress)
 
     def batches() -> Batches:  # only drawing is timed, not looking
         nonlocal seconds

@@ -11,12 +11,12 @@ import os
 from collections.abc import Iterable
 from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
 
 from minidiff.errors import UserError
-from minidiff.evaluation.bench import Bench, Drawn, Figure, draw, figures
+from minidiff.evaluation.bench import Bench, Figure, draw, figures
 from minidiff.figures.plots import _save, _style
 from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.options.sampling import SampleConfig
 
 NETWORKS = ["pixels-8x8", "random-conv-0"]
 QUALITY = ("accuracy critic", "precision random-conv-0")  # the first that was measured
@@ -24,30 +24,18 @@ OURS = {"sampler", "steps", "guidance"}  # columns of every line
 DIVERSITY, SPEED = "diversity per prompt pixels-8x8", "evaluations per picture"
 
 
-class Setting(NamedTuple):
-    """One way to sample."""
-
-    sampler: str
-    steps: int
-    guidance: float
-    interval: tuple[float, float] = (
-        0.0,
-        1.0,
-    )  # where it is guided at all, from 0 (data) to 1 (noise)
-    spacing: str = "trailing"
-
-    def columns(self) -> dict[str, str]:
-        interval = "-".join(f"{end:g}" for end in self.interval)
-        return {
-            "sampler": self.sampler,
-            "steps": str(self.steps),
-            "guidance": f"{self.guidance:g}",
-            "interval": interval,
-            "spacing": self.spacing,
-        }
-
-
 Row = dict[str, str]  # a line of the CSV file, its numbers as they are written there
+
+
+def columns(config: SampleConfig) -> Row:
+    """The columns that say how a line's images were sampled."""
+    return {
+        "sampler": config.sampler,
+        "steps": str(config.steps),
+        "guidance": f"{config.guidance:g}",
+        "interval": "-".join(f"{end:g}" for end in config.interval),
+        "spacing": config.spacing or "trailing",
+    }
 
 
 def flat(rows: Iterable[Figure]) -> dict[str, str]:
@@ -105,24 +93,19 @@ def fingerprint(model: LatentDiffusion) -> str:
 def sweep(
     model: LatentDiffusion,
     bench: Bench,
-    settings: list[Setting],
+    settings: list[SampleConfig],
     path: Path,
     run: Row,
-    seed: int = 0,
 ) -> list[Row]:
     """Measure the settings that have no line in the file yet; returns the lines of all. run: what else a line must have in common to count."""
-    wanted = [run | setting.columns() for setting in settings]
-    for number, (setting, key) in enumerate(zip(settings, wanted, strict=True), 1):
+    wanted = [run | columns(config) for config in settings]
+    for number, (config, key) in enumerate(zip(settings, wanted, strict=True), 1):
         if not any(key.items() <= row.items() for row in read(path)):
             print(f"{number} of {len(settings)}: {name(key)}", flush=True)
-            append(path, key | flat(figures(bench, drawn(model, bench, setting, seed), seed)))
+            drawn = draw(model, bench, config, progress=True)
+            append(path, key | flat(figures(bench, drawn, config.seed)))
     rows = read(path)
     return [next(row for row in rows if key.items() <= row.items()) for key in wanted]
-
-
-def drawn(model: LatentDiffusion, bench: Bench, setting: Setting, seed: int) -> Drawn:
-    how = setting._asdict()
-    return draw(model, bench, how.pop("sampler"), seed, **how, progress=True)
 
 
 def name(row: Row) -> str:

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from minidiff import pipeline
 from minidiff.data import latents as cache
 from minidiff.data.folder import (
     CaptionedFolder,
@@ -39,9 +40,8 @@ from minidiff.errors import UserError
 from minidiff.figures import plots
 from minidiff.finetuning.loop import encoded
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.samplers import by_name
+from minidiff.options.sampling import SampleConfig
 from minidiff.text import token_ids
-from minidiff.train import seed_of
 
 SMALL = 64  # pixels
 COPIES = 24  # of every picture, each moved otherwise
@@ -170,17 +170,11 @@ def class_pictures(
     with tqdm(desc="drawing class pictures", total=len(prompts), unit="", delay=0.5) as bar:
         for start in starts:
             some, places = prompts[start : start + BATCH], paths[start : start + BATCH]
-            how = [steps, guidance, model.sampler, model.spacing, model.size, seed_of(seed, start)]
+            how = [steps, guidance, model.sampler, model.spacing, model.size, seed, start]
             key = hashlib.sha256(json.dumps([weights, some, how]).encode()).hexdigest()
             if not all(carries(path, key) for path in places):
-                generator = torch.Generator().manual_seed(seed_of(seed, start))
-                drawn = model.generate(
-                    some,
-                    steps=steps,
-                    guidance=guidance,
-                    generator=generator,
-                    step=by_name(model.sampler, generator),
-                )
+                config = SampleConfig(steps, guidance, seed=seed)
+                drawn = pipeline.generate(model, some, config, first=start)
                 for path, picture, prompt in zip(places, drawn.float().cpu(), some, strict=True):
                     plots.save_png(picture, path, {"prompt": prompt, "key": key})
             bar.update(len(some))

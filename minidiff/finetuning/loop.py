@@ -22,13 +22,14 @@ from minidiff.data import latents as cache
 from minidiff.data.buckets import bucket
 from minidiff.data.folder import Pictures, load_picture
 from minidiff.data.latents import Example
-from minidiff.denoiser import HASTE, LEVELS, Denoiser
+from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.finetuning.groups import Batch, Group, batches, loss
 from minidiff.finetuning.identity import identity, same_run
 from minidiff.finetuning.outcome import keep, write
 from minidiff.finetuning.recorder.recorder import Recorder
 from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.losses import LEVELS, LR_MULTIPLIER
 from minidiff.methods import inversion, lora
 from minidiff.train import EMA, LossFn, train
 from minidiff.training.optimizers import OPTIMIZERS
@@ -266,7 +267,7 @@ def settle(denoiser: Denoiser, loss_fn: LossFn, data: Iterator[Batch], count: in
             break
     level = (torch.cat(places) * LEVELS).long().clamp(max=LEVELS - 1)
     for place in level.unique():
-        denoiser.log_error[place] = torch.cat(errors)[level == place].mean().log() / HASTE
+        denoiser.log_error[place] = torch.cat(errors)[level == place].mean().log() / LR_MULTIPLIER
 
 
 def shares(model: LatentDiffusion, trained: nn.Module, batch: int) -> int:

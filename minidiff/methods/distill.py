@@ -41,9 +41,9 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from minidiff.denoiser import Denoise, _like
+from minidiff.denoiser import Denoise
 from minidiff.errors import UserError
-from minidiff.schedules import NoiseSchedule
+from minidiff.schedules import NoiseSchedule, per_example
 from minidiff.steps import consistent
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # two batches to (B,)
@@ -61,17 +61,6 @@ def pseudo_huber(x: Float[Tensor, "B *dims"], y: Float[Tensor, "B *dims"]) -> Fl
     return (squared(x, y) + c**2).sqrt() - c
 
 
-def noised(
-    schedule: NoiseSchedule,
-    t: Shaped[Tensor, "B"],
-    x0: Float[Tensor, "B *dims"],
-    eps: Float[Tensor, "B *dims"],
-) -> Float[Tensor, "B *dims"]:
-    """x_t = alpha_t x0 + sigma_t eps. With what a denoiser says of another x_s in place of x0 and eps, it is DDIM's step from s to t."""
-    alpha, sigma = schedule.alpha_sigma(t)
-    return _like(alpha, x0) * x0 + _like(sigma, x0) * eps
-
-
 def guided_loss(
     student: Denoise,
     teacher: Denoise,
@@ -86,7 +75,7 @@ def guided_loss(
         student,
         teacher,
         schedule,
-        noised(schedule, t, x0, torch.randn_like(x0) if eps is None else eps),
+        schedule.mix(x0, torch.randn_like(x0) if eps is None else eps, t),
         t,
     )
 
@@ -116,13 +105,13 @@ def progressive_target(
     x_s = x
     with torch.no_grad():
         for t, s in pairwise(times):
-            x_s = noised(schedule, s, *teacher(x_s, t))
+            x_s = schedule.mix(*teacher(x_s, t), s)
     (alpha_t, sigma_t), (alpha_s, sigma_s) = (
         schedule.alpha_sigma(times[0]),
         schedule.alpha_sigma(times[-1]),
     )
     kept = sigma_s / sigma_t
-    return (x_s - _like(kept, x) * x) / _like(alpha_s - kept * alpha_t, x)
+    return (x_s - per_example(kept, x) * x) / per_example(alpha_s - kept * alpha_t, x)
 
 
 def progressive_loss(
@@ -146,7 +135,7 @@ def progressive_loss(
             f"{steps} steps of the teacher are not a whole number of strides of {stride}."
         )
     n = stride * torch.randint(0, steps // stride, (len(x0),)) if n is None else n
-    x = noised(schedule, times[n], x0, torch.randn_like(x0) if eps is None else eps)
+    x = schedule.mix(x0, torch.randn_like(x0) if eps is None else eps, times[n])
     taught = progressive_target(
         teacher, schedule, x, torch.stack([times[n + k] for k in range(stride + 1)])
     )
@@ -190,9 +179,9 @@ def consistency_loss(
     n = torch.randint(0, len(times) - 1, (len(x0),)) if n is None else n
     t, s = times[n], times[n + 1]
     eps = torch.randn_like(x0) if eps is None else eps
-    x = noised(schedule, t, x0, eps)
+    x = schedule.mix(x0, eps, t)
     with torch.no_grad():
-        x_s = noised(schedule, s, *((x0, eps) if teacher is None else teacher(x, t)))
+        x_s = schedule.mix(*((x0, eps) if teacher is None else teacher(x, t)), s)
         goal = consistent(target, schedule, x_s, s)
     return distance(consistent(student, schedule, x, t), goal)
 
@@ -212,7 +201,7 @@ def renoised_loss(
     none, and costs variety. What noise of s does not hide, a whole picture's colour say, it cannot correct: mix it with another loss."""
     guess = consistent(student, schedule, x, t)
     with torch.no_grad():
-        x_s = noised(schedule, s, guess, torch.randn_like(x) if eps is None else eps)
+        x_s = schedule.mix(guess, torch.randn_like(x) if eps is None else eps, s)
         better = consistent(teacher, schedule, x_s, s)
     return distance(guess, better)
 

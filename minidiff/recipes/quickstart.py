@@ -33,6 +33,7 @@ from minidiff.evaluation import bench as evaluate
 from minidiff.figures import chains, plots
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.recipes import reading
+from minidiff.samplers import Normal
 from minidiff.text import CLIPText, TextConfig
 from minidiff.train import EMA, TrainStep, seed_of, train
 from minidiff.unet import UNet, UNetConfig
@@ -322,7 +323,7 @@ def quickstart(out: Path, seed: int = 0, device: str = "cpu", resume: bool = Fal
         out,
         torch.Generator().manual_seed(seed),
     )
-    frames = list(model.sample(PROMPTS, generator=torch.Generator().manual_seed(seed)))
+    frames = list(model.sample(PROMPTS, generator=Normal.seeded(seed, range(len(PROMPTS)))))
     wrote += chains.plot_reverse(model, frames, PROMPTS, out)
     log = [
         json.loads(line)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from minidiff import schedules
-from minidiff.denoiser import Denoiser, Prediction, guide
+from minidiff.denoiser import Denoiser, Prediction
+from minidiff.guidance import guide
 from minidiff.errors import UserError
 from minidiff.layers import timestep_embedding
 from minidiff.methods import lora

@@ -40,6 +40,7 @@ from minidiff.figures import plots
 from minidiff.finetuning.recorder.advice import Record, advise, best
 from minidiff.finetuning.recorder.report import Pair, page, shown
 from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.samplers import Normal
 from minidiff.train import BINS, seed_of
 
 Example = tuple[
@@ -224,9 +225,9 @@ class Recorder:
         """The pictures of each prompt, the same seeds for all, as bytes; and the labels whose pictures are not finite."""
         drawn, broken = {}, set()
         for label, prompt in self.prompts.items():
-            generator = torch.Generator().manual_seed(self.seed)
+            noise = Normal.seeded(self.seed, range(self.n))
             *_, last = self.model.sample(
-                [prompt] * self.n, self.steps, self.guidance, generator=generator
+                [prompt] * self.n, self.steps, self.guidance, generator=noise
             )
             pictures = self.model.decode(last.x0).float().cpu()
             if not pictures.isfinite().all():
