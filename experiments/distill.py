@@ -49,7 +49,7 @@ from minidiff.methods.distill import (
     pseudo_huber,
     renoised_loss,
 )
-from minidiff.options.sampling import SampleConfig
+from minidiff.options.sampling import Interval, SampleConfig
 from minidiff.recipes.quickstart import COLOURS, SHAPES
 from minidiff.train import EMA, seed_of, train
 
@@ -57,7 +57,7 @@ TWO_OBJECTS = 0.8  # the share of pictures that show two
 WALK = 8  # steps of dpmpp_2m
 GUIDED = {
     "scale": 3.0,
-    "interval": (0.7, 1.0),
+    "interval": Interval(0.7, 1.0),
 }  # whose colour is whose is decided above t = 840 (docs/box.md): guide there, and hard
 CHUNK = 250  # walks in a file
 RENOISED = (
@@ -74,7 +74,7 @@ BEST = ("ddpm", 25, 2.0)  # how the teacher is used
 TEACHER = (BEST, ("ddpm", 8, 2.0), ("ddpm", 4, 2.0), ("ddpm", 2, 2.0))
 TAKEN_IN = {
     "scale": 2.0,
-    "interval": (0.6, 1.0),
+    "interval": Interval(0.6, 1.0),
 }  # the guidance of the guided student; below t = 600 it decides nothing (docs/distillation.md)
 GUIDELESS = tuple(
     ("dpmpp_2m_sde", steps, 1.0) for steps in (8, 6, 4)

@@ -33,7 +33,7 @@ from minidiff.cli.script import (
     run,
     write_results,
 )
-from minidiff.data.folder import CaptionedFolder, check_size, load_all, to_model
+from minidiff.data.folder import CaptionedFolder, load_all, to_model
 from minidiff.data.latents import Example
 from minidiff.errors import UserError
 from minidiff.evaluation import metrics
@@ -42,7 +42,7 @@ from minidiff.figures import plots
 from minidiff.finetuning.groups import Group, split
 from minidiff.finetuning.loop import finetune
 from minidiff.finetuning.recorder.recorder import Recorder
-from minidiff.options.sampling import SampleConfig
+from minidiff.options.sampling import SampleConfig, check_size
 from minidiff.train import seed_of, train
 from minidiff.vae import VAE
 

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from minidiff import pipeline, samplers, schedules
 from minidiff.cli.script import follow, last_loss, pick_device, read_log, run, write_results
-from minidiff.data.folder import CaptionedFolder, check_size, load_all, to_model
+from minidiff.data.folder import CaptionedFolder, load_all, to_model
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.figures import chains, plots
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.options.sampling import SampleConfig
+from minidiff.options.sampling import SampleConfig, check_size
 from minidiff.text import CLIPText, TextConfig
 from minidiff.train import EMA, seed_of, train
 from minidiff.unet import UNet, UNetConfig

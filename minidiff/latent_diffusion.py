@@ -122,7 +122,8 @@ class LatentDiffusion(nn.Module):
         this one in order, so that image k is the same in any batch; or an object such as
         samplers.Normal. x_T: where to start, in place of noise.
         """
-        times = times_of(self.schedule, steps or config.steps, config.spacing or self.spacing)
+        steps = config.steps if steps is None else steps
+        times = times_of(self.schedule, steps, config.spacing or self.spacing)
         noise = generator if callable(generator) else Normal.split(generator, len(prompts))
         x = self.start(len(prompts), config, noise, times[0]) if x_T is None else x_T
         denoise = self.guided(prompts, config, guidance)

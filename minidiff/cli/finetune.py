@@ -9,6 +9,7 @@ import tyro
 from minidiff.cli import options
 from minidiff.cli.options import EXAMPLE, MODEL, Device, Integer, Listed, Number
 from minidiff.errors import UserError
+from minidiff.options.sampling import check_size
 
 Data = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 Method = Annotated[str, tyro.conf.arg(metavar="full|lora")]
@@ -94,7 +95,7 @@ def finetune(
         raise UserError(f"--validation is {validation:g}; it must be a share from 0 to below 1.")
     device = options.pick_device(device)
     from minidiff import load
-    from minidiff.data.folder import CaptionedFolder, check_size
+    from minidiff.data.folder import CaptionedFolder
     from minidiff.finetuning import estimate
     from minidiff.finetuning import loop as tuning
     from minidiff.finetuning.groups import split

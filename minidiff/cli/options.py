@@ -2,7 +2,6 @@
 
 import math
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -54,9 +53,8 @@ def sampling(
     check_out(out)
     check_seed(seed)
     check_positive("--steps", steps)
-    config = SampleConfig(
-        steps, guidance, sampler, spacing, interval=Interval(*interval), seed=seed
-    )
+    if guidance is not None and not math.isfinite(guidance):
+        raise UserError(f"--guidance is {guidance}; it must be finite, as in --guidance 4.")
     device = pick_device(device)
     from minidiff import load
     from minidiff.samplers import by_name
@@ -64,14 +62,13 @@ def sampling(
     if sampler is not None:
         by_name(sampler)  # complains of unknown ones before anything slow
     diffusion = load(model, device, **loading)
-    config = replace(
-        config,
-        guidance=diffusion.guidance if guidance is None else guidance,
-        sampler=sampler or diffusion.sampler,
-        spacing=spacing or diffusion.spacing,
+    sampler, spacing = sampler or diffusion.sampler, spacing or diffusion.spacing
+    guidance = diffusion.guidance if guidance is None else guidance
+    # complains of unknown spacings, and of more steps than noise levels
+    diffusion.schedule.timesteps(steps, spacing)
+    return diffusion, SampleConfig(
+        steps, guidance, sampler, spacing, interval=Interval(*interval), seed=seed
     )
-    diffusion.schedule.timesteps(steps, config.spacing)  # complains of more steps than levels
-    return diffusion, config
 
 
 def parsed_loras(loras: tuple[str, ...]) -> list[tuple[Path, float]]:
