@@ -8,6 +8,8 @@ from minidiff.ddpm import DDPM
 from minidiff.denoiser import Denoiser
 from minidiff.samplers import ddpm, sample
 
+from .noise import seeded
+
 EXACT = 1e-10  # float64 algebra over a thousand steps
 
 
@@ -61,9 +63,7 @@ def test_general_sampler_equals_the_literal_chain():
     denoiser = Denoiser(Toy(), schedules.linear(), "eps")
     general = [
         frame.x
-        for frame in sample(
-            denoiser, schedules.linear(), x_T, 1000, ddpm(torch.Generator().manual_seed(1))
-        )
+        for frame in sample(denoiser, schedules.linear(), x_T, 1000, ddpm(), noise=seeded(1))
     ][1:]
     assert len(literal) == len(general) == 1000
     for a, b in zip(literal, general, strict=True):

@@ -4,17 +4,10 @@ import pytest
 import torch
 
 from minidiff import schedules
-from minidiff.denoiser import (
-    HASTE,
-    LEVELS,
-    SIGMA_DATA,
-    TARGETS,
-    WEIGHTINGS,
-    Denoiser,
-    Prediction,
-)
-from minidiff.guidance import guide
+from minidiff.denoiser import TARGETS, Denoiser, Prediction
 from minidiff.errors import UserError
+from minidiff.guidance import guide
+from minidiff.losses import LEVELS, LR_MULTIPLIER, SIGMA_DATA, WEIGHTINGS
 
 ALL_SCHEDULES = [
     schedules.linear(),
@@ -153,12 +146,12 @@ def test_learned_weighting_makes_every_level_pull_equally():
         optimizer.step()
     middles = (torch.arange(LEVELS) + 0.5) / LEVELS
     expected = (10 ** (3 * middles - 3)).log()
-    assert torch.allclose(HASTE * denoiser.log_error.detach(), expected, atol=0.4)
+    assert torch.allclose(LR_MULTIPLIER * denoiser.log_error.detach(), expected, atol=0.4)
 
     t, answer = torch.tensor([100, 900]), torch.ones(2, 50, requires_grad=True)
     denoiser.network.answer = answer
     loss = denoiser.loss(x0[:2], t=t)
-    u = HASTE * denoiser.log_error[[2, 18]]
+    u = LR_MULTIPLIER * denoiser.log_error[[2, 18]]
     assert torch.allclose(loss, 1 / u.exp() + u)
     assert torch.allclose(
         torch.autograd.grad(loss.sum(), answer)[0], (2 / 50 / u.exp())[:, None].expand(-1, 50)
@@ -169,7 +162,7 @@ def test_learned_weighting_makes_every_level_pull_equally():
 def test_zero_terminal_snr_needs_a_target_that_sees_x0():
     schedule = schedules.Discrete("linear", zero_terminal_snr=True)
     assert schedule.alpha_bar[-1] == 0
-    with pytest.raises(ValueError, match="zero_terminal_snr"):
+    with pytest.raises(UserError, match="zero_terminal_snr"):
         Denoiser(Knows(), schedule, "eps")
     x0, eps, t = (
         torch.randn(2, 3, dtype=torch.float64),
@@ -184,10 +177,10 @@ def test_zero_terminal_snr_needs_a_target_that_sees_x0():
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match='no target "noise"; there is eps, x0, v, flow, edm'):
+    with pytest.raises(UserError, match='no target "noise"; there is eps, x0, v, flow, edm'):
         Denoiser(Knows(), schedules.linear(), "noise")
     with pytest.raises(
-        ValueError, match='no weighting "snr"; there is eps, x0, v, flow, edm, min-snr, p2'
+        UserError, match='no weighting "snr"; there is eps, x0, v, flow, edm, min-snr, p2'
     ):
         Denoiser(Knows(), schedules.linear(), "v", "snr")
 
@@ -395,7 +388,7 @@ def test_autoguidance_steers_away_from_a_weak_denoiser():
         ({"rescale": 1.5}, "rescale is 1.5; it must be from 0"),
         ({"interval": (0.6, 0.2)}, "smaller one first"),
         ({"interval": (0.0, 600)}, "from 0 .data. to 1"),
-        ({"threshold": 0.0}, "threshold is 0.0; it must be a share"),
+        ({"threshold": 0.0}, "threshold is 0.0; it must be above 0"),
         ({"threshold": 99.5}, "as in 0.995"),
     ],
 )
@@ -408,7 +401,7 @@ def test_bad_guidance(how, complaint):
 @pytest.mark.parametrize("scale", [7.5, 0.0])
 def test_guidance_needs_something_to_steer_away_from(scale):
     denoiser, _, _, _, context, _ = pictures()
-    with pytest.raises(UserError, match="something to steer away from"):
+    with pytest.raises(UserError, match="needs null or weak, to steer away from"):
         guide(denoiser, context, None, scale)
 
 

@@ -14,13 +14,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import minidiff
-from minidiff import schedules
+from minidiff import pipeline, schedules
 from minidiff.cli import script
 from minidiff.data import critic
 from minidiff.data.folder import load_picture, to_uint8
 from minidiff.data.world import World
 from minidiff.errors import UserError
-from minidiff.evaluation import features
+from minidiff.evaluation import features, sweep
+from minidiff.options.sampling import SampleConfig
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
@@ -292,7 +293,7 @@ def test_trilemma(tmp_path, monkeypatch):
     trilemma.main(**settings)
     results = written(tmp_path, "trilemma.csv", "trilemma.png")
     assert results["settings"] == 4 and results["enough"].endswith((" at 1", " at 2", " at 4"))
-    monkeypatch.setattr(minidiff.trilemma, "draw", None)  # all is measured: nothing is drawn again
+    monkeypatch.setattr(sweep, "draw", None)  # all is measured: nothing is drawn again
     trilemma.main(**settings)
 
 
@@ -473,7 +474,7 @@ def test_the_second_round_learns_from_what_is_right_of_the_first(tmp_path, monke
         for k, scene in enumerate(shown)
     ]
     monkeypatch.setattr(
-        model, "generate", lambda captions, **_: World(32).draw(wrong, random.Random(0))
+        dreambooth.pipeline, "generate", lambda *_, **__: World(32).draw(wrong, random.Random(0))
     )
     folder = dreambooth.second_folder(model, tmp_path, 12, contexts, 0)
     told = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
@@ -585,9 +586,8 @@ def test_stable_diffusion_line_by_line(sd, tmp_path, capsys):
         str(folder), "an apple", "a bowl", steps=7, sampler="ddim", seed=3, out=tmp_path / "out"
     )
     written(tmp_path / "out", "trace.txt", "picture.png", "chain.png", "results.json")
-    generator = torch.Generator().manual_seed(3)
-    how = {"steps": 7, "guidance": 7.5, "negative": "a bowl", "generator": generator}
-    expected = minidiff.load(folder).generate(["an apple"], **how)[0]
+    config = SampleConfig(steps=7, guidance=7.5, negative="a bowl", seed=3)
+    expected = pipeline.generate(minidiff.load(folder), ["an apple"], config)[0]
     assert torch.equal(load_picture(tmp_path / "out" / "picture.png"), to_uint8(expected))
     sd_generate.main(out=tmp_path / "trace")
     assert (

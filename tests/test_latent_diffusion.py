@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import minidiff
-from minidiff import latent_diffusion, schedules
+from minidiff import latent_diffusion, pipeline, schedules
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.samplers import ddpm
+from minidiff.options.sampling import SampleConfig, Size
+from minidiff.samplers import Normal, ddpm
 from minidiff.text import ClassLabels, CLIPText, LabelsConfig, TextConfig, Unconditional
 from minidiff.unet import UNet, UNetConfig
 from minidiff.vae import VAE, Pixels, PixelsConfig, VAEConfig
@@ -50,10 +51,9 @@ def model(vae=None, text=None, schedule=None, target="eps", weighting=None, **ho
     ).eval()
 
 
-def pictures(diffusion, seed=0, prompts=PROMPTS, **how):
-    return diffusion.generate(
-        prompts, steps=3, generator=torch.Generator().manual_seed(seed), **how
-    )
+def pictures(diffusion, seed=0, prompts=PROMPTS, batch=64, **how):
+    config = SampleConfig(steps=3, seed=seed, **how)
+    return pipeline.generate(diffusion, prompts, config, batch)
 
 
 def test_text_and_unet_must_have_one_width():
@@ -256,23 +256,22 @@ def test_a_seed_is_a_picture():
     assert torch.equal(pictures(diffusion), pictures(diffusion))
     assert (pictures(diffusion) - pictures(diffusion, seed=1)).abs().max() > 0.01
     assert pictures(diffusion).shape == (2, 3, 16, 16) and pictures(diffusion).abs().max() <= 1
-    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(pictures(diffusion, seed=1, x_T=noise), pictures(diffusion))
+    noise = Normal.seeded(0, [0, 1])(torch.empty(2, 4, 8, 8))
+    *_, last = diffusion.sample(PROMPTS, 3, x_T=noise)
+    assert torch.equal(diffusion.decode(last.x0).clamp(-1, 1), pictures(diffusion))
 
 
 def test_a_model_samples_with_its_own_sampler_unless_told():
     how = dict(prompts=["a circle"], guidance=1)
     ancestral, plain = model(sampler="ddpm"), model()
-    generator = torch.Generator().manual_seed(
-        0
-    )  # one for x_T and for the noise on the way, as the model does it
-    told = plain.generate(
-        how["prompts"], steps=3, guidance=1, step=ddpm(generator), generator=generator
-    )
+    noise = Normal.seeded(0, [0])  # for x_T and for the noise on the way
+    *_, last = plain.sample(["a circle"], 3, 1, noise, ddpm())
+    told = plain.decode(last.x0).clamp(-1, 1)
     assert not torch.equal(pictures(ancestral, **how), pictures(plain, **how))
     assert torch.equal(pictures(ancestral, **how), pictures(ancestral, **how))
     assert torch.equal(pictures(ancestral, **how), told)
-    with pytest.raises(ValueError, match='no sampler "xxx"'):
+    assert torch.equal(pictures(plain, sampler="ddpm", **how), told)
+    with pytest.raises(UserError, match='no sampler "xxx"'):
         model(sampler="xxx")
 
 
@@ -307,7 +306,7 @@ def test_sampling_is_lazy_and_starts_at_the_schedules_noise(schedule, target, sp
     assert len(calls) == 1 and torch.is_grad_enabled() and first.t == schedule.timesteps(1)[0]
     torch.testing.assert_close(
         first.x,
-        spread * torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+        spread * Normal.split(torch.Generator().manual_seed(0), 2)(torch.empty(2, 4, 8, 8)),
         rtol=1e-6,
         atol=0,
     )  # fp32
@@ -380,11 +379,11 @@ def test_loss_is_the_denoisers_loss_on_latents():
 @pytest.mark.parametrize("size, nearest", [(18, "sizes are 16 and 20"), (3, "size is 4")])
 def test_other_sizes(size, nearest):
     diffusion = model()
-    assert pictures(diffusion, size=24).shape == (2, 3, 24, 24)
+    assert pictures(diffusion, size=Size(24, 24)).shape == (2, 3, 24, 24)
     with pytest.raises(
         UserError, match=f"size {size} is not divisible by 4; the nearest valid {nearest}"
     ):
-        pictures(diffusion, size=size)
+        pictures(diffusion, size=Size(size, size))
 
 
 @pytest.mark.parametrize(
@@ -423,5 +422,5 @@ def test_a_folder_of_another_format_is_refused(tmp_path):
 
 
 def test_nothing_to_generate_is_said():
-    with pytest.raises(UserError, match="no conditions"):
-        model().generate([])
+    with pytest.raises(UserError, match="no prompts"):
+        pipeline.generate(model(), [])

@@ -6,7 +6,6 @@ from itertools import pairwise
 import pytest
 import torch
 
-import minidiff.steps
 from minidiff import schedules
 from minidiff.cli import options
 from minidiff.denoiser import Prediction
@@ -14,6 +13,7 @@ from minidiff.errors import UserError
 from minidiff.methods.exact import Mixture
 from minidiff.samplers import (
     SAMPLERS,
+    Normal,
     by_name,
     ddim,
     ddpm,
@@ -26,6 +26,8 @@ from minidiff.samplers import (
     sample,
     unipc,
 )
+
+from .noise import seeded
 
 SCHEDULES = [schedules.cosine(), schedules.Flow(), schedules.Karras()]
 MEAN, STD = 0.7, 0.4
@@ -99,9 +101,7 @@ def test_order_of_accuracy(schedule, sampler, order):
         x_T = (
             alpha * 0.12 + sigma * torch.linspace(-1.5, 1.5, 9, dtype=torch.float64)[:, None]
         )  # 0.12: the mixture's mean
-        *_, last = sample(
-            mixture.denoiser(schedule), schedule, x_T, steps, by_name(sampler), times=times
-        )
+        *_, last = sample(mixture.denoiser(schedule), schedule, x_T, times, by_name(sampler))
         errors.append((cdf(last.x0, times[-1]) - cdf(x_T, times[0])).abs().max())
     logs, errors = counts.double().log(), torch.stack(errors).log()
     fitted = -((logs - logs.mean()) * errors).sum() / (logs - logs.mean()).pow(2).sum()
@@ -114,20 +114,19 @@ class Impulses:
     def __init__(self):
         self.draws = 0
 
-    def __call__(self, x, generator):
+    def __call__(self, x):
         self.draws += 1
         return torch.nn.functional.one_hot(torch.tensor(self.draws + 1), len(x)).to(x)[:, None]
 
 
-def moments(step, schedule, times, monkeypatch, denoise):
+def moments(step, schedule, times, denoise):
     """Mean and variance of what a sampler draws where every step is affine in x and in its noise, as on Gaussian data: row 0 has no
     noise at all, row 1 a unit of it in x_T, each other row a unit of one draw. Exact; nothing is sampled."""
-    monkeypatch.setattr(minidiff.steps, "_normal", Impulses())
     steps = len(times) - 1
     alpha, sigma = schedule.alpha_sigma(times[0])
     x_T = (alpha * MEAN).expand(steps + 2, 1).clone()
     x_T[1] += (alpha**2 * STD**2 + sigma**2).sqrt()
-    *_, last = sample(denoise, schedule, x_T, steps, step, times=times)
+    *_, last = sample(denoise, schedule, x_T, times, step, noise=Impulses())
     return last.x[0].item(), (last.x[1:] - last.x[0]).pow(2).sum().item()
 
 
@@ -142,12 +141,12 @@ def moments(step, schedule, times, monkeypatch, denoise):
     ids=["ddpm", "euler_ancestral", "dpmpp_2m_sde", "heun, S_churn 20"],
 )
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=name)
-def test_stochastic_samplers_have_the_right_mean_and_variance(schedule, make, order, monkeypatch):
+def test_stochastic_samplers_have_the_right_mean_and_variance(schedule, make, order):
     """The mean is exact, and the variance is off by a share that falls as steps^-order."""
     off = []
     for steps in (100, 200):
         mean, variance = moments(
-            make(steps), schedule, even(schedule, steps), monkeypatch, exact_gaussian(schedule)
+            make(steps), schedule, even(schedule, steps), exact_gaussian(schedule)
         )
         assert abs(mean - MEAN) < 1e-10
         off.append(variance / STD**2 - 1)
@@ -156,7 +155,7 @@ def test_stochastic_samplers_have_the_right_mean_and_variance(schedule, make, or
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize("schedule", SCHEDULES[:2], ids=name)
-def test_lcm_is_exact_for_an_exact_consistency_function(schedule, steps, monkeypatch):
+def test_lcm_is_exact_for_an_exact_consistency_function(schedule, steps):
     """One that jumps from anywhere on the probability-flow ODE of Gaussian data to its end, where x is MEAN + STD z."""
 
     def jump(x, t):
@@ -164,7 +163,7 @@ def test_lcm_is_exact_for_an_exact_consistency_function(schedule, steps, monkeyp
         x0 = MEAN + STD * (x - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2).sqrt()
         return Prediction(x0, (x - alpha * x0) / sigma)
 
-    mean, variance = moments(lcm(), schedule, schedule.timesteps(steps), monkeypatch, jump)
+    mean, variance = moments(lcm(), schedule, schedule.timesteps(steps), jump)
     assert (
         abs(mean - MEAN) < 1e-6 and abs(variance / STD**2 - 1) < 1e-6
     )  # c_skip is at most 4e-8 from t = 0.25 on
@@ -177,7 +176,7 @@ def test_ddim_is_eulers_method(schedule):
     for t, s in pairwise(schedule.timesteps(10)):
         x0, eps = denoise(x, t.expand(5))
         slope = eps - x0 if isinstance(schedule, schedules.Flow) else (x - x0) / t
-        x_s, guess = ddim()(denoise, schedule, x, t, s)
+        x_s, guess, _ = ddim()(denoise, schedule, x, t, s, seeded(0))
         assert torch.equal(guess, x0)
         torch.testing.assert_close(
             x_s, x + (s - t) * slope, rtol=1e-12, atol=1e-12
@@ -195,7 +194,7 @@ def test_heun_is_heuns_method_in_time_for_a_flow():
 
     for t, s in pairwise(schedule.timesteps(10)[:-1]):
         euler_end = x + (s - t) * v(x, t)
-        x_s, _ = heun()(denoise, schedule, x, t, s)
+        x_s, *_ = heun()(denoise, schedule, x, t, s, seeded(0))
         torch.testing.assert_close(
             x_s, x + (s - t) * (v(x, t) + v(euler_end, s)) / 2, rtol=1e-11, atol=1e-11
         )
@@ -224,8 +223,8 @@ def test_heun_equals_edm_algorithm_2(S_churn):
             d_next = (x_next - denoise(x_next, t[i + 1].expand(5)).x0) / t[i + 1]
             x_next = x + (t[i + 1] - t_hat) * (d + d_next) / 2
         x = x_next
-    step = heun(gamma, S_noise, (S_tmin, S_tmax), torch.Generator().manual_seed(4))
-    *_, last = sample(denoise, schedule, x_T, steps, step)
+    step = heun(gamma, S_noise, (S_tmin, S_tmax))
+    *_, last = sample(denoise, schedule, x_T, steps, step, noise=seeded(4))
     assert (last.x - x).abs().max() < 1e-12
 
 
@@ -252,7 +251,8 @@ def test_every_sampler_lives_with_pure_noise_and_clean_data(schedule, sampler, s
             schedule,
             x_T,
             steps,
-            by_name(sampler, torch.Generator().manual_seed(0)),
+            by_name(sampler),
+            noise=seeded(0),
         )
     )
     assert all(frame.x.isfinite().all() for frame in frames)
@@ -314,9 +314,11 @@ def test_ddim_step_equals_the_paper(eta):
         a_t, a_s = schedule.alpha_bar[t], schedule.alpha_bar[s]
         sigma = eta * ((1 - a_s) / (1 - a_t)).sqrt() * (1 - a_t / a_s).sqrt()
         expected = a_s.sqrt() * x0 + (1 - a_s - sigma**2).sqrt() * eps + sigma * z
-        step = ddim(eta, torch.Generator().manual_seed(7))
         torch.testing.assert_close(
-            step(lambda *_: Prediction(x0, eps), schedule, x, t, s)[0], expected, rtol=0, atol=1e-12
+            ddim(eta)(lambda *_: Prediction(x0, eps), schedule, x, t, s, seeded(7))[0],
+            expected,
+            rtol=0,
+            atol=1e-12,
         )
 
 
@@ -335,21 +337,22 @@ def test_the_loop_is_a_generator_that_leaves_the_caller_alone():
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_noise_is_drawn_on_the_cpu_whatever_the_device(sampler):
-    """The meta device stands in for a GPU: a step there takes the CPU's generator, and draws from it what it draws on the CPU."""
+    """The meta device stands in for a GPU: a step there takes the CPU's generators, and draws from them what it draws on the CPU."""
     schedule, (t, s) = schedules.cosine(), torch.tensor([500, 400])
     after = []
     for device in ("cpu", "meta"):
-        generator, x = torch.Generator().manual_seed(0), torch.zeros(2, 3, device=device)
-        x_s, _ = by_name(sampler, generator)(lambda x, t: Prediction(x, x), schedule, x, t, s)
+        noise, x = Normal.seeded(0, [0, 1]), torch.zeros(2, 3, device=device)
+        x_s, *_ = by_name(sampler)(lambda x, t: Prediction(x, x), schedule, x, t, s, noise)
         assert x_s.device.type == device
-        after.append(generator.get_state())
+        after.append(torch.stack([generator.get_state() for generator in noise.generators]))
     assert torch.equal(*after)
 
 
 @pytest.mark.parametrize(
     "times, complaint",
     [
-        ([1000, 500, 0], "3 times for 5 steps"),
+        ([], "run from nowhere"),
+        ([0], "run from 0 to 0"),
         ([1000, 800, 600, 600, 200, 0], "600 follows 600"),
         ([1000, 800, 600, float("nan"), 200, 0], "nan follows 600"),
         ([1001, 800, 600, 400, 200, 0], "run from 1001 to 0; they must begin at 1000 or below"),
@@ -363,9 +366,8 @@ def test_bad_times(times, complaint):
                 exact_gaussian(schedules.cosine()),
                 schedules.cosine(),
                 torch.zeros(1, 1),
-                5,
+                torch.tensor(times),
                 ddim(),
-                times=torch.tensor(times),
             )
         )
 
@@ -381,7 +383,7 @@ def test_bad_numbers():
                 rounds=0,
             )
         )
-    with pytest.raises(UserError, match='no variant "bh3" of UniPC; there is bh1 and bh2'):
+    with pytest.raises(UserError, match='no variant of UniPC "bh3"; there is bh1, bh2'):
         unipc("bh3")
 
 
@@ -411,7 +413,7 @@ def test_times_replace_the_spacing():
     schedule, x = schedules.cosine(), torch.randn(2, 1, dtype=torch.float64)
     times = torch.tensor([900.0, 333.3, 20.5, 0.0], dtype=torch.float64)
     assert [
-        frame.t for frame in sample(exact_gaussian(schedule), schedule, x, 3, ddim(), times=times)
+        frame.t for frame in sample(exact_gaussian(schedule), schedule, x, times, ddim())
     ] == times.tolist()
 
 
@@ -443,11 +445,10 @@ def test_names():
         torch.randn(2, 1, dtype=torch.float64),
         torch.tensor([500, 400]),
     )
-    for name, step in (("ddim", ddim(0.0)), ("ddpm", ddim(1.0, torch.Generator().manual_seed(3)))):
-        named = by_name(name, torch.Generator().manual_seed(3))
+    for name, step in (("ddim", ddim(0.0)), ("ddpm", ddim(1.0))):
         assert torch.equal(
-            named(exact_gaussian(schedule), schedule, x, t, s)[0],
-            step(exact_gaussian(schedule), schedule, x, t, s)[0],
+            by_name(name)(exact_gaussian(schedule), schedule, x, t, s, seeded(3))[0],
+            step(exact_gaussian(schedule), schedule, x, t, s, seeded(3))[0],
         )
     with pytest.raises(
         UserError,

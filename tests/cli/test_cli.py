@@ -195,7 +195,7 @@ def test_generate_takes_the_models_own_guidance_and_shows_progress(
             seen.append((self.n, self.total))
             super().close()
 
-    monkeypatch.setattr("minidiff.latent_diffusion.tqdm", Bar)
+    monkeypatch.setattr("minidiff.pipeline.tqdm", Bar)
     ran("generate", PROMPT, "--n", 65, "--steps", 2, "--model", tiny, "--out", tmp_path)
     assert seen[0] == (4, 4)  # 65 pictures are two batches
     with Image.open(tmp_path / "064-a-small-blue-circle.png") as picture:

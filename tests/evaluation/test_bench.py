@@ -3,11 +3,12 @@
 import csv
 import json
 import weakref
+from functools import partial
 
 import pytest
 import torch
 
-from minidiff import schedules
+from minidiff import pipeline, schedules
 from minidiff.data.world import World
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
@@ -15,6 +16,7 @@ from minidiff.evaluation import bench as evaluate
 from minidiff.evaluation import sweep as trilemma
 from minidiff.evaluation.bench import Drawn
 from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.options.sampling import SampleConfig
 from minidiff.recipes import quickstart
 
 WORLD = World(32, quickstart.SHAPES, quickstart.COLOURS)
@@ -128,7 +130,8 @@ def test_pictures_go_by_and_are_not_held(model, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "look", watched)
     monkeypatch.setattr(evaluate, "AT_ONCE", 7)
     bench = evaluate.of_world(WORLD, 20, 0, NETWORKS[:1])
-    evaluate.draw(model, bench, steps=1, guidance=1.0, batch=8)
+    monkeypatch.setattr(pipeline, "draw", partial(pipeline.draw, batch=8))
+    evaluate.draw(model, bench, SampleConfig(steps=1, guidance=1.0))
     folder = captioned(tmp_path / "data", WORLD.batch(30, "folder")[0])
     evaluate.of_folder(folder, 32, 15, 0, NETWORKS[:1])
     assert [len(seen["pixels-8x8"]) for seen in looked] == [10, 20, 20, 30, 30]
@@ -144,14 +147,13 @@ def test_real_pictures_do_not_depend_on_how_many_are_drawn_at_once_where_they_ar
 @pytest.mark.parametrize(("guidance", "evaluations"), [(1.0, 3), (2.0, 6)])
 def test_evaluations_are_counted(model, bench, guidance, evaluations):
     few = bench._replace(prompts=bench.prompts[:3], repeated=bench.repeated[:2])
-    drawn = evaluate.draw(model, few, "ddim", steps=3, guidance=guidance)
+    config = SampleConfig(steps=3, guidance=guidance, sampler="ddim")
+    drawn = evaluate.draw(model, few, config)
     first = drawn.pictures["pixels-8x8"]
     assert (len(first), len(drawn.repeated["pixels-8x8"]), drawn.evaluations) == (3, 2, evaluations)
-    assert torch.equal(
-        first, evaluate.draw(model, few, "ddim", steps=3, guidance=guidance).pictures["pixels-8x8"]
-    )
+    assert torch.equal(first, evaluate.draw(model, few, config).pictures["pixels-8x8"])
     assert (
-        evaluate.draw(model, few, "heun", steps=3, guidance=1.0).evaluations == 5
+        evaluate.draw(model, few, SampleConfig(3, 1.0, "heun")).evaluations == 5
     )  # two a step, but for the last
 
 
@@ -261,7 +263,7 @@ def test_the_sweep_goes_on_where_it_stopped(ran, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(
         trilemma,
         "draw",
-        lambda *a, **how: drawn.append((a[2], how["steps"])) or evaluate.draw(*a, **how),
+        lambda *a, **how: drawn.append((a[2].sampler, a[2].steps)) or evaluate.draw(*a, **how),
     )
     said = ran(*args, "--samplers", "ddim,dpmpp_2m").out
     assert drawn == [("dpmpp_2m", 1), ("dpmpp_2m", 2)]

@@ -221,7 +221,7 @@ def test_importing_plots_does_not_import_matplotlib():
         [
             sys.executable,
             "-c",
-            "import minidiff.plots, sys; assert 'matplotlib' not in sys.modules",
+            "import minidiff.figures.plots, sys; assert 'matplotlib' not in sys.modules",
         ],
         check=True,
     )

@@ -14,7 +14,7 @@ from torch import nn
 
 from minidiff import load, schedules
 from minidiff.data.latents import Example
-from minidiff.denoiser import HASTE, LEVELS, Denoiser
+from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.finetuning import estimate
 from minidiff.finetuning.estimate import Settings
@@ -23,6 +23,7 @@ from minidiff.finetuning.loop import averaged, finetune, hearing, settle, shares
 from minidiff.finetuning.outcome import kept
 from minidiff.finetuning.recorder.recorder import Recorder
 from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.losses import LEVELS, LR_MULTIPLIER
 from minidiff.methods import lora
 from minidiff.text import ClassLabels, CLIPText, LabelsConfig, TextConfig
 from minidiff.train import EMA
@@ -252,7 +253,7 @@ def test_learned_weighting_begins_at_its_optimum():
     data = list(islice(batches([Group("data", examples(16))], model.schedule, 64, 0.0, 0, 0), 10))
     with torch.no_grad():
         settle(model.denoiser, loss(model), iter(data), count=640)
-        u = HASTE * model.denoiser.log_error
+        u = LR_MULTIPLIER * model.denoiser.log_error
         each, where = zip(*(loss(model)(batch) for batch in data), strict=True)
     level = (torch.cat(where) * LEVELS).long().clamp(max=LEVELS - 1)
     for k in range(LEVELS):

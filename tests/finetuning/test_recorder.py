@@ -186,7 +186,7 @@ def test_pictures_moved_in_units_of_another_seed(tmp_path):
 def test_copies_are_found_and_named(tmp_path):
     """Training pictures among which are the very samples: each is its own nearest, at distance 0."""
     model = tiny()
-    drawn = recorder(tmp_path / "draw", model)
+    drawn = recorder(tmp_path / "draw", model, steps=2)
     drawn.measure(0, {})
     samples = drawn.first["caption"].float() / 127.5 - 1
     training = torch.cat([data()[0], samples])

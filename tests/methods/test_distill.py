@@ -10,8 +10,8 @@ from torch import nn
 
 from minidiff import schedules
 from minidiff.denoiser import Denoiser, Prediction
-from minidiff.guidance import guide
 from minidiff.errors import UserError
+from minidiff.guidance import guide
 from minidiff.layers import timestep_embedding
 from minidiff.methods import lora
 from minidiff.methods.distill import (
@@ -20,7 +20,6 @@ from minidiff.methods.distill import (
     guided_loss,
     intervals,
     lognormal,
-    noised,
     progressive_loss,
     progressive_target,
     pseudo_huber,
@@ -28,7 +27,7 @@ from minidiff.methods.distill import (
     squared,
 )
 from minidiff.methods.exact import Mixture
-from minidiff.samplers import ddim, lcm, sample, unipc
+from minidiff.samplers import ddim, lcm, sample, unipc, unseeded
 from minidiff.steps import consistent
 from minidiff.train import EMA, seed_of, train
 from minidiff.unet import UNet, UNetConfig
@@ -72,18 +71,17 @@ def test_one_step_to_the_progressive_target_is_the_teachers_steps(schedule, stri
         ),
     )
     for first in range(0, 8, stride):
-        x = noised(
-            schedule,
-            times[first].expand(5),
-            ISLANDS.draw(5),
-            torch.randn(5, 2, dtype=torch.float64),
+        x = schedule.mix(
+            ISLANDS.draw(5), torch.randn(5, 2, dtype=torch.float64), times[first].expand(5)
         )
         expected, found = (
             x,
-            ddim(final=False)(student, schedule, x, times[first], times[first + stride])[0],
+            ddim(final=False)(student, schedule, x, times[first], times[first + stride], unseeded)[
+                0
+            ],
         )
         for t, s in zip(times[first : first + stride], times[first + 1 :], strict=False):
-            expected = ddim(final=False)(teacher, schedule, expected, t, s)[0]
+            expected = ddim(final=False)(teacher, schedule, expected, t, s, unseeded)[0]
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -130,7 +128,7 @@ def test_guided_loss_asks_for_the_guided_teacher():
         torch.tensor([900, 400, 100]),
     )
     assert guided_loss(teacher, teacher, schedule, x0, t, eps).abs().max() == 0
-    x = noised(schedule, t, x0, eps)
+    x = schedule.mix(x0, eps, t)
     with_words, without = denoiser(x, t, context).x0, denoiser(x, t, null).x0
     expected = schedule.snr(t).clamp(min=1) * (2 * (with_words - without)).pow(2).flatten(1).mean(1)
     torch.testing.assert_close(
@@ -250,10 +248,9 @@ def test_a_guided_teachers_step_is_the_latent_consistency_models():
         torch.randn(2, 2, 8, 8).double(),
         torch.tensor([3, 30]),
     )
-    z, w = noised(schedule, times[n], x0, eps), 6.5
+    z, w = schedule.mix(x0, eps, times[n]), 6.5
     psi = [
-        noised(schedule, times[n + 1], *denoiser(z, times[n], words)) - z
-        for words in (context, null)
+        schedule.mix(*denoiser(z, times[n], words), times[n + 1]) - z for words in (context, null)
     ]
     z_s = z + (1 + w) * psi[0] - w * psi[1]
     student = guide(denoiser, context, None, 1)
@@ -339,7 +336,7 @@ def test_renoised_loss_by_its_formula():
     found = renoised_loss(ours, theirs, schedule, x, t, s, eps=eps)
     guess = consistent(ours, schedule, x, t)
     expected = (
-        (guess - consistent(theirs, schedule, noised(schedule, s, guess, eps), s))
+        (guess - consistent(theirs, schedule, schedule.mix(guess, eps, s), s))
         .pow(2)
         .flatten(1)
         .mean(1)

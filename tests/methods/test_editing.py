@@ -6,12 +6,13 @@ import torch
 from PIL import Image
 
 import minidiff
-from minidiff import schedules
+from minidiff import pipeline, schedules
 from minidiff.checkpoints.fill import DTYPES
 from minidiff.errors import UserError
 from minidiff.methods import editing
-from minidiff.samplers import ddim
-from minidiff.tiling import tiled
+from minidiff.methods.editing import Edit, edited
+from minidiff.options.sampling import SampleConfig
+from minidiff.pipeline import tiled
 from minidiff.training import finite
 
 PROMPTS = ["a red apple", "a blue bowl"]
@@ -33,7 +34,7 @@ def test_the_last_steps_are_walked():
     assert torch.equal(editing.late(times, 1), times) and len(editing.late(times, 1e-6)) == 2
     for strength in (0, -1, 1.01, float("nan")):
         with pytest.raises(UserError, match="strength is"):
-            editing.late(times, strength)
+            Edit(torch.zeros(1, 3, 16, 16), strength)
 
 
 def test_outside_the_mask_nothing_changes(model):
@@ -41,11 +42,10 @@ def test_outside_the_mask_nothing_changes(model):
     image, mask = torch.rand(1, 3, 16, 16) * 2 - 1, torch.zeros(1, 1, 16, 16)
     mask[..., :8] = 1
     noise, z0 = torch.randn(2, 4, 8, 8), model.vae.encode(image).detach().expand(2, -1, -1, -1)
-    frames = list(
-        model.sample(PROMPTS, 5, step=ddim(final=False), x_T=noise, image=image, mask=mask)
-    )
+    config = SampleConfig(5, sampler="euler")
+    frames = list(edited(model, PROMPTS, Edit(image, mask=mask), config, lambda x: noise))
     for frame in frames[1:]:
-        kept = editing.noised(model.schedule, z0, noise, torch.tensor(round(frame.t)))
+        kept = model.schedule.mix(z0, noise, torch.tensor(round(frame.t)))
         assert torch.equal(frame.x[..., 4:], kept[..., 4:])
         assert not torch.equal(frame.x[..., :4], kept[..., :4])
     assert torch.equal(frames[-1].x0[..., 4:], z0[..., 4:])
@@ -56,19 +56,21 @@ def test_strength(model):
     image, noise = torch.rand(1, 3, 16, 16) * 2 - 1, torch.randn(2, 4, 8, 8)
     z0, far = model.vae.encode(image), []
     for strength in (0.1, 0.5, 1.0):
-        frames = list(model.sample(PROMPTS, 10, x_T=noise, image=image, strength=strength))
+        frames = list(
+            edited(model, PROMPTS, Edit(image, strength), SampleConfig(10), lambda x: noise)
+        )
         assert len(frames) == 10 * strength + 1
         far.append((frames[-1].x0 - z0).pow(2).mean())
     assert far[0] < far[1] < far[2]
 
 
 def test_what_inpainting_needs(model, sd):
-    with pytest.raises(UserError, match="a mask needs an image"):
-        next(model.sample(PROMPTS, mask=torch.ones(1, 1, 16, 16)))
+    with pytest.raises(TypeError, match="image"):
+        Edit(mask=torch.ones(1, 1, 16, 16))
     with pytest.raises(
         UserError, match="this U-Net takes 5 channels; known are 4, and 9 for inpainting"
     ):
-        next(sd(channels=5).sample(PROMPTS))
+        pipeline.generate(sd(channels=5), PROMPTS)
 
 
 @pytest.mark.parametrize(
@@ -84,13 +86,15 @@ def test_tiles_of_a_local_function_are_the_whole(height, width, tile, overlap):
 
     torch.testing.assert_close(tiled(double, x, tile, overlap, 2), double(x), rtol=1e-12, atol=0)
     torch.testing.assert_close(
-        tiled(lambda part: part[..., ::2, ::2], x[..., :16, :16], 16, 4, 0.5),
-        x[..., :16:2, :16:2],
+        tiled(torch.square, x[..., :16, :16], 16, 4, 1),
+        x[..., :16, :16].square(),
         rtol=1e-12,
         atol=0,
     )
     seen = []
-    faded = tiled(lambda part: seen.append(1) or torch.full_like(part, len(seen)), x, tile, overlap)
+    faded = tiled(
+        lambda part: seen.append(1) or torch.full_like(part, len(seen)), x, tile, overlap, 1
+    )
     if overlap and width > tile:
         assert faded[0, 0, 0].diff().abs().max() < 0.5 * len(
             seen
@@ -100,10 +104,10 @@ def test_tiles_of_a_local_function_are_the_whole(height, width, tile, overlap):
 def test_decoding_in_tiles_is_near_decoding_at_once(model):
     """The VAE's normalization and attention see a tile instead of the picture, so it is not the same; in one tile it is."""
     z = torch.randn(2, 4, 8, 8)
-    assert torch.equal(model.decode(z, tile=False), model.decode(z)) and torch.equal(
-        model.decode(z, tile=False), model.vae.decode(z).detach()
-    )
-    torch.testing.assert_close(model.decode(z, tile=True), model.decode(z), rtol=1e-5, atol=1e-5)
+    whole, tiles = pipeline.decode(model, z, tile=False), pipeline.decode(model, z, tile=True)
+    assert torch.equal(whole, pipeline.decode(model, z)) and torch.equal(whole, model.decode(z))
+    assert torch.equal(whole, model.vae.decode(z).detach())
+    torch.testing.assert_close(tiles.detach(), whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -114,8 +118,8 @@ def test_precisions(model, tmp_path, dtype):
     assert half.unet.conv_in.weight.dtype == half.text.norm_out.weight.dtype == DTYPES[dtype]
     assert half.vae.quant.weight.dtype == (torch.float32 if dtype == "fp16" else DTYPES[dtype])
     assert torch.equal(half.vae.latent_scale, model.vae.latent_scale)
-    noise = torch.randn(2, 4, 8, 8)
-    expected, found = (m.generate(PROMPTS, steps=3, x_T=noise, guidance=2.0) for m in (model, half))
+    config = SampleConfig(3, guidance=2.0)
+    expected, found = (pipeline.generate(m, PROMPTS, config) for m in (model, half))
     assert found.dtype == torch.float32
     assert (found - expected).abs().max() < (1e-6 if dtype == "fp32" else 0.2)
     assert (
@@ -131,13 +135,13 @@ def test_where_nan_began(model, tmp_path):
         UserError,
         match=r"began in denoiser.network.decoder.0.residual.1.conv1, computed in float32; compute in bf16 or fp32",
     ):
-        broken.generate(PROMPTS, steps=2, generator=torch.Generator().manual_seed(0))
+        pipeline.generate(broken, PROMPTS, SampleConfig(2))
     broken = minidiff.load(model.save(tmp_path / "m"))
     broken.vae.decoder.conv_in.bias.data[:] = torch.nan
     with pytest.raises(UserError, match=r"began in vae.decoder.conv_in"):
-        broken.generate(PROMPTS, steps=2)
+        pipeline.generate(broken, PROMPTS, SampleConfig(2))
     with finite.watched(model, ""):  # hooks are gone afterwards, and healthy models pass
-        model.generate(PROMPTS, steps=2)
+        pipeline.generate(model, PROMPTS, SampleConfig(2))
     assert not any(part._forward_hooks for part in model.modules())
 
 

@@ -3,14 +3,18 @@
 Pictures in [0, 1] differ by at most 1e-4: the networks agree to 1e-6 of their size in fp32, and guidance and twenty steps make more of it.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import minidiff
-from minidiff import samplers
+from minidiff import pipeline as ourselves
 from minidiff.errors import UserError
+from minidiff.methods.editing import Edit, edited
+from minidiff.options.sampling import SampleConfig
 
 diffusers = pytest.importorskip("diffusers")
 PROMPTS, TOLERANCE = ["a small blue circle above a large red square", "苹果"], 1e-4
@@ -30,8 +34,14 @@ def array(pictures):
     return (pictures.clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).numpy()
 
 
-def ours(model, steps, sampler, **how):
-    *_, last = model.sample(PROMPTS, steps, step=samplers.by_name(sampler), **how)
+def ours(model, steps, noise, edit=None, **how):
+    """steps: how many, or the times themselves. how: more of SampleConfig's fields."""
+    config = SampleConfig(**({"sampler": "ddim"} | how))
+    if edit is None:
+        frames = model.sample(PROMPTS, steps, x_T=noise, config=config)
+    else:
+        frames = edited(model, PROMPTS, edit, replace(config, steps=steps), lambda x: noise)
+    *_, last = frames
     return array(model.decode(last.x0))
 
 
@@ -50,10 +60,10 @@ def test_text_to_image(pipeline, model, sampler):
         guidance_scale=7.5,
         output_type="np",
     ).images
-    times = None  # theirs and ours lead alike, but for DPM-Solver, whose leading times there count one step more
+    times = 20  # theirs and ours lead alike, but for DPM-Solver, whose leading times there count one step more
     if sampler == "dpmpp_2m":
         times = torch.cat([theirs.scheduler.timesteps + 1, torch.zeros(1, dtype=torch.long)])
-    found = ours(model, 20, sampler, x_T=latents, guidance=7.5, times=times)
+    found = ours(model, times, latents, sampler=sampler, guidance=7.5)
     assert expected.std() > 0.02 and abs(expected[0] - expected[1]).max() > 0.02
     assert abs(found - expected).max() < TOLERANCE
 
@@ -67,14 +77,13 @@ def test_negative_prompts_and_rescaled_guidance(pipeline, model):
     expected = theirs(
         PROMPTS, negative_prompt=["red"] * 2, guidance_rescale=0.7, latents=latents.clone(), **how
     ).images
-    found = ours(model, 5, "ddim", x_T=latents, guidance=4.0, negative="red", rescale=0.7)
+    found = ours(model, 5, latents, guidance=4.0, negative="red", rescale=0.7)
     assert abs(found - expected).max() < TOLERANCE
     for other in ({"negative": "blue"}, {"rescale": 0.0}):
         changed = ours(
             model,
             5,
-            "ddim",
-            x_T=latents,
+            latents,
             guidance=4.0,
             **({"negative": "red", "rescale": 0.7} | other),
         )
@@ -124,7 +133,7 @@ def test_image_to_image(pipeline, model, strength, monkeypatch):
         PROMPTS, image=[picture] * 2, generator=torch.Generator().manual_seed(3), **how
     ).images
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    found = ours(model, 10, "ddim", x_T=noise, guidance=4.0, image=given, strength=strength)
+    found = ours(model, 10, noise, Edit(given, strength), guidance=4.0)
     assert abs(found - expected).max() < TOLERANCE
 
 
@@ -156,7 +165,7 @@ def test_inpainting(pipeline, model, trained, monkeypatch, tmp_path):
         with pytest.raises(
             UserError, match="this model is for inpainting; it needs an image and a mask"
         ):
-            next(model.sample(PROMPTS))
+            ourselves.generate(model, PROMPTS)
     pixels, mask = picture_and_mask()
     picture, hole, given = images(pixels, mask)
     how = {
@@ -171,5 +180,5 @@ def test_inpainting(pipeline, model, trained, monkeypatch, tmp_path):
         PROMPTS, image=picture, mask_image=hole, generator=torch.Generator().manual_seed(3), **how
     ).images
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    found = ours(model, 10, "ddim", x_T=noise, guidance=4.0, image=given, mask=mask)
+    found = ours(model, 10, noise, Edit(given, mask=mask), guidance=4.0)
     assert abs(found - expected).max() < TOLERANCE

@@ -26,6 +26,8 @@ from minidiff.samplers import (
     unipc,
 )
 
+from ..noise import from_one
+
 diffusers = pytest.importorskip("diffusers")
 STEPS = [1, 2, 3, 10, 50, 1000]
 DIVISORS = [
@@ -99,9 +101,9 @@ def ours(target, times, step, schedule=SCHEDULE):
             Denoiser(Net(), schedule, target),
             schedule,
             normal(0),
-            len(times) - 1,
+            times,
             step,
-            times=times,
+            noise=from_one(generator()),
         )
     ]
 
@@ -131,7 +133,7 @@ def test_ddim(in_float64, target, theirs, steps, eta):
     )
     scheduler.set_timesteps(steps)
     expected = their_ddim(scheduler, eta)
-    close(ours(target, SCHEDULE.timesteps(steps), ddim(eta, generator())), expected)
+    close(ours(target, SCHEDULE.timesteps(steps), ddim(eta)), expected)
 
 
 @pytest.mark.parametrize("steps, target, theirs", cases(DIVISORS))
@@ -152,7 +154,7 @@ def test_published_ddim_stops_at_alpha_bar_1(in_float64, target, theirs, steps, 
     schedule = schedules.Discrete("scaled_linear", 1000, 0.00085, 0.012, final=1)
     times = schedule.timesteps(steps, "leading")
     assert torch.equal(times, grid(scheduler))
-    close(ours(target, times, ddim(eta, generator()), schedule), expected)
+    close(ours(target, times, ddim(eta), schedule), expected)
     if eta == 0:
         assert (ours(target, times, euler(), schedule)[-1] - expected[-1]).abs().max() > 1e-3
 
@@ -173,7 +175,7 @@ def test_ddpm(in_float64, steps, target, prediction):
         x = scheduler.step(Net()(x, t.expand(2)), t, x, generator=z).prev_sample
         expected.append(x)
     close(
-        ours(target, grid(scheduler), ddpm(generator())), expected, 1e-9
+        ours(target, grid(scheduler), ddpm()), expected, 1e-9
     )  # they keep variances at 1e-20 or above: noise of 1e-10 at the end
 
 
@@ -196,7 +198,7 @@ SIGMA = [  # diffusers walks x / alpha for these; Karras' grid visits times betw
         "EulerAncestralDiscreteScheduler",
         "scheduling_euler_ancestral_discrete",
         {"timestep_spacing": "trailing"},
-        lambda: euler_ancestral(generator()),
+        lambda: euler_ancestral(),
         STEPS,
     ),
     (
@@ -236,7 +238,7 @@ def test_methods_in_sigma(in_float64, name, module, config, step, steps, target,
 @pytest.mark.parametrize("steps, target, prediction", cases(STEPS, targets=3))
 @pytest.mark.parametrize(
     "kind, step",
-    [("dpmsolver++", dpmpp_2m), ("sde-dpmsolver++", lambda: dpmpp_2m_sde(generator()))],
+    [("dpmsolver++", dpmpp_2m), ("sde-dpmsolver++", dpmpp_2m_sde)],
 )
 def test_dpm_solver(in_float64, kind, step, steps, target, prediction):
     scheduler = in_float64(
@@ -292,7 +294,7 @@ def test_lcm(in_float64, steps, target, prediction):
     for t in scheduler.timesteps:
         x = scheduler.step(Net()(x, t.expand(2)), t, x, generator=z).prev_sample
         expected.append(x)
-    close(ours(target, grid(scheduler), lcm(generator())), expected)
+    close(ours(target, grid(scheduler), lcm()), expected)
 
 
 def test_flow_euler_equals_diffusers():
