@@ -121,3 +121,33 @@ def test_simple_loss_equals_the_general_one():
         atol=EXACT,
         rtol=0,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_coefficients_are_rounded_last(dtype):
+    """In low precision, every method is its float64 result but for a few roundings of its own terms, at every t: also where
+    1 - alpha_bar is 1e-4, which bfloat16 cannot tell from 0."""
+    chain, t = DDPM(), torch.arange(1, 1001)
+    x, y, z = (torch.randn(1000, 8).to(dtype) for _ in range(3))
+    eps = torch.finfo(dtype).eps
+
+    def near(method, *arrays):
+        """Within 8 roundings of the sum of the terms' sizes, which the same method gives for sizes where none is subtracted."""
+        found, exact = method(*arrays), method(*(array.double() for array in arrays))
+        assert found.dtype == dtype and found.isfinite().all()
+        size = sum(
+            method(
+                *(a.double().abs() if a is b else torch.zeros_like(a).double() for a in arrays)
+            ).abs()
+            for b in arrays
+        )
+        assert ((found.double() - exact).abs() <= 8 * eps * size).all()
+
+    near(lambda x, y: chain.q_step(x, t, y), x, y)
+    near(lambda x, y: chain.q_sample(x, t, y), x, y)
+    near(lambda x, y: chain.q_posterior(x, y, t)[0], x, y)
+    near(lambda x, y: chain.predict_x0(x, t, y), x, y)
+    near(lambda x, y, z: chain.p_sample(lambda *_: y, x, t, z), x, y, z)
+    variance = chain.q_posterior(x, y, t)[1].double()
+    exact = chain.q_posterior(x.double(), y.double(), t)[1]
+    assert ((variance - exact).abs() <= eps * exact).all()

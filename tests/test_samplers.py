@@ -461,3 +461,35 @@ def test_the_command_line_lists_every_sampler():
     assert options.Sampler.__metadata__[0].metavar == "|".join(
         SAMPLERS
     )  # written out there, since --help imports no torch
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_chains_walked_in_turn_do_not_mix(sampler):
+    """Two with one step object, of one shape and at the same times: each is what it is alone."""
+    schedule, step = schedules.cosine(), by_name(sampler)
+
+    def chain(seed):
+        x_T = torch.randn(4, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return sample(exact_gaussian(schedule), schedule, x_T, 8, step, noise=seeded(seed))
+
+    alone = [list(chain(seed)) for seed in (0, 1)]
+    in_turn = zip(*zip(chain(0), chain(1), strict=True), strict=True)
+    for expected, found in zip(alone, in_turn, strict=True):
+        assert all(torch.equal(a.x, b.x) for a, b in zip(expected, found, strict=True))
+    assert not torch.equal(alone[0][-1].x, alone[1][-1].x)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_sampler_that_adds_no_noise_draws_none(sampler):
+    """And one that adds some takes it from the caller alone: torch's own generator is left as it was."""
+    schedule, calls, before = schedules.cosine(), [], torch.get_rng_state()
+
+    def noise(x):
+        calls.append(len(x))
+        return torch.zeros_like(x)
+
+    x_T = torch.ones(3, 1, dtype=torch.float64)
+    list(sample(exact_gaussian(schedule), schedule, x_T, 4, by_name(sampler), noise=noise))
+    noisy = {"ddpm", "euler_ancestral", "dpmpp_2m_sde", "lcm"}
+    assert calls == ([3] * 4 if sampler in noisy else [])
+    assert torch.equal(torch.get_rng_state(), before)
