@@ -22,7 +22,7 @@ from minidiff.cli.script import run
 from minidiff.figures import plots
 from minidiff.figures.trace import table, trace_half, trace_unet
 from minidiff.guidance import guide
-from minidiff.samplers import Normal, by_name
+from minidiff.samplers import Normal, by_name, times_of
 from minidiff.text import clip_vit_l14
 from minidiff.training.device import pick_device
 from minidiff.training.progress import write_results
@@ -86,7 +86,7 @@ def main(
     # From noise to latents: at each time the U-Net guesses what is noise in x, once with and once
     # without the words.
     denoise, step = guide(found.denoiser, context, null, guidance), by_name(sampler)
-    times, guesses, memory = found.schedule.timesteps(steps, found.spacing), [], None
+    times, guesses, memory = times_of(found.schedule, steps, found.spacing, step), [], None
     with torch.no_grad():
         for t, s in zip(tqdm(times[:-1], "sampling"), times[1:], strict=True):
             x, x0, memory = step(denoise, found.schedule, x, t, s, noise, memory)

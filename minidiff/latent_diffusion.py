@@ -36,11 +36,11 @@ class LatentDiffusion(nn.Module):
         dropout: float = 0.1,
         guidance: float = 4.0,
         sampler: str = "ddim",
-        spacing: str = "trailing",
+        spacing: str | None = "trailing",
     ):
         """size: side of the training images in pixels. dropout: how often a caption is dropped.
 
-        guidance, sampler, spacing: what sampling uses by default.
+        guidance, sampler, spacing: what sampling uses by default. spacing None: each sampler's own.
         """
         super().__init__()
         self.vae, self.text, self.denoiser = vae, text, denoiser
@@ -109,12 +109,17 @@ class LatentDiffusion(nn.Module):
             generator = Normal.seeded(config.seed, range(len(prompts)))
         config = config or DEFAULTS
         steps = config.steps if steps is None else steps
-        times = times_of(self.schedule, steps, config.spacing or self.spacing)
+        step = step or by_name(config.sampler or self.sampler)
+        times = times_of(self.schedule, steps, self.spacing_of(step, config), step)
         noise = generator if callable(generator) else Normal.split(generator, len(prompts))
         x = self.start(len(prompts), config, noise, times[0]) if x_T is None else x_T
         denoise = self.guided(prompts, config, guidance)
-        step = step or by_name(config.sampler or self.sampler)
         yield from sample(denoise, self.schedule, x.to(self.device), times, step, noise=noise)
+
+    def spacing_of(self, step: Step, config: SampleConfig) -> str:
+        """The config's spacing, or the model's where the sampler takes it, or the sampler's own."""
+        own = self.spacing if self.spacing and step.follows(self.spacing) else step.spacing
+        return config.spacing or own
 
     def start(self, batch: int, config: SampleConfig, noise: Noise, t: Tensor) -> Latents:
         """x_T: noise with the standard deviation of x_t for data of unit variance."""

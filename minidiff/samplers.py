@@ -28,6 +28,7 @@ from minidiff.steps import (
     euler_ancestral,
     heun,
     lcm,
+    pndm,
     unipc,
 )
 from minidiff.training.seeds import generator_of
@@ -40,6 +41,7 @@ SAMPLERS: dict[str, Step] = {
     "euler": euler(),
     "euler_ancestral": euler_ancestral(),
     "heun": heun(),
+    "pndm": pndm(),
     "dpmpp_2m": dpmpp_2m(),
     "dpmpp_2m_sde": dpmpp_2m_sde(),
     "unipc": unipc(),
@@ -103,15 +105,16 @@ def sample(
     x_T: X,
     steps: int | Times,
     step: Step,
-    spacing: str = "trailing",
+    spacing: str | None = "trailing",
     noise: Noise | None = None,
 ) -> Iterator[Frame]:
     """Walk from x_T to data; yields steps + 1 frames, the last one clean.
 
     steps: their number; or the steps + 1 times, decreasing to 0, which need no spacing.
+    spacing: see times_of.
     noise: where steps get new noise from. Default: torch's global CPU generator.
     """
-    times, noise = times_of(schedule, steps, spacing), noise or unseeded
+    times, noise = times_of(schedule, steps, spacing, step), noise or unseeded
     x, memory = x_T, None
     for t, s in pairwise(times):
         x_s, x0, memory = step(denoise, schedule, x, t, s, noise, memory)
@@ -120,10 +123,28 @@ def sample(
     yield Frame(times[-1].item(), x, x)
 
 
-def times_of(schedule: NoiseSchedule, steps: int | Times, spacing: str = "trailing") -> Times:
-    """The times of a number of steps, or the given times, checked, on the CPU."""
+def times_of(
+    schedule: NoiseSchedule,
+    steps: int | Times,
+    spacing: str | None = "trailing",
+    step: Step = SAMPLERS["ddim"],
+) -> Times:
+    """The times that this sampler visits in so many steps, or the given times, checked; on the CPU.
+
+    spacing: of schedule.timesteps; None: the sampler's own. Where it is linspace or leading, each
+    published sampler lays its times out in its own way: Euler and Heun do not round linspace's;
+    the multistep solvers lay out one more and leave out the last.
+    """
     if isinstance(steps, int):
-        return schedule.timesteps(steps, spacing)
+        spacing = spacing or step.spacing
+        times = schedule.timesteps(steps, spacing)
+        if step.grid == "real" and spacing == "linspace":
+            visited = torch.linspace(times[0], times[-2], steps, dtype=torch.float64)
+            return torch.cat([visited, times[-1:]])
+        if step.grid == "short" and spacing in ("linspace", "leading") and steps < schedule.T:
+            times = schedule.timesteps(steps + 1, spacing)
+            return torch.cat([times[:-2], times[-1:]])
+        return times
     times, start = steps.cpu(), schedule.timesteps(1)[0].item()
     if len(times) < 2 or not (times[0] <= start and times[-1] == 0):
         ends = f"{times[0]:g} to {times[-1]:g}" if len(times) else "nowhere"

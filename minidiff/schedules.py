@@ -146,9 +146,11 @@ BETAS = {  # functions of T, beta_1, beta_T
 
 @dataclass(frozen=True)
 class Discrete(NoiseSchedule):
-    """Variance preserving, alpha_t^2 + sigma_t^2 = 1: noise levels t = 1..T; t = 0 is clean."""
+    """Variance preserving, alpha_t^2 + sigma_t^2 = 1: noise levels t = 1..T; t = 0 is clean.
 
-    betas: str
+    betas: a name in BETAS, or the T numbers themselves."""
+
+    betas: str | tuple[float, ...]
     T: int = 1000
     beta_1: float = 1e-4
     beta_T: float = 0.02
@@ -160,13 +162,19 @@ class Discrete(NoiseSchedule):
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.betas not in BETAS:
+        if isinstance(self.betas, tuple):
+            if len(self.betas) != self.T or not all(0 < beta <= 1 for beta in self.betas):
+                raise UserError(f"betas must be T = {self.T} numbers above 0 and at most 1.")
+        elif self.betas not in BETAS:
             raise UserError(f'no betas "{self.betas}"; there is {", ".join(BETAS)}.')
 
     @cached_property
     def alpha_bar(self) -> Float[Tensor, "T1"]:
         """alpha_bar[t] for t = 0..T: the product of 1 - beta up to t, [1] eq. 4."""
-        beta = BETAS[self.betas](self.T, self.beta_1, self.beta_T)
+        if isinstance(self.betas, tuple):
+            beta = torch.tensor(self.betas, dtype=torch.float64)
+        else:
+            beta = BETAS[self.betas](self.T, self.beta_1, self.beta_T)
         alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, dim=0)])
         if self.zero_terminal_snr:  # [4] algorithm 1: shift and stretch sqrt(alpha_bar) to end at 0
             root = alpha_bar[1:].sqrt()

@@ -16,6 +16,7 @@ that the next step is given.
 [5] Zhao et al. UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion
     Models. 2023. arXiv:2302.04867
 [6] Luo et al. Latent Consistency Models. 2023. arXiv:2310.04378
+[7] Liu et al. Pseudo Numerical Methods for Diffusion Models on Manifolds. 2022. arXiv:2202.09778
 """
 
 import math
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from minidiff.denoiser import Denoise
 from minidiff.errors import choice
-from minidiff.schedules import NoiseSchedule, per_example
+from minidiff.schedules import SIGMA_MAX, NoiseSchedule, per_example
 
 State = Float[Tensor, "B *dims"]
 Time = Shaped[Tensor, ""]
@@ -38,6 +39,14 @@ Noise = Callable[[Tensor], Tensor]  # x -> standard normal numbers of its shape
 
 class Step:
     """The interface of every step. Subclasses are frozen dataclasses of their options."""
+
+    # The published grid of times, that of diffusers' class; samplers.times_of computes it.
+    spacing = "linspace"  # where the model says none
+    grid = "whole"  # linspace and leading: at whole times, at "real" ones, or "short" of the last
+
+    def follows(self, spacing: str) -> bool:
+        """Whether the published sampler takes this spacing from a model's settings."""
+        return True
 
     def __call__(
         self,
@@ -63,6 +72,17 @@ class DDIM(Step):
 
     eta: float = 0.0
     final: bool = True
+
+    @property
+    def spacing(self) -> str:
+        return "leading" if self.final else "linspace"
+
+    @property
+    def grid(self) -> str:
+        return "whole" if self.final else "real"
+
+    def follows(self, spacing: str) -> bool:
+        return spacing != "karras" or self == euler()
 
     def __call__(self, denoise, schedule, x, t, s, noise, memory=None):
         x0, eps = denoise(x, t.expand(len(x)))
@@ -105,6 +125,7 @@ class Heun(Step):
     churn: float = 0.0  # first add noise: sigma / alpha grows by this fraction (gamma)
     noise_scale: float = 1.0  # standard deviation of that noise (S_noise)
     between: tuple[float, float] = (0.0, math.inf)  # range of sigma / alpha for it (S_tmin, S_tmax)
+    grid = "real"
 
     def __call__(self, denoise, schedule, x, t, s, noise, memory=None):
         x, t = self._churned(schedule, x, t, noise) if self.churn > 0 else (x, t)
@@ -126,6 +147,43 @@ class Heun(Step):
         ratio = (alpha / alpha_t).nan_to_num(1.0)  # 0 / 0: pure noise stays what it is
         added = (sigma**2 - (ratio * sigma_t) ** 2).clamp(min=0).sqrt()
         return ratio.item() * x + self.noise_scale * added.item() * noise(x), noisier
+
+
+# The weights of [7] eq. 9 for the last eps, and for as many as there are at first.
+ADAMS_BASHFORTH = {
+    1: (1.0,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
+
+
+@dataclass(frozen=True)
+class PNDM(Step):
+    """[7] as in Stable Diffusion 1.5 ("PLMS"): DDIM's step along a sum of the last four eps.
+
+    The first step evaluates eps at its end, too, and takes the mean."""
+
+    spacing = "leading"
+
+    def follows(self, spacing: str) -> bool:
+        return spacing != "karras"
+
+    def __call__(self, denoise, schedule, x, t, s, noise, memory=None):
+        x0, eps = denoise(x, t.expand(len(x)))
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = map(
+            schedule.alpha_sigma, (t, s.clamp(min=schedule.final))
+        )
+        x_s = alpha_s.item() * x0 + sigma_s.item() * eps
+        last = (eps, *(memory or ()))[:4]
+        if sigma_t > SIGMA_MAX * alpha_t:  # almost no data: eps tells nothing of x0
+            return x_s, x0, last
+        slope = (sigma_s - alpha_s * sigma_t / alpha_t).item()
+        weights = ADAMS_BASHFORTH[len(last)]
+        mean = sum(weight * each for weight, each in zip(weights, last, strict=True))
+        if memory is None and s > 0:
+            mean = (eps + denoise(x_s, s.expand(len(x))).eps) / 2
+        return x_s + slope * (mean - eps), x0, last
 
 
 class Stride(NamedTuple):
@@ -174,6 +232,7 @@ class DPMpp2M(Step):
     """
 
     eta: float = 0.0
+    grid = "short"
 
     def __call__(self, denoise, schedule, x, t, s, noise, memory=None):
         x0 = denoise(x, t.expand(len(x))).x0
@@ -211,6 +270,7 @@ class UniPC(Step):
     """
 
     variant: str = "bh2"
+    grid = "short"
 
     def __post_init__(self) -> None:
         choice("variant of UniPC", self.variant, ("bh1", "bh2"))
@@ -267,7 +327,13 @@ def consistent(
 
 @dataclass(frozen=True)
 class LCM(Step):
-    """Multistep consistency sampling, [6] algorithm 3: all the noise is new at every step."""
+    """Multistep consistency sampling, [6] algorithm 3: all the noise is new at every step. It
+    starts at pure noise, whatever a model's spacing."""
+
+    spacing = "trailing"
+
+    def follows(self, spacing: str) -> bool:
+        return False
 
     def __call__(self, denoise, schedule, x, t, s, noise, memory=None):
         x0 = consistent(denoise, schedule, x, t.expand(len(x)))
@@ -275,4 +341,4 @@ class LCM(Step):
 
 
 # The published names of the steps; samplers.SAMPLERS lists them all.
-ddim, heun, dpmpp_2m, unipc, lcm = DDIM, Heun, DPMpp2M, UniPC, LCM
+ddim, heun, pndm, dpmpp_2m, unipc, lcm = DDIM, Heun, PNDM, DPMpp2M, UniPC, LCM

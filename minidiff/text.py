@@ -9,6 +9,7 @@ The tokenizer and its vocabulary come from open_clip (imported when first used: 
 [3] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. arXiv:2112.10752
 """
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ def tokenizer():
 
 @lru_cache(maxsize=100_000)
 def token_ids(prompt: str) -> tuple[int, ...]:
-    """The byte-pair ids of one prompt, without start and end."""
+    """The byte-pair ids of one prompt, without start and end; <|endoftext|> in it is one token."""
+    prompt = re.sub(r"<\|(start|end)oftext\|>", r"<\1_of_text>", prompt, flags=re.I)  # open_clip's
     return tuple(tokenizer().encode(prompt))
 
 

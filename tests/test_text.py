@@ -123,6 +123,13 @@ def test_golden_token_ids(prompt, published):
     assert published(prompt)["input_ids"] == [START, *GOLDEN[prompt], END]
 
 
+def test_special_tokens_in_a_prompt_are_tokens(published):
+    """As in OpenAI's tokenizer and transformers'."""
+    prompt = "a <|endoftext|> b <|startoftext|>"
+    assert token_ids(prompt) == (320, END, 321, START)
+    assert published(prompt)["input_ids"] == [START, *token_ids(prompt), END]
+
+
 @pytest.mark.parametrize(
     "prompt, plain",
     [("“a cat”", '"a cat"'), ("salt &amp; pepper", "salt & pepper"), ("ﬁne", "fine")],

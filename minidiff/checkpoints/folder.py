@@ -116,7 +116,10 @@ def schedule_to_json(schedule: NoiseSchedule) -> dict:
 
 def schedule_from_json(described: dict) -> NoiseSchedule:
     """The inverse of schedule_to_json."""
-    return SCHEDULES[described["kind"]](**config_of(described))
+    config = config_of(described)
+    if isinstance(config.get("betas"), list):
+        config["betas"] = tuple(map(float, config["betas"]))  # JSON has lists
+    return SCHEDULES[described["kind"]](**config)
 
 
 def network(described: dict) -> nn.Module:
@@ -144,7 +147,7 @@ def _model(whole: dict) -> LatentDiffusion:
         float(whole["dropout"]),
         float(whole["guidance"]),
         str(whole.get("sampler", "ddim")),
-        str(whole.get("spacing", "trailing")),
+        whole.get("spacing", "trailing"),
     )
 
 

@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from minidiff.checkpoints import files, names, sizes
+from minidiff.checkpoints import files, names, schedulers, sizes
 from minidiff.errors import UserError
 
 State = dict  # by name: Tensor or Stored
 Read = Callable[[Path], State]
 KINDS = {"unet": "U-Net", "vae": "VAE", "text": "text encoder"}
-PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 PADDING = {"<|endoftext|>": 49407, "!": 0}  # SD 1.x repeats the end, SD 2.x writes "!"
 STABLE_DIFFUSION = dict(betas="scaled_linear", T=1000, beta_1=0.00085, beta_T=0.012, final=1)
 UNET, VAE = ("model.diffusion_model.", "diffusion_model."), ("first_stage_model.",)
@@ -50,7 +49,8 @@ class Checkpoint:
     parts: dict[str, Part] = field(default_factory=dict)  # by a key of KINDS
     schedule: dict | None = None  # the arguments of schedules.Discrete
     target: str | None = None
-    spacing: str = "leading"
+    sampler: str = "ddim"
+    spacing: str | None = None
     size: int | None = None  # side of the training images in pixels
     notes: list[str] = field(default_factory=list)  # what was chosen or ignored
     unknown: list[str] = field(default_factory=list)  # names of tensors that belong to no part
@@ -120,7 +120,10 @@ def _diffusers(folder: Path, reader: Read) -> Checkpoint:
         raise UserError(f"{folder} is a {kind}; Stable Diffusion 1.x and 2.x are read here.")
     checkpoint, tokenizer = Checkpoint("diffusers"), folder / "tokenizer"
     try:
-        _add_schedule(checkpoint, _settings(folder / "scheduler", "scheduler_config.json"))
+        scheduler = schedulers.read(_settings(folder / "scheduler", "scheduler_config.json"))
+        checkpoint.schedule, checkpoint.target = scheduler.schedule, scheduler.target
+        checkpoint.sampler, checkpoint.spacing = scheduler.sampler, scheduler.spacing
+        checkpoint.notes += scheduler.notes
         for name, place in (("unet", "unet"), ("vae", "vae"), ("text", "text_encoder")):
             checkpoint.parts[name] = _part(folder / place, name, tokenizer, reader)
         checkpoint.notes += _own_words(tokenizer)
@@ -239,29 +242,6 @@ def weight_files(stem: str, listed: list[str]) -> list[str]:
             if pieces := [name for name in listed if re.fullmatch(f"{piece}|{index}", name)]:
                 return pieces
     return []
-
-
-def _add_schedule(checkpoint: Checkpoint, settings: dict) -> None:
-    """The noise schedule, the target and the spacing of times of a scheduler_config.json."""
-    prediction = settings.get("prediction_type", "epsilon")
-    betas = settings.get("beta_schedule", "linear")
-    if prediction not in PREDICTIONS or betas not in ("linear", "scaled_linear"):
-        what = f'prediction_type "{prediction}" with beta_schedule "{betas}"'
-        raise UserError(f"scheduler_config.json: {what} is not known here.")
-    checkpoint.schedule = dict(
-        betas=betas,
-        T=int(settings.get("num_train_timesteps", 1000)),
-        beta_1=float(settings.get("beta_start", 1e-4)),
-        beta_T=float(settings.get("beta_end", 0.02)),
-        zero_terminal_snr=bool(settings.get("rescale_betas_zero_snr", False)),
-        final=0 if settings.get("set_alpha_to_one", True) else 1,
-    )
-    checkpoint.target = PREDICTIONS[prediction]
-    checkpoint.spacing = settings.get("timestep_spacing", "leading")
-    offset = settings.get("steps_offset", 0)
-    if checkpoint.spacing == "leading" and offset != 1:
-        note = f"steps_offset is {offset} there and 1 here, as Stable Diffusion's is"
-        checkpoint.notes.append(note)
 
 
 # A single file. It may hold fewer than three networks, or one without a prefix ("bare").

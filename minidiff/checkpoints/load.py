@@ -119,6 +119,7 @@ def _stable_diffusion(
         Denoiser(networks["unet"], schedule, target),
         checkpoint.size or (768 if target == "v" else 512),
         guidance=7.5,
+        sampler=checkpoint.sampler,
         spacing=checkpoint.spacing,
     )
 

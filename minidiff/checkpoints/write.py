@@ -3,13 +3,16 @@ in the same precision. What only minidiff has is refused by name.
 """
 
 import json
+import warnings
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minidiff.checkpoints import names
+from minidiff.checkpoints import names, schedulers
+from minidiff.checkpoints.layouts import STABLE_DIFFUSION
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods.lora import merged_state
@@ -20,7 +23,6 @@ from minidiff.unet import UNet
 from minidiff.vae import VAE
 
 State = dict[str, Tensor]
-PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 PADDING = {END: "<|endoftext|>", 0: "!"}
 LIBRARIES = {  # the folders of a diffusers pipeline, and the class that opens each
     "unet": ("diffusers", "UNet2DConditionModel"),
@@ -34,16 +36,31 @@ LIBRARIES = {  # the folders of a diffusers pipeline, and the class that opens e
 def check(model: LatentDiffusion) -> None:
     """That the model is a Stable Diffusion: everything in it has a place in the published
     layouts."""
-    strange = _strange_networks(model)
-    schedule = model.schedule
-    if not isinstance(schedule, Discrete) or schedule.betas not in ("linear", "scaled_linear"):
-        strange.append(f"the schedule {getattr(schedule, 'betas', type(schedule).__name__)}")
-    if model.denoiser.target not in PREDICTIONS:
-        strange.append(f"the target {model.denoiser.target}")
+    strange = _strange_networks(model) + schedulers.strange(model)
     if strange:
         why = f"what they have no word for: {', '.join(strange)}"
         fix = "Save it as a model folder of minidiff."
         raise UserError(f"this model cannot be written for other tools; {why}. {fix}")
+
+
+def check_single_file(model: LatentDiffusion) -> None:
+    """That the model has what readers of a single file assume: nothing in it can say otherwise."""
+    assumed = {f.name: f.default for f in fields(Discrete)} | STABLE_DIFFUSION
+    own = asdict(model.schedule) | dict(latent_scale=round(model.vae.latent_scale.item(), 5))
+    others = [
+        f"{name} {own[name]!r:.40} (not {value!r})"
+        for name, value in (assumed | dict(latent_scale=0.18215)).items()
+        if own[name] != value
+    ]
+    if others:
+        why = f"readers assume Stable Diffusion's values, and this model has {', '.join(others)}"
+        raise UserError(f"a single file cannot hold this model: {why}. Write a diffusers folder.")
+    if (model.sampler, model.spacing) != ("ddim", None):
+        spacing = f" with {model.spacing} spacing" if model.spacing else ""
+        dropped = f"its own sampler, {model.sampler}{spacing}"
+        warnings.warn(
+            f"a single file does not say {dropped}; name it when you sample", stacklevel=3
+        )
 
 
 def _strange_networks(model: LatentDiffusion) -> list[str]:
@@ -116,19 +133,6 @@ def text_config(model: LatentDiffusion) -> dict:
     )
 
 
-def scheduler_config(model: LatentDiffusion) -> dict:
-    """scheduler_config.json of DDIMScheduler."""
-    schedule = model.schedule
-    return (
-        dict(_class_name="DDIMScheduler", clip_sample=False, steps_offset=1)
-        | dict(num_train_timesteps=schedule.T, beta_schedule=schedule.betas)
-        | dict(beta_start=schedule.beta_1, beta_end=schedule.beta_T)
-        | dict(prediction_type=PREDICTIONS[model.denoiser.target])
-        | dict(timestep_spacing=model.spacing, set_alpha_to_one=schedule.final == 0)
-        | dict(rescale_betas_zero_snr=schedule.zero_terminal_snr)
-    )
-
-
 def tokenizer_files(pad: int, length: int) -> dict[str, str]:
     """CLIP's byte-pair vocabulary as transformers' CLIPTokenizer reads it, from open_clip's."""
     clip = tokenizer()
@@ -155,7 +159,8 @@ def model_index(model: LatentDiffusion) -> dict:
     absent = ("safety_checker", "feature_extractor", "image_encoder")
     own = dict(_class_name=f"StableDiffusion{kind}Pipeline", _diffusers_version="0.30.0")
     own |= dict(requires_safety_checker=False)
-    return own | LIBRARIES | dict.fromkeys(absent, (None, None))
+    own |= LIBRARIES | dict(scheduler=("diffusers", schedulers.kind_of(model.sampler)))
+    return own | dict.fromkeys(absent, (None, None))
 
 
 def save_diffusers(model: LatentDiffusion, folder: str | Path) -> Path:
@@ -168,7 +173,7 @@ def save_diffusers(model: LatentDiffusion, folder: str | Path) -> Path:
         "unet/config.json": unet_config(model),
         "vae/config.json": vae_config(model),
         "text_encoder/config.json": text_config(model),
-        "scheduler/scheduler_config.json": scheduler_config(model),
+        "scheduler/scheduler_config.json": schedulers.written(model),
         "model_index.json": model_index(model),
     }
     texts = {name: json.dumps(content, indent=2) + "\n" for name, content in configs.items()}
@@ -205,6 +210,7 @@ def save_compvis(model: LatentDiffusion, file: str | Path) -> Path:
     """One file with CompVis's names, as the single-file tools open it. Written beside its place,
     then renamed; it must not exist."""
     check(model)
+    check_single_file(model)
     file = Path(file)
     if file.suffix != ".safetensors":
         raise UserError(f"{file} should end in .safetensors; pickles are not written.")

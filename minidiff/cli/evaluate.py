@@ -112,10 +112,8 @@ def evaluate(
     table = out / ("trilemma.csv" if sweep.trilemma else "evaluate.csv")
     sweeps.read(table)  # complains of other people's files before anything slow
     loaded = load(model, device)
-    config = options.completed(config, loaded)
     configs = sweep.configs(config) if sweep.trilemma else [config]
-    for each in configs:
-        loaded.schedule.timesteps(each.steps, each.spacing)
+    configs = [options.completed(each, loaded) for each in configs]
     bench = bench_of(measure, loaded.size, networks, config.seed)
     run = {
         "model": str(model),
@@ -127,7 +125,7 @@ def evaluate(
     if sweep.trilemma:
         trilemma(loaded, bench, configs, table, run)
     else:
-        single(loaded, bench, config, table, run)
+        single(loaded, bench, configs[0], table, run)
 
 
 def check_idle(config: SampleConfig, measure: EvaluateOptions, sweep: SweepOptions) -> None:

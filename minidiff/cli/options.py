@@ -6,6 +6,7 @@ Torch is imported where it is needed.
 import functools
 import math
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -114,13 +115,22 @@ def divided(text: str) -> tuple[str, str | None]:
 
 def completed(config: SampleConfig, model: "LatentDiffusion") -> SampleConfig:
     """The config with the model's own values filled in, checked against its schedule."""
+    from minidiff import samplers
+
+    step = samplers.by_name(config.sampler or model.sampler)
     config = replace(
         config,
         guidance=model.guidance if config.guidance is None else config.guidance,
         sampler=config.sampler or model.sampler,
-        spacing=config.spacing or model.spacing,
+        spacing=model.spacing_of(step, config),
     )
-    model.schedule.timesteps(config.steps, config.spacing)
+    times = samplers.times_of(model.schedule, config.steps, config.spacing, step)
+    start = model.schedule.progress(2 * times[0] - times[1]).item()
+    if config.spacing == "leading" and start < 0.9:  # the remainder of T / steps is left out
+        first = f"{config.steps} steps start at t = {times[0]:g} of {model.schedule.T}"
+        fix = "take a number of steps that divides it, or --spacing trailing"
+        lost = "with leading spacing the first noise levels are left out"
+        warnings.warn(f"{lost}: {first}; {fix}", stacklevel=2)
     return config
 
 

@@ -24,15 +24,16 @@ def invert(
     schedule: NoiseSchedule,
     x0: Float[Tensor, "B *dims"],
     steps: int | Times,
-    spacing: str = "trailing",
+    spacing: str | None = "trailing",
     rounds: int = 1,
 ) -> Iterator[Frame]:
     """From data to the noise that ddim() makes it from; yields steps + 1 frames, from clean to x_T.
 
-    DDIM's step from t to s ([1] eq. 12) is reversed: x_t = x_s + (alpha_t - alpha_s) x0 + (sigma_t
-    - sigma_s) eps, with x0 and eps estimated at (x_t, t). That x_t is not known yet: it starts as
-    x_s and is improved `rounds` times; with more rounds this is nearer to the inverse of ddim(),
-    where steps are small.
+    DDIM's step from t to s ([1] eq. 12) is reversed. It would need eps at (x_t, t), and x_t is not
+    known yet. The published round ([2] section 3.1) takes eps at (x_s, t) in its place. Every
+    further round evaluates (x0, eps) at (x_t, t), with the x_t of the round before, in x_t = x_s +
+    (alpha_t - alpha_s) x0 + (sigma_t - sigma_s) eps: where steps are small, that comes nearer to
+    the inverse of ddim().
     """
     if rounds < 1:
         raise UserError(f"rounds is {rounds}; it must be at least 1.")
@@ -42,8 +43,10 @@ def invert(
         yield Frame(s.item(), x, estimate)
         alpha_s, sigma_s = schedule.alpha_sigma(s.clamp(min=schedule.final))
         alpha_t, sigma_t = schedule.alpha_sigma(t)
-        x_t = x
-        for _ in range(rounds):
+        estimate, eps = denoise(x, t.expand(len(x)))
+        ratio = alpha_t / alpha_s
+        x_t = ratio.item() * x + (sigma_t - ratio * sigma_s).item() * eps
+        for _ in range(rounds - 1):
             estimate, eps = denoise(x_t, t.expand(len(x)))
             x_t = x + (alpha_t - alpha_s).item() * estimate + (sigma_t - sigma_s).item() * eps
         x = x_t

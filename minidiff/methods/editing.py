@@ -62,7 +62,8 @@ def edited(
     edit.paste keeps its pixels."""
     config = replace(config, size=Size(*edit.image.shape[2:]))
     blank = model.blank(len(prompts), config)
-    times = times_of(model.schedule, config.steps, config.spacing or model.spacing)
+    step, denoiser = by_name(config.sampler or model.sampler), model.denoiser
+    times = times_of(model.schedule, config.steps, model.spacing_of(step, config), step)
     times = late(times, edit.strength)
     eps, z0 = noise(blank), model.vae.encode(edit.image.to(blank)).expand_as(blank)
 
@@ -71,7 +72,6 @@ def edited(
     if edit.mask is None or edit.strength < 1:
         x = model.schedule.mix(z0, eps, times[0])
 
-    step, denoiser = by_name(config.sampler or model.sampler), model.denoiser
     if model.unet.config.in_channels != model.vae.latent_channels:
         denoiser = inpainting_denoiser(model, edit)
     elif edit.mask is not None:

@@ -7,7 +7,16 @@ from typing import Literal, NamedTuple
 from minidiff.errors import UserError
 
 SamplerName = Literal[
-    "ddim", "ddpm", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm"
+    "ddim",
+    "ddpm",
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "pndm",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "unipc",
+    "lcm",
 ]
 Spacing = Literal["trailing", "leading", "linspace", "karras", "log-snr", "ays", "shifted"]
 

@@ -301,6 +301,6 @@ def test_what_generate_refuses(refused, model, tmp_path, monkeypatch, options, s
     picture(tmp_path / "black.png", colour="black")
     monkeypatch.chdir(tmp_path)
     assert said in refused(
-        "generate", "an apple", "--model", folder, "--steps", 1, "--out", "out", *options
+        "generate", "an apple", "--model", folder, "--steps", 2, "--out", "out", *options
     )
     assert not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ import torch
 
 from minidiff import schedules
 from minidiff.denoiser import Denoiser
+from minidiff.methods.ddim_inversion import invert
 from minidiff.samplers import (
     ddim,
     ddpm,
@@ -333,3 +334,25 @@ def test_higher_orders_on_a_flow(in_float64, name, module, config, step, steps):
         if getattr(scheduler, "state_in_first_order", True) or k == len(scheduler.timesteps):
             expected.append(x)
     close(ours("flow", times, step(), schedules.Flow()), expected)
+
+
+@pytest.mark.parametrize("steps", [1, 10, 50])
+def test_ddim_inversion_is_the_published_one(in_float64, steps):
+    """Stable Diffusion's settings, from clean data to noise."""
+    schedule = schedules.Discrete("scaled_linear", 1000, 0.00085, 0.012, final=1)
+    scheduler = in_float64(
+        "DDIMInverseScheduler",
+        "scheduling_ddim_inverse",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+    scheduler.set_timesteps(steps)
+    x, expected = normal(0), [normal(0)]
+    for t in scheduler.timesteps:
+        x = scheduler.step(Net()(x, t.expand(2)), t, x).prev_sample
+        expected.append(x)
+    denoise = Denoiser(Net(), schedule, "eps")
+    frames = invert(denoise, schedule, normal(0), steps, "leading")
+    close([frame.x for frame in frames], expected)
