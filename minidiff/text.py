@@ -1,6 +1,6 @@
 """CLIP's text encoder: prompts to sequences of vectors; and conditions that are not text.
 
-The tokenizer and its vocabulary come from open_clip (imported when first used: it takes seconds).
+The tokenizer and its vocabulary come from open_clip.
 
 [1] Radford et al. Learning Transferable Visual Models From Natural Language Supervision. 2021.
     arXiv:2103.00020
@@ -9,6 +9,7 @@ The tokenizer and its vocabulary come from open_clip (imported when first used: 
 [3] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. arXiv:2112.10752
 """
 
+import importlib.util
 import re
 import warnings
 from collections.abc import Sequence
@@ -28,9 +29,12 @@ START, END = 49406, 49407  # the last two of CLIP's 49,408 tokens
 
 @lru_cache(maxsize=1)
 def tokenizer():
-    from open_clip.tokenizer import SimpleTokenizer
-
-    return SimpleTokenizer()
+    """open_clip's, from its file alone: importing the whole package takes seconds."""
+    folder = importlib.util.find_spec("open_clip").submodule_search_locations[0]
+    spec = importlib.util.spec_from_file_location("open_clip_tokenizer", f"{folder}/tokenizer.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.SimpleTokenizer()
 
 
 @lru_cache(maxsize=100_000)

@@ -1,5 +1,7 @@
 """The model in the box: it is small, it is found from anywhere, and it draws what captions say."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,3 +65,15 @@ def test_it_draws_what_captions_say(box, objects, right):
     world = World(quickstart.SIZE, quickstart.SHAPES, quickstart.COLOURS)
     accuracy, _, _ = evaluate.caption_accuracy(box, evaluate.held_out(world, 24, objects, seed=1))
     assert accuracy >= right / 24
+
+
+def test_an_image_of_the_box_imports_no_more_than_it_needs(tmp_path):
+    """Each of these costs a second of the start, and none is needed."""
+    code = (
+        "import sys; from minidiff.cli.main import main\n"
+        f"main(['generate', 'a red circle', '--steps', '2', '--out', {str(tmp_path)!r}])\n"
+        "slow = {'open_clip', 'torch._dynamo', 'torchvision', 'transformers', 'timm'}\n"
+        "print(sorted(slow & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "[]"

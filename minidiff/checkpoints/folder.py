@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minidiff.checkpoints import files
 from minidiff.denoiser import Denoiser
@@ -154,9 +155,18 @@ def _model(whole: dict) -> LatentDiffusion:
 # Tensors into networks.
 
 
+class Uninitialized(TorchFunctionMode):
+    """nn.init does nothing. On tensors without memory it would import torch._dynamo: a second."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def empty(network: type[nn.Module], config: dict) -> nn.Module:
     """A network of this config whose tensors have shapes and no memory."""
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialized():
         return network(network.Config(**config))
 
 
