@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from minidiff.cli.flags import Flag, flags, in_flags
 from minidiff.cli.types import REGISTRY
-from minidiff.errors import Terminated, UserError, choice
+from minidiff.errors import Terminated, UserError, choice, printable
 
 Verb = Callable[..., None]
 Verbs = dict[str, Verb]  # by name; a name of two words is a verb of a group, as in "plot forward"
@@ -223,13 +223,15 @@ class _Log(logging.Handler):
     """What the library logs, on stderr, above a progress bar where there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(record.getMessage(), file=sys.stderr)
+        tqdm.write(printable(record.getMessage()), file=sys.stderr)
 
 
 def _warn(program: str, message: Warning | str, *_: object, **__: object) -> None:
-    tqdm.write(f"{program}: {in_flags(' '.join(str(message).split()))}", file=sys.stderr)
+    line = printable(in_flags(" ".join(str(message).split())))
+    tqdm.write(f"{program}: {line}", file=sys.stderr)
 
 
 def _fail(program: str, message: str, code: int) -> None:
-    print(f"{program}: {in_flags(' '.join(message.splitlines()))}", file=sys.stderr)
+    line = printable(in_flags(" ".join(message.splitlines())))
+    print(f"{program}: {line}", file=sys.stderr)
     sys.exit(code)
