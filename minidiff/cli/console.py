@@ -30,6 +30,7 @@ from minidiff.errors import Terminated, UserError, choice, printable
 
 Verb = Callable[..., None]
 Verbs = dict[str, Verb]  # by name; a name of two words is a verb of a group, as in "plot forward"
+LONGEST = 1200  # letters of a message; a longer one loses its middle
 NUMBERS = {int: "a whole number", float: "a number"}
 
 
@@ -227,11 +228,15 @@ class _Log(logging.Handler):
 
 
 def _warn(program: str, message: Warning | str, *_: object, **__: object) -> None:
-    line = printable(in_flags(" ".join(str(message).split())))
-    tqdm.write(f"{program}: {line}", file=sys.stderr)
+    tqdm.write(f"{program}: {_line(' '.join(str(message).split()))}", file=sys.stderr)
+
+
+def _line(message: str) -> str:
+    """A message with flags, whatever a stranger's file put into it."""
+    line = printable(in_flags(message))
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 4 :]}"
 
 
 def _fail(program: str, message: str, code: int) -> None:
-    line = printable(in_flags(" ".join(message.splitlines())))
-    print(f"{program}: {line}", file=sys.stderr)
+    print(f"{program}: {_line(' '.join(message.splitlines()))}", file=sys.stderr)
     sys.exit(code)
