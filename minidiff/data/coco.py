@@ -157,6 +157,7 @@ def _showing(instances: Path, categories: Sequence[str]) -> set[int]:
 
 def check_new(out: Path) -> None:
     """Refuse to write where something is."""
+    atomic.clean(out.parent)
     if os.path.lexists(out):
         raise UserError(f"`out` {out} is there already; name a new folder, or remove that one.")
 

@@ -81,6 +81,8 @@ def foreign_run(path: Path) -> Path | None:
 
 def start(out: Path, run: dict[str, dict], resume: bool) -> None:
     """Write OUT/run.json; where training has begun already, compare with it instead."""
+    for place in (out, out / "grids", *out.glob("best_step_*")):
+        atomic.clean(place)
     check_free(out, resume)
     file = out / "run.json"
     if not (out / "training").exists():

@@ -60,8 +60,7 @@ class Progress:
         """
         if self.folder is None:
             return None
-        for rest in self.folder.glob(".*.minidiff-????????"):  # of a save that was killed
-            atomic.recover(self.folder / rest.name[1:].rpartition(".minidiff-")[0])
+        atomic.clean(self.folder)
         last = self._restore() if resume else None
         if last is None:
             for file in checkpoints(self.folder):
