@@ -210,14 +210,25 @@ def _terminated() -> Iterator[None]:
         yield
         return
     signal.signal(signal.SIGTERM, _terminate)
+    before, sys.unraisablehook = sys.unraisablehook, _unraisable
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.unraisablehook = before
 
 
 def _terminate(*_: object) -> None:
     raise Terminated
+
+
+def _unraisable(lost: "sys.UnraisableHookArgs") -> None:
+    """A signal that arrives while Python destroys an object is lost there: send it again."""
+    if not isinstance(lost.exc_value, KeyboardInterrupt):
+        return sys.__unraisablehook__(lost)
+    is_terminated = isinstance(lost.exc_value, Terminated)
+    number = signal.SIGTERM if is_terminated else signal.SIGINT
+    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
 
 
 class _Log(logging.Handler):
