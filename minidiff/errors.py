@@ -18,3 +18,8 @@ def choice(kind: str, name: object, choices: Iterable[str]) -> None:
         nearest = difflib.get_close_matches(str(name), names, 1)
         perhaps = f"; perhaps you meant {nearest[0]}" if nearest else ""
         raise UserError(f'no {kind} "{name}"; there is {", ".join(names)}{perhaps}.')
+
+
+def printable(text: str) -> str:
+    """Escape what is no character, or would move the cursor: names and captions are strangers'."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

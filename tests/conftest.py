@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
+from tests.sockets import offline, pytest_unconfigure  # noqa: F401 (the fixture of every test)
+
 # before anything imports minidiff; the tower lets a float parameter take an int, as PEP 484 and callers do
 install_import_hook(
     "minidiff", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 )
 
+os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # Hugging Face's loader would tell its maker
 
 # A shell's background jobs ignore Ctrl-C, and so would the tests of it and their child processes.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -199,9 +199,11 @@ def _check(value: Tensor, shape: torch.Size, where: str) -> None:
     if value.shape != shape:
         fitting = f"where {tuple(shape)} would fit the other tensors"
         raise UserError(f"{where} is {tuple(value.shape)}, {fitting}.")
-    if not value.is_floating_point():
+    if not value.is_floating_point() or value.itemsize < 2:
         kind = str(value.dtype).removeprefix("torch.")
-        raise UserError(f"{where} is made of {kind}; weights are floating-point numbers.")
+        raise UserError(
+            f"{where} is made of {kind}; weights are floating-point, of 16 bits or more."
+        )
     if not value.sum(dtype=torch.promote_types(value.dtype, torch.float32)).isfinite():
         what = "numbers that are not finite (NaN or infinity)"
         raise UserError(f"{where} holds {what}; training broke before it was saved.")

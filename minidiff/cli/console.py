@@ -26,10 +26,11 @@ from tqdm import tqdm
 
 from minidiff.cli.flags import Flag, flags, in_flags
 from minidiff.cli.types import REGISTRY
-from minidiff.errors import Terminated, UserError, choice
+from minidiff.errors import Terminated, UserError, choice, printable
 
 Verb = Callable[..., None]
 Verbs = dict[str, Verb]  # by name; a name of two words is a verb of a group, as in "plot forward"
+LONGEST = 1200  # letters of a message; a longer one loses its middle
 NUMBERS = {int: "a whole number", float: "a number"}
 
 
@@ -209,27 +210,44 @@ def _terminated() -> Iterator[None]:
         yield
         return
     signal.signal(signal.SIGTERM, _terminate)
+    before, sys.unraisablehook = sys.unraisablehook, _unraisable
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.unraisablehook = before
 
 
 def _terminate(*_: object) -> None:
     raise Terminated
 
 
+def _unraisable(lost: "sys.UnraisableHookArgs") -> None:
+    """A signal that arrives while Python destroys an object is lost there: send it again."""
+    if not isinstance(lost.exc_value, KeyboardInterrupt):
+        return sys.__unraisablehook__(lost)
+    is_terminated = isinstance(lost.exc_value, Terminated)
+    number = signal.SIGTERM if is_terminated else signal.SIGINT
+    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+
+
 class _Log(logging.Handler):
     """What the library logs, on stderr, above a progress bar where there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(record.getMessage(), file=sys.stderr)
+        tqdm.write(printable(record.getMessage()), file=sys.stderr)
 
 
 def _warn(program: str, message: Warning | str, *_: object, **__: object) -> None:
-    tqdm.write(f"{program}: {in_flags(' '.join(str(message).split()))}", file=sys.stderr)
+    tqdm.write(f"{program}: {_line(' '.join(str(message).split()))}", file=sys.stderr)
+
+
+def _line(message: str) -> str:
+    """A message with flags, whatever a stranger's file put into it."""
+    line = printable(in_flags(message))
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 4 :]}"
 
 
 def _fail(program: str, message: str, code: int) -> None:
-    print(f"{program}: {in_flags(' '.join(message.splitlines()))}", file=sys.stderr)
+    print(f"{program}: {_line(' '.join(message.splitlines()))}", file=sys.stderr)
     sys.exit(code)

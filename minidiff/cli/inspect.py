@@ -5,7 +5,7 @@ from pathlib import Path
 
 from minidiff.cli import options
 from minidiff.cli.options import File, Source
-from minidiff.errors import UserError
+from minidiff.errors import UserError, printable
 from minidiff.training import atomic
 
 
@@ -30,7 +30,7 @@ def inspect(path: Source, out: File = None) -> None:
         raise UserError(f'no file or folder "{path}".')
     rows = rows_of(path)
     width = max(len(what) for what, _ in rows)
-    print(*(f"{what:{width}}  {how}" for what, how in rows), sep="\n")
+    print(*(printable(f"{what:{width}}  {how}") for what, how in rows), sep="\n")
     if out is not None:
         text = json.dumps([{"what": what, "how": how} for what, how in rows], indent=2)
         with atomic.write(out / "inspect.json", foreign) as new:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from minidiff.errors import UserError
+from minidiff.errors import UserError, printable
 from minidiff.options.sampling import SampleConfig
 from minidiff.training import atomic
 
@@ -103,7 +103,8 @@ class Parts:
             lora.remove(loaded)
             print(f"{file}: {len(report.layers)} layers, probe moved by {100 * report.moved:.2g} %")
         for file, word in self.embeddings():
-            print(f'{file}: the word is "{embedding.load(loaded.text, file, word)}"')
+            name = printable(embedding.load(loaded.text, file, word))
+            print(f'{file}: the word is "{name}"')
         return loaded
 
 

@@ -80,7 +80,7 @@ def _add(source: Source, index) -> None:
     """Add a pycocotools COCO: its images, its captions, and counts of captions left out."""
     licenses = {one["id"]: (one["name"], one["url"]) for one in index.dataset.get("licenses", [])}
     for i, image in index.imgs.items():
-        license, license_url = licenses.get(image.get("license"), ("unknown", "unknown"))
+        license, license_url = map(str, licenses.get(image.get("license"), ("unknown",) * 2))
         urls = {"source_url": "flickr_url", "coco_url": "coco_url"}
         urls = {name: str(image.get(key, "")) for name, key in urls.items()}
         source.names[int(i)] = Path(str(image["file_name"])).name
@@ -157,6 +157,7 @@ def _showing(instances: Path, categories: Sequence[str]) -> set[int]:
 
 def check_new(out: Path) -> None:
     """Refuse to write where something is."""
+    atomic.clean(out.parent)
     if os.path.lexists(out):
         raise UserError(f"`out` {out} is there already; name a new folder, or remove that one.")
 

@@ -118,6 +118,8 @@ def _entries(
 
     Afterwards the file holds these entries alone; if computing ends early, those that were ready.
     """
+    if folder:
+        atomic.clean(folder)
     file = folder and folder / f"{name}.safetensors"
     stored = _read(file) if file else {}
     entries = {key: stored[key] for key in arguments if key in stored}

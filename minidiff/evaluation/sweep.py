@@ -98,12 +98,23 @@ def sweep(
     """
     wanted = [run | columns(config) for config in configs]
     for number, (config, key) in enumerate(zip(configs, wanted, strict=True), 1):
-        if not any(key.items() <= row.items() for row in read(path)):
+        if not lines_of(key, path):
             logger.info("%d of %d: %s", number, len(configs), name(key))
             generated = draw(model, bench, config, progress=True)
             append(path, key | flat(figures(bench, generated, config.seed)))
-    rows = read(path)
-    return [next(row for row in rows if key.items() <= row.items()) for key in wanted]
+    return [lines_of(key, path)[0] for key in wanted]
+
+
+def lines_of(key: Row, path: Path) -> list[Row]:
+    """The lines of a file with these entries whose figures are all there."""
+    return [row for row in read(path) if key.items() <= row.items() and is_whole(row)]
+
+
+def is_whole(row: Row) -> bool:
+    try:
+        return all(map(math.isfinite, point(row))) and float(row[SPEED]) > 0
+    except (ValueError, LookupError, StopIteration):
+        return False
 
 
 def name(row: Row) -> str:

@@ -252,6 +252,7 @@ def class_pictures(
 def make_room(folder: Path, paths: list[Path]) -> None:
     """Refuse strangers' files at these paths, and warn of others; remove ours from an earlier run
     that drew more."""
+    atomic.clean(folder)
     for path in paths:
         atomic.check(path, foreign)
     for path in set(folder.glob("[0-9]*.png")) - set(paths):

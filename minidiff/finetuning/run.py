@@ -21,6 +21,7 @@ from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods.inversion import Word, put_in
 from minidiff.options.finetuning import FineTuneConfig
 from minidiff.training import atomic
+from minidiff.training.json_types import fits
 
 MODEL, LORA, EMBEDDING = "model", "lora.safetensors", "embedding.safetensors"
 RESULTS = ("training", MODEL, LORA, EMBEDDING, "best_step_[0-9]*")
@@ -47,7 +48,7 @@ def fingerprint(example: Example) -> str:
 def upgraded(run: dict[str, dict]) -> dict[str, dict]:
     """A run.json of an earlier version under today's names."""
     settings, weights = dict(run["settings"]), dict(run["weights"])
-    if "levels" in settings:
+    if fits(settings.get("levels"), tuple[float, float]):
         settings["t_mean"], settings["t_std"] = settings.pop("levels")
     if "text tower" in weights:
         weights["text encoder"] = weights.pop("text tower")
@@ -80,6 +81,8 @@ def foreign_run(path: Path) -> Path | None:
 
 def start(out: Path, run: dict[str, dict], resume: bool) -> None:
     """Write OUT/run.json; where training has begun already, compare with it instead."""
+    for place in (out, out / "grids", *out.glob("best_step_*")):
+        atomic.clean(place)
     check_free(out, resume)
     file = out / "run.json"
     if not (out / "training").exists():
@@ -87,7 +90,8 @@ def start(out: Path, run: dict[str, dict], resume: bool) -> None:
             new.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
         return
     before = files.read_json(file)
-    if before.keys() != PARTS or not all(isinstance(part, dict) for part in before.values()):
+    is_run = before.keys() == PARTS and all(isinstance(part, dict) for part in before.values())
+    if not is_run or not fits(before["data"], dict[str, list[str]]):
         raise UserError(f"{file} is not of a fine-tune; choose another `out`.")
     before = upgraded(before)
     for part in run:

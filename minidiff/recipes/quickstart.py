@@ -253,6 +253,7 @@ def judge(
 
 def check_folder(out: Path, resume: bool) -> None:
     """Raise a UserError rather than continue by mistake or overwrite other files."""
+    atomic.clean(out)
     trained, drawn = (out / "training").exists(), (out / "model").exists()
     if (trained or drawn) and not resume:
         raise UserError(f"{out} holds a quickstart already; `resume` it, or choose another `out`.")

@@ -1,8 +1,9 @@
 """Write a file or a folder whole or not at all, and never over what somebody else put there.
 
 New content is made in a private folder beside its target, `.NAME.minidiff-XXXXXXXX`, reaches the
-disk (fsync), and is renamed into place. The private folder holds a lock file with our mark. The
-lock ends with its process, so a later write tells a killed write from one that is at work.
+disk (fsync), and is renamed into place. The private folder holds a lock file with our mark, which
+comes first and goes last. The lock ends with its process, so a later write tells a killed write
+from one that is at work.
 """
 
 import glob
@@ -38,6 +39,7 @@ def check(path: str | Path, stranger: Stranger) -> None:
 
 def check_new(path: str | Path) -> None:
     """Raise a UserError where something is there already."""
+    clean(Path(path).parent)
     if os.path.lexists(path):
         remedy = "name another place, or remove it"
         raise UserError(f'"{path}" exists and is not overwritten; {remedy}.')
@@ -66,13 +68,10 @@ def write(path: str | Path, stranger: Stranger | None = None) -> Iterator[Path]:
     if stranger is not None:
         check(path, stranger)
     path.parent.mkdir(parents=True, exist_ok=True)
-    recover(path)
-    private = Path(tempfile.mkdtemp(prefix=f".{path.name}.minidiff-", dir=path.parent))
+    clean(path.parent)
+    private, lock = _private(path)
     new, old = private / "new" / path.name, private / "old"
-    lock = os.open(private / LOCK, os.O_RDWR | os.O_CREAT)
     try:
-        _take(lock)
-        os.write(lock, MARK)
         new.parent.mkdir()
         yield new
         _flush(new)
@@ -85,41 +84,77 @@ def write(path: str | Path, stranger: Stranger | None = None) -> Iterator[Path]:
     finally:
         if old.exists() and not path.exists():
             os.replace(old, path)
-        shutil.rmtree(private, ignore_errors=True)
+        _discard(private)
         os.close(lock)
 
 
 def recover(path: str | Path) -> None:
     """Clean up after killed writes to path, and put an old folder back that was moved away."""
     path = _real(path)
-    for private in path.parent.glob(f".{glob.escape(path.name)}.minidiff-????????"):
+    clean(path.parent, glob.escape(path.name))
+
+
+def clean(folder: Path, name: str = "*") -> None:
+    """Clean up after killed writes in a folder, to all files or to those that a pattern names."""
+    for private in folder.glob(f".{name}.minidiff-????????"):
         try:
             lock = os.open(private / LOCK, os.O_RDONLY)
-        except OSError:
-            continue  # not ours, or not yet
+        except OSError:  # not ours; or a write was killed when it had made, or emptied, its folder
+            with suppress(OSError):
+                private.rmdir()
+            continue
         try:
-            if not _take(lock) or os.read(lock, len(MARK) + 1) != MARK:
-                continue
-            old = private / "old"
-            if old.exists() and (private / "new" / path.name).exists():
-                if path.exists():
-                    continue  # somebody put another thing in its place: both stay
-                os.replace(old, path)
-            shutil.rmtree(private, ignore_errors=True)
+            if _take(lock) and _is_ours(private, lock):
+                _put_back(private, folder / private.name[1:].rpartition(".minidiff-")[0])
         finally:
             os.close(lock)
+
+
+def _is_ours(private: Path, lock: int) -> bool:
+    """Whether the lock has our mark, or is empty and alone: the mark was about to be written."""
+    mark = os.read(lock, len(MARK) + 1)
+    return mark == MARK or (not mark and os.listdir(private) == [LOCK])
+
+
+def _put_back(private: Path, path: Path) -> None:
+    """Move back what a killed write had moved away from path, and remove the rest."""
+    old = private / "old"
+    if old.exists() and (private / "new" / path.name).exists():
+        if path.exists():
+            return  # somebody put another thing in its place: both stay
+        os.replace(old, path)
+    _discard(private)
+
+
+def _private(path: Path) -> tuple[Path, int]:
+    """A new folder beside path, and its open lock."""
+    while True:
+        private = Path(tempfile.mkdtemp(prefix=f".{path.name}.minidiff-", dir=path.parent))
+        with suppress(FileNotFoundError):  # another write cleaned up before there was a lock
+            lock = os.open(private / LOCK, os.O_RDWR | os.O_CREAT)
+            if _take(lock) is not False and (private / LOCK).exists():
+                os.write(lock, MARK)
+                return private, lock
+            os.close(lock)
+
+
+def _discard(private: Path) -> None:
+    for part in (private / "new", private / "old", private):  # the lock goes last
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _real(path: str | Path) -> Path:
     return Path(os.path.realpath(path))  # a link stays a link: what it leads to is written
 
 
-def _take(lock: int) -> bool:
-    """Lock an open file; False where another process has it, or where there are no locks."""
+def _take(lock: int) -> bool | None:
+    """Lock an open file; False where another process has it, None where there are no locks."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (AttributeError, OSError):
+    except BlockingIOError:
         return False
+    except (AttributeError, OSError):
+        return None
     return True
 
 

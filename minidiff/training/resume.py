@@ -21,10 +21,11 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minidiff.errors import Terminated, UserError
 from minidiff.training import atomic
+from minidiff.training.json_types import fits
 
 KEPT = 2  # checkpoints: one, and one to fall back on
 BEFORE = "checkpoint.pt"  # the name in earlier versions
@@ -59,8 +60,7 @@ class Progress:
         """
         if self.folder is None:
             return None
-        for rest in self.folder.glob(".*.minidiff-????????"):  # of a save that was killed
-            atomic.recover(self.folder / rest.name[1:].rpartition(".minidiff-")[0])
+        atomic.clean(self.folder)
         last = self._restore() if resume else None
         if last is None:
             for file in checkpoints(self.folder):
@@ -128,9 +128,12 @@ class Progress:
         try:
             groups = state["optimizer"]["param_groups"], self.optimizer.param_groups
             for saved, here in zip(*groups, strict=True):
-                saved |= {name: here[name] for name in ("fused", "foreach") if name in here}
+                saved |= {name: here[name] for name in here if name != "params"}  # the config's
             self.module.load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
+            for parameter, moments in self.optimizer.state.items():
+                if not all(_fits(*moment, parameter) for moment in moments.items()):
+                    raise ValueError("the optimizer's moments have other shapes")
             if self.ema is not None:
                 self.ema.load_state_dict(state["ema"])
         except UNREADABLE as error:
@@ -156,16 +159,23 @@ def read_checkpoint(file: Path) -> dict | None:
 
 def cut_log(file: Path, count: int) -> None:
     """Keep the lines of the first `count` steps: the later steps are about to happen again."""
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    kept = "".join(text.splitlines(keepends=True)[:count])
-    if kept != text or not file.exists():
+    content = file.read_bytes() if file.exists() else b""
+    kept = b"".join(content.splitlines(keepends=True)[:count])
+    if kept != content or not file.exists():
         with atomic.write(file) as new:
-            new.write_text(kept, encoding="utf-8")
+            new.write_bytes(kept)
 
 
 def read_log(folder: Path) -> list[dict]:
     """The lines that training wrote: one for each step, those before a resume included."""
-    return list(map(json.loads, (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()))
+    file = folder / "log.jsonl"
+    try:
+        steps = list(map(json.loads, file.read_bytes().splitlines()))
+    except (ValueError, RecursionError) as error:
+        steps = [error]
+    if not fits(steps, list[dict]):
+        raise UserError(f"{file} is damaged; start afresh in another folder.")
+    return steps
 
 
 class Signals:
@@ -227,6 +237,12 @@ def _interned(state: object) -> object:
         keys = (sys.intern(key) if isinstance(key, str) else key for key in state)
         return dict(zip(keys, map(_interned, state.values()), strict=True))
     return [_interned(value) for value in state] if isinstance(state, list) else state
+
+
+def _fits(name: str, moment: Tensor, parameter: Tensor) -> bool:
+    dense = moment.layout == torch.strided and not moment.is_nested
+    shapes = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+    return dense and moment.shape == shapes.get(name, moment.shape)
 
 
 def _sum_of(file: Path) -> Path:

@@ -226,3 +226,13 @@ def test_a_hub_name_without_a_network(refused, monkeypatch, tmp_path):
         said.startswith('"owner/name" is no path here, and the Hub cannot be reached')
         and "cache" in said
     )
+
+
+def test_names_in_a_file_cannot_move_the_cursor(sd, tmp_path, ran, refused):
+    """A terminal obeys escape sequences: a tensor's name could rename its window, or hide a line."""
+    whole, strange = tmp_path / "sd.safetensors", {"\x1b]0;title\7x": torch.ones(1)}
+    save_file(load_file(write.save_compvis(sd(), whole)) | strange, whole)
+    save_file(strange, tmp_path / "a.safetensors")
+    assert "\\x1b]0;title\\x07x" in refused("inspect", tmp_path / "a.safetensors")
+    printed = ran("inspect", whole).out
+    assert "\x1b" not in printed and "\\x1b]0;title\\x07x" in printed

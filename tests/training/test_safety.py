@@ -276,6 +276,27 @@ def test_terminated_elsewhere_is_one_line(tmp_path):
     assert (ended.returncode, ended.stderr) == (143, "minidiff: terminated.\n")
 
 
+IN_A_DESTRUCTOR = """
+import signal, sys, time
+from minidiff.cli import console
+class Object:
+    def __del__(self):
+        signal.raise_signal(getattr(signal, sys.argv[1]))
+with console.one_line('minidiff'):
+    Object()
+    time.sleep(10)
+"""
+
+
+@pytest.mark.parametrize(
+    "name, word, code", [("SIGTERM", "terminated", 143), ("SIGINT", "interrupted", 130)]
+)
+def test_a_signal_in_a_destructor_is_not_lost(name, word, code):
+    """What is raised there, Python prints and forgets."""
+    ended = python(IN_A_DESTRUCTOR, name)
+    assert (ended.returncode, ended.stderr) == (code, f"minidiff: {word}.\n")
+
+
 KILLS = """
 import os, random, signal, sys, time
 from pathlib import Path

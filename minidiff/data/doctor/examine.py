@@ -22,7 +22,7 @@ from minidiff.data import folder as loader
 from minidiff.data.doctor import traps
 from minidiff.data.doctor.traps import TRAPS, Entry, Folder, ImageInfo, examine_image
 from minidiff.data.folder import Fault, images_in
-from minidiff.errors import UserError
+from minidiff.errors import UserError, printable
 from minidiff.options.sampling import check_size
 from minidiff.text import token_ids
 from minidiff.training import atomic
@@ -219,11 +219,6 @@ def verdict(report: Report) -> str:
     counts = ", ".join(f"{trap}: {count}" for trap, count in by_trap.items())
     advice = f"; {ADVICE[first.trap]}" if first.trap in ADVICE else ""
     return printable(f"cannot be trained on ({counts}): {first.what}{advice}")
-
-
-def printable(text: str) -> str:
-    """Escape what is no character, or would move the cursor: names and captions are strangers'."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def write(report: Report, out: Path) -> Path:

@@ -2,8 +2,11 @@
 thumb that holds. docs/flight_recorder.md lists them."""
 
 import math
+from collections.abc import Iterable
 from statistics import fmean, median
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
+
+from minidiff.training.json_types import fits
 
 NOISE = 0.02  # mean losses this close are as good as equal
 # in units of the distance between two seeds: how far a prompt that nobody trains may move
@@ -32,6 +35,30 @@ class Record(NamedTuple):
     seconds_per_step: float | None  # of training, since the measurement before
     seconds: float  # of this measurement
     memory_gb: float | None  # the most held so far; on the GPU if the model is on one
+
+
+def are_whole(records: list[Record], prompts: Iterable[str], images: int) -> bool:
+    """Whether records, as read back from a file, are one run's, of these prompts and so many
+    training images."""
+    if not records or not all(_is_whole(record, set(prompts), images) for record in records):
+        return False
+    steps = [record.step for record in records]
+    same = {tuple(map(_missing, (record.validation, record.train))) for record in records}
+    return steps == sorted(set(steps)) and len(same) == 1
+
+
+def _is_whole(record: Record, prompts: set[str], images: int) -> bool:
+    kinds = get_type_hints(Record).items()
+    if not all(fits(getattr(record, name), kind) for name, kind in kinds):
+        return False
+    losses = [loss for loss in record.validation + record.train if loss is not None]
+    indices = [index for near in record.nearest.values() for _, index in near]
+    labels = record.moved.keys() == prompts and record.nearest.keys() <= prompts
+    return labels and not any(x <= 0 for x in losses) and all(0 <= k < images for k in indices)
+
+
+def _missing(losses: list[float | None]) -> tuple[bool, ...]:
+    return tuple(loss is None for loss in losses)
 
 
 def relative(records: list[Record], which: str) -> list[float | None]:

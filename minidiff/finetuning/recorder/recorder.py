@@ -25,7 +25,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
@@ -36,7 +35,7 @@ from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.evaluation import features, metrics
 from minidiff.figures import plots
-from minidiff.finetuning.recorder.advice import Record, advise, best
+from minidiff.finetuning.recorder.advice import Record, advise, are_whole, best
 from minidiff.finetuning.recorder.report import Pair, page, steps_shown
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.finetuning import RecorderConfig
@@ -260,17 +259,19 @@ class Recorder:
     def pictures(self, step: int) -> Grid:
         """The images of a measurement, read back."""
         path = self._grid_file(step)
+        side, again = self.model.size, "start afresh in another folder"
         try:
-            with Image.open(path) as image:
-                text = image.text
-                sheet = torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read; start afresh in another folder.") from error
+            sheet = load_image(path)
+        except UserError as error:
+            raise UserError(f"{path} cannot be read; {again}.") from error
+        with Image.open(path) as image:
+            text = getattr(image, "text", {})
         if text != self._drawn_with():
             raise UserError(
-                f"{path} was drawn with other prompts or settings; resume with those, or start "
-                "afresh in another folder."
+                f"{path} was drawn with other prompts or settings; resume with those, or {again}."
             )
+        if sheet.shape[1:] != (side * len(self.prompts), side * self.config.n):
+            raise UserError(f"{path} is damaged: it has other sides; {again}.")
         rows = sheet.chunk(len(self.prompts), dim=1)
         images = [torch.stack(row.chunk(self.config.n, dim=2)) for row in rows]
         return dict(zip(self.prompts, images, strict=True))
@@ -282,9 +283,9 @@ class Recorder:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
             records = [Record(**json.loads(line)) for line in lines]
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             records = []
-        if not records:
+        if not are_whole(records, self.prompts, len(self.training)):
             raise UserError(f"{file} is damaged, or of another version; start afresh elsewhere.")
         return records
 
