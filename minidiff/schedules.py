@@ -162,6 +162,8 @@ class Discrete(NoiseSchedule):
     def __post_init__(self) -> None:
         if self.betas not in BETAS:
             raise UserError(f'no betas "{self.betas}"; there is {", ".join(BETAS)}.')
+        if not 1 <= self.T <= 100_000:
+            raise UserError(f"T is {self.T}; it must be from 1 to 100,000.")
 
     @cached_property
     def alpha_bar(self) -> Float[Tensor, "T1"]:

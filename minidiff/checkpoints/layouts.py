@@ -30,7 +30,12 @@ AVERAGE = "model_ema.diffusion_model"
 TEXT_1, TEXT_2 = ("cond_stage_model.transformer.",), ("cond_stage_model.model.",)
 IMAGE_ENCODER = ("vision_model.", "visual_projection.")  # of a whole CLIPModel; not needed
 
-DAMAGED = (TypeError, AttributeError, KeyError)  # by a number in place of a list, and the like
+DAMAGED = (
+    TypeError,
+    AttributeError,
+    LookupError,
+    ValueError,
+)  # by a number in place of a list, and the like
 
 
 class Part(NamedTuple):
@@ -126,6 +131,8 @@ def _diffusers(folder: Path, reader: Read) -> Checkpoint:
         checkpoint.notes += _own_words(tokenizer)
         factor = 2 ** (len(checkpoint.parts["vae"].config["channels"]) - 1)
         checkpoint.size = int(_settings(folder / "unet").get("sample_size", 64)) * factor
+    except UserError:
+        raise
     except DAMAGED as error:
         raise _damaged(folder, error) from error
     return checkpoint
@@ -135,6 +142,8 @@ def part_folder(folder: Path, name: str, reader: Read) -> Part:
     """One network as diffusers or transformers saves it, in a folder with config.json."""
     try:
         return _part(folder, name, folder, reader)
+    except UserError:
+        raise
     except DAMAGED as error:
         raise _damaged(folder, error) from error
 
