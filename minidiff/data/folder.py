@@ -61,9 +61,10 @@ def to_uint8(images: Float[Tensor, "*dims"]) -> UInt8[Tensor, "*dims"]:
 
 
 def load_image(
-    path: str | Path, size: int | tuple[int, int] | None = None
+    path: str | Path, size: int | tuple[int, int] | None = None, background: str = "white"
 ) -> UInt8[Tensor, "3 H W"]:
-    """Read an image file of any kind as upright RGB on white, or raise a Fault.
+    """Read an image file of any kind as upright RGB, or raise a Fault. Transparent parts show the
+    background, and a warning says so.
 
     size: a side, or (height, width); the image is scaled to cover it and cut in the centre.
     """
@@ -76,7 +77,7 @@ def load_image(
         with Image.open(path) as file:
             _check_pixels(file)
             ImageOps.exif_transpose(file, in_place=True)
-            image = _rgb(file)
+            image = _rgb(file, background)
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         reason = " ".join(str(error).split()) or type(error).__name__
         message = f"{path}: not a readable picture ({reason}); {advice}"
@@ -96,7 +97,7 @@ def _check_pixels(image: Image.Image) -> None:
         raise ValueError(f"{image.width}x{image.height} pixels; at most {most:,.0f} are read")
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, background: str) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's conversion does not scale all such modes
         grey = (np.asarray(image).astype(np.float32) / 257).round().clip(0, 255)
         image = Image.fromarray(grey.astype(np.uint8))
@@ -104,7 +105,11 @@ def _rgb(image: Image.Image) -> Image.Image:
         raise ValueError("floating-point pixels have no agreed range: save it with 8 or 16 bits")
     if image.has_transparency_data:  # alpha, or one transparent colour of a palette
         image = image if image.mode == "RGBA" else image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if image.getchannel("A").getextrema()[0] < 255:
+            # without the file's name, so that it is said once
+            what = "transparent parts of images are read as"
+            warnings.warn(f"{what} {background}", stacklevel=2)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     image.load()
     return image if image.mode == "RGB" else image.convert("RGB")
 
