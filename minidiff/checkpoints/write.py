@@ -3,13 +3,14 @@ in the same precision. What only minidiff has is refused by name.
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minidiff.checkpoints import names
+from minidiff.checkpoints import names, sizes
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods.lora import merged_state
@@ -62,6 +63,27 @@ def _strange_networks(model: LatentDiffusion) -> list[str]:
         "a VAE without GroupNorm": not vae.config.groups,
     }
     return strange + [reason for reason, applies in reasons.items() if applies]
+
+
+def check_implied(model: LatentDiffusion) -> None:
+    """That a reader of the tensors alone, as of a single file, would build the same networks."""
+    strange = []
+    for network, count in (
+        (model.unet, sizes.unet_config),
+        (model.vae, sizes.vae_config),
+        (model.text, sizes.text_config),
+    ):
+        implied = count({name: tuple(v.shape) for name, v in network.state_dict().items()})
+        own = asdict(network.config)
+        if own.get("activation") == "gelu":  # SD 2.x's text encoder, which its names tell
+            implied |= dict(activation="gelu", pad=0)
+        for name, value in (asdict(network.Config(**implied))).items():
+            if name not in ("dropout", "kl_weight") and own[name] != value:
+                kind = type(network).__name__
+                strange.append(f"{name}={own[name]} in the {kind} (tensors imply {value})")
+    if strange:
+        what = f"a single file cannot say that this model has {', '.join(strange)}"
+        raise UserError(f"{what}. Write it for diffusers, or as a model folder of minidiff.")
 
 
 # diffusers
@@ -205,6 +227,7 @@ def save_compvis(model: LatentDiffusion, file: str | Path) -> Path:
     """One file with CompVis's names, as the single-file tools open it. Written beside its place,
     then renamed; it must not exist."""
     check(model)
+    check_implied(model)
     file = Path(file)
     if file.suffix != ".safetensors":
         raise UserError(f"{file} should end in .safetensors; pickles are not written.")
