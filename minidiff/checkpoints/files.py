@@ -27,6 +27,7 @@ BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 # A class that Stable Diffusion's own .ckpt files name beside their tensors.
 CALLBACK = ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint")
+AROUND = ("state_dict", "string_to_param")  # of a checkpoint, and of a textual inversion
 AGAIN = "fetch or copy it again"
 TOO_MUCH = "unpacks to more than it holds; PyTorch writes no such file"
 NO_LIST = "its header is no list of tensors"
@@ -171,8 +172,8 @@ def tensors(file: Path) -> "dict[str, Tensor]":
 
 
 def _pickled(file: Path) -> "dict[str, Tensor]":
-    """The tensors of a zip as torch.save writes it since version 1.6, with or without "state_dict"
-    around them."""
+    """The tensors of a zip as torch.save writes it since version 1.6, alone or in a dictionary
+    (AROUND) with others."""
     import pickle
 
     import torch
@@ -182,14 +183,19 @@ def _pickled(file: Path) -> "dict[str, Tensor]":
     module, name = CALLBACK
     stub = type(name, (), {"__module__": module})  # has the name, and does nothing
     try:
-        with torch.serialization.safe_globals([stub]):
+        with torch.serialization.safe_globals([stub, torch.nn.ParameterDict]):
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         what = "more than tensors: code that would run when it is opened"
         raise UserError(f"{file} holds {what}; {ASK}.") from error
     except Exception as error:  # a pickle is a program for a small machine: it can fail in any way
         raise damaged(file, first_line(error)) from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    for key in AROUND:
+        state = state.get(key, state) if isinstance(state, dict) else state
+    # old textual inversions
+    state = (
+        getattr(state, "_parameters", state) if isinstance(state, torch.nn.ParameterDict) else state
+    )
     if not isinstance(state, dict):
         raise UserError(f"{file} holds no dictionary of tensors.")
     state = {name: value for name, value in state.items() if isinstance(value, Tensor)}

@@ -58,7 +58,8 @@ def _strange_networks(model: LatentDiffusion) -> list[str]:
     reasons = {
         "words_only in the text encoder": text.config.words_only,
         f"padding with token {text.pad}": text.pad not in PADDING,
-        f"a vocabulary of {text.config.vocabulary}": text.config.vocabulary != END + 1,
+        f"a vocabulary of {text.config.vocabulary}": text.config.vocabulary
+        != END + 1 + len(added_tokens(text)),
         "a U-Net without GroupNorm": not unet.config.groups,
         "a VAE without GroupNorm": not vae.config.groups,
     }
@@ -151,6 +152,15 @@ def scheduler_config(model: LatentDiffusion) -> dict:
     )
 
 
+def added_tokens(text: CLIPText) -> dict[str, int]:
+    """Words beyond CLIP's vocabulary; of a word with several tokens word, word_1, ..."""
+    return {
+        f"{word}_{k}" if k else word: token
+        for word, tokens in text.config.added.items()
+        for k, token in enumerate(tokens)
+    }
+
+
 def tokenizer_files(pad: int, length: int) -> dict[str, str]:
     """CLIP's byte-pair vocabulary as transformers' CLIPTokenizer reads it, from open_clip's."""
     clip = tokenizer()
@@ -196,6 +206,8 @@ def save_diffusers(model: LatentDiffusion, folder: str | Path) -> Path:
     texts = {name: json.dumps(content, indent=2) + "\n" for name, content in configs.items()}
     for name, content in tokenizer_files(model.text.pad, model.text.context_length).items():
         texts[f"tokenizer/{name}"] = content
+    if added := added_tokens(model.text):
+        texts["tokenizer/added_tokens.json"] = json.dumps(added)
     atomic.check_new(folder)
     with atomic.write(folder) as new:
         for part in LIBRARIES:
