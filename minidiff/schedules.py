@@ -167,6 +167,8 @@ class Discrete(NoiseSchedule):
                 raise UserError(f"betas must be T = {self.T} numbers above 0 and at most 1.")
         elif self.betas not in BETAS:
             raise UserError(f'no betas "{self.betas}"; there is {", ".join(BETAS)}.')
+        if not 1 <= self.T <= 100_000:
+            raise UserError(f"T is {self.T}; it must be from 1 to 100,000.")
 
     @cached_property
     def alpha_bar(self) -> Float[Tensor, "T1"]:

@@ -12,9 +12,10 @@ The tokenizer and its vocabulary come from open_clip.
 import importlib.util
 import re
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -79,8 +80,16 @@ class TextConfig:
     context_length: int = 77
     vocabulary: int = 49408
     words_only: bool = False  # set the vectors of start, end and padding to zero
+    # words beyond CLIP's vocabulary, in lower case, and the tokens of each
+    added: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        added = {word: tuple(ids) for word, ids in self.added.items()}  # JSON has lists
+        object.__setattr__(self, "added", added)
+        for word, ids in added.items():
+            if not word or not ids or not all(0 <= token < self.vocabulary for token in ids):
+                limit = f"the vocabulary has {self.vocabulary}"
+                raise UserError(f'the added word "{word}" has the tokens {list(ids)}; {limit}.')
         if self.activation not in ACTIVATIONS:
             names = ", ".join(ACTIVATIONS)
             raise UserError(f'no activation "{self.activation}"; there is {names}.')
@@ -116,13 +125,23 @@ class CLIPText(nn.Module):
             for linear in (block.attention.out, block.down):
                 nn.init.zeros_(linear.weight)
 
+    def ids(self, prompt: str) -> tuple[int, ...]:
+        """The tokens of a prompt, without start and end; an added word has its own."""
+        added = self.config.added
+        if not added:
+            return token_ids(prompt)
+        words = sorted(added, key=len, reverse=True)
+        pieces = re.split(f"({'|'.join(map(_pattern, words))})", prompt, flags=re.IGNORECASE)
+        return tuple(chain.from_iterable(added.get(p.lower()) or token_ids(p) for p in pieces))
+
     def tokens(self, prompts: list[str]) -> Int[Tensor, "B L"]:
         """start, words, end, padding. Words that do not fit are cut, and a warning names them."""
         rows, room = [], self.context_length - 2
         for prompt in prompts:
-            ids = token_ids(prompt)
+            ids = self.ids(prompt)
             if len(ids) > room:
-                rest = f'the model does not see: "{tokenizer().decode(ids[room:]).strip()}"'
+                known = [token for token in ids[room:] if token <= END]
+                rest = f'the model does not see: "{tokenizer().decode(known).strip()}"'
                 warnings.warn(f"prompt cut after {room} tokens; {rest}", stacklevel=2)
             row = [START, *ids[:room], END]
             rows.append(row + [self.pad] * (self.context_length - len(row)))
@@ -134,7 +153,7 @@ class CLIPText(nn.Module):
             h = run(block, h, recompute=self.checkpointing)
         h = self.norm_out(h)
         return (
-            h * ((tokens < START) & (tokens != self.pad))[..., None]
+            h * ((tokens != START) & (tokens != END) & (tokens != self.pad))[..., None]
             if self.config.words_only
             else h
         )
@@ -146,6 +165,12 @@ class CLIPText(nn.Module):
     def null(self, batch: int) -> Float[Tensor, "B L D"]:
         """The empty prompt: what guidance steers away from."""
         return self.encode([""]).expand(batch, -1, -1)
+
+
+def _pattern(word: str) -> str:
+    """A regular expression of a word that is not a part of another."""
+    start, end = (r"\b" if letter.isalnum() else "" for letter in (word[0], word[-1]))
+    return start + re.escape(word) + end
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ pickle and raw storages; `weights_only` runs nothing in it.
 import json
 import math
 import re
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
 SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 MAX_JSON = 16 * 2**20  # bytes; a header of Stable Diffusion's 1,131 tensors takes 0.15 MB
 MAX_PICKLE = 64 * 2**20  # what describes tensors, without the tensors
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 # A class that Stable Diffusion's own .ckpt files name beside their tensors.
 CALLBACK = ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint")
+AROUND = ("state_dict", "string_to_param")  # of a checkpoint, and of a textual inversion
 AGAIN = "fetch or copy it again"
+TOO_MUCH = "unpacks to more than it holds; PyTorch writes no such file"
 NO_LIST = "its header is no list of tensors"
 ASK = "ask for a .safetensors of it"
 
@@ -89,13 +92,22 @@ def read_json(file: Path) -> dict:
 
 
 def _object(file: Path, text: bytes, which: str, no_object: str) -> dict:
+    read = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), _number)
     try:
-        content = json.loads(text.decode("utf-8"))
+        content = json.loads(text.decode("utf-8"), **read)
+        json.dumps(content, ensure_ascii=False).encode("utf-8")  # fails on half a character
     except (ValueError, RecursionError) as error:
         raise damaged(file, f"{which}not JSON: {error}") from error
     if not isinstance(content, dict):
         raise damaged(file, no_object)
     return content
+
+
+def _number(text: str) -> int | float:
+    """A number in JSON, if a float64 can hold it."""
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return int(text) if text.lstrip("-").isdecimal() else float(text)
 
 
 def header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
@@ -111,7 +123,7 @@ def header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             raise damaged(file, f"its header has {length / 2**20:.0f} MB, where 1 is plenty")
         content = _object(file, opened.read(length), "its header is ", NO_LIST)
     metadata = content.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise damaged(file, NO_LIST)
     stored, spans = {}, []
     for name, claim in content.items():
@@ -148,20 +160,20 @@ def metadata(file: Path) -> dict[str, str]:
 def tensors(file: Path) -> "dict[str, Tensor]":
     """All tensors of a file by the names it gives them, as memory maps."""
     if checked(file).suffix != ".safetensors":
-        return _pickled(file)
+        return _widened(file, _pickled(file))
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     header(file)
     try:
-        return load_file(file)
+        return _widened(file, load_file(file))
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
-        raise damaged(file, _first_line(error)) from error
+        raise damaged(file, first_line(error)) from error
 
 
 def _pickled(file: Path) -> "dict[str, Tensor]":
-    """The tensors of a zip as torch.save writes it since version 1.6, with or without "state_dict"
-    around them."""
+    """The tensors of a zip as torch.save writes it since version 1.6, alone or in a dictionary
+    (AROUND) with others."""
     import pickle
 
     import torch
@@ -171,21 +183,48 @@ def _pickled(file: Path) -> "dict[str, Tensor]":
     module, name = CALLBACK
     stub = type(name, (), {"__module__": module})  # has the name, and does nothing
     try:
-        with torch.serialization.safe_globals([stub]):
+        with torch.serialization.safe_globals([stub, torch.nn.ParameterDict]):
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         what = "more than tensors: code that would run when it is opened"
         raise UserError(f"{file} holds {what}; {ASK}.") from error
     except Exception as error:  # a pickle is a program for a small machine: it can fail in any way
-        raise damaged(file, _first_line(error)) from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else None
+        raise damaged(file, first_line(error)) from error
+    for key in AROUND:
+        state = state.get(key, state) if isinstance(state, dict) else state
+    # old textual inversions
+    state = (
+        getattr(state, "_parameters", state) if isinstance(state, torch.nn.ParameterDict) else state
+    )
     if not isinstance(state, dict):
         raise UserError(f"{file} holds no dictionary of tensors.")
-    return {
-        name: value
-        for name, value in state.items()
-        if isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
-    }
+    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    state = {str(name): value for name, value in state.items() if _is_array(value)}
+    if sum(value.nbytes for value in state.values()) > 2 * file.stat().st_size:
+        raise UserError(f"{file} {TOO_MUCH}.")  # one number, say, as a tensor of any size
+    return state
+
+
+def _is_array(value: "Tensor") -> bool:
+    """Whether a tensor is numbers in memory: not sparse, nested, quantized, or without numbers."""
+    import torch
+
+    strange = value.is_nested or value.is_quantized or value.is_meta
+    return value.layout == torch.strided and not strange
+
+
+def _widened(file: Path, state: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    """The same numbers, those of 8 bits as bfloat16, which holds them all: nothing computes in 8
+    bits here."""
+    import torch
+
+    short = [
+        name for name, value in state.items() if value.is_floating_point() and value.itemsize == 1
+    ]
+    if short:
+        what = f"{len(short)} of its tensors are floats of 8 bits"
+        warnings.warn(f"{file.name}: {what}; they are read as bf16", stacklevel=2)
+    return state | {name: state[name].to(torch.bfloat16) for name in short}
 
 
 def _check_archive(file: Path) -> None:
@@ -200,7 +239,7 @@ def _check_archive(file: Path) -> None:
     packed = any(entry.compress_type != ZIP_STORED for entry in entries)
     unpacked = sum(entry.file_size for entry in entries)
     if packed or described > MAX_PICKLE or unpacked > file.stat().st_size:
-        raise UserError(f"{file} unpacks to more than it holds; PyTorch writes no such file.")
+        raise UserError(f"{file} {TOO_MUCH}.")
 
 
 def stored(file: Path) -> dict[str, Stored]:
@@ -214,8 +253,9 @@ def _short(value: "Tensor") -> str:
     """A dtype as safetensors writes it."""
     name = str(value.dtype).removeprefix("torch.")
     short = {"bfloat16": "BF16", "bool": "BOOL", "uint8": "U8"}
+    short |= {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
     return short.get(name, re.sub(r"^(f|i)[a-z]*", lambda match: match[1].upper(), name))
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__

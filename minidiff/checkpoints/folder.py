@@ -19,10 +19,10 @@ from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods.lora import merged_state
 from minidiff.schedules import Discrete, Flow, Karras, NoiseSchedule
-from minidiff.text import ClassLabels, CLIPText, Unconditional
+from minidiff.text import ClassLabels, CLIPText, TextConfig, Unconditional
 from minidiff.training import atomic
-from minidiff.unet import UNet
-from minidiff.vae import VAE, Pixels
+from minidiff.unet import UNet, UNetConfig
+from minidiff.vae import VAE, Pixels, VAEConfig
 
 FORMAT = "minidiff 1"
 KINDS = {cls.__name__: cls for cls in (VAE, Pixels, CLIPText, ClassLabels, Unconditional, UNet)}
@@ -30,7 +30,8 @@ PARTS = ("vae", "text", "unet")
 SCHEDULES = {"discrete": Discrete, "flow": Flow, "karras": Karras}
 SETTINGS = ("size", "dropout", "guidance", "sampler", "spacing")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ZeroDivisionError)
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)
+MOST_BLOCKS = 500  # of a network, counted as in _blocks, which gives 66 for SDXL's U-Net
 
 
 def save(model: LatentDiffusion, path: str | Path) -> Path:
@@ -105,7 +106,7 @@ def load(
 
 
 def damaged(path: Path, error: Exception, fix: str) -> UserError:
-    why = f"{type(error).__name__}: {error}"
+    why = f"{type(error).__name__}: {files.first_line(error)}"
     return UserError(f"{path / 'model.json'} is damaged ({why}); {fix}.")
 
 
@@ -166,8 +167,19 @@ class Uninitialized(TorchFunctionMode):
 
 def empty(network: type[nn.Module], config: dict) -> nn.Module:
     """A network of this config whose tensors have shapes and no memory."""
+    settings = network.Config(**config)
+    if (count := _blocks(settings)) > MOST_BLOCKS:
+        raise UserError(f"a network of {count} blocks would take for ever; {MOST_BLOCKS} are known")
     with torch.device("meta"), Uninitialized():
-        return network(network.Config(**config))
+        return network(settings)
+
+
+def _blocks(config: object) -> int:
+    """About how many blocks a network of this config has."""
+    if isinstance(config, UNetConfig | VAEConfig):
+        depth = max(getattr(config, "depth", (0,)))
+        return len(config.channels) * config.blocks * (1 + depth)
+    return config.layers if isinstance(config, TextConfig) else 1
 
 
 def fill(

@@ -1,6 +1,8 @@
 """Names on the Hugging Face Hub wherever a path is taken: what is needed is fetched once, into its
 cache; what is cached needs no network."""
 
+import difflib
+import os
 import re
 from pathlib import Path
 
@@ -8,6 +10,7 @@ from minidiff.checkpoints.files import SUFFIXES
 from minidiff.checkpoints.layouts import weight_files
 from minidiff.errors import UserError
 
+HOST = "https://huggingface.co/"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 PARTS = dict(unet="diffusion_pytorch_model", vae="diffusion_pytorch_model", text_encoder="model")
 SETTINGS = "config scheduler_config tokenizer_config special_tokens_map added_tokens tokenizer"
@@ -17,15 +20,37 @@ SETTINGS = ["model_index.json", *(f"*/{name}.json" for name in SETTINGS.split())
 def resolve(path: str | Path) -> Path:
     """The path itself, or the folder of a repository such as
     stable-diffusion-v1-5/stable-diffusion-v1-5 in the cache. "box" is the model that ships with
-    minidiff; a folder of that name is meant by its whole path."""
+    minidiff; a folder of that name is meant by its whole path. What looks like a mistyped path is
+    not asked for there; a whole address, https://huggingface.co/owner/name, always is."""
     if str(path) == "box":
         return Path(__file__).parents[1] / "box"
+    name = re.sub("^https:/+huggingface.co/", HOST, str(path))  # Path takes one of the two slashes
+    if name.startswith(HOST) and REPOSITORY.fullmatch(name := name.removeprefix(HOST)):
+        return fetched(name)
     path = Path(path)
-    if path.exists() or path.suffix in SUFFIXES or not REPOSITORY.fullmatch(path.as_posix()):
+    if path.exists() or path.suffix in SUFFIXES or not REPOSITORY.fullmatch(name):
         return path
     if path.parent.is_dir():  # a folder that is here: the rest is mistyped, not a name elsewhere
         return path
-    return fetched(path.as_posix())
+    folders = [place.name for place in Path().iterdir() if place.is_dir()]
+    if near := difflib.get_close_matches(path.parent.name, folders, 1, cutoff=0.75):
+        address = f"for a repository of the Hugging Face Hub write {HOST}{name}"
+        raise UserError(f'no "{name}" here; perhaps you meant {near[0]}/{path.name}; {address}.')
+    return fetched(name)
+
+
+def go_offline() -> None:
+    """Ask the Hub for nothing in this process, as with HF_HUB_OFFLINE=1."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = True  # it may have been imported before
+
+
+def is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def fetched(name: str) -> Path:
@@ -33,6 +58,8 @@ def fetched(name: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
+    if is_offline():
+        return _cached(name, UserError("offline, as asked for"))
     try:
         listed = [item.rfilename for item in HfApi().model_info(name).siblings or []]
         return Path(snapshot_download(name, allow_patterns=SETTINGS + needed(listed)))

@@ -173,7 +173,14 @@ def _xl(state: dict[str, files.Stored]) -> Rows:
 def _ours(path: Path) -> Rows:
     """A folder of ours says everything; its networks are built, without memory, to see whether the
     tensors fit."""
-    from minidiff.checkpoints.folder import DAMAGED, FORMAT, config_of, damaged, network
+    from minidiff.checkpoints.folder import (
+        DAMAGED,
+        FORMAT,
+        config_of,
+        damaged,
+        network,
+        schedule_from_json,
+    )
 
     whole = files.read_json(path / "model.json")
     layout = f"minidiff folder ({whole.get('format')}, this version reads {FORMAT})"
@@ -181,6 +188,7 @@ def _ours(path: Path) -> Rows:
         predicts = f"{whole['denoiser']['target']}; noise levels {whole['denoiser']['schedule']}"
         rows: Rows = [("file", str(path)), ("layout", layout), ("predicts", predicts)]
         rows.append(("resolution", f"{whole['size']} pixels"))
+        schedule_from_json(whole["denoiser"]["schedule"])
         networks = {name: network(whole[name]) for name in layouts.KINDS}
     except DAMAGED as error:
         raise damaged(path, error, files.AGAIN) from error

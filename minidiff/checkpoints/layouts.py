@@ -13,6 +13,7 @@ tensors, inspecting the headers.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,12 @@ AVERAGE = "model_ema.diffusion_model"
 TEXT_1, TEXT_2 = ("cond_stage_model.transformer.",), ("cond_stage_model.model.",)
 IMAGE_ENCODER = ("vision_model.", "visual_projection.")  # of a whole CLIPModel; not needed
 
-DAMAGED = (TypeError, AttributeError, KeyError)  # by a number in place of a list, and the like
+DAMAGED = (
+    TypeError,
+    AttributeError,
+    LookupError,
+    ValueError,
+)  # by a number in place of a list, and the like
 
 
 class Part(NamedTuple):
@@ -126,9 +132,11 @@ def _diffusers(folder: Path, reader: Read) -> Checkpoint:
         checkpoint.notes += scheduler.notes
         for name, place in (("unet", "unet"), ("vae", "vae"), ("text", "text_encoder")):
             checkpoint.parts[name] = _part(folder / place, name, tokenizer, reader)
-        checkpoint.notes += _own_words(tokenizer)
+        checkpoint.notes += _add_words(checkpoint.parts["text"].config, tokenizer)
         factor = 2 ** (len(checkpoint.parts["vae"].config["channels"]) - 1)
         checkpoint.size = int(_settings(folder / "unet").get("sample_size", 64)) * factor
+    except UserError:
+        raise
     except DAMAGED as error:
         raise _damaged(folder, error) from error
     return checkpoint
@@ -138,6 +146,8 @@ def part_folder(folder: Path, name: str, reader: Read) -> Part:
     """One network as diffusers or transformers saves it, in a folder with config.json."""
     try:
         return _part(folder, name, folder, reader)
+    except UserError:
+        raise
     except DAMAGED as error:
         raise _damaged(folder, error) from error
 
@@ -204,15 +214,27 @@ def _padding(tokenizer: Path) -> int | None:
     return PADDING[token]
 
 
-def _own_words(tokenizer: Path) -> list[str]:
-    """A note for each word that was added to CLIP's vocabulary."""
-    config = _settings(tokenizer, "tokenizer_config.json", optional=True)
+def _add_words(config: dict, tokenizer: Path) -> list[str]:
+    """Enter the words that were added to CLIP's vocabulary into a text encoder's config; of one
+    with several vectors the tokens are word, word_1, ... Returns a note for each without a vector.
+    """
+    settings = _settings(tokenizer, "tokenizer_config.json", optional=True)
     listed = _settings(tokenizer, "tokenizer.json", optional=True).get("added_tokens") or []
-    decoder = config.get("added_tokens_decoder") or {}
-    words = {entry["content"] for entry in [*decoder.values(), *listed]}
-    words |= _settings(tokenizer, "added_tokens.json", optional=True).keys()
-    words -= {"<|startoftext|>", *PADDING}
-    return [f'the tokenizer\'s own word "{word}" is not read' for word in sorted(words)]
+    words = {entry["content"]: int(entry["id"]) for entry in listed}
+    decoder = settings.get("added_tokens_decoder") or {}
+    words |= {entry["content"]: int(number) for number, entry in decoder.items()}
+    words |= _settings(tokenizer, "added_tokens.json", optional=True)
+    words = {word: token for word, token in words.items() if token > sizes.END}
+    read = {word: token for word, token in words.items() if token < config["vocabulary"]}
+    config["added"] = {}
+    for word, token in read.items():
+        base, _, number = word.rpartition("_")
+        if base in read and number.isdecimal():
+            continue  # a further vector of that word
+        more = takewhile(read.__contains__, (f"{word}_{k}" for k in count(1)))
+        config["added"][word.lower()] = [token, *(read[name] for name in more)]
+    absent = sorted(words.keys() - read)
+    return [f'the tokenizer\'s own word "{word}" has no vector, and is not read' for word in absent]
 
 
 def _weights(folder: Path, stem: str, reader: Read) -> tuple[State, Path]:

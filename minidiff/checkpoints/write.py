@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minidiff.checkpoints import names, schedulers
+from minidiff.checkpoints import names, schedulers, sizes
 from minidiff.checkpoints.layouts import STABLE_DIFFUSION
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
@@ -44,17 +44,17 @@ def check(model: LatentDiffusion) -> None:
 
 
 def check_single_file(model: LatentDiffusion) -> None:
-    """That the model has what readers of a single file assume: nothing in it can say otherwise."""
+    """That a reader of the tensors alone would build the same model: a single file says no more."""
     assumed = {f.name: f.default for f in fields(Discrete)} | STABLE_DIFFUSION
     own = asdict(model.schedule) | dict(latent_scale=round(model.vae.latent_scale.item(), 5))
-    others = [
-        f"{name} {own[name]!r:.40} (not {value!r})"
+    strange = _not_implied(model) + [
+        f"{name} {own[name]!r:.40} (readers assume {value!r})"
         for name, value in (assumed | dict(latent_scale=0.18215)).items()
         if own[name] != value
     ]
-    if others:
-        why = f"readers assume Stable Diffusion's values, and this model has {', '.join(others)}"
-        raise UserError(f"a single file cannot hold this model: {why}. Write a diffusers folder.")
+    if strange:
+        what = f"a single file cannot say that this model has {', '.join(strange)}"
+        raise UserError(f"{what}. Write it for diffusers, or as a model folder of minidiff.")
     if (model.sampler, model.spacing) != ("ddim", None):
         spacing = f" with {model.spacing} spacing" if model.spacing else ""
         dropped = f"its own sampler, {model.sampler}{spacing}"
@@ -74,11 +74,31 @@ def _strange_networks(model: LatentDiffusion) -> list[str]:
     reasons = {
         "words_only in the text encoder": text.config.words_only,
         f"padding with token {text.pad}": text.pad not in PADDING,
-        f"a vocabulary of {text.config.vocabulary}": text.config.vocabulary != END + 1,
+        f"a vocabulary of {text.config.vocabulary}": text.config.vocabulary
+        != END + 1 + len(added_tokens(text)),
         "a U-Net without GroupNorm": not unet.config.groups,
         "a VAE without GroupNorm": not vae.config.groups,
     }
     return strange + [reason for reason, applies in reasons.items() if applies]
+
+
+def _not_implied(model: LatentDiffusion) -> list[str]:
+    """What of the networks does not follow from their tensors."""
+    strange = []
+    for network, count in (
+        (model.unet, sizes.unet_config),
+        (model.vae, sizes.vae_config),
+        (model.text, sizes.text_config),
+    ):
+        implied = count({name: tuple(v.shape) for name, v in network.state_dict().items()})
+        own = asdict(network.config)
+        if own.get("activation") == "gelu":  # SD 2.x's text encoder, which its names tell
+            implied |= dict(activation="gelu", pad=0)
+        for name, value in (asdict(network.Config(**implied))).items():
+            if name not in ("dropout", "kl_weight") and own[name] != value:
+                kind = type(network).__name__
+                strange.append(f"{name}={own[name]} in the {kind} (tensors imply {value})")
+    return strange
 
 
 # diffusers
@@ -133,6 +153,15 @@ def text_config(model: LatentDiffusion) -> dict:
     )
 
 
+def added_tokens(text: CLIPText) -> dict[str, int]:
+    """Words beyond CLIP's vocabulary; of a word with several tokens word, word_1, ..."""
+    return {
+        f"{word}_{k}" if k else word: token
+        for word, tokens in text.config.added.items()
+        for k, token in enumerate(tokens)
+    }
+
+
 def tokenizer_files(pad: int, length: int) -> dict[str, str]:
     """CLIP's byte-pair vocabulary as transformers' CLIPTokenizer reads it, from open_clip's."""
     clip = tokenizer()
@@ -179,6 +208,8 @@ def save_diffusers(model: LatentDiffusion, folder: str | Path) -> Path:
     texts = {name: json.dumps(content, indent=2) + "\n" for name, content in configs.items()}
     for name, content in tokenizer_files(model.text.pad, model.text.context_length).items():
         texts[f"tokenizer/{name}"] = content
+    if added := added_tokens(model.text):
+        texts["tokenizer/added_tokens.json"] = json.dumps(added)
     atomic.check_new(folder)
     with atomic.write(folder) as new:
         for part in LIBRARIES:
@@ -211,6 +242,7 @@ def save_compvis(model: LatentDiffusion, file: str | Path) -> Path:
     then renamed; it must not exist."""
     check(model)
     check_single_file(model)
+    check_implied(model)
     file = Path(file)
     if file.suffix != ".safetensors":
         raise UserError(f"{file} should end in .safetensors; pickles are not written.")

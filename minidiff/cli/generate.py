@@ -34,7 +34,7 @@ class GenerateOptions:
     # the share of the steps from noise that is walked again from that image. Default: 0.8, or 1
     # with a mask
     strength: float | None = None
-    # an image, white where the other is to be drawn anew
+    # an image, white where the other is to be drawn anew; transparent counts as black
     mask: Path | None = None
     # the precision to compute in
     dtype: Dtype = "fp32"
@@ -211,12 +211,15 @@ def image_of(file: Path, size: Size | None, model: "LatentDiffusion") -> "Tensor
 
 
 def mask_of(file: Path, height: int, width: int) -> "Tensor":
-    """(1, 1, H, W): 1 where the image is lighter than grey."""
+    """(1, 1, H, W): 1 where the image is lighter than grey; transparent parts are black."""
     from minidiff.data.folder import load_image
 
-    mask = (load_image(file, (height, width)).float().mean(0) > 127).float()[None, None]
+    image = load_image(file, (height, width), background="black")
+    mask = (image.float().mean(0) > 127).float()[None, None]
     if not mask.any():
         raise UserError(f"{file}: nothing in it is white; paint white what is to be drawn anew.")
+    if mask.all():
+        warnings.warn(f"{file}: all of it is white, so nothing of the image stays", stacklevel=2)
     return mask
 
 

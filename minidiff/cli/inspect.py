@@ -9,7 +9,7 @@ from minidiff.errors import UserError, printable
 from minidiff.training import atomic
 
 
-def inspect(path: Source, out: File = None) -> None:
+def inspect(path: Source, out: File = None, offline: bool = False) -> None:
     """Say what a checkpoint is: layout, version, parts, sizes, keys that are missing or extra.
 
     Example: minidiff inspect sd15.safetensors
@@ -18,6 +18,7 @@ def inspect(path: Source, out: File = None) -> None:
         path: a folder of ours, a diffusers folder, one .safetensors or .ckpt file, or a name on the
             Hugging Face Hub.
         out: also write it there, as inspect.json.
+        offline: ask the Hugging Face Hub for nothing; what its cache has is used.
     """
     from minidiff.checkpoints import hub
     from minidiff.checkpoints.inspect import inspect as rows_of
@@ -25,6 +26,8 @@ def inspect(path: Source, out: File = None) -> None:
     if out is not None:
         options.check_out(out)
         atomic.check(out / "inspect.json", foreign)
+    if offline:
+        hub.go_offline()
     path = hub.resolve(path)
     if not path.exists():
         raise UserError(f'no file or folder "{path}".')

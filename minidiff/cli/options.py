@@ -60,6 +60,8 @@ class Parts:
     # the vector of a word that textual inversion learnt; with :WORD, the word of the vocabulary
     # that is to mean it
     embedding: Embeddings = ()
+    # ask the Hugging Face Hub for nothing; what its cache has is used
+    offline: bool = False
 
     def __post_init__(self) -> None:
         for file, scale in self.loras():
@@ -90,10 +92,12 @@ class Parts:
     def load(self, model: Path, device: str, dtype: str | None) -> "LatentDiffusion":
         """The model of these parts; prints what each LoRA and each embedding changed."""
         from minidiff import load
-        from minidiff.checkpoints import embedding
+        from minidiff.checkpoints import embedding, hub
         from minidiff.checkpoints import lora as lora_files
         from minidiff.methods import lora
 
+        if self.offline:
+            hub.go_offline()
         loaded = load(
             model, device, dtype, target=self.target, vae=self.vae, text=self.text, unet=self.unet
         )

@@ -5,6 +5,7 @@ import re
 import types
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -45,7 +46,22 @@ def interval(words: list[str]) -> Interval:
     return Interval(low, high)
 
 
+def path(words: list[str]) -> Path:
+    """Of "runs/tuned". As pathlib drops "./", a missing path that begins so becomes absolute: it is
+    no name on the Hugging Face Hub."""
+    path = Path(words[0])
+    is_here = re.match(r"\.[/\\]", words[0]) and not path.parent.exists()
+    return path.absolute() if is_here else path
+
+
 RULES = {
+    Path: PrimitiveConstructorSpec(
+        1,
+        "PATH",
+        instance_from_str=path,
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    ),
     Size: PrimitiveConstructorSpec(
         1,
         "INT|WIDTHxHEIGHT",

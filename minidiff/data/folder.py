@@ -14,8 +14,10 @@ This file alone decides what cannot be trained on. It raises a Fault at the firs
 import codecs
 import difflib
 import json
+import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +31,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from minidiff.errors import UserError
+
+# load_image refuses what Pillow only warns of.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 # Usual names of the caption column, for suggestions.
@@ -56,9 +61,10 @@ def to_uint8(images: Float[Tensor, "*dims"]) -> UInt8[Tensor, "*dims"]:
 
 
 def load_image(
-    path: str | Path, size: int | tuple[int, int] | None = None
+    path: str | Path, size: int | tuple[int, int] | None = None, background: str = "white"
 ) -> UInt8[Tensor, "3 H W"]:
-    """Read an image file of any kind as upright RGB on white, or raise a Fault.
+    """Read an image file of any kind as upright RGB, or raise a Fault. Transparent parts show the
+    background, and a warning says so.
 
     size: a side, or (height, width); the image is scaled to cover it and cut in the centre.
     """
@@ -69,7 +75,9 @@ def load_image(
         raise Fault("empty file", f"{path}: not a readable picture (the file is empty); {advice}")
     try:
         with Image.open(path) as file:
-            image = _rgb(ImageOps.exif_transpose(file))
+            _check_pixels(file)
+            ImageOps.exif_transpose(file, in_place=True)
+            image = _rgb(file, background)
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         reason = " ".join(str(error).split()) or type(error).__name__
         message = f"{path}: not a readable picture ({reason}); {advice}"
@@ -80,16 +88,30 @@ def load_image(
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _check_pixels(image: Image.Image) -> None:
+    """Refuse, by its header, an image that takes more than a gigabyte to unpack."""
+    most = Image.MAX_IMAGE_PIXELS or math.inf
+    if image.mode.startswith("I") or image.has_transparency_data:
+        most *= 0.75
+    if image.width * image.height > most:
+        raise ValueError(f"{image.width}x{image.height} pixels; at most {most:,.0f} are read")
+
+
+def _rgb(image: Image.Image, background: str) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's conversion does not scale all such modes
-        grey = (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255)
+        grey = (np.asarray(image).astype(np.float32) / 257).round().clip(0, 255)
         image = Image.fromarray(grey.astype(np.uint8))
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range: save it with 8 or 16 bits")
     if image.has_transparency_data:  # alpha, or one transparent colour of a palette
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] < 255:
+            # without the file's name, so that it is said once
+            what = "transparent parts of images are read as"
+            warnings.warn(f"{what} {background}", stacklevel=2)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _is_hidden(name: str) -> bool:

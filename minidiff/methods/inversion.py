@@ -15,6 +15,7 @@ beside the U-Net or a LoRA, v names what the U-Net learns, while the text encode
 """
 
 import re
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -79,3 +80,13 @@ class Word(nn.Module):
 def put_in(text: CLIPText, word: str, vector: Float[Tensor, "D"]) -> None:
     """Give the word this vector for good."""
     text.token_embedding.weight[token_of(word)] = vector.to(text.token_embedding.weight)
+
+
+@torch.no_grad()
+def add_word(text: CLIPText, word: str, vectors: Float[Tensor, "N D"]) -> None:
+    """Have the text encoder read a word as N new tokens with these vectors, for good."""
+    old = text.token_embedding.weight
+    table = torch.cat([old, vectors.to(old)])
+    text.token_embedding = nn.Embedding.from_pretrained(table, freeze=not old.requires_grad)
+    added = {**text.config.added, word.lower(): range(len(old), len(table))}
+    text.config = replace(text.config, vocabulary=len(table), added=added)

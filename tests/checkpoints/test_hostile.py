@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import struct
 import time
 import warnings
@@ -18,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 import minidiff
 from minidiff import schedules
-from minidiff.checkpoints import layouts, write
+from minidiff.checkpoints import files, layouts, write
+from minidiff.checkpoints.inspect import inspect
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
@@ -45,6 +47,7 @@ def written(tmp_path_factory):
     place = tmp_path_factory.mktemp("hostile")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(write, "check", lambda model: None)
+        patch.setattr(write, "check_implied", lambda model: None)
         single = write.save_compvis(tiny(), place / "model.safetensors")
         folder = write.save_diffusers(tiny(), place / "folder")
     torch.save({"state_dict": load_file(single)}, place / "model.ckpt")
@@ -127,7 +130,8 @@ def test_headers_that_are_none(tmp_path, content, match):
     ({"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 16]}, r"does not fit"),
     ({"dtype": "F32", "shape": [4], "data_offsets": [8, 24]}, r"does not fit"),
     ({"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}, r"does not fit"),
-    ({"dtype": "F8_E4M3", "shape": [16], "data_offsets": [0, 16]}, r'"a" is of type \'F8_E4M3\'; known here are F64, F32'),
+    ({"dtype": "F4", "shape": [16], "data_offsets": [0, 16]}, r'"a" is of type \'F4\'; known here are F64, F32'),
+    ({"dtype": [], "shape": [16], "data_offsets": [0, 16]}, r'"a" is of type \[\]; known here are F64, F32'),
     ({"dtype": "F32"}, r'its header does not describe "a"'),
     (None, r'its header does not describe "a"'),
 ])  # fmt: skip
@@ -135,6 +139,100 @@ def test_headers_that_lie(tmp_path, claim, match):
     header = json.dumps({"a": claim}).encode()
     (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
     refused(tmp_path / "m.safetensors", match)
+
+
+@pytest.mark.parametrize(
+    "header, match",
+    [
+        (b'{"\\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', "surrogates"),
+        (b'{"__metadata__": {"modelspec.prediction_type": ["v"]}}', "no list of tensors"),
+        (b'{"a": {"dtype": "F32", "shape": [1e400], "data_offsets": [0, 8]}}', "no finite number"),
+        (b'{"a": {"shape": [%s]}}' % (b"9" * 400), "no finite number"),
+    ],
+)
+def test_headers_of_strange_text(tmp_path, header, match):
+    (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    refused(tmp_path / "m.safetensors", rf"m.safetensors is damaged \(.*{match}")
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        torch.ones(2, 3).to_sparse(),
+        torch.empty(64, device="meta"),
+        torch.quantize_per_tensor(torch.ones(64), 0.1, 0, torch.quint8),
+    ],
+    ids=["nested", "sparse", "without numbers", "quantized"],
+)
+def test_tensors_that_are_no_arrays(written, tmp_path, strange):
+    state = load_file(written[0]) | {"model.diffusion_model.out.0.bias": strange}
+    torch.save(state, tmp_path / "m.ckpt")
+    refused(tmp_path / "m.ckpt", r'1 tensors are missing .* "norm_out.bias"|cannot be|is damaged')
+
+
+def test_a_tensor_of_one_number_and_many_places(written, tmp_path):
+    name = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    state = load_file(written[0])
+    assert name in state
+    torch.save(state | {name: torch.zeros(1, 1).expand(10**9, 64)}, tmp_path / "m.ckpt")
+    refused(tmp_path / "m.ckpt", "m.ckpt unpacks to more than it holds")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+def test_floats_of_8_bits_are_read(written, tmp_path, dtype, suffix):
+    state = load_file(written[0])
+    short = {name: v.to(dtype) for name, v in state.items() if v.is_floating_point()}
+    file = tmp_path / f"m.{suffix}"
+    save_file(short, file) if suffix == "safetensors" else torch.save(short, file)
+    with pytest.warns(
+        UserWarning, match=rf"{len(short)} of its tensors are floats of 8 bits; .* bf16"
+    ):
+        model = minidiff.load(file)
+    weight = state["model.diffusion_model.input_blocks.0.0.weight"]
+    assert torch.equal(model.unet.conv_in.weight, weight.to(dtype).float())
+    assert set(dtype for dtype, _ in files.stored(file).values()) == {
+        "F8_E4M3" if dtype == torch.float8_e4m3fn else "F8_E5M2"
+    }
+
+
+BILLION = 10**9
+
+
+@pytest.mark.parametrize(
+    "where, value, match",
+    [
+        ("text layers", BILLION, r"a network of 1000000000 blocks"),
+        ("unet blocks", BILLION, r"a network of 4000000000 blocks"),
+        ("unet depth", [BILLION, 0], r"a network of 2000000002 blocks"),
+        ("vae blocks", BILLION, r"a network of 2000000000 blocks"),
+        ("vae channels", [32] * 10**4, r"a network of 10000 blocks"),
+        ("denoiser schedule T", BILLION, r"T is 1000000000; it must be"),
+        ("size", 10**400, r"no finite number"),
+        ("guidance", 10**400, r"no finite number"),
+        ("guidance", float("nan"), r"no finite number"),
+        ("unet in_channels", 10**30, r"Error"),
+        ("unet channels", [], r"Error"),
+        ("text width", 10**18, r"Error"),
+        ("sampler", "\ud800", r"surrogates"),
+    ],
+)
+def test_model_folders_that_never_end(tmp_path, where, value, match):
+    """`inspect` says so too; both within a second."""
+    folder = tiny().save(tmp_path / "m")
+    whole = json.loads((folder / "model.json").read_text())
+    *path, last = where.split()
+    place = whole
+    for key in path:
+        place = place[key]
+    place[last] = value
+    (folder / "model.json").write_text(json.dumps(whole))
+    start = time.perf_counter()
+    refused(folder, rf"model.json.* is damaged .*{match}")
+    with pytest.raises(UserError, match=match):
+        inspect(folder)
+    assert time.perf_counter() - start < 5
 
 
 def test_tensors_that_share_bytes(tmp_path):
@@ -176,6 +274,7 @@ def test_parts_of_two_versions(written, tmp_path):
     """Widths are named."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(write, "check", lambda model: None)
+        patch.setattr(write, "check_implied", lambda model: None)
         other = write.save_compvis(tiny(128), tmp_path / "other.safetensors")
     refused(
         written[0], r"the text encoder gives vectors of width 128, the U-Net expects 64", text=other
@@ -289,3 +388,13 @@ def test_mutated_files(written, tmp_path, count):
     child.start()
     child.join(timeout=240)
     assert child.exitcode == 0
+
+
+@pytest.mark.parametrize(
+    "name, key", [("unet/config", "sample_size"), ("vae/config", "scaling_factor")]
+)
+def test_words_in_place_of_numbers(written, tmp_path, name, key):
+    folder = shutil.copytree(written[2], tmp_path / "folder")
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: "silu"}))
+    refused(folder, r"folder: a configuration is damaged \(ValueError: .*silu")

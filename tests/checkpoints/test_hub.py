@@ -1,6 +1,8 @@
 """Names on the Hugging Face Hub: what is asked of it, and what is said without it. The Hub itself is played by a folder."""
 
 import shutil
+import socket
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -84,7 +86,61 @@ def test_paths_are_not_names(served, tmp_path, monkeypatch):
     (tmp_path / "models").mkdir()
     for path in ("models/mine", "/nowhere/at/all", "owner/model.safetensors", "../x/y", "a/b/c"):
         assert str(hub.resolve(path)) == path
+    assert hub.resolve("./runs/tuned") == Path("runs/tuned")
+    (tmp_path / "out").mkdir()
+    message = (
+        r'no "ot/quickstart" here; perhaps you meant out/quickstart; .*huggingface.co/ot/quick'
+    )
+    with pytest.raises(UserError, match=message):
+        minidiff.load("ot/quickstart")
     assert not served
+
+
+def test_mistyped_paths_of_the_command_line_are_not_names(served, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for verb in (["inspect", "./runs/tuned"], ["generate", "x", "--model", "./runs/tuned"]):
+        assert f'"{tmp_path}/runs/tuned"' in refused(*verb)
+    assert not served
+
+
+def test_a_whole_address_is_a_name(served, ran, tmp_path, monkeypatch):
+    """Also where a folder of a similar name is here."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owners").mkdir()
+    assert minidiff.load("https://huggingface.co/owner/sd").size == 16
+    assert "Stable Diffusion 1.x" in ran("inspect", "https://huggingface.co/owner/sd").out
+    assert len(served) == 2
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What is asked of the network; hf's own switch is set back afterwards."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    asked = []
+    monkeypatch.setattr(socket.socket, "connect", lambda *place: asked.append(place))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *place, **_: asked.append(place))
+    return asked
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["inspect", "owner/sd", "--offline"],
+        ["generate", "x", "--model", "owner/sd", "--offline"],
+        ["generate", "x", "--vae", "owner/sd", "--offline"],
+        ["convert", "owner/sd", "x", "--to", "minidiff", "--offline"],
+    ],
+)
+@pytest.mark.parametrize("by", ["flag", "variable"])
+def test_offline_nothing_is_asked(refused, asked, tmp_path, monkeypatch, command, by):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    if by == "variable":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        command = command[:-1]
+    assert "the Hub cannot be reached (offline, as asked for)" in refused(*command)
+    assert not asked
 
 
 @pytest.fixture

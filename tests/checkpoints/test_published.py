@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import minidiff
 from minidiff.checkpoints import hub, write
@@ -37,7 +37,7 @@ def test_the_hub_is_asked_for_the_tokens(sd, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["added_tokens.json", "tokenizer_config.json", "tokenizer.json"])
-def test_words_added_to_a_tokenizer_are_said(sd, tmp_path, form):
+def test_words_added_to_a_tokenizer_are_read(sd, tmp_path, form):
     """As textual_inversion.py saves a whole pipeline."""
     folder = write.save_diffusers(sd(), tmp_path / "sd")
     file = folder / "tokenizer" / form
@@ -49,9 +49,15 @@ def test_words_added_to_a_tokenizer_are_said(sd, tmp_path, form):
         decoder = {"49407": added("<|endoftext|>"), "49408": added("<cat-toy>")}
         config = json.loads(file.read_text()) | {"added_tokens_decoder": decoder}
         file.write_text(json.dumps(config))
-    with pytest.warns(UserWarning, match=r'the tokenizer\'s own word "<cat-toy>" is not read'):
+    with pytest.warns(UserWarning, match=r'the tokenizer\'s own word "<cat-toy>" has no vector'):
         minidiff.load(folder)
     assert any("<cat-toy>" in text for _, text in inspect(folder))
+    state = load_file(folder / "text_encoder/model.safetensors")
+    (name,) = (name for name in state if name.endswith("token_embedding.weight"))
+    state[name] = torch.cat([state[name], torch.ones(1, 64)])
+    save_file(state, folder / "text_encoder/model.safetensors")
+    text = minidiff.load(folder).text
+    assert text.ids("a <Cat-Toy>s") == (*text.ids("a"), 49408, *text.ids("s"))
 
 
 @pytest.mark.parametrize("part", ["vae", "unet"])

@@ -11,8 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minidiff
+from minidiff import schedules
 from minidiff.checkpoints import layouts, names, write
-from minidiff.unet import unet_sd1
+from minidiff.denoiser import Denoiser
+from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.text import CLIPText, TextConfig
+from minidiff.unet import UNet, UNetConfig, unet_sd1
+from minidiff.vae import VAE, VAEConfig
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +208,37 @@ def test_what_cannot_be_converted(sd, refused, single, tmp_path):
         and "pooled=True in the U-Net, scale_shift=True in the U-Net" in said
     )
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"heads": (4, 4)}, r"heads=(4, 4) in the UNet (tensors imply (8, 8))"),
+        ({"groups": 16}, r"groups=16 in the UNet (tensors imply 32)"),
+    ],
+)
+def test_what_a_single_file_cannot_say_is_refused(refused, tmp_path, changed, words):
+    """No tensor tells how many heads and groups there are: version 1.x implies 8 and 32."""
+    unet = UNetConfig(
+        **dict(
+            in_channels=4,
+            out_channels=4,
+            channels=(32, 64),
+            blocks=1,
+            depth=(1, 0),
+            heads=(8, 8),
+            context_dim=64,
+        )
+        | changed
+    )
+    text, vae = CLIPText(TextConfig(64, 1, 1)), VAE(VAEConfig(3, 4, (32, 32), 1), 0.18215)
+    schedule = schedules.Discrete(**layouts.STABLE_DIFFUSION)
+    model = LatentDiffusion(vae, text, Denoiser(UNet(unet), schedule), 16, spacing="leading")
+    ours = model.save(tmp_path / "ours")
+    answer = refused("convert", ours, tmp_path / "x.safetensors", "--to", "compvis")
+    assert f"a single file cannot say that this model has {words}. Write it for diffus" in answer
+    folder = write.save_diffusers(model, tmp_path / "folder")
+    assert minidiff.load(folder).unet.config == unet
 
 
 def test_a_disk_that_fills_up_leaves_nothing(refused, single, tmp_path, monkeypatch):

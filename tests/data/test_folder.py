@@ -504,3 +504,15 @@ def test_real_cifar10(real_data, tmp_path):
 def test_real_coco_pictures(real_data):
     files = images_in(real_data / "coco" / "images")
     assert len(files) == 111 and load_image(files[0], 100).shape == (3, 100, 100)
+
+
+@pytest.mark.parametrize("mode, pixels", [("RGB", 10_000), ("RGBA", 7_500), ("I;16", 7_500)])
+def test_pictures_of_many_pixels_are_refused_by_their_header(tmp_path, monkeypatch, mode, pixels):
+    """Pillow only warns up to twice its limit, and 2 MB unpacked to 3 GB."""
+    path = tmp_path / "a.png"
+    Image.new(mode, (100, pixels // 100)).save(path)
+    Image.new(mode, (100, pixels // 100 + 1)).save(tmp_path / "b.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    assert load_image(path).shape == (3, pixels // 100, 100)
+    monkeypatch.setattr(Image.Image, "load", None)
+    assert f"at most {pixels:,} are read" in complaint(load_image, tmp_path / "b.png")

@@ -321,10 +321,13 @@ def test_a_word_is_resumed_bit_for_bit(method, subject, tmp_path):
 def test_files_that_are_no_word_are_refused(tmp_path):
     text = CLIPText(TextConfig(8, 1, 1))
     for tensors, said in (
-        ({"<sks>": torch.zeros(1, 9)}, "this text encoder takes 1 vector of width 8"),
-        ({"<sks>": torch.zeros(2, 8)}, "1 vector"),
+        ({"<sks>": torch.zeros(1, 9)}, "vectors of width 9; this text encoder takes 8"),
+        ({"<sks>": torch.zeros(2, 768)}, "takes 8. It is for Stable Diffusion 1.x"),
+        ({"<sks>": torch.zeros(2, 3, 8)}, "and no vectors"),
+        ({"<sks>": torch.full((1, 8), torch.nan)}, "not finite"),
+        ({"clip_l": torch.zeros(1, 8), "clip_g": torch.zeros(1, 8)}, "of Stable Diffusion XL"),
+        ({"<>": torch.zeros(1, 8)}, "names no word"),
         ({"<sks>": torch.zeros(1, 8), "b": torch.zeros(1)}, "a textual inversion has one"),
-        ({"<cat-toy>": torch.zeros(1, 8)}, "is not one token of the vocabulary"),
     ):
         save_file(tensors, tmp_path / "a.safetensors")
         with pytest.raises(UserError, match=said):

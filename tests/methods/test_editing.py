@@ -1,5 +1,7 @@
 """Pictures from a picture, in tiles, in other precisions, and where NaN began."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from PIL import Image
 import minidiff
 from minidiff import pipeline, schedules
 from minidiff.checkpoints.folder import DTYPES
+from minidiff.cli.generate import mask_of
 from minidiff.errors import UserError
 from minidiff.methods import editing
 from minidiff.methods.editing import Edit, edited
@@ -277,6 +280,38 @@ def test_generate_from_parts_of_several_files(ran, refused, model, tmp_path):
     )
     a, b = (np.asarray(Image.open(tmp_path / folder / "000-an-apple.png")) for folder in "ab")
     assert (a == b).all()
+
+
+@pytest.mark.parametrize("kind", ["grey", "strokes", "LA", "palette", "1"])
+def test_masks_on_transparency(tmp_path, kind):
+    """White strokes on nothing, as layers are exported: only the strokes are drawn anew."""
+    grey = np.zeros((64, 64), np.uint8)
+    grey[16:32, 16:32] = 255
+    mask = Image.fromarray(grey)
+    if kind == "strokes":
+        mask = Image.merge("RGBA", [Image.new("L", (64, 64), 255)] * 3 + [mask])
+    elif kind == "LA":
+        mask = Image.merge("LA", [mask, mask])
+    elif kind == "palette":
+        mask = mask.point(bool).convert("P")
+        mask.putpalette([0, 0, 0, 255, 255, 255])
+        mask.info["transparency"] = 0
+    elif kind == "1":
+        mask = mask.convert("1")
+    mask.save(tmp_path / "mask.png")
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        drawn = mask_of(tmp_path / "mask.png", 64, 64)
+    assert torch.equal(drawn[0, 0], torch.from_numpy(grey // 255).float())
+    words = [str(warning.message) for warning in given]
+    transparent = "transparent parts of images are read as black"
+    assert words == ([transparent] if kind in ("strokes", "LA", "palette") else [])
+
+
+def test_a_mask_of_white_alone_is_said(tmp_path):
+    picture(tmp_path / "white.png", colour="white")
+    with pytest.warns(UserWarning, match="white.png: all of it is white"):
+        assert mask_of(tmp_path / "white.png", 8, 8).all()
 
 
 @pytest.mark.parametrize("options, said", [

@@ -191,7 +191,7 @@ def test_the_schedule_of_the_folder(folder, published, sampler, settings, tmp_pa
         sampler,
         model.spacing,
     )
-    with pytest.raises(UserError, match=r"a single file cannot hold this model: .*(betas|zero_)"):
+    with pytest.raises(UserError, match=r"a single file cannot say .*(betas|zero_)"):
         write.save_compvis(model, tmp_path / "m.safetensors")
 
 
