@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from minidiff.data.doctor.examine import printable
+from minidiff.data.captions import printable
 from minidiff.data.doctor.traps import Folder
 from minidiff.data.folder import load_image, to_model
 from minidiff.figures.plots import grid
