@@ -19,7 +19,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import takewhile
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import tyro
 from tqdm import tqdm
@@ -50,7 +50,9 @@ def command(program: str, purpose: str, verbs: Verbs, args: list[str]) -> None:
     for words in (2, 1):
         if (name := " ".join(args[:words])) in verbs:
             with messages_of(verbs[name]):
-                return parsed(verbs[name], args[words:], f"{program} {name}")()
+                job = parsed(verbs[name], args[words:], f"{program} {name}")
+                with contextlib.redirect_stdout(Printable(sys.stdout)):
+                    return job()
     group = args[0] if any(name.startswith(f"{args[0]} ") for name in verbs) else ""
     rest = args[1:] if group else args
     below = {name: verb for name, verb in verbs.items() if name.startswith(group)}
@@ -195,6 +197,9 @@ def one_line(program: str) -> Iterator[None]:
             advice = "check the path, its permissions and the free space."
             line = f"{error.filename}: {error.strerror}; {advice}" if error.filename else str(error)
             _fail(program, line, 2)
+        except MemoryError as error:
+            reason = f" ({error})" if str(error) else ""
+            _fail(program, f"out of memory{reason}; a smaller size or batch takes less.", 2)
         except KeyboardInterrupt as error:
             is_terminated = isinstance(error, Terminated)
             name, code = ("terminated", 143) if is_terminated else ("interrupted", 130)
@@ -229,6 +234,22 @@ def _unraisable(lost: "sys.UnraisableHookArgs") -> None:
     is_terminated = isinstance(lost.exc_value, Terminated)
     number = signal.SIGTERM if is_terminated else signal.SIGINT
     threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+
+
+class Printable:
+    """A text stream on which strangers' names and captions print as themselves or escaped, and
+    never move the cursor, whatever the terminal can show."""
+
+    def __init__(self, stream: Any):  # such as sys.stdout
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        text = "\n".join(map(printable, text.split("\n")))
+        encoding = self.stream.encoding or "utf-8"
+        return self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
 
 
 class _Log(logging.Handler):

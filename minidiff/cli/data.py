@@ -1,6 +1,5 @@
 """The verbs that make and check folders of captioned images."""
 
-import sys
 from pathlib import Path
 from typing import Literal
 
@@ -63,8 +62,6 @@ def check(
 
     report = doctor.examine(folder, layout, caption_column, size)
     paths = [doctor.write(report, out), *contact_sheet(report.data, out / "contact.png", seed)]
-    text = "\n".join([in_flags(doctor.as_text(report)), *map(str, paths)])
-    encoding = sys.stdout.encoding  # strangers' captions on any terminal
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
+    print(in_flags(doctor.as_text(report)), *paths, sep="\n")
     if report.errors:
         raise UserError(f"{doctor.verdict(report)} (all in {out / 'report.json'})")

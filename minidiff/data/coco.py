@@ -29,14 +29,24 @@ from pathlib import Path
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from minidiff.data.captions import SUFFIXES, Fault, images_in, nfc
 from minidiff.data.coco_config import CocoConfig
-from minidiff.data.folder import Fault, images_in, load_image
-from minidiff.errors import UserError
+from minidiff.data.folder import load_image
+from minidiff.errors import UserError, printable
 from minidiff.training import atomic
 
 PAUSES = (0, 1, 4)  # seconds before each try to download an image
 GONE, DAMAGED = "pictures that are not at their address", "damaged pictures"
-REPEATED = "pictures seen before"
+REPEATED, UNCLEAR = "pictures seen before", "pictures whose name fits several files or images"
+FORMAT_ERRORS = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+APART = 2**64  # between the keys of images with one id
 SELECTION = ("contains", "category", "crop", "pixels", "seed")  # in selection.json
 
 
@@ -44,10 +54,13 @@ SELECTION = ("contains", "category", "crop", "pixels", "seed")  # in selection.j
 class Source:
     """The content of the annotation files, and the choice of images.
 
-    names: by an image's id, its file without folders: annotations must not say where to write.
-    about: by an image's id, the columns of metadata.jsonl about its licence and addresses.
-    captions: by an image's id, in the order of the files.
-    matches: the ids of the images that have the words and show the categories.
+    An image's key is its id. Where an earlier file gave that id to an image of another name, APART
+    is added to it: many programs number the images of each file from 1.
+
+    names: by an image's key, its file as the annotations name it, with forward slashes.
+    about: by an image's key, the columns of metadata.jsonl about its id, licence and addresses.
+    captions: by an image's key, in the order of the files.
+    matches: the keys of the images that have the words and show the categories.
     counts: what was left out.
     """
 
@@ -71,33 +84,62 @@ def read(config: CocoConfig) -> Source:
     if not matches:
         raise UserError(_no_such_words(source.captions, config.contains))
     if config.category:
-        matches &= _showing(config.instances, config.category)
+        showing = _showing(source, config.instances, config.category)
+        if not matches & showing:
+            words = " and ".join(f'"{word}"' for word in config.contains) or "captions"
+            raise UserError(
+                f"no picture has both: {len(matches)} have {words}, and {len(showing)} of those in "
+                f"the annotations show {' and '.join(config.category)}; ask for fewer at once."
+            )
+        matches &= showing
     source.matches = sorted(matches)
     return source
 
 
 def _add(source: Source, index) -> None:
     """Add a pycocotools COCO: its images, its captions, and counts of captions left out."""
-    licenses = {one["id"]: (one["name"], one["url"]) for one in index.dataset.get("licenses", [])}
+    licenses = {one["id"]: one for one in index.dataset.get("licenses") or []}
+    keys = {}
     for i, image in index.imgs.items():
-        license, license_url = map(str, licenses.get(image.get("license"), ("unknown",) * 2))
+        key = keys[i] = _key(source, int(i), name := _name(image))
+        license = licenses.get(image.get("license")) or {}
         urls = {"source_url": "flickr_url", "coco_url": "coco_url"}
-        urls = {name: str(image.get(key, "")) for name, key in urls.items()}
-        source.names[int(i)] = Path(str(image["file_name"])).name
-        source.about[int(i)] = {"license": license, "license_url": license_url} | urls
+        source.names[key] = name
+        source.about[key] = {
+            "coco_id": int(i),
+            "license": _text(license.get("name") or "unknown"),
+            "license_url": _text(license.get("url") or "unknown"),
+        } | {name: _text(image.get(field) or "") for name, field in urls.items()}
     for i, annotations in index.imgToAnns.items():
-        captions = source.captions.setdefault(int(i), [])
+        captions = source.captions.setdefault(keys.get(i, int(i)), [])
         for one in annotations:
-            # Halves of characters are valid in JSON, but not in UTF-8.
-            caption = " ".join(one["caption"].split()).encode("utf-8", "replace").decode()
-            if not caption:
+            caption = _text(one["caption"])
+            if i not in keys:
+                source.counts["captions without a picture"] += 1
+            elif not isinstance(one["caption"], str):
+                source.counts["captions that are no text"] += 1
+            elif not caption:
                 source.counts["empty captions"] += 1
             elif caption in captions:
                 source.counts["captions seen before"] += 1
-            elif int(i) not in source.about:
-                source.counts["captions without a picture"] += 1
             else:
                 captions.append(caption)
+
+
+def _key(source: Source, i: int, name: str) -> int:
+    """The key of an image with this id and this name, new or added before."""
+    while source.names.get(i, name) != name:
+        i += APART
+    return i
+
+
+def _name(image: dict) -> str:
+    return _text(image["file_name"]).replace("\\", "/")
+
+
+def _text(value: object) -> str:
+    """In one line. Halves of characters are valid in JSON, but not in UTF-8."""
+    return " ".join(str(value).split()).encode("utf-8", "replace").decode()
 
 
 @contextlib.contextmanager
@@ -115,7 +157,7 @@ def coco_file(path: Path, example: str, needs: str):  # yields a pycocotools COC
         yield index
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except FORMAT_ERRORS as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:100]
         message = f"{path}: not a COCO file such as {example} ({reason}); it needs {needs}."
         raise UserError(message) from None
@@ -142,8 +184,9 @@ def _no_such_words(captions: dict[int, list[str]], words: Sequence[str]) -> str:
     return f"no caption has all of the words: {each}; {advice}"
 
 
-def _showing(instances: Path, categories: Sequence[str]) -> set[int]:
-    """The ids of the images that show all categories."""
+def _showing(source: Source, instances: Path, categories: Sequence[str]) -> set[int]:
+    """The keys of the images that show all categories. Where several images have one id, their
+    names decide."""
     needs = "images, categories, and annotations with category_id"
     with coco_file(instances, "instances_val2017.json", needs) as index:
         names = {category["name"]: category["id"] for category in index.dataset["categories"]}
@@ -152,7 +195,12 @@ def _showing(instances: Path, categories: Sequence[str]) -> set[int]:
                 near = difflib.get_close_matches(name, names, 1)
                 advice = f"perhaps you meant {near[0]}" if near else f"there is {', '.join(names)}"
                 raise UserError(f'{instances}: no category "{name}"; {advice}.')
-        return set(index.getImgIds(catIds=[names[name] for name in categories]))
+        showing = set(index.getImgIds(catIds=[names[name] for name in categories]))
+        by_name = {(int(i), _name(index.imgs[i])) for i in showing if i + APART in source.names}
+        alone = {int(i) for i in showing if i + APART not in source.names}
+    return {
+        key for key, name in source.names.items() if key in alone or (key % APART, name) in by_name
+    }
 
 
 def check_new(out: Path) -> None:
@@ -170,16 +218,21 @@ def write(source: Source, out: Path) -> dict[str, object]:
     """
     config, counts = source.config, source.counts.copy()
     files = images_in(config.images) if config.images else []
-    by_name = {path.name: path for path in reversed(files)}
-    captioned = {source.names[i] for i, own in source.captions.items() if own}
-    absent = 0 if config.download else len(captioned - by_name.keys())
-    counts["captioned pictures that are not in the folder of images"] = absent
-    counts["pictures without captions"] = len(by_name.keys() - captioned)
-    counts["pictures of the same name"] = len(files) - len(by_name)
-    order = [i for i in source.matches if config.download or source.names[i] in by_name]
+    names = {_last(path.name) for path in files}
+    paths = _located(source, files)
+    captioned = {i: _last(source.names[i]) for i, own in source.captions.items() if own}
+    missing = {} if config.download else captioned.keys() - paths.keys()
+    without = Counter(captioned[i] in names for i in missing)
+    counts["captioned pictures that are not in the folder of images"] = without[False]
+    counts[UNCLEAR] = without[True]
+    counts["pictures without captions"] = len(names - set(captioned.values()))
+    counts["pictures of the same name"] = len(files) - len(names)
+    order = [i for i in source.matches if config.download or i in paths]
     if not order:
         none = f"none of the {len(source.matches)} pictures that were asked for"
         remedy = "the names must be those in the annotations, or set download"
+        if without[True]:
+            remedy = f"{without[True]} {UNCLEAR}: name the folder of one file's pictures at a time"
         raise UserError(f"{none} is in {config.images}; {remedy}.")
     random.Random(config.seed).shuffle(order)
 
@@ -188,11 +241,14 @@ def write(source: Source, out: Path) -> dict[str, object]:
     bar = tqdm(desc="pictures", total=min(config.size, len(order)), unit="", leave=False)
     with atomic.write(out) as new, bar:
         (new / "images").mkdir(parents=True)
-        readable = _readable(source, order, by_name, new / "fetched", counts)
+        readable = _readable(source, order, paths, new / "fetched", counts)
         for i, path, shorter in islice(readable, config.size):
-            save_image(config, path, new / "images" / source.names[i])
+            one = row(source, i, config.seed)
+            while (new / one["file_name"]).exists():  # another image of this name
+                one["file_name"] = one["file_name"].replace("/", f"/{one['coco_id']}-", 1)
+            save_image(config, path, new / one["file_name"])
             enlarged += shorter < (config.pixels or 0)
-            rows.append(row(source, i, config.seed))
+            rows.append(one)
             bar.update()
         if not rows:
             reasons = {what: counts[what] for what in (GONE, DAMAGED, REPEATED) if counts[what]}
@@ -217,6 +273,33 @@ def write(source: Source, out: Path) -> dict[str, object]:
     return selection
 
 
+def _located(source: Source, files: list[Path]) -> dict[int, Path]:
+    """The file of each image: the one whose path ends with the image's name, or the only one of
+    its last name. An image that fits several files has none, nor do images that fit one file."""
+    images, by_name = source.config.images, {}
+    for path in files:
+        by_name.setdefault(_last(path.name), []).append(path)
+    claims: dict[Path, list[tuple[int, bool]]] = {}  # by file: keys, and whether all of it fits
+    for i, name in source.names.items():
+        alike = by_name.get(_last(name), [])
+        whole = [path for path in alike if nfc(path.as_posix()).endswith(nfc(f"/{name}"))]
+        exact = [path for path in whole if path == images / name]
+        fits = exact or whole or alike
+        if len(fits) == 1:
+            claims.setdefault(fits[0], []).append((i, bool(whole)))
+    paths = {}
+    for path, claim in claims.items():
+        best = [i for i, whole in claim if whole] or [i for i, _ in claim]
+        if len(best) == 1:
+            paths[best[0]] = path
+    return paths
+
+
+def _last(name: str) -> str:
+    """A file's name without folders, its accents in one spelling: macOS writes them in two signs."""
+    return nfc(name.rpartition("/")[2])
+
+
 def save_image(config: CocoConfig, source: Path, to: Path) -> None:
     """Crop and scale an image as the config says; with neither, copy its file as it is."""
     if config.crop == "none" and config.pixels is None:
@@ -232,30 +315,29 @@ def save_image(config: CocoConfig, source: Path, to: Path) -> None:
 
 
 def _readable(
-    source: Source, order: list[int], by_name: dict[str, Path], download: Path, counts: Counter
+    source: Source, order: list[int], paths: dict[int, Path], download: Path, counts: Counter
 ) -> Iterator[tuple[int, Path, int]]:
-    """Yield id, file and shorter side of each image that can be read, once; count the others.
+    """Yield key, file and shorter side of each image that can be read, once; count the others.
 
-    Images that are not in `by_name` are downloaded, all to one file.
+    Images that are not in `paths` are downloaded, all to one file.
     """
-    used: set[bytes | str] = set()
+    used: set[bytes] = set()
     for i in order:
-        name = source.names[i]
-        path = by_name.get(name) or fetch(source.about[i]["coco_url"], download)
+        path = paths.get(i) or fetch(source.about[i]["coco_url"], download)
         if path is None:
             counts[GONE] += 1
             continue
         try:
             pixels = load_image(path)
         except Fault as fault:
-            tqdm.write(f"left out: {fault}", file=sys.stderr)
+            tqdm.write(printable(f"left out: {fault}"), file=sys.stderr)
             counts[DAMAGED] += 1
             continue
         digest = hashlib.sha256(pixels.numpy().tobytes()).digest()
-        if name in used or digest in used:
+        if digest in used:
             counts[REPEATED] += 1
             continue
-        used |= {name, digest}
+        used.add(digest)
         yield i, path, min(pixels.shape[1:])
 
 
@@ -264,8 +346,11 @@ def row(source: Source, i: int, seed: int) -> dict[str, object]:
     captions, words = source.captions[i], source.config.contains
     matching = [k for k, caption in enumerate(captions) if has(caption, words)]
     k = random.Random(f"{seed} {i}").choice(matching)
-    row = {"file_name": f"images/{source.names[i]}", "text": captions[k], "text_index": k}
-    return row | {"captions": captions, "coco_id": i} | source.about[i]
+    name = Path(source.names[i]).name  # annotations must not say where to write
+    if not name.isprintable() or Path(name).suffix.lower() not in SUFFIXES or len(name) > 100:
+        name = f"{source.about[i]['coco_id']}.jpg"
+    row = {"file_name": f"images/{name}", "text": captions[k], "text_index": k}
+    return row | {"captions": captions} | source.about[i]
 
 
 def fetch(url: str, to: Path) -> Path | None:

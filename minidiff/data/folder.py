@@ -1,53 +1,46 @@
 """Images from disk: one image, folders with captions, folders of classes, and bytes as floats.
 
-A captioned folder follows the Hugging Face image-folder convention, with one line for each image:
+A captioned folder has its captions in a table or in text files (captions.py). A class folder is
+DIR/<class>/<any name>.png; the name of the class is the caption.
 
-    DIR/metadata.jsonl      {"file_name": "images/apple.png", "text": "a red apple"}
-    DIR/images/apple.png
-
-A class folder is DIR/<class>/<any name>.png; the name of the class is the caption.
-
-This file alone decides what cannot be trained on. It raises a Fault at the first; the data doctor
-(doctor/) calls the same functions on every line and every image.
+These two files alone decide what cannot be trained on. They raise a Fault at the first; the data
+doctor (doctor/) calls the same functions on every line and every image.
 """
 
-import codecs
-import difflib
-import json
+import contextlib
+import io
 import math
 import os
-import re
 import warnings
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from minidiff.errors import UserError
+from minidiff.data.captions import (
+    Fault,
+    caption_lines,
+    caption_of,
+    captions_of,
+    check_folder,
+    class_folders,
+    image_of,
+    images_in,
+    parse_row,
+)
 
 # load_image refuses what Pillow only warns of.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-# Usual names of the caption column, for suggestions.
-CAPTION_NAMES = ("text", "caption", "prompt", "description", "captions")
-_EXAMPLE = '{"file_name": "a.png", "text": "a caption"}'
-_ONE_A_LINE = f"write one object a line, {_EXAMPLE}"
-
-
-class Fault(UserError):
-    """Data that cannot be trained on; `trap` is the data doctor's name for such faults."""
-
-    def __init__(self, trap: str, message: str):
-        super().__init__(message)
-        self.trap = trap
+SRGB = ImageCms.createProfile("sRGB")
+PROFILES = {"RGB": "RGB", "RGBA": "RGB", "L": "GRAY", "CMYK": "CMYK"}
+PROFILES["P"] = "RGB"  # the kind of colour profile that fits a mode
 
 
 def to_model(images: UInt8[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
@@ -73,6 +66,12 @@ def load_image(
     advice = "replace it, or take it out of the data"
     if not os.path.getsize(path):
         raise Fault("empty file", f"{path}: not a readable picture (the file is empty); {advice}")
+    if Path(path).suffix.lower() in (".heic", ".heif"):
+        advice = "save it as JPEG, or install pillow-heif, which reads HEIC"
+        with contextlib.suppress(ImportError):
+            import pillow_heif
+
+            pillow_heif.register_heif_opener()
     try:
         with Image.open(path) as file:
             _check_pixels(file)
@@ -104,27 +103,37 @@ def _rgb(image: Image.Image, background: str) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range: save it with 8 or 16 bits")
     if image.has_transparency_data:  # alpha, or one transparent colour of a palette
-        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        image = _in_srgb(image if image.mode == "RGBA" else image.convert("RGBA"))
         if image.getchannel("A").getextrema()[0] < 255:
             # without the file's name, so that it is said once
             what = "transparent parts of images are read as"
             warnings.warn(f"{what} {background}", stacklevel=2)
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    image = _in_srgb(image.convert("RGB") if image.mode == "P" else image)
     image.load()
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+def profile_of(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
+    """The colour profile (ICC) that says what the numbers of an image mean; None for sRGB's own,
+    for one of another kind of pixels, and for a damaged one, which other programs ignore too."""
+    content = image.info.get("icc_profile")
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(content)) if content else None
+    except (OSError, TypeError, ImageCms.PyCMSError):
+        return None
+    if profile is None or (profile.profile.profile_description or "").startswith("sRGB"):
+        return None
+    space = PROFILES.get(image.mode)
+    return profile if space == profile.profile.xcolor_space.strip() else None
 
 
-def images_in(folder: str | Path) -> list[Path]:
-    """Every image file below the folder, sorted; hidden files and folders are skipped."""
-    paths = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not _is_hidden(name)]
-        paths += [Path(place, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in paths if path.suffix.lower() in SUFFIXES)
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """The image in sRGB, by its colour profile."""
+    if (profile := profile_of(image)) is None:
+        return image
+    mode = "RGBA" if image.mode == "RGBA" else "RGB"
+    return ImageCms.profileToProfile(image, profile, SRGB, outputMode=mode)
 
 
 class CaptionedImages(Dataset):
@@ -141,16 +150,27 @@ class CaptionedImages(Dataset):
 
 
 class CaptionedFolder(CaptionedImages):
-    """The images and captions of DIR/metadata.jsonl; of a list of captions the first is taken."""
+    """The images and captions of a folder; of a list of captions the first is taken, or with
+    `several` all are in alternatives[i]."""
 
-    def __init__(self, folder: str | Path, size: int | None = None, caption_column: str = "text"):
+    def __init__(
+        self,
+        folder: str | Path,
+        size: int | None = None,
+        caption_column: str = "text",
+        several: bool = False,
+    ):
         folder = check_folder(folder)
         paths, captions = [], []
-        for where, line in metadata_lines(folder):
+        for where, line in caption_lines(folder):
             row = parse_row(where, line)
             paths.append(image_of(folder, where, row, lambda: images_in(folder)))
-            captions.append(caption_of(where, row, caption_column))
-        super().__init__(paths, captions, size)
+            if several:
+                captions.append(captions_of(where, row, caption_column))
+            else:
+                captions.append([caption_of(where, row, caption_column)])
+        super().__init__(paths, [own[0] for own in captions], size)
+        self.alternatives = captions
 
 
 class ClassFolder(CaptionedImages):
@@ -185,143 +205,3 @@ def load_all(
         for k, image in enumerate(tqdm(loaded, "reading pictures", count, unit="", leave=False)):
             images[k] = image
     return images, [dataset.captions[i] for i in indices]
-
-
-# metadata.jsonl: every Fault names the file and the line.
-
-
-def metadata_lines(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield ("DIR/metadata.jsonl, line 3", that line); blank lines are skipped."""
-    path = folder / "metadata.jsonl"
-    if not path.is_file():
-        raise Fault("no metadata.jsonl", f"{path}: not found; {_advice_without_metadata(folder)}")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        message = f"{path}: {error.strerror}; check its permissions"
-        raise Fault("no metadata.jsonl", message) from None
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise Fault("not UTF-8", f"{path}: this is UTF-16; save the file as UTF-8")
-    content = content.removeprefix(codecs.BOM_UTF8)
-    if not content.strip():
-        raise Fault("no metadata.jsonl", f"{path}: empty; {_ONE_A_LINE}")
-    for number, line in enumerate(content.splitlines(), 1):
-        if line.strip():
-            yield f"{path}, line {number}", line
-
-
-def parse_row(where: str, line: bytes) -> dict:
-    """The JSON object of a line."""
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        byte = f"byte {line[error.start]:#x} at column {error.start + 1}"
-        message = f"{where}: not UTF-8 ({byte}); save the file as UTF-8"
-        raise Fault("not UTF-8", message) from None
-    # Not only JSONDecodeError: numbers of thousands of digits, and very deep nesting.
-    except (ValueError, RecursionError) as error:
-        column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        reason = getattr(error, "msg", str(error).split(";")[0]) + column
-        raise Fault("not JSON", f"{where}: not JSON ({reason}); {_ONE_A_LINE}") from None
-    if not isinstance(row, dict):
-        raise Fault("not JSON", f"{where}: not a JSON object; {_ONE_A_LINE}")
-    return row
-
-
-def _quote(name: str) -> str:
-    return json.dumps(name, ensure_ascii=False)
-
-
-def _describe(value: object) -> str:
-    """A wrong value in short; printing a deep list or dict may fail."""
-    if value and isinstance(value, dict | list):
-        return f"a {type(value).__name__}"
-    return json.dumps(value)[:60]
-
-
-def _column(where: str, row: dict, column: str) -> object:
-    """The value of a column. If it is missing, raise a Fault that names the likely column."""
-    if column in row:
-        return row[column]
-    names = ", ".join(map(_quote, row)) or "nothing"
-    if column == "file_name":
-        trap, close = "no file_name column", difflib.get_close_matches(column, row, 1)
-        advice = "Add it, with the picture's path inside the folder"
-        advice = f"Rename {_quote(close[0])}" if close else advice
-    else:
-        others = [k for k, v in row.items() if k != "file_name" and isinstance(v, str | list)]
-        trap, close = "no caption column", difflib.get_close_matches(column, others, 1)
-        close += [name for name in (*CAPTION_NAMES, *others) if name in others]
-        advice = f"Rename it, or pass `caption_column={close[0]}`" if close else "Add it"
-    raise Fault(trap, f"{where}: no column {_quote(column)}; found {names}. {advice}.")
-
-
-def caption_of(where: str, row: dict, column: str) -> str:
-    """The caption in a row; of a list, the first."""
-    value = _column(where, row, column)
-    first = value[0] if isinstance(value, list) and value else value
-    if not isinstance(first, str):
-        problem = f"{_describe(value)}, not a caption; write a string, or a list of strings"
-    elif re.search("[\ud800-\udfff]", first):  # valid in JSON, but no tokenizer can read it
-        problem = f"half a character, {first[:60]!a}; write the caption anew"
-    else:
-        return first
-    raise Fault("not a caption", f"{where}: column {_quote(column)} holds {problem}")
-
-
-def image_of(folder: Path, where: str, row: dict, candidates: Callable[[], list[Path]]) -> Path:
-    """The path of the image that a row names; `candidates` lists names to suggest for it."""
-    name = _column(where, row, "file_name")
-    if not isinstance(name, str) or not name:
-        problem = f"holds {_describe(name)}; write the path of a picture inside the folder"
-        raise Fault("no file_name column", f'{where}: "file_name" {problem}')
-    path = folder / name
-    if not inside(folder, path):
-        problem = f"points outside the folder; copy the picture into {folder}"
-        raise Fault("outside the folder", f'{where}: "file_name" {_quote(name)} {problem}')
-    if not os.path.isfile(path):
-        names = [p.relative_to(folder).as_posix() for p in candidates()]
-        near = difflib.get_close_matches(name, names, 1)
-        remedy = "add the picture, or take the line out"
-        hint = f"did you mean {_quote(near[0])}?" if near else remedy
-        raise Fault("missing picture", f"{where}: picture {_quote(name[:200])} is missing; {hint}")
-    return path
-
-
-def inside(folder: Path, path: Path) -> bool:
-    """Whether the path, with its links resolved, stays in the folder."""
-    try:
-        return path.resolve().is_relative_to(folder.resolve())
-    except (OSError, ValueError, RuntimeError):  # too long, a NUL in it, links in a circle
-        return True
-
-
-def check_folder(folder: str | Path) -> Path:
-    """The folder as a Path; UserError if it is missing or empty."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        file = "this is a file; pass the folder it lies in"
-        raise UserError(f"{folder}: {file if folder.exists() else 'no such folder'}")
-    if not any(folder.iterdir()):
-        remedy = "put pictures and a metadata.jsonl there, or one folder of pictures per class"
-        raise UserError(f"{folder}: the folder is empty; {remedy}")
-    return folder
-
-
-def class_folders(folder: Path) -> dict[str, list[Path]]:
-    """The images of each folder in this one, by its name; folders without images are left out."""
-    folders = sorted(p for p in folder.iterdir() if p.is_dir() and not _is_hidden(p.name))
-    return {place.name: paths for place in folders if (paths := images_in(place))}
-
-
-def _advice_without_metadata(folder: Path) -> str:
-    """What to do about a folder without metadata.jsonl, by what is there instead."""
-    if (folder / "metadata.csv").is_file():
-        return f"metadata.csv is not read; write the same as one JSON object a line, {_EXAMPLE}"
-    if nested := sorted(folder.glob("*/metadata.jsonl")):
-        return f"there is {nested[0]}; pass the folder it lies in"
-    if classes := class_folders(folder):
-        names = ", ".join(list(classes)[:3]) + (", ..." if len(classes) > 3 else "")
-        remedy = "load it as class folders if those are classes, or write one line a picture"
-        return f"there are folders of pictures ({names}): {remedy}, {_EXAMPLE}"
-    return f"write one line a picture there, {_EXAMPLE}"

@@ -27,7 +27,7 @@ from minidiff.errors import UserError
 from minidiff.methods.lora import merged_state
 from minidiff.training import atomic
 
-VERSION = "minidiff cache 1"  # change it when entries are computed in another way
+VERSION = "minidiff cache 2"  # change it when entries are computed in another way
 
 
 class Example(NamedTuple):

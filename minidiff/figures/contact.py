@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from minidiff.data.doctor.examine import printable
 from minidiff.data.doctor.traps import Folder
 from minidiff.data.folder import load_image, to_model
+from minidiff.errors import printable
 from minidiff.figures.plots import grid
 
 SHEET = 48  # images on the sheet at most

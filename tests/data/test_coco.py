@@ -261,6 +261,105 @@ def test_several_annotation_files_are_joined(make, files):
     assert selection["annotations"] == ["captions.json", "more.json"]
 
 
+def coco_file(path, entries, **more):
+    """A file of images (id, name) with a caption each, numbered as Roboflow does, from 1."""
+    images = [{"id": i, "file_name": name} for i, name, _ in entries]
+    captions = [{"id": k, "image_id": i, "caption": text} for k, (i, _, text) in enumerate(entries)]
+    path.write_text(json.dumps({"images": images, "annotations": captions} | more))
+    return path
+
+
+def joined(tmp_path, images, *annotations, **options):
+    out = tmp_path / "joined"
+    selection = coco.write(coco.read(CocoConfig(annotations, images, **options)), out)
+    lines = (out / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    files = [(out / row["file_name"]).read_bytes() for row in rows]
+    return rows, files, selection["left out"]
+
+
+def test_files_that_number_their_pictures_alike_keep_their_captions(tmp_path):
+    """The dog's picture got the cat's caption, and the cat was dropped."""
+    pictures = [picture(tmp_path / f"{a}/{a}.jpg", k) for k, a in enumerate(("cat", "dog"))]
+    files = [coco_file(tmp_path / f"{a}.json", [(1, f"{a}.jpg", f"a {a}")]) for a in ("cat", "dog")]
+    boxes = {"annotations": [{"id": 1, "image_id": 1, "category_id": 2, "iscrowd": 0}]}
+    boxes |= {"images": [{"id": 1, "file_name": "dog.jpg"}], "categories": [{"id": 2, "name": "a"}]}
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    rows, contents, left_out = joined(tmp_path, tmp_path, *files)
+    assert [(row["coco_id"], row["captions"]) for row in rows] == [(1, ["a cat"]), (1, ["a dog"])]
+    assert contents == [path.read_bytes() for path in pictures] and left_out == {}
+    source = coco.read(
+        CocoConfig(tuple(files), tmp_path, category=("a",), instances=tmp_path / "boxes.json")
+    )
+    assert [source.names[i] for i in source.matches] == ["dog.jpg"]
+
+
+def test_pictures_of_one_name_in_two_folders_keep_their_captions(tmp_path):
+    pictures = [picture(tmp_path / f"images/{a}/1.jpg", k) for k, a in enumerate(("cat", "dog"))]
+    files = [
+        coco_file(tmp_path / f"{a}.json", [(1, f"{a}/1.jpg", f"a {a}")]) for a in ("cat", "dog")
+    ]
+    rows, contents, _ = joined(tmp_path, tmp_path / "images", *files)
+    texts = {row["text"]: content for row, content in zip(rows, contents, strict=True)}
+    assert texts == {f"a {path.parent.name}": path.read_bytes() for path in pictures}
+    assert {row["file_name"] for row in rows} == {"images/1-1.jpg", "images/1.jpg"}
+
+
+@pytest.mark.parametrize("names", [("1.jpg", "1.jpg"), ("cat/1.jpg", "dog/1.jpg")])
+def test_a_file_that_fits_two_names_is_given_to_neither(tmp_path, names):
+    picture(tmp_path / "images/1.jpg", 1)
+    picture(tmp_path / "images/2.jpg", 2)
+    entries = [(i, name, f"caption {i}") for i, name in enumerate((*names, "2.jpg"))]
+    rows, _, left_out = joined(
+        tmp_path, tmp_path / "images", coco_file(tmp_path / "c.json", entries)
+    )
+    assert [row["text"] for row in rows] == ["caption 2"]
+    assert left_out["pictures whose name fits several files or images"] == 2
+
+
+def test_a_name_that_fits_two_files_is_left_out(tmp_path):
+    for k, split in enumerate(("train", "valid")):
+        picture(tmp_path / f"images/{split}/1.jpg", k)
+    file = coco_file(tmp_path / "c.json", [(1, "1.jpg", "whose?")])
+    with pytest.raises(UserError, match="1 pictures whose name fits several files or images: name"):
+        joined(tmp_path, tmp_path / "images", file)
+
+
+def test_words_and_a_category_that_no_picture_has_together(refused, files):
+    """It said that the names must be those in the annotations."""
+    said = refused(
+        "--instances", files / "instances.json", "--category", "apple", "--contains", "cat"
+    )
+    assert 'no picture has both: 1 have "cat", and 2 of those in the annotations show apple' in said
+
+
+def test_a_null_caption_and_a_bare_licence_do_not_refuse_the_file(make, files):
+    """It said "AttributeError: 'NoneType' object has no attribute 'split'", and "KeyError: 'url'"."""
+    whole = json.loads((files / "captions.json").read_text())
+    whole["licenses"] = [{"id": 4}, {"id": 5, "name": None, "url": 3}]
+    nothings = (None, 7, 10**400, ["a"], {"a": []})
+    whole["annotations"] += [{"image_id": 1, "caption": nothing} for nothing in nothings]
+    whole["images"][2]["coco_url"] = "http://\ud800"
+    (files / "captions.json").write_text(json.dumps(whole))
+    rows, selection, _ = make()
+    assert len(rows) == 4 and rows[0]["license"] == "unknown" and rows[1]["license_url"] == "3"
+    assert selection["left out"]["captions that are no text"] == 5
+
+
+@pytest.mark.parametrize(
+    "name", ["a\ud800.jpg", "\x1b[2J.jpg", "a.exe", "", "x" * 300 + ".jpg", "a\0"]
+)
+def test_no_name_of_the_annotations_is_a_danger(tmp_path, name, monkeypatch):
+    url = "http://c/1"
+    index = coco_file(tmp_path / "c.json", [(1, name, "x")])
+    whole = json.loads(index.read_text())
+    whole["images"][0]["coco_url"] = url
+    index.write_text(json.dumps(whole))
+    monkeypatch.setattr(coco, "fetch", lambda _, to: picture(to.with_suffix(".png"), 1))
+    rows, _, _ = joined(tmp_path, None, index, download=True, pixels=8)
+    assert rows[0]["file_name"] in ("images/1.jpg", "images/a?.jpg")
+
+
 def test_by_category(make, refused, files):
     instances = ("--instances", files / "instances.json")
     assert [

@@ -25,6 +25,7 @@ from minidiff.data.doctor.traps import TRAPS, near_duplicates
 from minidiff.data.folder import CaptionedFolder, ClassFolder, load_image
 from minidiff.errors import UserError
 from minidiff.figures.contact import contact_sheet
+from tests.data.test_folder import swapped_profile
 
 META = "metadata.jsonl"
 
@@ -216,7 +217,7 @@ ERRORS = {
 }
 OTHERS = {
     "picture without a caption": [lambda folder: image(50).save(folder / "more.png")],
-    "picture in another format": [file("a.heic"), file("deep/a.AVIF")],
+    "picture in another format": [file("a.jxl"), file("deep/a.PSD")],
     "empty caption": [row(3, text=""), row(3, text=" \n"), row(3, text=["", "x"])],
     "caption too long": [row(3, text=LONG)],
     "the same line twice": [lambda folder: rewrite(folder, [*lines(folder), lines(folder)[3]])],
@@ -260,6 +261,7 @@ OTHERS = {
     "transparent": [replaced(change=lambda picture: picture.convert("RGBA"))],
     "palette": [replaced(change=lambda picture: picture.quantize(200))],
     "CMYK": [replaced(name="c.jpg", change=lambda picture: picture.convert("CMYK"))],
+    "colour profile": [replaced(icc_profile=swapped_profile())],
     "16-bit": [
         lambda folder: Image.fromarray(np.asarray(image(3))[..., 0].astype(np.uint16) * 257).save(
             folder / "3.png"

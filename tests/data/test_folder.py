@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from minidiff.data import cifar10 as cifar10_module
 from minidiff.data.folder import (
@@ -129,9 +129,48 @@ def test_cmyk(tmp_path):
     ).abs().max() < 5  # JPEG loses a little
 
 
-@pytest.mark.parametrize(
-    "orientation, corner", [(1, (0, 0)), (3, (-1, -1)), (6, (0, -1)), (8, (-1, 0))]
-)
+def swapped_profile():
+    """A colour profile in which the first number is green and the second is red."""
+    content = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    content = content.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ").replace(b"????", b"gXYZ")
+    return content.replace("sRGB built-in".encode("utf-16-be"), "rg is swapped".encode("utf-16-be"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_a_colour_profile_says_what_the_numbers_mean(tmp_path, mode):
+    """As in Adobe RGB and Display P3, which were read as if they were sRGB."""
+    image = Image.new("RGB", (8, 6), (200, 40, 60))
+    image = image.quantize() if mode == "P" else image.convert(mode)
+    image.save(tmp_path / "a.png", icc_profile=swapped_profile())
+    expected = torch.tensor([40, 200, 60])
+    assert (load_image(tmp_path / "a.png")[:, 0, 0] - expected).abs().max() <= 1
+
+
+def test_a_profile_of_srgb_a_wrong_one_and_a_damaged_one_change_nothing(tmp_path):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for mode, profile in (("RGB", srgb), ("L", swapped_profile()), ("RGB", swapped_profile()[:99])):
+        colour = (200, 40, 60) if mode == "RGB" else 7
+        loaded = load_image(picture(tmp_path / "a.png", colour, mode=mode, icc_profile=profile))
+        assert (loaded[:, 0, 0] == torch.tensor(colour)).all()
+
+
+@pytest.mark.parametrize("suffix, format", [("jfif", "JPEG"), ("avif", "AVIF"), ("heic", "PNG")])
+def test_more_formats_are_read(tmp_path, suffix, format):
+    """They were skipped without a word."""
+    path = picture(tmp_path / f"a.{suffix}", format=format)
+    assert images_in(tmp_path) == [path] and load_image(path)[0].float().mean() > 250
+
+
+def test_a_heic_that_cannot_be_read_says_what_to_install(tmp_path):
+    (tmp_path / "a.heic").write_bytes(b"no picture")
+    assert "save it as JPEG, or install pillow-heif" in complaint(load_image, tmp_path / "a.heic")
+
+
+CORNERS = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0)}
+CORNERS |= {5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
+
+
+@pytest.mark.parametrize("orientation, corner", CORNERS.items())
 def test_exif_rotation(tmp_path, orientation, corner):
     image = Image.new("RGB", (8, 4), "black")
     image.putpixel((0, 0), (255, 255, 255))
@@ -139,7 +178,7 @@ def test_exif_rotation(tmp_path, orientation, corner):
     exif[274] = orientation
     image.save(tmp_path / "a.png", exif=exif)
     loaded = load_image(tmp_path / "a.png")
-    assert loaded.shape == ((3, 4, 8) if orientation in (1, 3) else (3, 8, 4))
+    assert loaded.shape == ((3, 4, 8) if orientation in (1, 2, 3, 4) else (3, 8, 4))
     assert loaded[0, *corner] == 255 and loaded[0].sum() == 255
 
 
@@ -345,16 +384,18 @@ def test_folders_that_are_none(tmp_path):
         complaint(CaptionedFolder, tmp_path),
     )
     (tmp_path / "metadata.csv").touch()
-    assert "metadata.csv is not read" in complaint(CaptionedFolder, tmp_path)
+    assert "metadata.csv: empty; write the columns" in complaint(CaptionedFolder, tmp_path)
+    (tmp_path / "metadata.csv").unlink()
     (tmp_path / "metadata.jsonl").write_text("\n \n")
     assert "metadata.jsonl: empty; write one object a line" in complaint(CaptionedFolder, tmp_path)
 
 
-def test_class_folders_are_suggested_where_they_are(tmp_path):
+def test_captions_for_class_folders_are_suggested(tmp_path):
+    """It said "load it as class folders", which no verb that trains on captions can."""
     for name in ("ship", "cat", "dog", "frog"):
         picture(tmp_path / name / "0.png")
     assert (
-        "there are folders of pictures (cat, dog, frog, ...): load it as class folders"
+        "there are folders of pictures (cat, dog, frog, ...): put NAME.txt with the caption"
         in complaint(CaptionedFolder, tmp_path)
     )
 

@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from minidiff.data import folder as loader
+from minidiff.data import captions as loader
+from minidiff.data.captions import Fault, images_in
 from minidiff.data.doctor import traps
 from minidiff.data.doctor.traps import TRAPS, Entry, Folder, ImageInfo, examine_image
-from minidiff.data.folder import Fault, images_in
+from minidiff.data.folder import ClassFolder
 from minidiff.errors import UserError, printable
 from minidiff.options.sampling import check_size
 from minidiff.text import token_ids
@@ -109,7 +110,7 @@ def _captioned(
     # Suggesting a name is slow: only the first 20 missing images get one.
     candidates = itertools.repeat(paths, 20)
     checked = partial(_checked, findings)
-    for where, line in checked(str(folder), lambda: list(loader.metadata_lines(folder))) or []:
+    for where, line in checked(str(folder), lambda: list(loader.caption_lines(folder))) or []:
         if (row := checked(where, loader.parse_row, where, line)) is None:
             continue
         path = checked(where, loader.image_of, folder, where, row, lambda: next(candidates, []))
@@ -134,7 +135,7 @@ def _without_metadata(
 ) -> list[Entry]:
     captions = [None] * len(paths)
     if layout == "classes":
-        data = _checked(findings, str(folder), loader.ClassFolder, folder)
+        data = _checked(findings, str(folder), ClassFolder, folder)
         paths, captions = (data.paths, data.captions) if data else ([], [])
     elif not paths:
         message = f"{folder}: there are no pictures below it"

@@ -18,12 +18,12 @@ import numpy as np
 from jaxtyping import Bool, Float
 from PIL import Image
 
-from minidiff.data.folder import inside, load_image
+from minidiff.data.captions import OTHER_FORMATS, inside
+from minidiff.data.folder import load_image, profile_of
 from minidiff.text import token_ids, tokenizer
 
 ROOM = 75  # tokens of a caption that CLIP reads: 77 with start and end
 JUNK = {".DS_Store", "Thumbs.db", "ehthumbs.db", "desktop.ini", ".ipynb_checkpoints", "__MACOSX"}
-OTHER_FORMATS = set(".heic .heif .avif .jfif .jp2 .jxl .svg .psd .raw .dng .cr2 .nef".split())
 T = TypeVar("T")
 # Near-duplicates differ in at most so many of 192 bits, and so many grey levels of mean colour.
 MAX_BITS, MAX_COLOUR = 16, 40.0
@@ -39,6 +39,7 @@ class ImageInfo(NamedTuple):
     transparent: bool
     deep: bool  # 16 bits a channel
     animated: bool
+    profile: str  # the colour profile's name, "" without one that changes anything
     bars: float  # share of black margins
     digest: bytes  # of the pixels
     bits: Bool[np.ndarray, "192"]  # a hash that similar images nearly share
@@ -94,7 +95,8 @@ def examine_image(path: Path) -> ImageInfo:
             animated = getattr(file, "is_animated", False)
         except Exception:  # there is a second frame, and it is damaged; only the first is read
             animated = True
-        mode = file.mode
+        mode, profile = file.mode, profile_of(file)
+        profile = profile and (profile.profile.profile_description or "without a name")
     small = np.asarray(Image.fromarray(pixels).resize((9, 8), Image.Resampling.BOX), float)
     # A difference hash: is a pixel brighter than its left neighbour, in each of three colours?
     bits = (small[:, 1:] > small[:, :-1]).ravel()
@@ -104,7 +106,7 @@ def examine_image(path: Path) -> ImageInfo:
     lit = [np.flatnonzero(pixels.max(axes) > 16) for axes in ((1, 2), (0, 2))]
     inner = np.prod([line[-1] + 1 - line[0] if len(line) else 0 for line in lit])
     bars, colour = float(1 - inner / (height * width)), small.mean((0, 1))
-    traits = (mode, orientation, transparent, deep, animated)
+    traits = (mode, orientation, transparent, deep, animated, profile or "")
     return ImageInfo(width, height, *traits, bars, digest, bits, colour)
 
 
@@ -165,7 +167,8 @@ def alike_names(data: Folder) -> Places:
 
 def byte_order_mark(data: Folder) -> Places:
     path = data.folder / "metadata.jsonl"
-    if any(entry.line for entry in data.entries) and path.read_bytes().startswith(codecs.BOM_UTF8):
+    lines = any(entry.where.startswith(f"{path}, ") for entry in data.entries)
+    if lines and path.read_bytes().startswith(codecs.BOM_UTF8):
         yield str(path), ""
 
 
@@ -287,7 +290,8 @@ TRAPS = {
     "grey": note(of_mode("1", "L", "LA"), "made RGB, and learnt as grey"),
     "transparent": note(each_image(lambda i, _: i.transparent and i.mode), "laid on white"),
     "palette": note(of_mode("P", "PA"), "made RGB"),
-    "CMYK": note(of_mode("CMYK"), "made RGB without its profile: look at the colours"),
+    "CMYK": note(of_mode("CMYK"), "made RGB: look at the colours"),
+    "colour profile": note(each_image(lambda i, _: i.profile), "made sRGB"),
     "16-bit": note(each_image(lambda i, _: i.deep and i.mode), "scaled to 8 bits"),
     "animated": note(
         each_image(lambda i, _: i.animated and "several frames"), "its first frame is taken"
