@@ -149,11 +149,11 @@ def all_walks(
     x, contexts = [], []
     for k in tqdm(range(-(-n // CHUNK)), desc=title, unit=f" x {CHUNK}"):
         file = folder / f"{k:03d}.pt"
+        atomic.check(file, atomic.unsigned)
         if not (resume and file.exists()):
-            with atomic.write(file) as new:
-                torch.save(
-                    walked(model, world, k, min(CHUNK, n - k * CHUNK), seed, sampler, how), new
-                )
+            walk = walked(model, world, k, min(CHUNK, n - k * CHUNK), seed, sampler, how)
+            with atomic.write(file, atomic.unsigned) as new:
+                torch.save(walk | {"about": atomic.SIGNATURE}, new)
         kept = torch.load(file, weights_only=True)
         contexts.append(model.text.encode(kept["captions"]))
         x.append(kept["x"])
@@ -409,6 +409,10 @@ def plot(rows: list[dict], shown: dict[str, Float[Tensor, "B 3 H W"]], path: Pat
         return curves.save(sheet, path)
 
 
+# beside results.json
+OUTPUTS = ("distill.png", "loss.png", "lora_loss.png", "lcm_lora.safetensors", "student", "guided")
+
+
 def main(
     model: str = "box",
     out: Path = Path("out/distill"),
@@ -598,4 +602,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, OUTPUTS)

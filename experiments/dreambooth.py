@@ -36,6 +36,7 @@ from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.finetuning import DreamBoothConfig
 from minidiff.options.sampling import SampleConfig
 from minidiff.recipes.quickstart import COLOURS, SHAPES, SIZE
+from minidiff.training import atomic
 from minidiff.training.progress import write_results
 
 TOKEN = "panna"  # rare, and one token
@@ -108,8 +109,10 @@ def subject_folder(
         texts += [(k, said(scene)), (0, said(FIVE[0]))]
     for k, picture in enumerate([*world.draw(FIVE, rng), *(picture for picture, _ in more)]):
         plots.save_png(picture, folder / f"{k}.png")
-    lines = [json.dumps({"file_name": f"{k}.png", "text": text}) for k, text in texts]
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    about = {"about": atomic.SIGNATURE}
+    lines = [json.dumps({"file_name": f"{k}.png", "text": text} | about) for k, text in texts]
+    with atomic.write(folder / "metadata.jsonl", atomic.unsigned) as new:
+        new.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 
 
@@ -220,6 +223,10 @@ def figure(
         return curves.save(sheet, path)
 
 
+# beside results.json
+OUTPUTS = ("dreambooth.png", "subject/metadata.jsonl", "second/metadata.jsonl")
+
+
 def main(
     out: Path = Path("out/dreambooth"),
     contexts: int = 100,
@@ -277,4 +284,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, OUTPUTS)

@@ -102,6 +102,9 @@ def energy_distance(x: Float[Tensor, "N 2"], y: Float[Tensor, "M 2"]) -> float:
     ).item()
 
 
+OUTPUTS = ("toy_2d.png", "loss.png")  # beside results.json
+
+
 def main(
     density: Literal["moons", "ring"] = "moons",
     out: Path = Path("out/toy_2d"),
@@ -218,4 +221,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, OUTPUTS)
