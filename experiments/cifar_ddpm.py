@@ -257,6 +257,9 @@ def check_chain(preset: Preset, conditional: bool, sampling_steps: int) -> None:
         )
 
 
+OUTPUTS = ("samples.png", "reverse.png", "loss.png", "model")  # beside results.json
+
+
 def main(
     data: Path | None = None,
     preset: Literal["paper", "small", "tiny"] = "small",
@@ -353,4 +356,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, OUTPUTS)

@@ -126,6 +126,9 @@ def plot(found: dict[str, float], path: Path) -> Path:
         return save(figure, path)
 
 
+OUTPUTS = ("cifar10_resnet.safetensors", "distances.png", "loss.png")  # beside results.json
+
+
 def main(
     data: Path | None = None,
     out: Path = Path("out/cifar_features"),
@@ -222,4 +225,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, OUTPUTS)

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 from tqdm import tqdm
@@ -148,11 +149,11 @@ def all_walks(
     x, contexts = [], []
     for k in tqdm(range(-(-n // CHUNK)), desc=title, unit=f" x {CHUNK}"):
         file = folder / f"{k:03d}.pt"
+        atomic.check(file, atomic.unsigned)
         if not (resume and file.exists()):
-            with atomic.write(file) as new:
-                torch.save(
-                    walked(model, world, k, min(CHUNK, n - k * CHUNK), seed, sampler, how), new
-                )
+            walk = walked(model, world, k, min(CHUNK, n - k * CHUNK), seed, sampler, how)
+            with atomic.write(file, atomic.unsigned) as new:
+                torch.save(walk | {"about": atomic.SIGNATURE}, new)
         kept = torch.load(file, weights_only=True)
         contexts.append(model.text.encode(kept["captions"]))
         x.append(kept["x"])
@@ -367,7 +368,7 @@ def plot(rows: list[dict], shown: dict[str, Float[Tensor, "B 3 H W"]], path: Pat
     import matplotlib.figure
 
     with curves.style():
-        sheet = matplotlib.figure.Figure((8.0, 3.2), layout="constrained")
+        sheet = matplotlib.figure.Figure((8.0, 3.6), layout="constrained")
         axis, *strips = sheet.subplot_mosaic(
             [["plot", str(k)] for k in range(len(shown))], width_ratios=(1, 1)
         ).values()
@@ -386,16 +387,9 @@ def plot(rows: list[dict], shown: dict[str, Float[Tensor, "B 3 H W"]], path: Pat
                 label=", ".join(line),
             )
         best = rows[0]["mean"]
-        for share in (0.95, 0.90):
-            axis.axhline(share * best, color="black", linestyle=":", linewidth=1)
-            axis.annotate(
-                f"{share:.0%} of the teacher's best",
-                (50, share * best),
-                (0, -9),
-                textcoords="offset points",
-                ha="right",
-                fontsize=6,
-            )
+        for share, line in ((0.95, "--"), (0.90, ":")):
+            label = f"{share:.0%} of the teacher's best"
+            axis.axhline(share * best, color="black", linestyle=line, linewidth=1, label=label)
         ticks = sorted({row["evaluations"] for row in rows})
         axis.set(
             xscale="log",
@@ -405,15 +399,18 @@ def plot(rows: list[dict], shown: dict[str, Float[Tensor, "B 3 H W"]], path: Pat
         )
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.minorticks_off()
-        axis.legend(loc="lower right", fontsize=6)  # beside the line of few evaluations, not on it
+        sheet.legend(loc="outside lower left", ncols=3)  # below: it covers no line
         for strip, (name, pictures) in zip(strips, shown.items(), strict=True):
-            strip.imshow(
-                ((pictures + 1) / 2).permute(2, 0, 3, 1).flatten(1, 2).numpy(),
-                interpolation="nearest",
-            )
+            parted = F.pad((pictures + 1) / 2, (1, 1), value=1.0)
+            strip.imshow(parted.permute(2, 0, 3, 1).flatten(1, 2).numpy(), interpolation="nearest")
+            strip.spines[:].set_visible(False)
             strip.set_ylabel(name, rotation=0, ha="right", va="center")
             strip.set(xticks=[], yticks=[])
         return curves.save(sheet, path)
+
+
+# beside results.json
+OUTPUTS = ("distill.png", "loss.png", "lora_loss.png", "lcm_lora.safetensors", "student", "guided")
 
 
 def main(
@@ -605,4 +602,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, OUTPUTS)

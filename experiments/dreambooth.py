@@ -13,7 +13,7 @@ subject/, second/, an OUT for each way, dreambooth.png and results.json. The rec
 
 import json
 import random
-import re
+import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from minidiff.data import critic
 from minidiff.data.folder import CaptionedImages
 from minidiff.data.world import BACKGROUNDS, RELATIONS, SIZES, Scene, Thing, World
 from minidiff.evaluation import bench as evaluate
-from minidiff.figures import plots
+from minidiff.figures import curves, plots
 from minidiff.finetuning import dreambooth as booth
 from minidiff.finetuning.groups import Group, encoded
 from minidiff.finetuning.loop import finetune
@@ -109,8 +109,10 @@ def subject_folder(
         texts += [(k, said(scene)), (0, said(FIVE[0]))]
     for k, picture in enumerate([*world.draw(FIVE, rng), *(picture for picture, _ in more)]):
         plots.save_png(picture, folder / f"{k}.png")
-    lines = [json.dumps({"file_name": f"{k}.png", "text": text}) for k, text in texts]
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    about = {"about": atomic.SIGNATURE}
+    lines = [json.dumps({"file_name": f"{k}.png", "text": text} | about) for k, text in texts]
+    with atomic.write(folder / "metadata.jsonl", atomic.unsigned) as new:
+        new.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 
 
@@ -195,34 +197,34 @@ def figure(
     labels: list[str],
     path: Path,
 ) -> Path:
-    """CaptionedImages of the same prompts and seeds, a row for each way, and bars beside them."""
+    """Images of the same prompts and seeds, a row for each way, and bars beside them."""
     from matplotlib.figure import Figure  # the object API: no window, no global state
 
-    sheet = Figure((15, 1.35 * len(rows) + 1.2), layout="constrained")
-    left, right = sheet.subfigures(1, 2, width_ratios=(3, 1))
-    grid = left.subplots(len(rows), len(labels), squeeze=False)
-    for axes, (name, pictures) in zip(grid, rows.items(), strict=True):
-        for one, picture in zip(axes, pictures, strict=True):
-            one.imshow((picture.permute(1, 2, 0) + 1) / 2)
-            one.set(xticks=[], yticks=[])
-        axes[0].set_ylabel(name, fontsize=9)
-    for one, label in zip(grid[0], labels, strict=True):
-        one.set_title(re.sub(" (?=on a|to the|above|below)", "\n", label), fontsize=5)
-    bars, names = right.subplots(), list(results)
-    for k, key in enumerate(("subject", "others")):
-        drawn = bars.barh(
-            [i + 0.2 - 0.4 * k for i in range(len(names))],
-            [results[name][key] for name in names],
-            0.38,
-        )
-        bars.bar_label(drawn, fmt="%.2f", fontsize=8)
-        drawn.set_label(("a red ring, in 100 new contexts", "other captions right")[k])
-    bars.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 1.15))
-    bars.invert_yaxis()
-    right.legend(loc="outside upper center", fontsize=8)
-    with atomic.write(path, atomic.unsigned) as new:
-        sheet.savefig(new, dpi=110, metadata={"Software": atomic.SIGNATURE})
-    return path
+    with curves.style():
+        sheet = Figure((15, 1.35 * len(rows) + 1.2), layout="constrained")
+        left, right = sheet.subfigures(1, 2, width_ratios=(3, 1))
+        grid = left.subplots(len(rows), len(labels), squeeze=False)
+        for axes, (name, pictures) in zip(grid, rows.items(), strict=True):
+            for one, picture in zip(axes, pictures, strict=True):
+                one.imshow((picture.permute(1, 2, 0) + 1) / 2)
+                one.set(xticks=[], yticks=[], frame_on=False)
+            axes[0].set_ylabel(name, fontsize=9)
+        for one, label in zip(grid[0], labels, strict=True):
+            one.set_title(textwrap.fill(label, 20), fontsize=6)
+        bars, names = right.subplots(), list(results)
+        for k, key in enumerate(("subject", "others")):
+            places = [i - 0.2 + 0.4 * k for i in range(len(names))]
+            drawn = bars.barh(places, [results[name][key] for name in names], 0.36, zorder=2)
+            bars.bar_label(drawn, fmt="%.2f", padding=3)
+            drawn.set_label(("a red ring, in 100 new contexts", "other captions right")[k])
+        bars.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 1.15))
+        bars.invert_yaxis()
+        right.legend(loc="outside upper center", ncols=2)
+        return curves.save(sheet, path)
+
+
+# beside results.json
+OUTPUTS = ("dreambooth.png", "subject/metadata.jsonl", "second/metadata.jsonl")
 
 
 def main(
@@ -282,4 +284,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, OUTPUTS)

@@ -163,6 +163,9 @@ def memorised(
     return figures
 
 
+OUTPUTS = ("before_after.png", "losses.png", "memorised.png")  # beside results.json
+
+
 def main(
     data: Path,
     out: Path = Path("out/finetune_coco100"),
@@ -321,4 +324,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, OUTPUTS)

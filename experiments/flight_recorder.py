@@ -49,6 +49,8 @@ FLIGHTS = {
 }
 Batch = tuple[Float[Tensor, "B Z h w"], Float[Tensor, "B L D"]]
 
+OUTPUTS = ("flights.png",)  # beside results.json
+
 
 def main(
     flights: tuple[str, ...] = tuple(FLIGHTS),
@@ -150,4 +152,4 @@ def fly(flight: Flight, every: int, sampling_steps: int, seed: int, folder: Path
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, OUTPUTS)

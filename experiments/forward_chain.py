@@ -36,6 +36,8 @@ SHOWN = (
     0.9,
 )  # of the way from data to noise: where the signal-to-noise ratio is printed
 
+OUTPUTS = ("forward_chain.png",)  # beside results.json
+
 
 def main(
     image: Path | None = None,
@@ -97,4 +99,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, OUTPUTS)

@@ -104,6 +104,9 @@ def latent_batches(
         yield LatentBatch(x0, captions, t, torch.randn(x0.shape, generator=generator))
 
 
+OUTPUTS = ("samples.png", "text_loss.png", "loss.png", "box")  # beside results.json
+
+
 def main(
     out: Path = Path("out/box"),
     vae_steps: int = 2000,
@@ -193,4 +196,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, OUTPUTS)

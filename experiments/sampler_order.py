@@ -102,6 +102,9 @@ def plot(panels: dict[str, dict[str, tuple[list[int], list[float], float]]], pat
         return save(figure, path)
 
 
+OUTPUTS = ("sampler_order.png",)  # beside results.json
+
+
 def main(
     schedule: Literal["cosine", "flow", "karras"] = "karras",
     spacing: Literal["trailing", "karras", "log-snr"] = "log-snr",
@@ -163,4 +166,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, OUTPUTS)

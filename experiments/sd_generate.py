@@ -24,10 +24,13 @@ from minidiff.figures.trace import table, trace_half, trace_unet
 from minidiff.guidance import guide
 from minidiff.samplers import Normal, by_name, times_of
 from minidiff.text import clip_vit_l14
+from minidiff.training import atomic
 from minidiff.training.device import pick_device
 from minidiff.training.progress import write_results
 from minidiff.unet import unet_sd1
 from minidiff.vae import vae_sd
+
+OUTPUTS = ("trace.txt", "picture.png", "chain.png")  # beside results.json
 
 
 def main(
@@ -67,8 +70,8 @@ def main(
         vae, text, unet, side = found.vae, found.text, found.unet, size or found.size
     traced = traces(vae, text, unet, side)
     print(traced)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "trace.txt").write_text(traced + "\n", encoding="utf-8")
+    with atomic.write(out / "trace.txt", atomic.unsigned) as new:
+        new.write_text(f"{traced}\n\n{atomic.SIGNATURE}\n", encoding="utf-8")
     print(out / "trace.txt")
     if model is None:
         return
@@ -143,4 +146,4 @@ def traces(vae, text, unet, side: int) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, OUTPUTS)

@@ -99,6 +99,10 @@ def compare(
     return {name: round(value, 3) for name, value in figures.items()}
 
 
+# beside results.json
+OUTPUTS = ("generated.png", "real_vs_generated.png", "vae_loss.png", "loss.png", "model")
+
+
 def main(
     data: Path,
     prompts: tuple[str, ...] = (),
@@ -280,4 +284,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, OUTPUTS)

@@ -4,7 +4,7 @@
 
 A minute on one CPU core. Writes toy_2d.png (draws, score fields and sampling paths, exact and
 learnt), loss.png and results.json. The exact denoiser is an oracle: with the same sampler and the
-same noise, only the network differs between the halves of the figure. Distances are printed beside
+same noise, only the network differs between the rows of the figure. Distances are printed beside
 their floor, the distance between two exact draws of the same size.
 """
 
@@ -102,6 +102,9 @@ def energy_distance(x: Float[Tensor, "N 2"], y: Float[Tensor, "M 2"]) -> float:
     ).item()
 
 
+OUTPUTS = ("toy_2d.png", "loss.png")  # beside results.json
+
+
 def main(
     density: Literal["moons", "ring"] = "moons",
     out: Path = Path("out/toy_2d"),
@@ -192,9 +195,9 @@ def main(
             [
                 Panel("exact draws", points=truth),
                 Panel(f"exact score at t = {field_at}", arrows=(grid, scores["exact"])),
-                Panel(f"learnt score at t = {field_at}", arrows=(grid, scores["learnt"])),
-                Panel("learnt draws", points=chains["learnt"][-1].x),
                 Panel("exact DDIM paths", paths=paths["exact"]),
+                Panel("learnt draws", points=chains["learnt"][-1].x),
+                Panel(f"learnt score at t = {field_at}", arrows=(grid, scores["learnt"])),
                 Panel("learnt DDIM paths", paths=paths["learnt"]),
             ],
             out / "toy_2d.png",
@@ -218,4 +221,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, OUTPUTS)

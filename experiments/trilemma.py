@@ -43,6 +43,8 @@ PART = SampleConfig(5, 2.5, "ddpm", "shifted", interval=Interval(0.78, 0.95))
 # the model's own setting, and the fewest evaluations
 MORE = [SampleConfig(25, 2.0, "ddpm"), *(replace(PART, steps=count) for count in (5, 6, 7, 8))]
 
+OUTPUTS = ("trilemma.png",)  # beside results.json
+
 
 def main(
     model: Path = Path("box"),
@@ -107,4 +109,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, OUTPUTS)

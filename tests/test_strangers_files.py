@@ -1,14 +1,19 @@
 """Whatever a verb writes, the files of somebody else that lie there are found byte for byte afterwards."""
 
+import functools
+import importlib
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from minidiff.cli import script
 from minidiff.cli.main import main
+from minidiff.errors import UserError
 
 HARMLESS = [
     "model.old/precious",
@@ -318,16 +323,43 @@ def test_model_folder_with_other_files_in_it(place, tmp_path):
     intact(planted)
 
 
-@pytest.mark.parametrize("name", ["results.json", "forward_chain.png"])
-def test_experiments_refuse(name, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "experiments"))
-    import forward_chain
+STUDIES = {path.stem: path for path in (Path(__file__).parents[1] / "experiments").glob("*.py")}
 
-    from minidiff.cli import script
 
-    planted = plant(tmp_path, [name])
-    monkeypatch.setattr(sys, "argv", ["forward_chain.py", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit) as end:
-        script.run(forward_chain.main)
-    assert end.value.code == 2
+@pytest.mark.parametrize("study", STUDIES)
+def test_experiments_refuse(study, tmp_path, monkeypatch):
+    """Every file that a study writes, before it computes anything; and the study names them all."""
+    monkeypatch.syspath_prepend(str(STUDIES[study].parent))
+    module = importlib.import_module(study)
+    outputs = getattr(module, "OUTPUTS", ())
+    source = STUDIES[study].read_text(encoding="utf-8")
+    own = ("trilemma.csv",)  # refused by what reads it, as evaluate's
+    assert {*re.findall(r'out / "([^"]+\.[^"]+)"', source)} <= {*outputs, *own}
+    assert f"run(main{', OUTPUTS' if outputs else ''})" in source
+    calls = []
+    main = functools.wraps(module.main)(lambda **options: calls.append(options))
+    for name in ("results.json", *outputs):
+        names = [name if Path(name).suffix else f"{name}/a.txt"]
+        planted = plant(tmp_path / name.replace("/", "-"), names)
+        out = str(tmp_path / name.replace("/", "-"))
+        monkeypatch.setattr(sys, "argv", [f"{study}.py", "--out", out])
+        with pytest.raises(SystemExit) as end:
+            script.run(main, outputs)
+        assert end.value.code == 2 and not calls
+        intact(planted)
+
+
+def test_folders_of_experiments_refuse(tmp_path, monkeypatch):
+    """Files that a study writes below its folder."""
+    monkeypatch.syspath_prepend(str(STUDIES["distill"].parent))
+    import distill
+    import dreambooth
+
+    planted = plant(tmp_path, ["a/metadata.jsonl", "b/3.png", "c/000.pt"])
+    for name in ("a", "b"):
+        with pytest.raises(UserError, match="was not written by minidiff"):
+            dreambooth.subject_folder(tmp_path / name, 0)
+    for resume in (False, True):
+        with pytest.raises(UserError, match="was not written by minidiff"):
+            distill.all_walks(None, None, 1, tmp_path / "c", 0, resume, "walks", "ddim")
     intact(planted)

@@ -8,7 +8,7 @@ from minidiff.cli import options
 from minidiff.cli.finetune import commands, recorder_of, report
 from minidiff.cli.flags import Flat
 from minidiff.cli.options import EXAMPLE, MODEL, Device
-from minidiff.options.finetuning import DreamBoothConfig, RecorderConfig, SubjectConfig
+from minidiff.options.finetuning import DreamBoothConfig, SubjectConfig
 from minidiff.options.sampling import check_size
 
 
@@ -42,6 +42,7 @@ def dreambooth(
     from minidiff.finetuning import dreambooth as booth
     from minidiff.finetuning import loop, run
     from minidiff.finetuning.groups import Group, encoded
+    from minidiff.finetuning.recorder.budget import Counts, planned
 
     # All that can be wrong, before anything slow.
     data = booth.subject_pictures(images.subject, config.prompt, images.caption_column)
@@ -74,8 +75,9 @@ def dreambooth(
         templates = list(config.class_prompt)
         prompts |= {"class": booth.expand(templates, 1, config.seed)[0]} if templates else {}
         prompts |= {"unrelated": unrelated}
-        settings = RecorderConfig(every=config.every, seed=config.seed)
-        observer = recorder_of(diffusion, out, prompts, data.paths, [], examples, settings)
+        plan = planned(diffusion, tuning, Counts(len(groups), len(prompts), 0, len(data)), out)
+        print(f"{plan}; --no-recorder leaves it out.")
+        observer = recorder_of(diffusion, out, prompts, data.paths, [], examples, plan.config)
     loop.finetune(diffusion, groups, out, tuning, observer, resume)
     report(observer)
     best = observer.best() if observer else None

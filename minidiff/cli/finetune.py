@@ -1,6 +1,7 @@
 """The verb that fine-tunes a model on a captioned folder."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from minidiff.cli import options
@@ -40,6 +41,7 @@ def finetune(
     from minidiff.data.folder import CaptionedFolder
     from minidiff.finetuning import estimate, loop, run
     from minidiff.finetuning.groups import Group, encoded, split
+    from minidiff.finetuning.recorder.budget import Counts, planned
     from minidiff.methods import inversion, lora
 
     # All that can be wrong, before anything slow.
@@ -60,25 +62,28 @@ def finetune(
     copies = 2 if images.flip else 1
     training = [examples[copy * len(folder) + i] for copy in range(copies) for i in chosen]
     print(f"{len(chosen)} pictures to train on, {len(held_out)} held out, {side}x{side} pixels")
+
+    # What it will cost, and what is recorded.
+    plan = None
+    prompts = {"training caption": training[0].caption}
+    prompts |= {"held-out caption": examples[held_out[0]].caption} if held_out else {}
+    prompts["unrelated"] = unrelated
+    if recorder:
+        counts = Counts(1, len(prompts), len(held_out), len(chosen))
+        plan = planned(diffusion, config, counts, out)
     settings = estimate.settings(config, diffusion.unet, (side, side))
-    print(in_flags(estimate.forecast(diffusion, settings, config.steps)))
+    more = plan.evaluations if plan else 0
+    print(in_flags(estimate.forecast(diffusion, settings, config.steps, more)))
+    observer = None
+    if plan:
+        print(f"{plan}; --no-recorder leaves it out.")
+        # the model in the box draws the built-in world, which the critic's network sees best
+        network = "critic-attributes" if model == MODEL else plan.config.network
+        recording = replace(plan.config, network=network)
+        paths, validation = [folder.paths[i] for i in chosen], [examples[i] for i in held_out]
+        observer = recorder_of(diffusion, out, prompts, paths, validation, training, recording)
 
     # Training, recorded.
-    observer = None
-    if recorder:
-        prompts = {"training caption": training[0].caption}
-        prompts |= {"held-out caption": examples[held_out[0]].caption} if held_out else {}
-        # the model in the box draws the built-in world, which the critic's network sees best
-        network = "critic-attributes" if model == MODEL else "random-conv-0"
-        observer = recorder_of(
-            diffusion,
-            out,
-            prompts | {"unrelated": unrelated},
-            [folder.paths[i] for i in chosen],
-            [examples[i] for i in held_out],
-            training,
-            RecorderConfig(every=config.every, seed=config.seed, network=network),
-        )
     loop.finetune(diffusion, [Group("data", training)], out, config, observer, resume)
     report(observer)
     best = observer.best() if observer else None

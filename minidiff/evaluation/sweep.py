@@ -14,8 +14,11 @@ from collections.abc import Iterable
 from itertools import cycle
 from pathlib import Path
 
+import numpy as np
+
 from minidiff.errors import UserError
 from minidiff.evaluation.bench import Bench, Figure, draw, figures
+from minidiff.figures import labels
 from minidiff.figures.curves import save, style
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.sampling import SampleConfig
@@ -179,17 +182,15 @@ def figure(rows: list[Row], path: Path) -> Path:
             marks = {"marker": mark, "linewidths": 0}
             dots = axis.scatter(x, y, 30, z, cmap="viridis_r", norm=colours, zorder=2, **marks)
             axis.scatter([], [], 30, "grey", label=sampler, **marks)
-        lines = ["The Pareto front\n"]
+        places, lines = [], ["The Pareto front\n"]
         for number, (row, *others) in enumerate(best.values(), 1):
             place = float(row[DIVERSITY]), point(row)[0]
             axis.scatter(*place, 100, "none", edgecolors="black", linewidths=0.8, zorder=3)
-            axis.annotate(str(number), place, (5, 5), textcoords="offset points", fontsize=7)
+            places.append(place)
             more = f", and {len(others)} more" if others else ""
             lines.append(f"{number}  {name(row)}{more}")
         if math.isfinite(real := real_diversity(rows[0])):
-            axis.axvline(real, color="black", linestyle=":", linewidth=1)
-            foot = real, axis.get_ylim()[0]
-            axis.annotate("real pictures", foot, (3, 3), textcoords="offset points", rotation=90)
+            axis.axvline(real, color="black", linestyle=":", linewidth=1, label="real pictures")
         title = f"quality against diversity, {len(rows)} settings, n = {rows[0]['n']}"
         axis.set(xlabel=DIVERSITY, ylabel=quality(rows[0]), title=title)
         bar = sheet.colorbar(dots, ax=axis, label=SPEED)
@@ -199,4 +200,6 @@ def figure(rows: list[Row], path: Path) -> Path:
         names.axis("off")
         names.legend(*axis.get_legend_handles_labels(), loc="lower left", ncols=2, fontsize=7)
         names.text(0, 1, "\n".join(lines), verticalalignment="top", fontsize=7)
+        dots = np.array([[float(row[DIVERSITY]), point(row)[0]] for row in rows])
+        labels.beside(axis, np.array(places), [str(k + 1) for k in range(len(places))], dots)
         return save(sheet, path)

@@ -47,12 +47,12 @@ def style():
     return matplotlib.rc_context(look | {"text.parse_math": False})
 
 
-def new_figure(count: int, width: float = 3.0, height: float = 2.6):
-    """A matplotlib Figure with `count` axes side by side, each of this size in inches."""
+def new_figure(count: int, width: float = 3.0, height: float = 2.6, rows: int = 1):
+    """A matplotlib Figure with rows of `count` axes, each of this size in inches, and its axes."""
     from matplotlib.figure import Figure  # the object API: no window, no global state
 
-    figure = Figure((width * count, height), layout="constrained")
-    return figure, figure.subplots(1, count, squeeze=False)[0]
+    figure = Figure((width * count, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, count, squeeze=False).ravel()
 
 
 def save(figure, path: str | Path) -> Path:
@@ -149,8 +149,8 @@ class Panel(NamedTuple):
     arrows: tuple[Float[Tensor, "M 2"], Float[Tensor, "M 2"]] | None = None  # places, directions
 
 
-def points(panels: list[Panel], path: str | Path) -> Path:
-    """Plot the 2-D toy: panels side by side, all with the same axes and the same arrow scale."""
+def points(panels: list[Panel], path: str | Path, columns: int = 3) -> Path:
+    """Plot the 2-D toy: panels in rows, all with the same axes and the same arrow scale."""
     places = [
         _array(part).reshape(-1, 2)
         for panel in panels
@@ -164,7 +164,9 @@ def points(panels: list[Panel], path: str | Path) -> Path:
     lengths = [np.linalg.norm(_array(p.arrows[1]), axis=1) for p in panels if p.arrows is not None]
     longest = max((np.percentile(length, 99) for length in lengths), default=1)
     with style():
-        figure, axes = new_figure(len(panels), width=2.8, height=3.0)
+        columns, (across, up) = min(columns, len(panels)), high - low + 2 * margin
+        rows, height = math.ceil(len(panels) / columns), min(4.0, 2.8 * up / across) + 0.4
+        figure, axes = new_figure(columns, 2.8, height, rows)
         for axis, panel in zip(axes, panels, strict=True):
             if panel.points is not None:
                 places = _array(panel.points).T
@@ -176,6 +178,11 @@ def points(panels: list[Panel], path: str | Path) -> Path:
                 places, directions = map(_array, panel.arrows)
                 axis.quiver(*places.T, *directions.T, angles="xy", scale_units="xy", **look)
             axis.set(title=panel.title, aspect="equal", xlim=x_limits, ylim=y_limits)
+        for axis in axes[len(panels) :]:
+            axis.axis("off")
+        ends = [axis.get_legend_handles_labels() for axis in axes]
+        if legend := next((each for each in ends if each[1]), None):
+            figure.legend(*legend, loc="outside lower center", ncols=2)  # it covers no path
         return save(figure, path)
 
 
@@ -183,7 +190,6 @@ def _draw_paths(axis, paths: Float[np.ndarray, "K N 2"]) -> None:
     axis.plot(paths[..., 0], paths[..., 1], color=COLOURS[4], linewidth=0.6, alpha=0.7)
     for ends, colour, label in ((paths[0], COLOURS[6], "start"), (paths[-1], COLOURS[1], "end")):
         axis.scatter(*ends.T, s=8, color=colour, label=label, zorder=3, linewidths=0)
-    axis.legend(loc="upper right", handletextpad=0.1)
 
 
 def _array(values: Tensor) -> np.ndarray:

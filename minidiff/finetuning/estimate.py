@@ -18,7 +18,6 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -66,7 +65,7 @@ def settings(config: FineTuneConfig, unet: nn.Module, size: tuple[int, int]) -> 
 
 
 class Estimate(NamedTuple):
-    """Four parts of the memory in bytes, and two counts."""
+    """Four parts of the memory in bytes, and three counts."""
 
     weights: int  # of all parts, trained or not
     step: int  # the most that gradients and activations take together
@@ -74,6 +73,7 @@ class Estimate(NamedTuple):
     average: int  # the EMA's copy
     trained: int  # how many weights are trained
     flops: int  # multiplications and additions of one step, forward and backward, all batches
+    forward: int  # those of the U-Net's pass over one batch
 
     @property
     def total(self) -> int:
@@ -140,7 +140,11 @@ def estimate(model: LatentDiffusion, settings: Settings) -> Estimate:
         for _ in range(min(settings.accumulate, 2)):
             ledger.flops = 0
             with torch.autocast(device, torch.bfloat16, enabled=settings.bf16):
-                loss = _loss(vae, text, denoiser, settings, context)
+                inputs = _inputs(vae, text, settings, context)
+                before = ledger.flops
+                loss = denoiser.loss(*inputs)
+                forward = ledger.flops - before
+                del inputs
             (loss.mean() / settings.accumulate).backward()
             del loss
     return Estimate(
@@ -150,6 +154,7 @@ def estimate(model: LatentDiffusion, settings: Settings) -> Estimate:
         average=sum(p.nbytes for p in trained) if settings.ema else 0,
         trained=sum(p.numel() for p in trained),
         flops=settings.accumulate * ledger.flops,
+        forward=forward,
     )
 
 
@@ -173,10 +178,10 @@ def _to_train(unet: nn.Module, text: nn.Module, settings: Settings) -> list[nn.P
     return [p for network in (unet, text) for p in network.parameters() if p.requires_grad]
 
 
-def _loss(
-    vae: nn.Module, text: nn.Module, denoiser: Denoiser, settings: Settings, context: Tensor | None
-) -> Tensor:
-    """Of one batch, as fine-tuning computes it. context: where it is cached."""
+def _inputs(
+    vae: nn.Module, text: nn.Module, settings: Settings, context: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, context and t of one batch. context: where it is cached."""
     (height, width), batch = settings.size, settings.batch
     latents = torch.randn(batch, vae.latent_channels, height // vae.factor, width // vae.factor)
     if not settings.cached:
@@ -186,7 +191,7 @@ def _loss(
     if context is None:
         with torch.set_grad_enabled(settings.text):
             context = text.encode([""] * batch)
-    return denoiser.loss(latents, context, t=torch.ones(batch, dtype=torch.long, device="cpu"))
+    return latents, context, torch.ones(batch, dtype=torch.long, device="cpu")
 
 
 def _moments(weight: Tensor, optimizer: str) -> int:
@@ -224,23 +229,28 @@ def advice(
     return f"{best} would save {human(total - totals[best])} of {human(total)}"
 
 
-def forecast(model: LatentDiffusion, settings: Settings, steps: int) -> str:
-    """What to print before the first step. Warns where the device has less memory than that."""
+def forecast(model: LatentDiffusion, settings: Settings, steps: int, evaluations: int = 0) -> str:
+    """What to print before the first step. Warns where the device has less memory than that; an
+    option that saves memory is looked for where half of it or more is needed.
+
+    evaluations: of the U-Net, for one image each, that the flight recorder makes in all."""
     need, device = estimate(model, settings), model.device
-    impossible = () if device.type == "cuda" else ("`optimizer=adamw8bit`",)
-    hint = advice(model, settings, need.total, impossible)
     # on a GPU the model takes its part of the memory already
     available = room(device) + (need.weights if device.type == "cuda" else 0)
+    hint = f"the device has {human(available)}"
+    if need.total > available / 2:
+        impossible = () if device.type == "cuda" else ("`optimizer=adamw8bit`",)
+        hint += f"; {advice(model, settings, need.total, impossible)}"
     if need.total > available:
-        warnings.warn(
-            f"this needs about {human(need.total)}, and the device has {human(available)}: {hint}",
-            stacklevel=2,
-        )
-    seconds = need.flops / speed(device, settings.bf16)
+        warnings.warn(f"this needs about {human(need.total)}, and {hint}", stacklevel=2)
+    forward = forward_seconds(model, settings)
+    seconds = forward * need.flops / need.forward
+    recorder = evaluations * forward / settings.batch
+    share = f", {duration(recorder)} of it for the flight recorder" if recorder else ""
     return (
         f"memory: about {human(need.total)} ({need.parts}); {hint}.\n"
-        f"time: about {duration(seconds)} a step, {duration(steps * seconds)} in all, estimated "
-        f"from {need.flops / 1e9:,.0f} GFLOP a step."
+        f"time: about {duration(seconds)} a step, {duration(steps * seconds + recorder)} in all"
+        f"{share}, from a pass of the U-Net that took {duration(forward)}."
     )
 
 
@@ -251,23 +261,22 @@ def room(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def speed(device: torch.device, bf16: bool = False) -> float:
-    """FLOP/s of this device, the median over passes, forward and backward, of a convolution and
-    a linear layer of 256 channels at 32x32."""
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    x, kernel, matrix = (
-        torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
-        for shape in ((2, 256, 32, 32), (256, 256, 3, 3), (256, 256))
-    )
-    seconds = sorted(_seconds(x, kernel, matrix) for _ in range(8))[4]
-    return 3 * 2 * 2 * 32 * 32 * 256 * 256 * (9 + 1) / seconds
-
-
-def _seconds(x: Tensor, kernel: Tensor, matrix: Tensor) -> float:
-    start = time.perf_counter()
-    F.linear(F.conv2d(x, kernel, padding=1).flatten(2).mT, matrix).sum().backward()
-    x.grad.flatten()[0].item()  # waits until the device is done
-    return time.perf_counter() - start
+@torch.no_grad()
+def forward_seconds(model: LatentDiffusion, settings: Settings) -> float:
+    """What the U-Net's pass over one batch takes here: the best of three, or of fewer where that
+    takes a second."""
+    (height, width), batch, f = settings.size, settings.batch, model.vae.factor
+    x = torch.zeros(batch, model.vae.latent_channels, height // f, width // f)
+    x = x.to(next(model.unet.parameters()))
+    context = model.text.encode([""]).to(x).expand(batch, -1, -1)
+    t = model.schedule.timesteps(1)[:1].expand(batch)
+    seconds = []
+    while len(seconds) < 3 and sum(seconds) < 1:
+        start = time.perf_counter()
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.bf16):
+            model.denoiser.output(x, t, context).flatten()[0].item()  # waits until it is done
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def human(count: float) -> str:

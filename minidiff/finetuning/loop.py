@@ -40,9 +40,12 @@ SHARED = 50_000_000  # with more trained weights a second set of gradients costs
 
 @runtime_checkable
 class Observer(Protocol):
-    """Measures the model every few steps, and names the best step so far: the flight recorder."""
+    """Measures the model at the steps that are due, and names the best so far: the flight
+    recorder. Steps that are due are multiples of config.every, where there are checkpoints."""
 
     def measure(self, step: int, losses: dict[str, float], lr: float | None = None) -> object: ...
+
+    def due(self, step: int) -> bool: ...
 
     def last(self) -> int | None: ...
 
@@ -100,8 +103,8 @@ def finetune(
             losses = (f"{name} {value:.3f}" for name, value in mean(list(recent)).items())
             bar.set_postfix_str(", ".join(losses), refresh=False)
             bar.update()
-            if recorder and (step.step % config.every == 0 or step.step == config.steps):
-                observe(step.step, since_last(out, step.step, config.every), step.lr)
+            if recorder and (recorder.due(step.step) or step.step == config.steps):
+                observe(step.step, since_last(out, step.step, recorder.due), step.lr)
 
     # The results.
     if average is not None:
@@ -223,9 +226,10 @@ def measure(
             keep(step)
 
 
-def since_last(out: Path, step: int, every: int) -> dict[str, float]:
+def since_last(out: Path, step: int, due: Callable[[int], bool]) -> dict[str, float]:
     """The mean losses of the steps since the measurement before this one, from the log."""
-    log = read_log(out / "training")[(step - 1) // every * every : step]
+    before = next((k for k in range(step - 1, 0, -1) if due(k)), 0)
+    log = read_log(out / "training")[before:step]
     return mean([line["parts"] for line in log if line.get("parts")])
 
 

@@ -14,7 +14,7 @@ OptimizerName = Literal["adamw", "adamw8bit"]
 TrainText = Literal["auto", "yes", "no", "word"]
 MACHINE = ("checkpointing",)  # what suits the machine changes no result, and is no part of a run
 ABOVE_0, BELOW_1, FINITE = math.ulp(0.0), math.nextafter(1, 0), sys.float_info.max
-COUNTS = ("rank", "accumulate", "steps", "batch", "every", "probe", "noises")
+COUNTS = ("rank", "accumulate", "steps", "batch", "every", "probe", "noises", "compared")
 LIMITS = {  # of options by name: least, most, and both in words
     **dict.fromkeys(COUNTS, (1, math.inf, "at least 1")),
     **dict.fromkeys(("lr", "word_lr", "t_std", "alpha"), (ABOVE_0, FINITE, "above 0, as in 1e-4")),
@@ -114,7 +114,7 @@ class FineTuneConfig(TuningConfig):
     t_mean: float | None = None
     # standard deviation of logit(t / T) in training; needs t_mean
     t_std: float | None = None
-    # steps between two checkpoints, and between two rows of the report
+    # steps between two checkpoints; the recorder measures at some of them
     every: int = 100
 
     def __post_init__(self) -> None:
@@ -191,6 +191,8 @@ class RecorderConfig:
     probe: int = 8
     # times t, each with its own noise, in each tenth of the way from data to noise
     noises: int = 2
+    # how many training images, evenly chosen, samples are compared with
+    compared: int = 2048
     # whose features (evaluation/features.py) say how far images moved
     network: str = "random-conv-0"
 
@@ -227,7 +229,7 @@ class DreamBoothConfig(TuningConfig):
     text: TrainText = "auto"
     # move the images about by up to this share of their side. Default: suits the model
     shift: float | None = None
-    # steps between two checkpoints, and between two rows of the report
+    # steps between two checkpoints; the recorder measures at some of them
     every: int = 200
 
     def __post_init__(self) -> None:

@@ -306,6 +306,9 @@ def test_a_word_is_resumed_bit_for_bit(method, subject, tmp_path):
         def __init__(self, at):  # it records nothing
             self.at, self.records = at, []
 
+        def due(self, step):
+            return step % 2 == 0
+
         def measure(self, step, losses, lr=None):
             if step == self.at:
                 raise KeyError("died")

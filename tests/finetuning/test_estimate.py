@@ -177,33 +177,53 @@ def test_advice(model, plain):
 
 
 def test_forecast(model, plain, monkeypatch, recwarn):
-    monkeypatch.setattr(module, "speed", lambda *_: plain.flops / 2)
-    said = forecast(model, HOW, 60)
-    assert (
-        said.startswith(
-            f"memory: about {human(plain.total)} (weights {human(plain.weights)} + gradients and activations "
-        )
-        and not recwarn
-    )
-    assert (
-        " would save " in said
-        and "adamw8bit" not in said
-        and "\ntime: about 2.0 s a step, 2.0 min in all, estimated from " in said
-    )
+    monkeypatch.setattr(module, "forward_seconds", lambda *_: 2 * plain.forward / plain.flops)
+    text = forecast(model, HOW, 60)
+    weights = f"memory: about {human(plain.total)} (weights {human(plain.weights)} + gradients and "
+    assert text.startswith(weights) and not recwarn
+    assert "\ntime: about 2.0 s a step, 2.0 min in all, from a pass of the U-Net" in text
+    available = plain.total + 1
+    monkeypatch.setattr(module, "room", lambda _: available)
+    text = forecast(model, HOW, 60)
+    assert " would save " in text and "adamw8bit" not in text and not recwarn
     monkeypatch.setattr(module, "room", lambda _: plain.total - 1)
     with pytest.warns(
-        UserWarning, match=r"^this needs about .* MB, and the device has .* MB: `.* would save"
+        UserWarning, match=r"^this needs about .* MB, and the device has .* MB; `.* would save"
     ) as warned:
         forecast(model, HOW, 60)
     assert len(warned) == 1
 
 
-def test_speed_and_room():
-    """Of this machine: somewhere between a watch and the fastest of today's."""
-    assert (
-        1e8 < module.speed(torch.device("cpu")) < 1e16
-        and 1e8 < module.room(torch.device("cpu")) < 1e14
+def test_the_forecast_counts_the_recorder(model, plain, monkeypatch):
+    """60 passes of a batch of 4 images are 240 evaluations."""
+    monkeypatch.setattr(module, "forward_seconds", lambda *_: 1.0)
+    steps = 60 * plain.flops / plain.forward
+    text = forecast(model, HOW, 60, evaluations=240)
+    assert f"{duration(steps + 60)} in all, 60 s of it for the flight recorder" in text
+
+
+def test_nothing_is_counted_that_is_not_asked_for(model, plain, monkeypatch):
+    """On a machine with room for twice the need, one estimate rather than one for every option."""
+    asked = []
+    monkeypatch.setattr(
+        module, "estimate", lambda model, how: asked.append(how) or estimate(model, how)
     )
+    forecast(model, HOW, 60)
+    assert asked == [HOW]
+
+
+def test_the_forward_pass_is_timed_and_counted(model, plain):
+    """FLOPs of a pass to the last one; time: of this machine, somewhere between a watch and the fastest of today's."""
+    with torch.no_grad(), Ledger() as ledger:
+        latents, context = torch.randn(4, 4, 16, 16), torch.randn(4, 77, 16)
+        model.denoiser.output(latents, torch.ones(4, dtype=torch.long), context)
+    assert plain.forward == ledger.flops and 2 * plain.forward < plain.flops < 4 * plain.forward
+    for how in (HOW, HOW._replace(bf16=True, size=(16, 32))):
+        assert 1e-16 < module.forward_seconds(model, how) / plain.forward < 1e-8
+    half = LatentDiffusion(
+        model.vae, model.text, Denoiser(UNet(model.unet.config).bfloat16(), schedules.linear()), 32
+    )
+    assert module.forward_seconds(half, HOW) and module.room(torch.device("cpu")) > 1e8
 
 
 def test_human():

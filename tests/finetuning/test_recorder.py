@@ -439,7 +439,7 @@ class Seen(HTMLParser):
         self.words += text
 
 
-def test_the_page_is_one_file_that_a_phone_can_read(tmp_path):
+def test_the_page_is_one_file_that_a_phone_and_a_desktop_can_read(tmp_path):
     watching, _ = run(tmp_path, settings={"method": "<full>", "rate": 1e-2})
     text = watching.report().read_text()
     seen = Seen(text)
@@ -450,7 +450,11 @@ def test_the_page_is_one_file_that_a_phone_can_read(tmp_path):
             assert attrs.get(name, "#").startswith(("#", "data:image/png;base64,")), (tag, attrs)
     assert not re.search(r"@import|url\((?!#)", text)
     pictures = [attrs for tag, attrs in seen.tags if tag == "img"]
-    assert len(pictures) == 3 * 3 + 2 and all(attrs["alt"] for attrs in pictures)
+    # each by itself: 2 of 3 prompts at 3 steps, and 2 samples with their nearest training picture
+    assert len(pictures) == 3 * 3 * 2 + 2 * 2 and all(attrs["alt"] for attrs in pictures)
+    # in columns, as many as fit, and one on a phone
+    columns = [attrs["class"] for tag, attrs in seen.tags if tag == "div"]
+    assert {"curves", "steps", "pairs", "row"} == {*columns} and "84rem" in text
     figures = [attrs for tag, attrs in seen.tags if tag == "svg"]
     assert len(figures) == 6 and all(
         attrs["aria-label"] and attrs["role"] == "img" for attrs in figures

@@ -106,7 +106,8 @@ def test_a_run_goes_on_where_the_batch_is_split_otherwise(tmp_path, monkeypatch,
         )  # another order of additions, through Adam
 
 
-def test_a_kill_between_checkpoint_and_measure_loses_no_line(tmp_path):
+@pytest.mark.parametrize("gap, steps", [(2, [0, 2, 4, 6]), (4, [0, 4, 6])])
+def test_a_kill_between_checkpoint_and_measure_loses_no_line(tmp_path, gap, steps):
     """Killed when step 4 was saved and not yet measured, and once more between checkpoints: the record is the uninterrupted one."""
     pictures = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -117,7 +118,7 @@ def test_a_kill_between_checkpoint_and_measure_loses_no_line(tmp_path):
                     raise InterruptedError
                 return super().measure(step, losses, lr)
 
-        config = RecorderConfig(every=2, n=2, steps=2, probe=2, noises=1, network="pixels-8x8")
+        config = RecorderConfig(every=gap, n=2, steps=2, probe=2, noises=1, network="pixels-8x8")
         prompts = {"training caption": "a cat"}
         return Killed(model, out, prompts, pictures, examples=examples(2), config=config)
 
@@ -151,7 +152,7 @@ def test_a_kill_between_checkpoint_and_measure_loses_no_line(tmp_path):
                 for line in lines
             ]
         )
-    assert [line["step"] for line in records[0]] == [0, 2, 4, 6]
+    assert [line["step"] for line in records[0]] == steps
     assert records[1] == records[0]
 
 

@@ -23,12 +23,14 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from minidiff.data.folder import load_image, to_model, to_uint8
 from minidiff.denoiser import Denoiser
@@ -91,18 +93,36 @@ class Recorder:
         self.validation = list(validation[: config.probe])
         self.examples = list(examples[: len(self.validation) or config.probe])
         self.training, self.settings = training, settings or {}
+        count = min(len(training), config.compared)
+        self.compared = [i * len(training) // count for i in range(count)]
         self.far = features.by_name(config.network)
-        self.rows = torch.cat(list(_rows(training)))
-        many = len(training) > 1
-        self.floor = metrics.radii(self.rows, 1).median().item() if many else None
-        self.copies_floor = 0.0
-        if len(training) > 2:
-            self.copies_floor = metrics.memorised_floor(self.rows).mean().item()
         self.t, self.bin = self._times()
         self.records = self._read()
         atomic.check(self.folder / "report.html", atomic.unsigned)
         self.clock: tuple[int, float] | None = None  # the step and the time of the last measurement
         self.first: Grid = {}
+
+    @cached_property
+    def rows(self) -> Float[Tensor, "N D"]:
+        """The features by which the nearest training image is found; read a chunk at a time."""
+        chunks = range(0, len(self.compared), CHUNK)
+        bar = tqdm(chunks, "reading training pictures", unit="", leave=False, delay=0.5)
+        return torch.cat([features.pixels(self._chunk(start)) for start in bar])
+
+    def _chunk(self, start: int) -> Float[Tensor, "N 3 H W"]:
+        return torch.stack([self.training[i] for i in self.compared[start : start + CHUNK]])
+
+    @cached_property
+    def floor(self) -> float | None:
+        """The median distance of a training image to its nearest other one."""
+        many = len(self.rows) > 1
+        return metrics.radii(self.rows, 1).median().item() if many else None
+
+    @cached_property
+    def copies_floor(self) -> float:
+        """The share of copies among the training images themselves."""
+        many = len(self.rows) > 2
+        return metrics.memorised_floor(self.rows).mean().item() if many else 0.0
 
     def due(self, step: int) -> bool:
         return step % self.config.every == 0
@@ -124,9 +144,12 @@ class Recorder:
             grid = self._grid_file(self.records.pop().step)
             if grid.exists() and atomic.unsigned(grid) is None:
                 grid.unlink()
-        with _evaluating(self.model):
-            validation, train = self._losses(self.validation), self._losses(self.examples)
-            images, broken = self._draw()
+        passes = len(self.validation) + len(self.examples) + len(self.prompts) * self.config.steps
+        title = f"measuring step {step}"
+        with _evaluating(self.model), tqdm(desc=title, total=passes, unit="", leave=False) as bar:
+            validation = self._losses(self.validation, bar)
+            train = self._losses(self.examples, bar)
+            images, broken = self._draw(bar)
         if not self.records:
             self.first = images
         self.first = self.first or self.pictures(self.records[0].step)  # read back after a resume
@@ -183,7 +206,7 @@ class Recorder:
         return t[chosen], tenth[chosen]
 
     @torch.no_grad()
-    def _losses(self, examples: list[Pairing]) -> list[float | None]:
+    def _losses(self, examples: list[Pairing], bar: tqdm) -> list[float | None]:
         """Mean squared error of the network's output in each tenth, without the training's
         weighting. Example k has the same noise at every measurement, and in both sets."""
         if not examples:
@@ -198,19 +221,22 @@ class Recorder:
             x0 = latents.to(device).expand(count, *latents.shape)
             context = context.to(device).expand(count, *context.shape)
             losses.append(plain.loss(x0, context, self.t, eps.to(x0)).float().cpu())
+            bar.update()
         mean = torch.stack(losses).mean(0)
         tenths = (mean[self.bin == b] for b in range(BINS))
         return [each.mean().item() if len(each) else None for each in tenths]
 
     @torch.no_grad()
-    def _draw(self) -> tuple[Grid, set[str]]:
+    def _draw(self, bar: tqdm) -> tuple[Grid, set[str]]:
         """The images of each prompt as bytes, and the labels whose images are not finite."""
         config, grid, broken = self.config, {}, set()
         for label, prompt in self.prompts.items():
             noise = Normal.seeded(config.seed, range(config.n))
             prompts = [prompt] * config.n
-            *_, last = self.model.sample(prompts, config.steps, config.guidance, generator=noise)
-            images = self.model.decode(last.x0).float().cpu()
+            sampling = self.model.sample(prompts, config.steps, config.guidance, generator=noise)
+            for frame in sampling:
+                bar.update(frame.t > 0)
+            images = self.model.decode(frame.x0).float().cpu()
             if not images.isfinite().all():
                 broken.add(label)
             grid[label] = to_uint8(images.nan_to_num(0.0).expand(-1, 3, -1, -1))
@@ -234,7 +260,8 @@ class Recorder:
         for label, rows in taught.items():
             distance, which = metrics.nearest(rows, self.rows)
             relative = [d / (self.floor or 1.0) for d in distance[:, 0].tolist()]
-            near[label] = list(zip(relative, which[:, 0].tolist(), strict=True))
+            places = [self.compared[k] for k in which[:, 0].tolist()]
+            near[label] = list(zip(relative, places, strict=True))
         if not taught or not self.floor:
             return near, None
         return near, metrics.memorised(torch.cat(list(taught.values())), self.rows).mean().item()
@@ -294,6 +321,7 @@ class Recorder:
         guidance = self.model.guidance if config.guidance is None else config.guidance
         return self.settings | {
             "training pictures": len(self.training),
+            "training pictures compared with": len(self.compared),
             "copies among the training pictures themselves": f"{self.copies_floor:.0%}",
             "validation examples measured": len(self.validation),
             "training examples measured": len(self.examples),
@@ -302,13 +330,6 @@ class Recorder:
             "features": f"{config.network} for how far pictures moved, pixels-8x8 for the nearest "
             "training picture",
         }
-
-
-def _rows(images: Sequence | Tensor) -> Iterator[Float[Tensor, "N D"]]:
-    """The features of images by which the nearest one is found, a chunk of them at a time."""
-    for start in range(0, len(images), CHUNK):
-        chunk = [images[i] for i in range(start, min(start + CHUNK, len(images)))]
-        yield features.pixels(torch.stack(chunk))
 
 
 @contextmanager

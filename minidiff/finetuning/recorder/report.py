@@ -19,10 +19,10 @@ from minidiff.finetuning.recorder.advice import ASTRAY, CLOSE, Record, closeness
 from minidiff.training import atomic
 
 SHOWN = 6  # measurements whose images are in the page, evenly from first to last; and the best
-SIDE = 160  # pixels: images are at most this wide in the page; in the grids they are whole
+SIDE = 192  # pixels: images are at most this wide in the page; in the grids they are whole
 
 STYLE = """
-body { margin: 0 auto; padding: 1rem; max-width: 42rem; font: 1rem/1.45 system-ui, sans-serif;
+body { margin: 0 auto; padding: 1rem; max-width: 84rem; font: 1rem/1.45 system-ui, sans-serif;
   color: #1a1a1a; background: #fff; }
 h1 { font-size: 1.5rem; margin: 0 0 .5rem; }
 h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; border-top: 1px solid #ccc; padding-top: 1rem; }
@@ -30,9 +30,14 @@ h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; overflow-wrap: anywhere; }
 .advice { padding: .8rem 1rem; background: #fff4d6; border-left: .4rem solid #e69f00;
   font-size: 1.15rem; }
 figure { margin: .6rem 0; } figcaption, .small { font-size: .9rem; color: #444; }
-figure img { width: 100%; display: block; image-rendering: pixelated; }
+img { width: 100%; display: block; image-rendering: pixelated; }
 svg { width: 100%; height: auto; display: block; }
-.pairs { display: grid; grid-template-columns: 1fr 1fr; gap: .8rem; } .pairs figure { margin: 0; }
+p, table { max-width: 42rem; }
+.curves, .steps, .pairs { display: grid; gap: .8rem 2rem; grid-template-columns:
+  repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); }
+.steps { grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)); }
+.pairs { grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); }
+.row { display: flex; gap: .3rem; max-width: 42rem; } .row img { flex: 1; min-width: 0; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 td, th { text-align: left; vertical-align: top; padding: .25rem .5rem .25rem 0;
   border-bottom: 1px solid #ddd; overflow-wrap: break-word; }
@@ -88,7 +93,7 @@ def page(
 <h1>Flight recorder, step {last}</h1>
 <p class="advice"><strong>{html.escape(advice)}</strong></p>
 <h2>Curves</h2>
-{line.join(curves(records))}
+<div class="curves">{line.join(curves(records))}</div>
 <h2>The same seeds, step by step</h2>
 {line.join(_rows_of_images(records, prompts, grids))}
 {_pairs(pairs, last)}
@@ -169,11 +174,14 @@ def _rows_of_images(records: list[Record], prompts: dict[str, str], grids: Grids
     """A heading for each prompt, and below it a row of images for each step."""
     moved = {record.step: record.moved for record in records}
     for label, prompt in prompts.items():
-        yield f"<h3>{html.escape(label)}: {html.escape(prompt)}</h3>"
+        yield f'<h3>{html.escape(label)}: {html.escape(prompt)}</h3><div class="steps">'
         for step, images in grids.items():
-            row = Image.fromarray(np.concatenate([_array(one) for one in images[label]], axis=1))
-            image = _image(row, len(images[label]), f"{label}, step {step}: {prompt}")
-            yield _figure(image, f"step {step}, moved {moved[step][label]:.2f}")
+            alt = f"{label}, step {step}: {prompt}"
+            row = "".join(_image(Image.fromarray(_array(one)), alt) for one in images[label])
+            yield _figure(
+                f'<div class="row">{row}</div>', f"step {step}, moved {moved[step][label]:.2f}"
+            )
+        yield "</div>"
 
 
 def _pairs(pairs: list[Pair], step: int) -> str:
@@ -190,11 +198,10 @@ def _array(image: UInt8[Tensor, "3 H W"]) -> np.ndarray:
     return image.movedim(0, -1).contiguous().numpy()
 
 
-def _image(image: Image.Image, across: int, alt: str) -> str:
-    """An <img> with the image inside, which is `across` images wide."""
-    width = across * SIDE
-    if image.width > width:
-        size = width, round(image.height * width / image.width)
+def _image(image: Image.Image, alt: str) -> str:
+    """An <img> with the image inside."""
+    if image.width > SIDE:
+        size = SIDE, round(image.height * SIDE / image.width)
         image = image.resize(size, Image.Resampling.LANCZOS)
     image.save(data := io.BytesIO(), "PNG", optimize=True)
     png = base64.b64encode(data.getvalue()).decode()
@@ -208,10 +215,10 @@ def _figure(inside: str, caption: str) -> str:
 def _pair(pair: Pair) -> str:
     height, width = pair.sample.shape[1:]
     other = Image.fromarray(_array(pair.training)).resize((width, height), Image.Resampling.BICUBIC)
-    gap = np.full((height, max(1, width // 16), 3), 255, np.uint8)
-    both = Image.fromarray(np.concatenate([_array(pair.sample), gap, np.asarray(other)], axis=1))
-    alt = f"a sample of {pair.label}, and the training picture nearest to it"
-    return _figure(_image(both, 2, alt), f"{pair.label}, distance {pair.distance:.2f}")
+    alts = f"a sample of {pair.label}", "the training picture nearest to it"
+    both = zip((Image.fromarray(_array(pair.sample)), other), alts, strict=True)
+    row = "".join(_image(image, alt) for image, alt in both)
+    return _figure(f'<div class="row">{row}</div>', f"{pair.label}, distance {pair.distance:.2f}")
 
 
 def _measures(records: list[Record]) -> str:
