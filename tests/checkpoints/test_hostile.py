@@ -47,7 +47,7 @@ def written(tmp_path_factory):
     place = tmp_path_factory.mktemp("hostile")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(write, "check", lambda model: None)
-        patch.setattr(write, "check_implied", lambda model: None)
+        patch.setattr(write, "check_single_file", lambda model: None)
         single = write.save_compvis(tiny(), place / "model.safetensors")
         folder = write.save_diffusers(tiny(), place / "folder")
     torch.save({"state_dict": load_file(single)}, place / "model.ckpt")
@@ -274,7 +274,7 @@ def test_parts_of_two_versions(written, tmp_path):
     """Widths are named."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(write, "check", lambda model: None)
-        patch.setattr(write, "check_implied", lambda model: None)
+        patch.setattr(write, "check_single_file", lambda model: None)
         other = write.save_compvis(tiny(128), tmp_path / "other.safetensors")
     refused(
         written[0], r"the text encoder gives vectors of width 128, the U-Net expects 64", text=other
