@@ -29,6 +29,7 @@ from minidiff.training.json_types import fits
 
 KEPT = 2  # checkpoints: one, and one to fall back on
 BEFORE = "checkpoint.pt"  # the name in earlier versions
+FIRST = b'{"step": '  # a log begins so
 KINDS = {"step": int, "run": dict}
 UNREADABLE = (OSError, RuntimeError, UnpicklingError, EOFError, LookupError)
 UNREADABLE += (ValueError, TypeError, AttributeError)
@@ -160,6 +161,9 @@ def read_checkpoint(file: Path) -> dict | None:
 def cut_log(file: Path, count: int) -> None:
     """Keep the lines of the first `count` steps: the later steps are about to happen again."""
     content = file.read_bytes() if file.exists() else b""
+    if not FIRST.startswith(content[: len(FIRST)]):
+        remedy = "move it away, or choose another folder"
+        raise UserError(f"{file} was not written by minidiff, and would be lost; {remedy}.")
     kept = b"".join(content.splitlines(keepends=True)[:count])
     if kept != content or not file.exists():
         with atomic.write(file) as new:

@@ -188,3 +188,43 @@ def test_a_write_at_work_is_not_cleaned_up(tmp_path):
         with atomic.write(tmp_path / "a") as second:
             second.write_text("second")
     assert tree(tmp_path) == {"a": b"first"}
+
+
+EVERYWHERE = """
+operations, last = 0, int(sys.argv[1])
+def hook(event, args):
+    global operations
+    writing = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+    if writing or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
+        operations += 1
+        if operations == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+with atomic.write("m") as new:
+    new.mkdir()
+    (new / "model.json").write_text("new")
+"""
+
+
+def test_killed_at_every_operation_leaves_nothing_once_the_folder_is_opened_again(tmp_path):
+    """As it begins and as it ends too, where there is no lock yet, or no longer."""
+    for last in range(1, 100):
+        save(tmp_path / "m", "old")
+        code = run(f"sys.argv[1:] = ['{last}']\n" + EVERYWHERE, tmp_path)
+        atomic.clean(tmp_path)
+        assert os.listdir(tmp_path) == ["m"], last
+        assert (tmp_path / "m" / "model.json").read_text() in ("old", "new")
+        if code == 0:
+            break
+    assert last > 10
+
+
+def test_two_processes_that_write_one_file_at_once(tmp_path):
+    """Each cleans what the other has only begun, and begins again."""
+    code = "for k in range(200):\n    with atomic.write('a') as new: new.write_text('ours')"
+    before = "import os\nfrom minidiff.training import atomic\n"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", before + code]
+    both = [subprocess.Popen(command, cwd=tmp_path, env=environment) for _ in range(3)]
+    assert [one.wait(60) for one in both] == [0, 0, 0]
+    assert tree(tmp_path) == {"a": b"ours"} and os.listdir(tmp_path) == ["a"]

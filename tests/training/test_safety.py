@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import repeat
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from minidiff.finetuning import loop as finetune
 from minidiff.finetuning.groups import Group
 from minidiff.finetuning.recorder.recorder import Recorder
 from minidiff.options.finetuning import RecorderConfig
+from minidiff.train import TrainConfig, train
 from minidiff.training.lock import LOCK, locked
 from tests.finetuning.test_loop import Recording, examples, moved, run, stop_at_4, tiny, weights
 
@@ -275,6 +277,20 @@ def test_terminated_elsewhere_is_one_line(tmp_path):
     script = "import signal; from minidiff.cli import console\nwith console.one_line('minidiff'): signal.raise_signal(signal.SIGTERM)"
     ended = python(script)
     assert (ended.returncode, ended.stderr) == (143, "minidiff: terminated.\n")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_strangers_log_stays(tmp_path, resume):
+    (tmp_path / "log.jsonl").write_text('{"epoch": 1}\n')
+    module = torch.nn.Linear(1, 1)
+    config = TrainConfig(1, 1e-3)
+    with pytest.raises(UserError, match=r"log\.jsonl was not written by minidiff"):
+        next(
+            train(
+                lambda x: {"loss": module(x)[:, 0]}, module, repeat, config, None, tmp_path, resume
+            )
+        )
+    assert (tmp_path / "log.jsonl").read_text() == '{"epoch": 1}\n'
 
 
 IN_A_DESTRUCTOR = """
