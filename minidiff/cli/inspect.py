@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from minidiff.cli import options
+from minidiff.cli.flags import in_flags
 from minidiff.cli.options import File, Source
 from minidiff.errors import UserError
 from minidiff.training import atomic
@@ -33,12 +34,17 @@ def inspect(path: Source, out: File = None, offline: bool = False) -> None:
         raise UserError(f'no file or folder "{path}".')
     rows = rows_of(path)
     width = max(len(what) for what, _ in rows)
-    print(*(f"{what:{width}}  {how}" for what, how in rows), sep="\n")
+    print(*(f"{what:{width}}  {in_flags(printable(how))}" for what, how in rows), sep="\n")
     if out is not None:
         text = json.dumps([{"what": what, "how": how} for what, how in rows], indent=2)
         with atomic.write(out / "inspect.json", foreign) as new:
             new.write_text(text + "\n", encoding="utf-8")
         print(out / "inspect.json")
+
+
+def printable(text: str) -> str:
+    """A stranger's text for a terminal: no line ends, no escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def foreign(path: Path) -> Path | None:
