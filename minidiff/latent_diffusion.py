@@ -137,7 +137,7 @@ class LatentDiffusion(nn.Module):
     @property
     def multiple(self) -> int:
         """The sides of an image, in pixels, must be multiples of this."""
-        return self.vae.factor * self.unet.multiple
+        return self.vae.factor
 
     def guided(
         self,

@@ -43,14 +43,18 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the size: nearest neighbour, then a 3x3 convolution."""
+    """Double the size: nearest neighbour, then a 3x3 convolution. An odd side was rounded up when it
+    was halved, so twice the half is one too many: size says which it was."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H2 W2"]:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(
+        self, x: Float[Tensor, "B C H W"], size: Sequence[int] | None = None
+    ) -> Float[Tensor, "B C H2 W2"]:
+        doubled = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(doubled if size is None else doubled[:, :, : size[0], : size[1]])
 
 
 @dataclass(frozen=True)
@@ -176,12 +180,6 @@ class UNet(nn.Module):
 
     def forward(self, x: Map, t: Shaped[Tensor, "B"], context: Context | None = None) -> Map:
         """t: the schedule's c_noise(t). Computed in the weights' precision, returned in x's."""
-        height, width = x.shape[2:]
-        if height % self.multiple or width % self.multiple:
-            raise UserError(
-                f"a side of {height}x{width} is not divisible by {self.multiple}, "
-                "as halving it at every level needs."
-            )
         if context is None and self.context_dim is not None:
             raise UserError("this U-Net needs a context.")
         if context is not None and self.context_dim is None:
@@ -211,7 +209,7 @@ class UNet(nn.Module):
             for i in range(len(level.residual)):
                 h = run(level.block, i, h, emb, context, skips.pop(), recompute=self.checkpointing)
             if level.resample is not None:
-                h = level.resample(h)
+                h = level.resample(h, skips[-1].shape[2:])
 
         return self.conv_out(F.silu(self.norm_out(h))).to(x.dtype)
 

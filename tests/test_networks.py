@@ -122,7 +122,7 @@ def test_shapes_through_stable_diffusions_unet():
     ]
 
 
-@pytest.mark.parametrize("size", [(8, 8), (4, 12), (32, 16)])
+@pytest.mark.parametrize("size", [(8, 8), (4, 12), (32, 16), (5, 7), (9, 6), (1, 3)])
 def test_unet_keeps_the_size(size):
     net = randomize(tiny_unet())
     assert net.multiple == 4
@@ -428,8 +428,6 @@ def test_unet_refuses_what_it_cannot_do():
         UNet(UNetConfig(3, 3, **numbers)),
     )
     x, t, context = torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.zeros(1, 2, 8)
-    with pytest.raises(ValueError, match="not divisible by 2"):
-        without(torch.zeros(1, 3, 9, 8), t)
     with pytest.raises(ValueError, match="needs a context"):
         with_text(x, t)
     with pytest.raises(ValueError, match="takes no context"):

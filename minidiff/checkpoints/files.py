@@ -65,13 +65,12 @@ def checked(file: Path) -> Path:
 
 
 def inside(folder: Path, file: Path) -> Path:
-    """The file, unless a link leads out of the folder. A folder of Hugging Face's cache may link to
-    the blobs beside it."""
+    """The file, unless a link leads out of the folder, to another place than Hugging Face's cache."""
     if not file.exists():
         return file
     root, real = folder.resolve(), file.resolve()
-    allowed = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
-    if not any(real.is_relative_to(place) for place in allowed):
+    is_cached = any(re.fullmatch(r"models--.+", part) for part in real.parts)
+    if not real.is_relative_to(root) and not is_cached:
         fix = "put the file itself there"
         raise UserError(f"{file} is a link out of its folder, to {real}; {fix}.")
     return file

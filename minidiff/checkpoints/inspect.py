@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from minidiff.checkpoints import files, layouts, names
+from minidiff.checkpoints import files, kinds, layouts
 from minidiff.errors import UserError
 
 Rows = list[tuple[str, str]]
@@ -37,7 +37,7 @@ def inspect(path: Path) -> Rows:
     rows: Rows = [("file", f"{path}, {_short(size)}B")]
     if path.is_file():
         state = files.stored(path)
-        if more := _lora(state) or _xl(state):
+        if more := _stranger(state, path):
             return rows + more
     checkpoint = layouts.read(path, files.stored)
     layout = checkpoint.layout + ("" if path.is_dir() else " single file")
@@ -144,62 +144,55 @@ def _hash(keys: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:16]
 
 
-def _lora(state: dict[str, files.Stored]) -> Rows:
-    """Low-rank weights: which naming, of what rank, for how many layers."""
-    matches = ((names.LORA.fullmatch(name), value) for name, value in state.items())
-    layers = {m["layer"]: value for m, value in matches if m and m["half"] in ("A", "down")}
-    if not layers:
+def _stranger(state: dict[str, files.Stored], path: Path) -> Rows:
+    """A file that is no model, and no part of one."""
+    if (kind := kinds.of(state)) is None:
         return []
-    kohya = any(name.startswith("lora_") for name in layers)
-    ranks = Counter(value.shape[0] for value in layers.values() if value.shape)
-    text = sum("text_encoder" in name or name.startswith("lora_te") for name in layers)
-    return [
-        ("layout", f"LoRA, {'kohya' if kohya else 'diffusers or PEFT'} names"),
-        ("rank", ", ".join(f"{rank} ({count} layers)" for rank, count in sorted(ranks.items()))),
-        ("layers", f"{len(layers) - text} of the U-Net, {text} of the text encoder"),
-        ("dtype", ", ".join(Counter(value.dtype for value in state.values()))),
-        ("cannot", "draw by itself: it changes a model that it was trained for"),
-    ]
-
-
-def _xl(state: dict[str, files.Stored]) -> Rows:
-    starts = ("conditioner.embedders.", "label_emb.")
-    if not any(name.startswith(starts) or ".label_emb." in name for name in state):
-        return []
-    cannot = ("cannot", "be used here: versions 1.x and 2.x can")
-    return [("layout", "CompVis"), ("version", "Stable Diffusion XL"), cannot]
+    use = ("use", kind.use.format(path))
+    if kind is kinds.LORA:
+        return [("kind", kind.name), *kinds.lora_rows(state, files.metadata(path)), use]
+    rows = [("kind", kind.name), ("tensors", _counts(state))]
+    if kind is kinds.EMBEDDING:
+        shapes = (f"{name}: {' x '.join(map(str, v.shape))}" for name, v in state.items())
+        rows.append(("vectors", ", ".join(shapes)))
+    return [*rows, use]
 
 
 def _ours(path: Path) -> Rows:
     """A folder of ours says everything; its networks are built, without memory, to see whether the
     tensors fit."""
-    from minidiff.checkpoints.folder import (
-        DAMAGED,
-        FORMAT,
-        config_of,
-        damaged,
-        network,
-        schedule_from_json,
-    )
+    from minidiff.checkpoints import folder
 
     whole = files.read_json(path / "model.json")
-    layout = f"minidiff folder ({whole.get('format')}, this version reads {FORMAT})"
+    layout = f"minidiff folder ({whole.get('format')}, this version reads {folder.FORMAT})"
     try:
-        predicts = f"{whole['denoiser']['target']}; noise levels {whole['denoiser']['schedule']}"
-        rows: Rows = [("file", str(path)), ("layout", layout), ("predicts", predicts)]
+        described = whole["denoiser"]
+        folder.schedule_from_json(described["schedule"])
+        rows: Rows = [("file", str(path)), ("layout", layout)]
+        rows.append(("predicts", str(described["target"])))
+        rows.append(("noise levels", _listed(described["schedule"])))
         rows.append(("resolution", f"{whole['size']} pixels"))
-        schedule_from_json(whole["denoiser"]["schedule"])
-        networks = {name: network(whole[name]) for name in layouts.KINDS}
-    except DAMAGED as error:
-        raise damaged(path, error, files.AGAIN) from error
+        networks = {name: folder.network(whole[name]) for name in layouts.KINDS}
+    except folder.DAMAGED as error:
+        raise folder.damaged(path, error, files.AGAIN) from error
     for name, kind in layouts.KINDS.items():
         expected = networks[name].state_dict().keys()
         state = files.stored(files.inside(path, path / f"{name}.safetensors"))
-        line = f"{whole[name]['kind']}, {_counts(state)}; {config_of(whole[name])}"
-        rows.append((kind, line))
+        rows.append((kind, f"{whole[name]['kind']}, {_counts(state)}"))
+        rows.append((f"{kind}, config", _listed(folder.config_of(whole[name]))))
         rows.append((f"{kind}, missing keys", _some(sorted(expected - state.keys()))))
         rows.append((f"{kind}, extra keys", _some(sorted(state.keys() - expected))))
     return rows
+
+
+def _listed(settings: dict) -> str:
+    """channels 32 64, blocks 1, ..."""
+    pairs = []
+    for key, value in settings.items():
+        several = [str(each) for each in value][:12] if isinstance(value, list | dict) else []
+        one = "none" if isinstance(value, list | dict) else value
+        pairs.append(f"{key} {' '.join(several) or one}")
+    return ", ".join(pairs)
 
 
 def _some(keys: list[str]) -> str:

@@ -17,12 +17,14 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-from minidiff.checkpoints import files, names, schedulers, sizes
+from minidiff.checkpoints import files, kinds, names, schedulers, sizes
 from minidiff.errors import UserError
 
 State = dict  # by name: Tensor or Stored
 Read = Callable[[Path], State]
 KINDS = {"unet": "U-Net", "vae": "VAE", "text": "text encoder"}
+CLASSES = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae"}
+CLASSES |= {"CLIPTextModel": "text", "CLIPModel": "text"}  # of folders of one part
 PADDING = {"<|endoftext|>": 49407, "!": 0}  # SD 1.x repeats the end, SD 2.x writes "!"
 STABLE_DIFFUSION = dict(betas="scaled_linear", T=1000, beta_1=0.00085, beta_T=0.012, final=1)
 UNET, VAE = ("model.diffusion_model.", "diffusion_model."), ("first_stage_model.",)
@@ -67,8 +69,7 @@ def read(path: Path, reader: Read) -> Checkpoint:
     if not path.is_dir():
         return _single_file(path, reader)
     if not (path / "model_index.json").is_file():
-        why = "neither model.json (ours) nor model_index.json (diffusers) is in it"
-        raise UserError(f'"{path}" is no checkpoint: {why}.')
+        return _one_part(path, reader)
     return _diffusers(path, reader)
 
 
@@ -140,6 +141,22 @@ def _diffusers(folder: Path, reader: Read) -> Checkpoint:
     except DAMAGED as error:
         raise _damaged(folder, error) from error
     return checkpoint
+
+
+def _one_part(folder: Path, reader: Read) -> Checkpoint:
+    """A folder of one network, which its config.json names."""
+    if (folder / "adapter_config.json").is_file():
+        kind = kinds.LORA
+        raise UserError(f"{folder} is {kind.name}; {kind.use.format(folder)}.")
+    settings = _settings(folder, optional=True)
+    classes = settings.get("architectures") or [settings.get("_class_name")]
+    if not classes[0]:
+        why = "neither model.json (ours) nor model_index.json (diffusers) is in it"
+        raise UserError(f'"{folder}" is no checkpoint: {why}.')
+    if classes[0] not in CLASSES:
+        raise UserError(f"{folder} is a {classes[0]}; {kinds.NOT_READ}.")
+    name = CLASSES[classes[0]]
+    return Checkpoint("diffusers, one part", {name: part_folder(folder, name, reader)})
 
 
 def part_folder(folder: Path, name: str, reader: Read) -> Part:
@@ -271,6 +288,7 @@ def weight_files(stem: str, listed: list[str]) -> list[str]:
 
 def _single_file(file: Path, reader: Read) -> Checkpoint:
     state, checkpoint = reader(file), Checkpoint("CompVis")
+    kinds.check(file, state)
     others = _without(state, (*UNET, *VAE, *TEXT_1, *TEXT_2))
     bare = len(others) == len(state)
     if not bare:

@@ -38,7 +38,8 @@ def load(
     dtype, path = dtype_named(dtype), hub.resolve(path)
     others = {"vae": vae, "text": text, "unet": unet}
     others = {name: place for name, place in others.items() if place is not None}
-    if path.is_file() or (path / "model_index.json").is_file():
+    is_ours = (path / "model.json").is_file()
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not is_ours):
         return _stable_diffusion(path, target, others, dtype).to(device).eval()
     model = folder.load(path, dtype=dtype)
     if target not in (None, model.denoiser.target):
@@ -99,7 +100,11 @@ def _stable_diffusion(
     absent = [name for name in NETWORKS if name not in checkpoint.parts and name not in others]
     if absent:
         missing = " and no ".join(layouts.KINDS[name] for name in absent)
-        fix = f"name a checkpoint that has one, as in {absent[0]}=PATH"
+        fix = f"name a checkpoint that has one, as in `{absent[0]}=PATH`"
+        if len(checkpoint.parts) == 1:
+            (only,) = checkpoint.parts
+            kind = layouts.KINDS[only]
+            fix += f". It is a {kind} alone: a whole model takes it with `{only}={path}`"
         raise UserError(f"{path} has no {missing}; {fix}.")
     networks = {name: part(place, name, dtype) for name, place in others.items()}
     for name in NETWORKS:

@@ -205,7 +205,7 @@ def image_of(file: Path, size: Size | None, model: "LatentDiffusion") -> "Tensor
 
     if size is None:
         sides = load_image(file).shape[1:]
-        scale, step = model.size / min(sides), model.multiple
+        scale, step = model.size / min(sides), model.multiple * model.unet.multiple
         size = [max(step, round(side * scale / step) * step) for side in sides]
     return to_model(load_image(file, tuple(size)))[None]
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from minidiff.cli import options
+from minidiff.cli.flags import in_flags
 from minidiff.cli.options import File, Source
 from minidiff.errors import UserError, printable
 from minidiff.training import atomic
@@ -33,7 +34,7 @@ def inspect(path: Source, out: File = None, offline: bool = False) -> None:
         raise UserError(f'no file or folder "{path}".')
     rows = rows_of(path)
     width = max(len(what) for what, _ in rows)
-    print(*(printable(f"{what:{width}}  {how}") for what, how in rows), sep="\n")
+    print(*(printable(f"{what:{width}}  {in_flags(how)}") for what, how in rows), sep="\n")
     if out is not None:
         text = json.dumps([{"what": what, "how": how} for what, how in rows], indent=2)
         with atomic.write(out / "inspect.json", foreign) as new:

@@ -326,7 +326,7 @@ def test_a_mask_of_white_alone_is_said(tmp_path):
     (["--dtype", "fp8"], 'no dtype "fp8"'),
     (["--target", "y"], 'no target "y"'),
     (["--size", "16x"], "not \"16x\""),
-    (["--size", "17x16"], "size 17 is not divisible by 4"),
+    (["--size", "17x16"], "size 17 is not divisible by 2"),
 ])  # fmt: skip
 def test_what_generate_refuses(refused, model, tmp_path, monkeypatch, options, said):
     from minidiff.checkpoints import write

@@ -79,7 +79,8 @@ def test_a_diffusers_folder(pipeline):
 
 
 @pytest.mark.parametrize(
-    "kind", ["safetensors", "bin", "pieces", "fp16", "old attention", "hub cache"]
+    "kind",
+    "safetensors,bin,pieces,fp16,old attention,hub cache,local dir,linked parts".split(","),
 )
 def test_spellings_of_a_diffusers_folder(pipeline, tmp_path, kind):
     """The same model comes out of each."""
@@ -119,6 +120,20 @@ def test_spellings_of_a_diffusers_folder(pipeline, tmp_path, kind):
             state = {name.replace(f".{ours}.", f".{old}."): value for name, value in state.items()}
         assert "encoder.mid_block.attentions.0.proj_attn.weight" in state
         save_file(state, file)
+    elif (
+        kind == "local dir"
+    ):  # as `huggingface-cli download --local-dir` made it: large files are links
+        blobs = tmp_path / "hub" / "models--owner--name" / "blobs"
+        blobs.mkdir(parents=True)
+        for k, file in enumerate(sorted(copy.rglob("*.safetensors"))):
+            shutil.move(file, blobs / str(k))
+            file.symlink_to(blobs / str(k))
+    elif kind == "linked parts":
+        snapshot = tmp_path / "hub" / "models--owner--name" / "snapshots" / "abc"
+        shutil.move(copy, snapshot)
+        copy.mkdir()
+        for entry in snapshot.iterdir():
+            (copy / entry.name).symlink_to(entry)
     elif kind == "hub cache":  # files there are links to blobs beside the snapshots
         cache = tmp_path / "models--owner--name"
         (cache / "snapshots").mkdir(parents=True)

@@ -1,0 +1,113 @@
+"""What a stranger's file is, by the names of its tensors and its metadata, and what can be done with
+it. Without torch."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minidiff.checkpoints import names
+from minidiff.errors import UserError
+
+State = Mapping[str, Any]  # Tensor or Stored, by name
+Rows = list[tuple[str, str]]
+
+
+class Kind(NamedTuple):
+    name: str
+    use: str
+    pattern: str = ""  # of the beginning of a tensor's name
+
+
+NOT_READ = "it is not read here; Stable Diffusion 1.x and 2.x are"
+LORA = Kind("a LoRA", "add it to a model with `lora={}`")
+EMBEDDING = Kind("a textual inversion", "give it to a model with `embedding={}`")
+OTHERS = (  # the first that fits
+    Kind("a relative of LoRA (LoHa, LoKr)", "only LoRA is read", r".*\.(hada_w1|lokr_w1)"),
+    Kind("FLUX", NOT_READ, r"(.*\.)?(double_blocks|single_blocks|single_transformer_blocks)\.\d"),
+    Kind("Stable Diffusion 3", NOT_READ, r"(.*\.)?(joint_blocks\.\d|.*\.attn\.add_q_proj\.)"),
+    Kind(
+        "Stable Diffusion XL",
+        NOT_READ,
+        r"conditioner\.embedders\.|(.*\.)?label_emb\.|(.*\.)?add_embedding\.linear_1\.",
+    ),
+    Kind(
+        "a ControlNet",
+        NOT_READ,
+        r"control_model\.|(.*\.)?(zero_convs|input_hint_block|controlnet_cond_embedding)\.",
+    ),
+    Kind("a motion module (AnimateDiff)", NOT_READ, r".*motion_modules\."),
+    Kind("an IP-Adapter", NOT_READ, r"(image_proj|ip_adapter)\."),
+)
+VERSIONS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
+WIDTHS = (768, 1024, 1280)  # of the text encoders, and so of textual inversions
+METADATA = {  # of LoRA files: kohya's, and Stability's ModelSpec
+    "title": ("modelspec.title", "ss_output_name"),
+    "trained on": ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture"),
+    "trained by": ("ss_network_module", "modelspec.author"),
+    "alpha": ("ss_network_alpha",),
+    "steps": ("ss_steps",),
+    "trigger words": ("modelspec.trigger_phrase",),
+}
+
+
+def of(state: State) -> Kind | None:
+    """The kind of a file that is no model, and no part of one; None for any other."""
+    if any((match := names.LORA.fullmatch(name)) and match["half"] for name in state):
+        return LORA
+    fits = (kind for kind in OTHERS if any(re.match(kind.pattern, name) for name in state))
+    return next(fits, EMBEDDING if is_embedding(state) else None)
+
+
+def check(file: Path, state: State) -> None:
+    """Raise a UserError for a file that is no model, and no part of one."""
+    if (kind := of(state)) is not None:
+        raise UserError(f"{file} is {kind.name}; {kind.use.format(file)}.")
+
+
+def is_embedding(state: State) -> bool:
+    """Whether the tensors are vectors of words."""
+    flat = all(len(value.shape) in (1, 2) and value.shape[-1] in WIDTHS for value in state.values())
+    return 0 < len(state) <= 2 and flat
+
+
+def lora_rows(state: State, metadata: Mapping[str, str]) -> Rows:
+    """A LoRA: which naming, of what rank, for how many layers of which model; trigger words."""
+    matches = ((names.LORA.fullmatch(name), value) for name, value in state.items())
+    layers = {m["layer"]: value for m, value in matches if m and m["half"] in ("A", "down")}
+    kohya = any(name.startswith("lora_") for name in layers)
+    ranks = Counter(value.shape[0] for value in layers.values() if value.shape)
+    text = sum("text_encoder" in name or name.startswith("lora_te") for name in layers)
+    rows = [
+        ("layout", f"LoRA, {'kohya' if kohya else 'diffusers or PEFT'} names"),
+        ("rank", ", ".join(f"{rank} ({count} layers)" for rank, count in sorted(ranks.items()))),
+        ("layers", f"{len(layers) - text} of the U-Net, {text} of the text encoder"),
+        ("dtype", ", ".join(Counter(value.dtype for value in state.values()))),
+    ]
+    reading = (
+        v.shape for name, v in layers.items() if re.search(r"attn2[._](processor\.)?to_k", name)
+    )
+    widths = {shape[1] for shape in reading if len(shape) > 1}
+    rows += [("for", VERSIONS.get(width, f"a text encoder of width {width}")) for width in widths]
+    for title, keys in METADATA.items():
+        if values := [metadata[key] for key in keys if metadata.get(key)]:
+            rows.append((title, "; ".join(dict.fromkeys(values))[:200]))
+    if tags := _tags(metadata.get("ss_tag_frequency", "")):
+        rows.append(("captions had", tags))
+    return [*rows, ("cannot", "draw by itself: it changes a model that it was trained for")]
+
+
+def _tags(text: str) -> str:
+    """kohya's {folder: {tag: count}}: the folders, whose names hold the trigger words, and the most
+    frequent tags."""
+    try:
+        counts: Counter[str] = Counter()
+        folders = json.loads(text or "{}")
+        for tags in folders.values():
+            counts.update({tag.strip(): int(count) for tag, count in tags.items()})
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return text[:200]
+    tags = ", ".join(f"{tag} ({count})" for tag, count in counts.most_common(10))
+    return f"{tags}; folders {', '.join(folders)}"[:400] if counts else ""
