@@ -67,7 +67,7 @@ def nfc(name: str) -> str:
 
 def caption_lines(folder: Path) -> Iterator[tuple[str, bytes]]:
     """Yield ("DIR/metadata.jsonl, line 3", that line as JSON); blank lines are skipped."""
-    tables = [path for name in TABLES if (path := folder / f"metadata{name}").is_file()]
+    tables = _tables(folder)
     if len(tables) > 1:
         others = " and ".join(path.name for path in tables[1:])
         warnings.warn(f"{tables[0]} has the captions; {others} is not read.", stacklevel=2)
@@ -87,6 +87,17 @@ def caption_lines(folder: Path) -> Iterator[tuple[str, bytes]]:
         row = {"file_name": image.relative_to(folder).as_posix()}
         row["text"] = captions if len(captions) > 1 else "".join(captions)
         yield str(file), json.dumps(row).encode()
+
+
+def _tables(folder: Path) -> list[Path]:
+    return [path for kind in TABLES if (path := folder / f"metadata{kind}").is_file()]
+
+
+def captions_file(folder: Path) -> Path | None:
+    """A file that has captions of a folder's images, if there is one."""
+    return next(
+        (file for file in [*_tables(folder), *map(sidecar, images_in(folder))] if file), None
+    )
 
 
 def sidecar(image: Path) -> Path | None:

@@ -295,7 +295,7 @@ def _located(source: Source, files: list[Path]) -> dict[int, Path]:
 
 
 def _last(name: str) -> str:
-    """A file's name without folders, its accents in one spelling: macOS writes them in two signs."""
+    """A file's name without folders, its accents in one spelling."""
     return nfc(name.rpartition("/")[2])
 
 
