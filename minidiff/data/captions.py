@@ -166,7 +166,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, bytes]]:
         readable = (types.is_string, types.is_large_string, types.is_list, types.is_null)
         names = [field.name for field in schema if any(is_a(field.type) for is_a in readable)]
         rows = parquet.read_table(path, columns=names).to_pylist()
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:100]
         raise Fault("no metadata.jsonl", f"{path}: not a Parquet file ({reason})") from None
     for number, row in enumerate(rows, 1):

@@ -38,6 +38,8 @@ LIMITS = {  # of options by name: least, most, and both in words
 def check_limits(config: object) -> None:
     for name, value in vars(config).items():
         least, most, words = LIMITS.get(name, (None, None, ""))
+        if isinstance(value, int) and abs(value) >= 2**63:  # more than a float or torch takes
+            raise UserError(f"{name} is a number of {len(str(value))} digits; it must be smaller.")
         if words and value is not None and not least <= value <= most:
             raise UserError(f"{name} is {value:g}; it must be {words}.")
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from minidiff.cli import console
 from minidiff.cli.main import VERBS, main
+from minidiff.cli.options import EXAMPLE
 from minidiff.errors import UserError
 
 PROMPT = "a small blue circle"
@@ -620,3 +621,10 @@ def test_out_of_memory_is_one_line(capsys):
     assert capsys.readouterr().err == (
         "minidiff: out of memory (12 GiB); a smaller size or batch takes less.\n"
     )
+
+
+def test_words_that_the_box_does_not_know_are_named(tmp_path, ran):
+    few = ("--steps", 1, "--out", tmp_path)
+    said = ran("generate", "a dragon above a heart", "a RED circle", *few).err
+    assert "the model in the box does not know dragon, heart; all that it knows: a, above" in said
+    assert "does not know" not in ran("generate", EXAMPLE, *few).err

@@ -104,6 +104,14 @@ def test_new_options_check_themselves(make, complaint):
         make()
 
 
+@pytest.mark.parametrize("name", ["steps", "batch", "seed", "every", "warmup", "accumulate"])
+@pytest.mark.parametrize("value", [10**400, -(10**400)])
+def test_numbers_of_400_digits_are_refused(name, value):
+    """They ended in "OverflowError: int too large to convert to float"."""
+    with pytest.raises(UserError, match=f"{name} is a number of 40. digits; it must be smaller."):
+        FineTuneConfig(**{name: value})
+
+
 def test_new_options_are_part_of_a_run_where_they_are_used():
     """A run.json of before has none of them, and the run is resumed all the same."""
     names = {"lr_schedule", "text_lr", "validation_prompt"}
