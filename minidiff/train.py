@@ -104,7 +104,7 @@ def train(
         for step in range(start, config.steps):
             module.train()  # the caller may have sampled in between
             for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate(step)
+                group["lr"] = config.learning_rate(step) * group.get("lr_multiplier", 1.0)
 
             torch.manual_seed(seed_of(config.seed, step))
             micro = [next(data) for _ in range(config.accumulate * config.pieces)]

@@ -31,6 +31,17 @@ from minidiff.errors import Terminated, UserError, choice, printable
 Verb = Callable[..., None]
 Verbs = dict[str, Verb]  # by name; a name of two words is a verb of a group, as in "plot forward"
 LONGEST = 1200  # letters of a message; a longer one loses its middle
+# flags of other programs, and ours for them
+OTHERS = """
+dataset=data train-data-dir=data instance-data-dir=subject instance-prompt=prompt ckpt=model
+class-data-dir=class-dir num-class-images=class-pictures prior-loss-weight=prior output-dir=out
+pretrained-model-name-or-path=model resolution=size learning-rate=lr text-encoder-lr=text-lr
+train-text-encoder=text lr-scheduler=lr-schedule lr-warmup-steps=warmup train-batch-size=batch
+gradient-accumulation-steps=accumulate gradient-checkpointing=checkpointing mixed-precision=dtype
+max-train-steps=steps num-inference-steps=steps guidance-scale=guidance cfg-scale=guidance
+negative-prompt=negative network-dim=rank network-alpha=alpha scheduler=sampler
+"""
+OURS = dict(pair.split("=") for pair in OTHERS.split())
 NUMBERS = {int: "a whole number", float: "a number"}
 
 
@@ -167,7 +178,10 @@ def is_value(arg: str) -> bool:
 def unrecognized(args: list[str], options: dict[str, Flag]) -> str:
     """Arguments that a verb does not have, with the nearest flags that it has."""
     names = [arg.partition("=")[0] for arg in args if arg.startswith("-")]
-    nearest = {near for name in names for near in difflib.get_close_matches(name, options, 1)}
+    nearest = set()
+    for name in (name.replace("_", "-") for name in names):
+        ours = f"--{OURS.get(name.lstrip('-'))}"
+        nearest |= {ours} if ours in options else set(difflib.get_close_matches(name, options, 1))
     perhaps = f"; perhaps you meant {', '.join(sorted(nearest))}" if nearest else ""
     return f"unrecognized options: {', '.join(args)}{perhaps}"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import tyro
 
 from minidiff.cli import options
-from minidiff.cli.finetune import commands, recorder_of, report
+from minidiff.cli.finetune import commands, going_on, own_prompts, recorder_of, report
 from minidiff.cli.flags import Flat
 from minidiff.cli.options import EXAMPLE, MODEL, Device
 from minidiff.options.finetuning import DreamBoothConfig, SubjectConfig
@@ -24,6 +24,9 @@ def dreambooth(
     out: Path = Path("out/dreambooth"),
 ) -> None:
     """Teach a model one subject from 3 to 6 images, so that it can be drawn anywhere.
+
+    Example: minidiff dreambooth --subject mydog --prompt "a photo of sks dog" --class-prompt "a
+    photo of a dog" --out out/mydog
 
     Args:
         images: what to learn from.
@@ -74,11 +77,12 @@ def dreambooth(
         prompts = {"subject": data.captions[0]}
         templates = list(config.class_prompt)
         prompts |= {"class": booth.expand(templates, 1, config.seed)[0]} if templates else {}
-        prompts |= {"unrelated": unrelated}
+        prompts |= {"unrelated": unrelated} | own_prompts(config)
         plan = planned(diffusion, tuning, Counts(len(groups), len(prompts), 0, len(data)), out)
         print(f"{plan}; --no-recorder leaves it out.")
         observer = recorder_of(diffusion, out, prompts, data.paths, [], examples, plan.config)
-    loop.finetune(diffusion, groups, out, tuning, observer, resume)
+    with going_on(diffusion, config.method, model, out):
+        loop.finetune(diffusion, groups, out, tuning, observer, resume)
     report(observer)
     best = observer.best() if observer else None
     print(*commands(diffusion, config.method, model, out, data.captions[0], best), sep="\n")

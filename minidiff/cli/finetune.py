@@ -1,21 +1,25 @@
 """The verb that fine-tunes a model on a captioned folder."""
 
+import contextlib
 import shlex
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+
+import tyro
 
 from minidiff.cli import options
 from minidiff.cli.flags import Flat, in_flags
 from minidiff.cli.options import EXAMPLE, MODEL, Device
 from minidiff.errors import UserError
-from minidiff.options.finetuning import DataConfig, FineTuneConfig, RecorderConfig
+from minidiff.options.finetuning import DataConfig, FineTuneConfig, RecorderConfig, TuningConfig
 from minidiff.options.sampling import check_size
 
 
 @options.alone
 def finetune(
     images: Flat[DataConfig],
-    config: Flat[FineTuneConfig],
+    config: tyro.conf.UseAppendAction[Flat[FineTuneConfig]],
     model: Path = MODEL,
     unrelated: str = EXAMPLE,
     recorder: bool = True,
@@ -24,6 +28,8 @@ def finetune(
     out: Path = Path("out/finetune"),
 ) -> None:
     """Train a model further, on your captioned images: all its weights, or a LoRA beside them.
+
+    Example: minidiff finetune --data coco100 --method lora --steps 800 --out out/coco
 
     Args:
         images: what to learn from.
@@ -46,14 +52,16 @@ def finetune(
 
     # All that can be wrong, before anything slow.
     run.check_free(out, resume)
-    folder = CaptionedFolder(images.data, caption_column=images.caption_column)
+    several = images.captions == "random"
+    folder = CaptionedFolder(images.data, caption_column=images.caption_column, several=several)
     diffusion = load(model, device)
     config = loop.completed(config, diffusion)
     side = images.size or diffusion.size
     if config.method == "lora":
         lora.chosen(diffusion.unet, loop.targets(diffusion.unet, config))
     if config.word:
-        inversion.token_of(config.word)
+        inversion.check_rare(config.word)
+        print(f'the word whose vector is trained: "{config.word}"')
     check_size(side, diffusion.vae.factor * diffusion.unet.multiple)
 
     # The examples.
@@ -67,7 +75,7 @@ def finetune(
     plan = None
     prompts = {"training caption": training[0].caption}
     prompts |= {"held-out caption": examples[held_out[0]].caption} if held_out else {}
-    prompts["unrelated"] = unrelated
+    prompts |= {"unrelated": unrelated} | own_prompts(config)
     if recorder:
         counts = Counts(1, len(prompts), len(held_out), len(chosen))
         plan = planned(diffusion, config, counts, out)
@@ -84,7 +92,8 @@ def finetune(
         observer = recorder_of(diffusion, out, prompts, paths, validation, training, recording)
 
     # Training, recorded.
-    loop.finetune(diffusion, [Group("data", training)], out, config, observer, resume)
+    with going_on(diffusion, config.method, model, out):
+        loop.finetune(diffusion, [Group("data", training)], out, config, observer, resume)
     report(observer)
     best = observer.best() if observer else None
     print(*commands(diffusion, config.method, model, out, training[0].caption, best), sep="\n")
@@ -102,8 +111,37 @@ def recorder_of(
     """The flight recorder of a fine-tune. paths: of the training images."""
     from minidiff.finetuning.recorder.recorder import Recorder, Thumbnails
 
+    validation, examples = ([e[:2] for e in group] for group in (validation, examples))
     images = Thumbnails(list(dict.fromkeys(paths)), diffusion.size)
     return Recorder(diffusion, out, prompts, images, validation, examples, config)
+
+
+def own_prompts(config: TuningConfig) -> dict[str, str]:
+    """The prompts that the report is to show, by their names there."""
+    return {f"prompt {k}": text for k, text in enumerate(config.validation_prompt, 1)}
+
+
+@contextlib.contextmanager
+def going_on(diffusion, method: str, model: Path, out: Path) -> Iterator[None]:
+    """Where a run cannot be resumed with other settings, say how its result is trained further."""
+    from minidiff.finetuning.run import Changed
+
+    try:
+        yield
+    except Changed as error:
+        if not (files := results(out, method)):
+            raise
+        source, advice = files[0], ""
+        if method != "full":
+            source, advice = out / "merged", f"{merging(diffusion, method, model, out)}, then "
+        command = f"{advice}--model {source} --out {out}-2 (without --resume)"
+        raise UserError(f"{error} To train its result further: {command}.") from error
+
+
+def merging(diffusion, method: str, model: Path, out: Path) -> str:
+    """The command that makes one model of a model and a small file beside it."""
+    base, _, added = source_of(results(out, method), method, model).partition(" ")
+    return f"minidiff convert {base} {out / 'merged'} --to {layout_of(diffusion)} {added}"
 
 
 def report(observer) -> None:
@@ -126,9 +164,7 @@ def commands(
         earlier = source_of(results(best_folder(out, best), method), method, model)
         lines.append(f"as of step {best}: ".ljust(19) + f"{generate} {earlier}")
     if method != "full":
-        base, _, added = source.partition(" ")
-        convert = f"{base} {out / 'merged'} --to {layout} {added}"
-        lines.append(f"one model of both: minidiff convert {convert}")
+        lines.append(f"one model of both: {merging(diffusion, method, model, out)}")
     elif layout == "diffusers":
         convert = f"{files[0]} {out / 'diffusers'} --to diffusers"
         lines.append(f"for other tools:   minidiff convert {convert}")

@@ -79,6 +79,8 @@ def generate(
     warn_of_prompts(prompts)
     device = options.pick_device(device)
     warn_of_slow_dtype(request.dtype, device)
+    if model == MODEL and parts == NO_PARTS:
+        warn_of_words(prompts)
     loaded = parts.load(model, device, request.dtype)
     config = options.completed(config, loaded)
     edit = edit_of(request, config.size, loaded)
@@ -158,6 +160,21 @@ def warn_of_prompts(prompts: tuple[str, ...]) -> None:
         if weights := re.search(r"\([^()]*:\s*[\d.]+\s*\)|\bBREAK\b", prompt):
             message = f'"{weights[0]}" is read as it stands: prompts have no weights here'
             warnings.warn(message, stacklevel=2)
+
+
+def warn_of_words(prompts: tuple[str, ...]) -> None:
+    """Name the words that the model in the box never read."""
+    from minidiff.data.world import World
+    from minidiff.recipes.quickstart import COLOURS, SHAPES
+
+    vocabulary = World(32, SHAPES, COLOURS).vocabulary()
+    words = {word for prompt in prompts for word in re.findall(r"\w+", prompt.lower())}
+    if unknown := sorted(words - vocabulary):
+        warnings.warn(
+            f"the model in the box does not know {', '.join(unknown)}; "
+            f"all that it knows: {', '.join(sorted(vocabulary))}",
+            stacklevel=2,
+        )
 
 
 def warn_of_slow_dtype(dtype: str, device: str) -> None:

@@ -12,6 +12,8 @@ def quickstart(
 ) -> None:
     """Train a small text-to-image model here and now, from nothing, and show how it happened.
 
+    Example: minidiff quickstart --out out/quickstart
+
     Args:
         out: folder for the model, the pictures and results.json.
         seed: everything random follows from it.

@@ -62,7 +62,7 @@ def nfc(name: str) -> str:
 
 def caption_lines(folder: Path) -> Iterator[tuple[str, bytes]]:
     """Yield ("DIR/metadata.jsonl, line 3", that line as JSON); blank lines are skipped."""
-    tables = [path for name in TABLES if (path := folder / f"metadata{name}").is_file()]
+    tables = _tables(folder)
     if len(tables) > 1:
         others = " and ".join(path.name for path in tables[1:])
         warnings.warn(f"{tables[0]} has the captions; {others} is not read.", stacklevel=2)
@@ -82,6 +82,17 @@ def caption_lines(folder: Path) -> Iterator[tuple[str, bytes]]:
         row = {"file_name": image.relative_to(folder).as_posix()}
         row["text"] = captions if len(captions) > 1 else "".join(captions)
         yield str(file), json.dumps(row).encode()
+
+
+def _tables(folder: Path) -> list[Path]:
+    return [path for kind in TABLES if (path := folder / f"metadata{kind}").is_file()]
+
+
+def captions_file(folder: Path) -> Path | None:
+    """A file that has captions of a folder's images, if there is one."""
+    return next(
+        (file for file in [*_tables(folder), *map(sidecar, images_in(folder))] if file), None
+    )
 
 
 def sidecar(image: Path) -> Path | None:
@@ -150,7 +161,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, bytes]]:
         readable = (types.is_string, types.is_large_string, types.is_list, types.is_null)
         names = [field.name for field in schema if any(is_a(field.type) for is_a in readable)]
         rows = parquet.read_table(path, columns=names).to_pylist()
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:100]
         raise Fault("no metadata.jsonl", f"{path}: not a Parquet file ({reason})") from None
     for number, row in enumerate(rows, 1):

@@ -40,5 +40,7 @@ class CocoConfig:
         for name, value in (("size", self.size), ("pixels", self.pixels)):
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1.")
+        if self.pixels is not None and self.pixels > 8192:
+            raise UserError(f"pixels is {self.pixels}; it must be from 1 to 8192.")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed is {self.seed}; it must be from 0 to {2**63 - 1}.")

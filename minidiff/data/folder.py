@@ -141,6 +141,7 @@ class CaptionedImages(Dataset):
 
     def __init__(self, paths: list[Path], captions: list[str], size: int | None = None):
         self.paths, self.captions, self.size = paths, captions, size
+        self.alternatives = [[caption] for caption in captions]
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -33,6 +33,7 @@ VERSION = "minidiff cache 2"  # change it when entries are computed in another w
 class Example(NamedTuple):
     latents: Float[Tensor, "Z h w"]
     caption: str
+    others: tuple[str, ...] = ()  # captions that are as good: any of them all is taken
 
 
 @torch.no_grad()

@@ -188,6 +188,12 @@ class World:
             text += rng.choice((f" on {background} background", f" on {scene.background}"))
         return opening + text
 
+    def vocabulary(self) -> set[str]:
+        """Every word that a caption may have; the rarest is in one of 80."""
+        rng = random.Random(0)
+        captions = (self.caption(self.scene(rng, split=None), rng) for _ in range(2000))
+        return {word for caption in captions for word in caption.split()}
+
     def draw(self, scenes: list[Scene], rng: random.Random) -> Float[Tensor, "B 3 H W"]:
         """Draw anti-aliased images in [-1, 1]; `rng` chooses exact positions, sizes and colours."""
         generator = torch.Generator().manual_seed(rng.getrandbits(63))

@@ -28,14 +28,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minidiff import pipeline
-from minidiff.data.folder import (
-    CaptionedFolder,
-    CaptionedImages,
-    check_folder,
-    images_in,
-    load_image,
-    to_model,
-)
+from minidiff.data.captions import OTHER_FORMATS, captions_file, check_folder, images_in
+from minidiff.data.folder import CaptionedFolder, CaptionedImages, load_image, to_model
 from minidiff.data.latents import Example, fingerprint
 from minidiff.errors import UserError
 from minidiff.figures import plots
@@ -56,7 +50,6 @@ from minidiff.training import atomic
 SMALL = 64  # pixels
 COPIES = 24  # of every image, each moved differently
 MANY = 30  # with more images, plain fine-tuning with a caption each is likely better
-EVERYDAY = 40_000  # CLIP's tokens are sorted by frequency: those below have a meaning to undo
 BATCH = 8  # class images drawn at once: all of a batch are drawn anew if one is missing
 
 
@@ -128,14 +121,15 @@ def finetune_config(config: DreamBoothConfig, recipe: Recipe, word: str | None) 
 
 def subject_pictures(folder: Path, prompt: str, caption_column: str = "text") -> CaptionedImages:
     """The images of the subject: each with the prompt, or with its own captions where the folder
-    has a metadata.jsonl."""
+    has some."""
     folder = check_folder(folder)
-    if (folder / "metadata.jsonl").exists():
+    if table := captions_file(folder):
         data = CaptionedFolder(folder, caption_column=caption_column)
         if prompt.strip():
-            warn(f"{folder}: the captions of its metadata.jsonl are used instead of the prompt")
+            kind = table.name if table.stem == "metadata" else "text files"
+            warn(f"{folder}: the captions of its {kind} are used instead of the prompt")
     else:
-        paths = images_in(folder)
+        paths = readable(folder)
         data = CaptionedImages(paths, [prompt] * len(paths))
     count = len(set(data.paths))
     if not count:
@@ -145,6 +139,13 @@ def subject_pictures(folder: Path, prompt: str, caption_column: str = "text") ->
     if count > MANY:
         warn(f"{folder}: {count} pictures; a subject needs 3 to 6. For more, see minidiff finetune")
     return data
+
+
+def readable(folder: Path) -> list[Path]:
+    """The images in a folder. Warns of those in formats that are not read."""
+    if others := images_in(folder, OTHER_FORMATS):
+        warn(f"{folder}: {len(others)} pictures ({others[0].name}) are not read; save them as PNG")
+    return images_in(folder)
 
 
 def warn(message: str) -> None:
@@ -178,7 +179,11 @@ def check_prompts(captions: list[str], class_prompts: list[str]) -> list[str]:
             f'"{captions[0]}" has no word that the class prompt lacks, so the whole class becomes '
             'the subject; add a rare token, as "sks"'
         )
-    rare = [word for word in words if len(token_ids(word)) > 1 or token_ids(word)[0] >= EVERYDAY]
+    rare = [
+        word
+        for word in words
+        if len(token_ids(word)) > 1 or token_ids(word)[0] >= inversion.EVERYDAY
+    ]
     if words and class_prompts and not rare:
         warn(
             f'"{" ".join(words)}" is an everyday word, whose meaning will mix with the subject; '
@@ -193,11 +198,7 @@ def word_to_train(words: list[str], prompt: str) -> str:
     placeholder = re.search(r"<([^<>]+)>|\[([^][]+)\]", prompt)
     names = placeholder and (placeholder[1] or placeholder[2])
     word = names or inversion.word_of(words, prompt)
-    if inversion.token_of(word) < EVERYDAY:
-        raise UserError(
-            f'the word "{word}" is an everyday one, and training its vector would change what it '
-            'means in every prompt; use a rare token for the subject, as "sks".'
-        )
+    inversion.check_rare(word)
     return word
 
 
@@ -208,7 +209,7 @@ def class_images(
     if own is None:
         prompts = expand(list(config.class_prompt), config.class_pictures, config.seed)
         return class_pictures(model, prompts, folder, seed=config.seed)
-    paths = images_in(check_folder(own))
+    paths = readable(check_folder(own))
     if not paths:
         raise UserError(f"{own}: there are no pictures in it; put some of the class there.")
     return CaptionedImages(paths, expand(list(config.class_prompt), len(paths), config.seed))

@@ -65,7 +65,8 @@ def encoded(
         shapes_2d = (load_image(path).shape[1:] for path in data.paths)
         sizes = [buckets.bucket(w, h, size**2, multiple) for h, w in shapes_2d]
     latents = encode_images(model.vae, data.paths, sizes, folder, flip)
-    return list(map(Example, latents, data.captions * (2 if flip else 1)))
+    captions = data.alternatives * (2 if flip else 1)
+    return [Example(z, own[0], tuple(own[1:])) for z, own in zip(latents, captions, strict=True)]
 
 
 def split(images: Sequence[Hashable], share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -100,10 +101,18 @@ def _part(
     examples = [group.examples[i] for i in rows]
     latents = torch.stack([example.latents for example in examples])
     hidden = (torch.rand(len(examples), generator=generator) < dropout).tolist()
-    captions = ["" if h else e.caption for e, h in zip(examples, hidden, strict=True)]
     t = schedule.sample_t(len(examples), generator)
     eps = torch.randn(latents.shape, generator=generator)
+    captions = ["" if h else _caption(e, generator) for e, h in zip(examples, hidden, strict=True)]
     return Part(group.name, group.weight, latents, captions, t, eps)
+
+
+def _caption(example: Example, generator: Generator) -> str:
+    """The caption, or one of several."""
+    if not example.others:
+        return example.caption
+    every = (example.caption, *example.others)
+    return every[torch.randint(len(every), (), generator=generator)]
 
 
 def pieces(batch: Batch, count: int) -> list[Batch]:

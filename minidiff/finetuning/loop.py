@@ -7,7 +7,8 @@ it learns from is in groups.py, the folder it writes in run.py, the loop itself 
 [1] Hang et al. Efficient Diffusion Training via Min-SNR Weighting Strategy. 2023. arXiv:2303.09556
 """
 
-from collections import deque
+import warnings
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -129,6 +130,15 @@ def check(groups: list[Group], config: FineTuneConfig, schedule: NoiseSchedule) 
     for group in groups:
         if not group.examples:
             raise UserError(f'nothing to learn from: the group "{group.name}" has no images.')
+        sizes = Counter(tuple(e.latents.shape[1:]) for e in group.examples)
+        few = {size: n for size, n in sizes.items() if len(sizes) > 1 and 2 * n <= config.batch}
+        for (height, width), n in few.items():
+            warnings.warn(
+                f"the bucket of {width}x{height} latents has {n} of the {len(group.examples)} "
+                f"images, and a batch takes {config.batch}: each is seen {config.batch / n:.3g} "
+                "times as often as others; take a smaller batch, or more images of that shape",
+                stacklevel=3,
+            )
     if config.t_mean is not None and not hasattr(schedule, "mean"):
         raise UserError(
             "t_mean and t_std cannot be chosen for a schedule of the kind "
@@ -162,6 +172,9 @@ def to_train(
         if config.text:
             lora.add(model.text, rank, alpha)
         trained.extend(layer.lora for layer in lora.adapted(model).values())
+    if config.text_lr is not None:
+        for parameter in model.text.parameters():
+            parameter.lr_multiplier = config.text_lr / config.lr
     if word is not None:
         trained.append(word)
     if config.method == "lora" and denoiser.log_error is not None:
@@ -184,7 +197,8 @@ def fixed_contexts(
     """The contexts of all captions, cached, unless the text encoder learns (or has no width)."""
     if config.text or config.word or model.text.dim is None:
         return None
-    captions = [example.caption for group in groups for example in group.examples]
+    examples = [example for group in groups for example in group.examples]
+    captions = [caption for e in examples for caption in (e.caption, *e.others)]
     return encode_captions(model.text, captions, out / "cache")
 
 
@@ -192,6 +206,7 @@ def train_config(config: FineTuneConfig, pieces: int) -> TrainConfig:
     return TrainConfig(
         steps=config.steps,
         lr=config.lr,
+        lr_schedule=config.lr_schedule,
         warmup=config.warmup,
         accumulate=config.accumulate,
         pieces=pieces,

@@ -6,6 +6,7 @@ A run is resumed with what it was started with, or not at all.
 import hashlib
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from minidiff.data.latents import Example
 from minidiff.errors import UserError
 from minidiff.finetuning.groups import Group
 from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.methods import lora
 from minidiff.methods.inversion import Word, put_in
 from minidiff.options.finetuning import FineTuneConfig
 from minidiff.training import atomic
@@ -26,6 +28,10 @@ from minidiff.training.json_types import fits
 MODEL, LORA, EMBEDDING = "model", "lora.safetensors", "embedding.safetensors"
 RESULTS = ("training", MODEL, LORA, EMBEDDING, "best_step_[0-9]*")
 PARTS = {"settings", "weights", "data"}  # of run.json
+
+
+class Changed(UserError):
+    """A run is resumed with other settings than it was started with."""
 
 
 def identity(
@@ -40,9 +46,10 @@ def identity(
 
 
 def fingerprint(example: Example) -> str:
-    """Sixteen letters that change with the latents, then the caption."""
+    """Sixteen letters that change with the latents, then the caption, or captions."""
     content = example.latents.contiguous().view(torch.uint8).numpy()
-    return f"{hashlib.sha256(content).hexdigest()[:16]} {example.caption}"
+    captions = " | ".join((example.caption, *example.others))
+    return f"{hashlib.sha256(content).hexdigest()[:16]} {captions}"
 
 
 def upgraded(run: dict[str, dict]) -> dict[str, dict]:
@@ -99,13 +106,17 @@ def start(out: Path, run: dict[str, dict], resume: bool) -> None:
             old, new = before[part].get(name), run[part].get(name)
             if old != new:
                 change = _change(part, name, old, new)
-                raise UserError(f"{file}: this run was started {change}, or choose another `out`.")
+                kind = Changed if part == "settings" else UserError
+                raise kind(f"{file}: this run was started {change}, or choose another `out`.")
 
 
 def _change(part: str, name: str, old: object, new: object) -> str:
     """What a setting, the weights or the data were before, and how to go on."""
     if part == "settings":
-        return f"with {name} {old}, not {new}; resume it with that"
+        same = "as before" if old is None else f"with `{name}={old}`"
+        if isinstance(old, bool):
+            same = f"with `{name}`" if old else f"without `{name}`"
+        return f"with {name} {old}, not {new}; resume it {same}"
     if part == "weights":
         return f"from a model with another {name}; resume it with the same `model`"
     return f"on other data: {_difference(name, old or [], new or [])}; put it back"
@@ -152,9 +163,25 @@ def foreign_best(path: Path) -> Path | None:
     return next(filter(None, strangers), None)
 
 
+def check_weights(model: LatentDiffusion, method: str, word: Word | None) -> None:
+    """Raise where what was trained is not finite; warn of a LoRA that changes nothing."""
+    layers = lora.adapted(model).values() if method == "lora" else ()
+    weights = [weight for layer in layers for weight in layer.lora.parameters()]
+    weights += model.unet.parameters() if method == "full" else []
+    weights += [word.vector] if word else []
+    if not all(weight.isfinite().all() for weight in weights):
+        raise UserError(
+            "the trained weights are not finite, and are not written; train anew with a lower `lr` "
+            "in another `out`."
+        )
+    if layers and not any(layer.lora.B.any() for layer in layers):
+        warnings.warn("the LoRA is zero and changes nothing: train more steps", stacklevel=3)
+
+
 def write(model: LatentDiffusion, method: str, out: Path, word: Word | None) -> None:
     """Write OUT/model; or OUT/lora.safetensors, OUT/embedding.safetensors or both. A disk that is
     full loses nothing: the last checkpoint has it all."""
+    check_weights(model, method, word)
     if word is not None:
         put_in(model.text, word.word, word.vector.detach())
     path = out / {"full": MODEL, "lora": LORA, "inversion": EMBEDDING}[method]

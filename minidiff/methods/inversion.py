@@ -25,6 +25,8 @@ from torch.utils.hooks import RemovableHandle
 from minidiff.errors import UserError
 from minidiff.text import CLIPText, token_ids
 
+EVERYDAY = 40_000  # CLIP's tokens are sorted by frequency: those below have a meaning to undo
+
 
 def token_of(word: str) -> int:
     """The number of a word that is one token of the vocabulary."""
@@ -34,6 +36,15 @@ def token_of(word: str) -> int:
             f'"{word}" is {len(ids)} tokens of the vocabulary; take a word that is one, as "sks".'
         )
     return ids[0]
+
+
+def check_rare(word: str) -> None:
+    """Raise for a word that is not one token, or that other prompts need."""
+    if token_of(word) < EVERYDAY:
+        raise UserError(
+            f'the word "{word}" is an everyday one, and training its vector would change what it '
+            'means in every prompt; use a rare token for the subject, as "sks".'
+        )
 
 
 def word_of(words: list[str], prompt: str) -> str:

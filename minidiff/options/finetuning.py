@@ -12,12 +12,17 @@ Method = Literal["full", "lora", "inversion"]
 Precision = Literal["fp32", "bf16"]
 OptimizerName = Literal["adamw", "adamw8bit"]
 TrainText = Literal["auto", "yes", "no", "word"]
-MACHINE = ("checkpointing",)  # what suits the machine changes no result, and is no part of a run
+Schedule = Literal["cosine", "constant"]
+Captions = Literal["first", "random"]
+# what suits the machine, or is only looked at, changes no result and is no part of a run
+MACHINE = ("checkpointing", "validation_prompt")
 ABOVE_0, BELOW_1, FINITE = math.ulp(0.0), math.nextafter(1, 0), sys.float_info.max
 COUNTS = ("rank", "accumulate", "steps", "batch", "every", "probe", "noises", "compared")
 LIMITS = {  # of options by name: least, most, and both in words
     **dict.fromkeys(COUNTS, (1, math.inf, "at least 1")),
-    **dict.fromkeys(("lr", "word_lr", "t_std", "alpha"), (ABOVE_0, FINITE, "above 0, as in 1e-4")),
+    **dict.fromkeys(
+        ("lr", "word_lr", "text_lr", "t_std", "alpha"), (ABOVE_0, FINITE, "above 0, as in 1e-4")
+    ),
     "warmup": (0, math.inf, "at least 0"),
     "n": (2, math.inf, "at least 2: one has no second seed to compare with"),
     "ema": (ABOVE_0, BELOW_1, "between 0 and 1, as in 0.999"),
@@ -25,6 +30,7 @@ LIMITS = {  # of options by name: least, most, and both in words
     "validation": (0, BELOW_1, "a share from 0 to below 1"),
     "seed": (0, 2**63 - 1, f"from 0 to {2**63 - 1}"),
     "prior": (0, FINITE, "0 or above; 1 is usual"),
+    "size": (1, 8192, "from 1 to 8192 pixels"),
     "shift": (0, 0.5, "from 0 to 0.5 of the side"),
 }
 
@@ -32,6 +38,8 @@ LIMITS = {  # of options by name: least, most, and both in words
 def check_limits(config: object) -> None:
     for name, value in vars(config).items():
         least, most, words = LIMITS.get(name, (None, None, ""))
+        if isinstance(value, int) and abs(value) >= 2**63:  # more than a float or torch takes
+            raise UserError(f"{name} is a number of {len(str(value))} digits; it must be smaller.")
         if words and value is not None and not least <= value <= most:
             raise UserError(f"{name} is {value:g}; it must be {words}.")
 
@@ -65,6 +73,10 @@ class TuningConfig:
     method: Method = "full"
     # batches in a step: a larger step in the same memory
     accumulate: int = 1
+    # what the learning rate does after the warm-up: fall to 0 as half a cosine, or stay
+    lr_schedule: Schedule = "cosine"
+    # peak learning rate of the text encoder, where it is trained. Default: that of all else
+    text_lr: float | None = None
     # weight noise levels by min(SNR, 5): steadier, for Stable Diffusion
     min_snr: bool = False
     # also keep an average of the weights with this decay, as in 0.999, and write that
@@ -77,11 +89,14 @@ class TuningConfig:
     checkpointing: bool = False
     # adamw8bit takes a quarter of AdamW's memory, and needs bitsandbytes
     optimizer: OptimizerName = "adamw"
+    # a prompt of your own that the report shows beside the others; give it again for more
+    validation_prompt: tuple[str, ...] = ()
     # everything random follows from it
     seed: int = 0
 
     def __post_init__(self) -> None:
         choice("method", self.method, get_args(Method))
+        choice("lr_schedule", self.lr_schedule, get_args(Schedule))
         choice("optimizer", self.optimizer, get_args(OptimizerName))
         choice("dtype", self.dtype, get_args(Precision))  # in fp16 gradients vanish
         check_limits(self)
@@ -93,8 +108,8 @@ class FineTuneConfig(TuningConfig):
 
     # optimizer steps
     steps: int = 400
-    # peak learning rate; after the warm-up it falls to 0 as half a cosine. Default: 1e-5 for full,
-    # 1e-4 for lora, 5e-4 for inversion; 20 times that for a small U-Net such as the box's
+    # peak learning rate, after the warm-up. Default: 1e-5 for full, 1e-4 for lora,
+    # 5e-4 for inversion; 20 times that for a small U-Net such as the box's
     lr: float | None = None
     # images of each group in a batch
     batch: int = 4
@@ -121,6 +136,8 @@ class FineTuneConfig(TuningConfig):
         super().__post_init__()
         if (self.t_mean is None) != (self.t_std is None):
             raise UserError("t_mean and t_std go together; set both or neither.")
+        if self.text_lr is not None and not self.text:
+            raise UserError("text_lr is of the text encoder, which is not trained; set `text` too.")
         if self.method == "inversion" and not self.word:
             raise UserError(
                 'the method "inversion" trains the vector of one word; say which (`word`), or use '
@@ -134,6 +151,8 @@ class FineTuneConfig(TuningConfig):
         unused = [] if self.method == "lora" else ["rank", "alpha", "layers"]
         unused += [] if self.word else ["word", "word_lr", "like"]
         unused += ["t_mean", "t_std"] if self.t_mean is None else []
+        unused += ["text_lr"] if self.text_lr is None else []  # newer than the runs that resume
+        unused += ["lr_schedule"] if self.lr_schedule == "cosine" else []
         return {name: value for name, value in settings.items() if name not in unused}
 
 
@@ -145,6 +164,8 @@ class DataConfig:
     data: Path
     # the key of the captions in metadata.jsonl
     caption_column: str = "text"
+    # of several captions of an image: the first, or any of them, a new one whenever it is met
+    captions: Captions = "first"
     # side of the images in pixels. Default: the size the model was trained at
     size: int | None = None
     # nearly keep the images' shapes, all with the same area. Default: cut out the middle square
@@ -155,6 +176,7 @@ class DataConfig:
     validation: float = 0.1
 
     def __post_init__(self) -> None:
+        choice("captions", self.captions, get_args(Captions))
         check_limits(self)
 
 
@@ -162,7 +184,7 @@ class DataConfig:
 class SubjectConfig:
     """The images of a subject and of its class."""
 
-    # a folder with images of the subject; captions in its metadata.jsonl replace the prompt
+    # a folder with images of the subject; their own captions, if any, replace the prompt
     subject: Path
     # the key of the captions in metadata.jsonl
     caption_column: str = "text"
@@ -172,6 +194,9 @@ class SubjectConfig:
     flip: bool = False
     # a folder with class images of your own. Default: the model draws them
     class_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_limits(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +260,8 @@ class DreamBoothConfig(TuningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         choice("text", self.text, get_args(TrainText))
+        if self.text_lr is not None and self.text != "yes":
+            raise UserError("text_lr is of the text encoder; train it too, with `text=yes`.")
         if not self.prompt.strip():
             raise UserError('prompt is empty; name the subject, as in "a photo of sks dog".')
         if self.preserves and not self.class_prompt:

@@ -17,11 +17,19 @@ OPTIMIZERS = get_args(OptimizerName)
 
 
 def grouped(parameters: list[nn.Parameter], weight_decay: float) -> list[dict]:
-    """Matrices decay, biases and norms do not."""
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    """Matrices decay, biases and norms do not. A parameter's lr_multiplier, if it has one, is its
+    group's."""
+    groups = []
+    for multiplier in sorted({1.0, *map(multiplier_of, parameters)}, key=lambda m: (m != 1, m)):
+        alike = [p for p in parameters if multiplier_of(p) == multiplier]
+        for decay, is_matrix in ((weight_decay, True), (0.0, False)):
+            params = [p for p in alike if (p.ndim > 1) == is_matrix]
+            groups.append({"params": params, "weight_decay": decay, "lr_multiplier": multiplier})
+    return groups
+
+
+def multiplier_of(parameter: nn.Parameter) -> float:
+    return getattr(parameter, "lr_multiplier", 1.0)
 
 
 def named(

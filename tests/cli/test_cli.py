@@ -2,11 +2,13 @@
 everything that is wrong."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from tqdm import tqdm
 
 from minidiff.cli import console
 from minidiff.cli.main import VERBS, main
+from minidiff.cli.options import EXAMPLE
+from minidiff.errors import UserError
 
 PROMPT = "a small blue circle"
 
@@ -522,7 +526,7 @@ def test_what_evaluate_refuses_before_it_loads_anything(refused, args, said):
 
 
 def test_every_help_has_an_example(ran):
-    for verb in set(VERBS) - {"quickstart", "finetune", "dreambooth"}:
+    for verb in VERBS:
         assert f"Example: minidiff {verb} " in ran(*verb.split(), "--help").out
 
 
@@ -568,3 +572,59 @@ def test_type_checkers_read_the_package():
     import minidiff
 
     assert (Path(minidiff.__file__).parent / "py.typed").exists()
+
+
+@pytest.mark.parametrize(
+    "args, near",
+    [
+        (["finetune", "--data", "d", "--learning-rate", "1"], "--lr;"),
+        (["finetune", "--dataset", "d"], "--data;"),
+        (["finetune", "--data", "d", "--max_train_steps", "9"], "--steps;"),
+        (["dreambooth", "--subject", "d", "--instance_prompt", "x"], "--prompt;"),
+        (["generate", "x", "--num-inference-steps", "9"], "--steps;"),
+    ],
+)
+def test_flags_of_other_programs_are_translated(refused, args, near):
+    assert f"perhaps you meant {near}" in refused(*args)
+
+
+def test_new_choices_propose_the_nearest(refused):
+    base = ("finetune", "--data", "d")
+    assert "perhaps you meant constant" in refused(*base, "--lr-schedule", "constatn")
+    assert 'no captions "any"; there is first, random' in refused(*base, "--captions", "any")
+    assert "--size is 65536; it must be from 1 to 8192" in refused(*base, "--size", 65536)
+
+
+def test_nothing_that_is_printed_moves_the_cursor(capsys):
+    def verb(text: str) -> None:
+        """Print.
+
+        Args:
+            text: what.
+        """
+        print(text, "\ttwo\nlines")
+        warnings.warn(text, stacklevel=2)
+        logging.getLogger("minidiff").info(text)
+        raise UserError(text)
+
+    with pytest.raises(SystemExit):
+        console.run("minidiff", "", {"verb": verb}, ["verb", "--text", "a\x1b[2J\x9bc\u202e"])
+    out, err = capsys.readouterr()
+    assert out == "a\\x1b[2J\\x9bc\\u202e \\ttwo\nlines\n"
+    assert err.count("a\\x1b[2J\\x9bc\\u202e") == 3 and "\x1b" not in err
+
+
+def test_out_of_memory_is_one_line(capsys):
+    with pytest.raises(SystemExit) as end, console.one_line("minidiff"):
+        raise MemoryError("12 GiB")
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        "minidiff: out of memory (12 GiB); a smaller size or batch takes less.\n"
+    )
+
+
+def test_words_that_the_box_does_not_know_are_named(tmp_path, ran):
+    few = ("--steps", 1, "--out", tmp_path)
+    said = ran("generate", "a dragon above a heart", "a RED circle", *few).err
+    assert "the model in the box does not know dragon, heart; all that it knows: a, above" in said
+    assert "does not know" not in ran("generate", EXAMPLE, *few).err

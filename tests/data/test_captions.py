@@ -6,12 +6,14 @@ import json
 import sys
 import unicodedata
 
+import numpy as np
 import pytest
 
 from minidiff.cli.main import main
 from minidiff.data.captions import Fault
 from minidiff.data.doctor import examine as doctor
 from minidiff.data.folder import CaptionedFolder
+from minidiff.errors import UserError
 from tests.data.test_folder import captioned, complaint, picture
 
 NAMES = ["a.png", "sub/b.jpg"]
@@ -169,3 +171,30 @@ def test_hostile_lines_are_one_line(folder, capsys, row, verb):
     assert end.value.code == 2 and "\x1b" not in error
     line = error.replace("\r", "\n").strip().splitlines()[-1]
     assert "metadata.jsonl, line 1: " in line and len(line) < 1000
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_tables_are_read_or_are_one_line(folder):
+    """Of a Parquet file with one byte changed it was "UnicodeDecodeError: invalid byte"."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table({name: [row[name] for row in ROWS] for name in ROWS[0]})
+    parquet.write_table(table, folder / "metadata.parquet", compression="none")
+    whole = (folder / "metadata.parquet").read_bytes()
+    (folder / "metadata.parquet").write_bytes(whole.replace(b"an apple", b"an ap\xd0le"))
+    assert "not a Parquet file ('utf-8' codec" in complaint(CaptionedFolder, folder)
+    files = {"metadata.parquet": whole, "a.txt": b"an apple\na fruit"}
+    files["metadata.csv"] = b'file_name,text\na.png,"an apple, red"\nsub/b.jpg,a bowl\n'
+    random = np.random.default_rng(0)
+    for name, content in files.items():
+        for other in files:
+            (folder / other).unlink(missing_ok=True)
+        for _ in range(40):
+            broken = np.frombuffer(content, np.uint8).copy()
+            broken[random.integers(0, len(broken), 2)] = random.integers(0, 256, 2)
+            (folder / name).write_bytes(broken.tobytes())
+            try:
+                CaptionedFolder(folder)
+            except UserError as error:
+                assert "\n" not in str(error) and str(error).startswith(str(folder))

@@ -647,3 +647,15 @@ def test_hugging_faces_loader_reads_the_folder_as_it_is(make, files, monkeypatch
         }
         with Image.open(files / "out" / ours["file_name"]) as picture:
             assert np.array_equal(np.asarray(one["image"]), np.asarray(picture))
+
+
+def test_a_full_disk_and_too_many_pixels(refused, files, monkeypatch):
+    """The disk said "images/001.jpg: No space left", of the file that is read."""
+
+    def full(_, source, to):
+        raise OSError(28, "No space left on device", str(source), None, str(to))
+
+    monkeypatch.setattr(coco, "save_image", full)
+    said = refused()
+    assert f"--out {files / 'new'}: cannot be written (No space left on device); make room" in said
+    assert "--pixels is 65536; it must be from 1 to 8192." in refused("--pixels", 65536)

@@ -855,3 +855,25 @@ def test_real_emoji(real_data):
         == 1911
         == sum(finding.trap == "transparent" for finding in report.findings)
     )
+
+
+def test_the_size_is_that_of_the_model(clean, tmp_path, ran):
+    """The tutorial's own pictures, of 64 pixels for the model in the box, were called too small."""
+    out = ("--out", tmp_path / "out")
+    said = ran("data", "check", clean, *out).out
+    assert "checked for box, at 32x32 pixels" in said and "smaller than" not in said
+    assert "not divisible by 64" not in said
+    said = ran("data", "check", clean, "--size", 512, *out).out
+    assert "at 512x512 pixels" in said and "smaller than the training size: 6" in said
+
+
+def test_a_full_disk_is_one_line_that_names_the_folder(clean, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("minidiff.data.doctor.examine.write", full)
+    with pytest.raises(SystemExit) as end:
+        main(["data", "check", str(clean), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    reason = "cannot be written (No space left on device); make room, or name another folder."
+    assert end.value.code == 2 and said.endswith(f"{tmp_path / 'out'}: {reason}\n")

@@ -197,3 +197,10 @@ def test_drawing_is_fast_enough_to_train_on():
     assert (
         time.perf_counter() - started < 2
     )  # thousands a second on an idle core; this only catches a loop over pixels
+
+
+def test_the_vocabulary_is_every_word_of_captions():
+    world, rng = World(32, ("circle", "ring")), random.Random("many")
+    captions = (world.caption(world.scene(rng), rng) for _ in range(20_000))
+    words = {word for caption in captions for word in caption.split()}
+    assert words == world.vocabulary() and {"ring", "tiny", "pink", "an"} <= words

@@ -456,3 +456,19 @@ def test_folders_that_are_odd_are_warned_of(subject, tmp_path):
         shutil.copy(subject / "0.png", one / f"{k}.png")
     with pytest.warns(UserWarning, match="a subject needs 3 to 6"):
         assert load_image(dreambooth.subject_pictures(one, "a sks").paths[0]).shape == (3, 32, 32)
+
+
+def test_text_files_of_the_subject_are_its_captions(subject):
+    """They were passed over without a word."""
+    for k in range(3):
+        (subject / f"{k}.txt").write_text(f"a sks circle, {k}")
+    with pytest.warns(UserWarning, match="the captions of its text files are used instead of the"):
+        data = dreambooth.subject_pictures(subject, "a sks")
+    assert data.captions == [f"a sks circle, {k}" for k in range(3)]
+
+
+def test_pictures_that_are_not_read_are_named(subject):
+    (subject / "a.psd").write_bytes(b"x")
+    shutil.copy(subject / "0.png", subject / "3.jfif")
+    with pytest.warns(UserWarning, match=r"1 pictures \(a.psd\) are not read; save them as PNG"):
+        assert len(dreambooth.subject_pictures(subject, "a sks")) == 4

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from itertools import islice
 from pathlib import Path
 
@@ -20,9 +21,9 @@ from minidiff.errors import UserError
 from minidiff.finetuning import estimate
 from minidiff.finetuning.estimate import Settings
 from minidiff.finetuning.groups import Group, GroupLoss, batches, pieces, split
-from minidiff.finetuning.loop import averaged, finetune, settle, shares, targets, to_train
+from minidiff.finetuning.loop import averaged, check, finetune, settle, shares, targets, to_train
 from minidiff.finetuning.recorder.recorder import Recorder
-from minidiff.finetuning.run import best_folder
+from minidiff.finetuning.run import best_folder, check_weights, write
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.losses import LEVELS, LR_MULTIPLIER
 from minidiff.methods import lora
@@ -605,7 +606,7 @@ def test_a_run_of_the_last_version_goes_on(tmp_path):
     weights = {"VAE": weights["VAE"], "text tower": weights.pop("text encoder")} | weights
     before |= {"settings": old(before["settings"]), "weights": weights}
     file.write_text(json.dumps(before, indent=1) + "\n")
-    with pytest.raises(UserError, match=r"with t_mean 1\.0, not 1\.5; resume it with that"):
+    with pytest.raises(UserError, match=r"with t_mean 1\.0, not 1\.5; resume it with `t_mean=1.0`"):
         run(tmp_path, tiny(text=text), resume=True, **how | {"t_mean": 1.5})
     run(tmp_path, tiny(text=text), resume=True, **how)
     assert (tmp_path / "lora.safetensors").exists()
@@ -869,3 +870,106 @@ def test_a_folder_without_captions_and_a_folder_that_is_no_model(folder, tmp_pat
     assert "is no model folder" in refused(
         "finetune", "--model", tmp_path / "empty", "--data", folder, "--out", tmp_path / "out"
     )
+
+
+# Rates, captions, buckets, and weights that are worth nothing.
+
+
+def test_a_constant_learning_rate_and_one_for_the_text_encoder(tmp_path):
+    """Adam's first step is as long as the learning rate, for each weight that has a gradient."""
+    text = CLIPText(TextConfig(8, 1, 1, context_length=8))
+    model = tiny(text=text)
+    before = weights(model)
+    how = dict(lr=1e-3, text=True, text_lr=1e-5, steps=1, warmup=0, lr_schedule="constant")
+    run(tmp_path, model, **how)
+    steps = {name: (before[name] - value).abs().max() for name, value in weights(model).items()}
+    assert steps["denoiser.network.conv_in.weight"] == pytest.approx(1e-3, rel=0.01)
+    assert steps["text.norm_out.weight"] == pytest.approx(1e-5, rel=0.02)
+    assert json.loads((tmp_path / "training/log.jsonl").read_text())["lr"] == 1e-3
+
+
+def test_a_text_encoder_with_its_own_rate_is_resumed_bit_for_bit(tmp_path):
+    how = dict(lr=1e-3, text=True, text_lr=1e-5, method="lora", rank=2)
+    text = CLIPText(TextConfig(8, 1, 1, context_length=8)).state_dict()
+
+    def model():
+        encoder = CLIPText(TextConfig(8, 1, 1, context_length=8))
+        encoder.load_state_dict(text)
+        return tiny(text=encoder)
+
+    whole = run(tmp_path / "whole", model(), **how)
+    with pytest.raises(InterruptedError):
+        run(tmp_path / "parts", model(), recorder=Recording(stop_at_4), **how)
+    assert not moved(weights(whole), run(tmp_path / "parts", model(), resume=True, **how))
+
+
+def test_any_of_several_captions_is_seen_and_follows_from_the_batch():
+    several = [e._replace(others=("a cat", "a cow")) for e in examples(2)]
+    schedule = schedules.linear()
+
+    def captions(group, start):
+        batch = islice(batches([Group("data", group)], schedule, 2, 0.0, 0, start), 20 - start)
+        return [parts[0].captions for parts in batch]
+
+    assert {caption for row in captions(several, 0) for caption in row} == {*NAMES, "a cow"}
+    assert captions(several, 7) == captions(several, 0)[7:]
+    one, other = (next(batches([Group("d", g)], schedule, 2, 0.5, 0, 3)) for g in
+                  (examples(2), several))  # fmt: skip
+    assert torch.equal(one[0].eps, other[0].eps) and torch.equal(one[0].t, other[0].t)
+
+
+def test_a_bucket_that_is_seen_more_often_is_named(tmp_path):
+    """One wide image among eight squares is in a batch of eight eight times."""
+    group = [*examples(8), *examples(1, shape=(4, 4, 16))]
+    with pytest.warns(
+        UserWarning, match="bucket of 16x4 latents has 1 of the 9 images, .* 8 times"
+    ):
+        check([Group("data", group)], FineTuneConfig(batch=8), schedules.linear())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check([Group("data", group[:-1])], FineTuneConfig(batch=16), schedules.linear())
+
+
+def test_what_is_worth_nothing_is_not_written_without_a_word(tmp_path):
+    model = tiny()
+    lora.add(model.unet, 2)
+    with pytest.warns(UserWarning, match="the LoRA is zero and changes nothing"):
+        check_weights(model, "lora", None)
+    layer = next(iter(lora.adapted(model).values()))
+    layer.lora.A.data[0] = math.nan
+    with pytest.raises(UserError, match="the trained weights are not finite, and are not written"):
+        write(model, "lora", tmp_path, None)
+    assert not any(tmp_path.iterdir())
+    model = tiny()
+    next(model.unet.parameters()).data[0] = math.inf
+    with pytest.raises(UserError, match="not finite"):
+        write(model, "full", tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    "method, further",
+    [
+        ("full", "--model {0}/model --out {0}-2"),
+        (
+            "lora",
+            "minidiff convert box {0}/merged --to minidiff --lora {0}/lora.safetensors, "
+            "then --model {0}/merged --out {0}-2",
+        ),
+    ],
+)
+def test_a_run_that_is_over_says_how_to_go_on(folder, tmp_path, ran, capsys, method, further):
+    """It said "resume it with that, or choose another --out": no way on."""
+    out = tmp_path / "o"
+    base = ("finetune", "--data", folder, "--batch", 2, "--no-recorder", "--every", 1)
+    base += ("--method", method, "--out", out, "--steps")
+    ran(*base, 1)
+    with pytest.raises(SystemExit):
+        ran(*base, 2, "--resume")
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "started with steps 1, not 2; resume it with --steps 1, or choose another --out" in said
+    assert f"train its result further: {further.format(out)} (without --resume)." in said
+
+
+def test_a_word_of_everyday_is_not_trained_by_finetune(folder, tmp_path, refused):
+    options = ("--method", "inversion", "--word", "dog", "--out", tmp_path / "o")
+    assert 'the word "dog" is an everyday one' in refused("finetune", "--data", folder, *options)

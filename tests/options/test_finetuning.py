@@ -2,15 +2,18 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from minidiff.errors import UserError
 from minidiff.options.finetuning import (
+    DataConfig,
     DreamBoothConfig,
     FineTuneConfig,
     LoRAConfig,
     RecorderConfig,
+    SubjectConfig,
 )
 
 NAN = float("nan")
@@ -78,3 +81,40 @@ def test_options_and_help_need_no_torch():
     ):
         check = f"import sys; {code}; assert 'torch' not in sys.modules"
         subprocess.run([sys.executable, "-c", check], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    "make, complaint",
+    [
+        (
+            lambda: FineTuneConfig(text_lr=1e-5),
+            "the text encoder, which is not trained; set `text`",
+        ),
+        (lambda: FineTuneConfig(text=True, text_lr=0.0), "text_lr is 0; it must be above 0"),
+        (lambda: DreamBoothConfig(prompt="a", prior=0.0, text_lr=1e-5), "with `text=yes`"),
+        (
+            lambda: DataConfig(data=Path("d"), size=65536),
+            "size is 65536; it must be from 1 to 8192",
+        ),
+        (lambda: SubjectConfig(subject=Path("d"), size=65536), "size is 65536; it must be from 1"),
+    ],
+)
+def test_new_options_check_themselves(make, complaint):
+    with pytest.raises(UserError, match=complaint):
+        make()
+
+
+@pytest.mark.parametrize("name", ["steps", "batch", "seed", "every", "warmup", "accumulate"])
+@pytest.mark.parametrize("value", [10**400, -(10**400)])
+def test_numbers_of_400_digits_are_refused(name, value):
+    """They ended in "OverflowError: int too large to convert to float"."""
+    with pytest.raises(UserError, match=f"{name} is a number of 40. digits; it must be smaller."):
+        FineTuneConfig(**{name: value})
+
+
+def test_new_options_are_part_of_a_run_where_they_are_used():
+    """A run.json of before has none of them, and the run is resumed all the same."""
+    names = {"lr_schedule", "text_lr", "validation_prompt"}
+    assert not names & FineTuneConfig(validation_prompt=("a cat",)).identity().keys()
+    used = FineTuneConfig(lr_schedule="constant", text=True, text_lr=1e-6).identity()
+    assert (used["lr_schedule"], used["text_lr"]) == ("constant", 1e-6)

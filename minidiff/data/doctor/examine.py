@@ -60,9 +60,14 @@ class Report:
 
 
 def examine(
-    folder: Path, layout: str = "captions", caption_column: str = "text", size: int = 512
+    folder: Path,
+    layout: str = "captions",
+    caption_column: str = "text",
+    size: int = 512,
+    multiple: int = 64,
 ) -> Report:
-    """Read a whole folder and report on it.
+    """Read a whole folder and report on it. size: of the images in training, in pixels; multiple:
+    what the model's sizes are divisible by.
 
     Raises UserError for a missing or empty folder, an unknown layout, or a size no network takes.
     """
@@ -94,7 +99,7 @@ def examine(
             elif name in named:
                 images[name] = result
 
-    data = Folder(folder, size, list(_names(folder)), list(unlisted), entries, images)
+    data = Folder(folder, size, multiple, list(_names(folder)), list(unlisted), entries, images)
     for name, trap in TRAPS.items():
         findings += (Finding(trap.level, name, where, str(what)) for where, what in trap.find(data))
     # A stable sort: within a level, the loader's order, then the table's.

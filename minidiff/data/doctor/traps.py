@@ -66,6 +66,7 @@ class Folder:
 
     folder: Path
     size: int  # to be trained at
+    multiple: int  # that the model's sizes are divisible by
     names: list[str]  # all files, links and folders below it
     unlisted: list[str]  # images that no line names
     entries: list[Entry]
@@ -222,9 +223,9 @@ def too_long(caption: str) -> str:
 
 
 def training_size(data: Folder) -> Places:
-    if data.size % 64:
-        below = data.size // 64 * 64
-        valid = f"{below} and {below + 64}" if below else "64"
+    if data.size % data.multiple:
+        below = data.size // data.multiple * data.multiple
+        valid = f"{below} and {below + data.multiple}" if below else f"{data.multiple}"
         yield f"`size={data.size}`", f"the nearest that are: {valid}"
 
 
