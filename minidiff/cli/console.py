@@ -19,6 +19,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import tyro
@@ -27,6 +28,7 @@ from tqdm import tqdm
 from minidiff.cli.flags import Flag, flags, in_flags
 from minidiff.cli.types import REGISTRY
 from minidiff.errors import Terminated, UserError, choice, printable
+from minidiff.training import atomic
 
 Verb = Callable[..., None]
 Verbs = dict[str, Verb]  # by name; a name of two words is a verb of a group, as in "plot forward"
@@ -42,12 +44,19 @@ max-train-steps=steps num-inference-steps=steps guidance-scale=guidance cfg-scal
 negative-prompt=negative network-dim=rank network-alpha=alpha scheduler=sampler
 """
 OURS = dict(pair.split("=") for pair in OTHERS.split())
+# how torch says it, on any device
+NO_MEMORY = re.compile(r"out of memory|allocate memory|bad_alloc|alloc_cpu", re.IGNORECASE)
+LESS = ("--size", "--batch", "--n", "--method lora", "--checkpointing", "--dtype bf16")
 NUMBERS = {int: "a whole number", float: "a number"}
 
 
 def run(program: str, purpose: str, verbs: Verbs, args: list[str]) -> None:
     """Run the verb that is named."""
     with one_line(program):
+        if args[:1] == ["--version"]:
+            from minidiff import __version__
+
+            return print(f"{program} {__version__}")
         for arg in args:
             if re.search("[\ud800-\udfff]", arg):  # how Python keeps bytes that are no text
                 raise UserError(
@@ -117,8 +126,8 @@ def parsed(verb: Verb, args: list[str], prog: str) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def messages_of(verb: Verb) -> Iterator[None]:
-    """The library's messages as a verb gives them: its options are flags, and one that can resume
-    says so where it is interrupted."""
+    """The library's messages as a verb gives them: its options are flags, one that can resume says
+    so where it is interrupted, and out of memory its options help that take less."""
     try:
         yield
     except UserError as error:
@@ -128,6 +137,15 @@ def messages_of(verb: Verb) -> Iterator[None]:
             raise
         advice = "the same command with --resume goes on from there"
         raise type(error)(f"{error}; {advice}" if str(error) else advice) from error
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or NO_MEMORY.search(str(error))):
+            raise
+        helpful = [name for name in LESS if name.partition(" ")[0] in flags(verb)]
+        remedy = f"these take less: {', '.join(helpful)}" if helpful else "close other programs"
+        asked = re.search(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGT]iB)", str(error))
+        amount = asked and (asked[2] or f"{int(asked[1]) / 1e9:.1f} GB")
+        size = f" ({amount} at once)" if amount else ""
+        raise UserError(f"there is not enough memory for this{size}; {remedy}.") from error
 
 
 def complaint(options: dict[str, Flag], args: list[str], prog: str) -> str:
@@ -200,16 +218,22 @@ def one_line(program: str) -> Iterator[None]:
         logger = logging.getLogger("minidiff")
         logger.handlers, logger.level, logger.propagate = [_Log()], logging.INFO, False
         try:
+            _open_streams()
+            _limit_memory()
             yield
             sys.stdout.flush()
         except UserError as error:
             _fail(program, str(error), 2)
         except BrokenPipeError:  # the reader has seen enough, as in `| head`
-            # what is left in the buffer must not go to it at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _silence(sys.stdout)
+            _silence(sys.stderr)
         except OSError as error:
             advice = "check the path, its permissions and the free space."
-            line = f"{error.filename}: {error.strerror}; {advice}" if error.filename else str(error)
+            place = error.filename
+            if place is None and error.errno in atomic.NO_ROOM:
+                place = "standard output"  # files are named
+                _silence(sys.stdout)
+            line = f"{place}: {error.strerror}; {advice}" if place else str(error)
             _fail(program, line, 2)
         except MemoryError as error:
             reason = f" ({error})" if str(error) else ""
@@ -218,6 +242,45 @@ def one_line(program: str) -> Iterator[None]:
             is_terminated = isinstance(error, Terminated)
             name, code = ("terminated", 143) if is_terminated else ("interrupted", 130)
             _fail(program, f"{name}; {error}." if str(error) else f"{name}.", code)
+
+
+def _open_streams() -> None:
+    """Refuse a closed standard output; let no file take the place of a closed standard error; and
+    write what a terminal has no letters for as \\u2026."""
+    closed = sys.stdout is None
+    for stream in range(3):
+        try:
+            os.fstat(stream)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    if closed:
+        raise UserError("standard output is closed; send it to a file, or to /dev/null.")
+
+
+def _limit_memory() -> None:
+    """Have Linux refuse more memory than the machine has, where it would end the process. Drivers
+    of GPUs reserve more than there is, so not beside them."""
+    if sys.platform != "linux" or any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd"))):
+        return
+    import resource  # not there on Windows
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    sizes = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines}
+    if soft == resource.RLIM_INFINITY:
+        limit = sizes["MemTotal"] + sizes["SwapTotal"]
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+def _silence(stream: io.IOBase) -> None:
+    """What is left in the buffer goes nowhere at exit."""
+    with contextlib.suppress(io.UnsupportedOperation):  # it is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextlib.contextmanager
@@ -284,5 +347,8 @@ def _line(message: str) -> str:
 
 
 def _fail(program: str, message: str, code: int) -> None:
-    print(f"{program}: {_line(' '.join(message.splitlines()))}", file=sys.stderr)
+    try:
+        print(f"{program}: {_line(' '.join(message.splitlines()))}", file=sys.stderr)
+    except OSError:  # nobody can be told
+        _silence(sys.stderr)
     sys.exit(code)

@@ -36,11 +36,6 @@ def main(args: list[str] | None = None) -> None:
     """Run one verb. Exit code 0 on success, 2 with one line on bad input, 130 on Ctrl-C, 143 on
     SIGTERM."""
     args = sys.argv[1:] if args is None else args
-    if args[:1] == ["--version"]:
-        from minidiff import __version__
-
-        print(f"minidiff {__version__}")
-        return
     console.run("minidiff", "Text-to-image diffusion from scratch.", VERBS, args)
 
 

@@ -172,7 +172,8 @@ def _write(file: Path, entries: dict[str, Tensor]) -> None:
             contiguous = {key: value.contiguous() for key, value in entries.items()}
             save_file(contiguous, new, {"checksum": _checksum(entries)})
     except (SafetensorError, OSError) as error:
-        size, why = sum(value.nbytes for value in entries.values()), " ".join(str(error).split())
+        size = sum(value.nbytes for value in entries.values())
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())
         remedy = "free some space, or name another folder"
         message = f"{file}: {size / 1e6:.1f} MB cannot be written ({why}); {remedy}."
         raise UserError(message) from error

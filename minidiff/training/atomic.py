@@ -6,8 +6,10 @@ comes first and goes last. The lock ends with its process, so a later write tell
 from one that is at work.
 """
 
+import errno
 import glob
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,6 +25,9 @@ except ImportError:  # Windows: no locks, so the rest of a killed write stays wh
 
 LOCK = "minidiff.lock"
 MARK = b"minidiff makes a file here and renames it. The next write removes what is left of it.\n"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# how torch and safetensors say it
+NO_ROOM_TEXT = re.compile(r"os error (28|122|27)\b|No space left|PytorchStreamWriter failed")
 SIGNATURE = "made with minidiff"  # near the beginning or the end of what we write
 Stranger = Callable[[Path], Path | None]  # of a path that exists: what in it is not ours, or None
 
@@ -56,6 +61,22 @@ def unsigned(path: Path) -> Path | None:
 
 
 @contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Name the file that a full disk, or an OSError without a name, is about."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or (error.filename is not None and error.errno not in NO_ROOM):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    except Exception as error:
+        if not (text := NO_ROOM_TEXT.search(str(error))):
+            raise
+        code = int(text[1] or errno.ENOSPC)
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
+@contextmanager
 def write(path: str | Path, stranger: Stranger | None = None) -> Iterator[Path]:
     """Yield a path at which the caller makes a file or folder, which then replaces `path`.
 
@@ -69,6 +90,13 @@ def write(path: str | Path, stranger: Stranger | None = None) -> Iterator[Path]:
         check(path, stranger)
     path.parent.mkdir(parents=True, exist_ok=True)
     clean(path.parent)
+    with naming(path), _replacing(path, stranger) as new:
+        yield new
+
+
+@contextmanager
+def _replacing(path: Path, stranger: Stranger | None) -> Iterator[Path]:
+    """Yield a path in a private folder; what is made there then replaces `path`."""
     private, lock = _private(path)
     new, old = private / "new" / path.name, private / "old"
     try:

@@ -72,7 +72,8 @@ class Progress:
     def log(self, step: dict) -> None:
         """Add a line."""
         if self.folder is not None:
-            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as log:
+            path = self.folder / "log.jsonl"
+            with atomic.naming(path), open(path, "a", encoding="utf-8") as log:
                 log.write(json.dumps(step) + "\n")
 
     def save(self, step: dict) -> None:
