@@ -80,7 +80,7 @@ def _places(model: LatentDiffusion) -> Iterator[Place]:
 
 
 def _compvis(config: UNetConfig, itself: dict[str, str]) -> dict[str, str]:
-    """CompVis's names of the U-Net's layers, by ours: of LoRAs from Stability's and ComfyUI's tools."""
+    """CompVis's names of the U-Net's layers, by ours, as Stability's and ComfyUI's tools write."""
     table = names.unet_compvis([depth > 0 for depth in config.depth], config.blocks)
     return {ours: theirs for theirs, ours in names.to_published(itself, table).items()}
 
