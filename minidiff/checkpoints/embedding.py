@@ -1,8 +1,8 @@
 """Textual inversions as files: those of diffusers, and of AUTOMATIC1111's and InvokeAI's programs.
 
-diffusers                   {"<cat-toy>": (N, D) or (D)}
-    AUTOMATIC1111, InvokeAI  {"string_to_param": {"*": (N, D)}} in a pickle, {"emb_params": (N, D)};
-                            the word is the file's name
+diffusers                {"<cat-toy>": (N, D) or (D)}
+AUTOMATIC1111, InvokeAI  {"string_to_param": {"*": (N, D)}} in a pickle, {"emb_params": (N, D)};
+                         the word is the name of the file
 """
 
 from pathlib import Path
