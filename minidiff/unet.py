@@ -43,8 +43,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the size: nearest neighbour, then a 3x3 convolution. An odd side was rounded up when it
-    was halved, so twice the half is one too many: size says which it was."""
+    """Double the size: nearest neighbour, then a 3x3 convolution. An odd side was rounded up when
+    it was halved, so twice the half is one too many: size says which it was."""
 
     def __init__(self, channels: int):
         super().__init__()

@@ -1,8 +1,8 @@
 """Textual inversions as files: those of diffusers, and of AUTOMATIC1111's and InvokeAI's programs.
 
-diffusers                   {"<cat-toy>": (N, D) or (D)}
-AUTOMATIC1111, InvokeAI     {"string_to_param": {"*": (N, D)}} in a pickle, or {"emb_params": (N,
-                            D)}; the word is the file's name
+diffusers                {"<cat-toy>": (N, D) or (D)}
+AUTOMATIC1111, InvokeAI  {"string_to_param": {"*": (N, D)}} in a pickle, {"emb_params": (N, D)};
+                         the word is the name of the file
 """
 
 from pathlib import Path
@@ -35,12 +35,17 @@ def save(word: str, vector: Float[Tensor, "D"], file: Path) -> Path:
 
 def load(text: CLIPText, file: Path, word: str | None = None) -> str:
     """Give a word the vectors of a file, for good; returns the word, as prompts should have it.
-    Default: the word that the file names.
+    Default: the word that the file names."""
+    return give(text, file, *_read(file), word)
+
+
+def give(text: CLIPText, file: Path, name: str, vectors: Tensor, word: str | None = None) -> str:
+    """Give a word vectors that a file has under a name.
 
     One vector goes to a word that is one token of CLIP's vocabulary, without its brackets. Several,
     and any other word, become new tokens.
     """
-    name, vectors = _read(file)
+    vectors = _checked(file, name, vectors)
     if vectors.shape[1] != text.dim:
         kind = VERSIONS.get(vectors.shape[1])
         kind = f" It is for {kind}." if kind else ""
@@ -54,7 +59,7 @@ def load(text: CLIPText, file: Path, word: str | None = None) -> str:
     return word or name
 
 
-def _read(file: Path) -> tuple[str, Float[Tensor, "N D"]]:
+def _read(file: Path) -> tuple[str, Tensor]:
     """The word and the vectors of a file."""
     tensors = files.tensors(file)
     if tensors.keys() >= {"clip_l", "clip_g"}:
@@ -68,12 +73,17 @@ def _read(file: Path) -> tuple[str, Float[Tensor, "N D"]]:
         )
     ((name, vectors),) = tensors.items()
     name = file.stem if name in NAMELESS else name.strip()
+    if not name.strip("<> "):
+        raise UserError(f"{file} names no word; name one for it, as in {file}:sks.")
+    return name, vectors
+
+
+def _checked(file: Path, name: str, vectors: Tensor) -> Float[Tensor, "N D"]:
+    """The tensor, if it is vectors of finite numbers, or one vector."""
     vectors = vectors[None] if vectors.ndim == 1 else vectors
     if vectors.ndim != 2 or not len(vectors) or not vectors.is_floating_point():
         kind = f"{str(vectors.dtype).removeprefix('torch.')} of shape {tuple(vectors.shape)}"
         raise UserError(f'{file}: "{name}" is {kind}, and no vectors.')
     if not vectors.isfinite().all():
         raise UserError(f"{file}: its vectors hold numbers that are not finite.")
-    if not name.strip("<> "):
-        raise UserError(f"{file} names no word; name one for it, as in {file}:sks.")
-    return name, vectors
+    return vectors

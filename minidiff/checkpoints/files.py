@@ -65,7 +65,7 @@ def checked(file: Path) -> Path:
 
 
 def inside(folder: Path, file: Path) -> Path:
-    """The file, unless a link leads out of the folder, to another place than Hugging Face's cache."""
+    """The file, unless a link leads out of the folder, but for Hugging Face's cache."""
     if not file.exists():
         return file
     root, real = folder.resolve(), file.resolve()

@@ -1,4 +1,4 @@
-"""What a stranger's file is, by the names of its tensors and its metadata, and what can be done with
+"""What a stranger's file is, by the names of its tensors and its metadata, and what takes
 it. Without torch."""
 
 import json

@@ -5,6 +5,7 @@ a list of the model's layers can undo that.
 
 import json
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,19 +16,19 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minidiff.checkpoints import files, names
+from minidiff.checkpoints import embedding, files, names
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods.lora import Layer, LoRA, adapted, attach, check_free, ends
 from minidiff.text import CLIPText
 from minidiff.training import atomic
-from minidiff.unet import UNet
+from minidiff.unet import UNet, UNetConfig
 
 TABLES = {"unet": names.UNET_DIFFUSERS, "text": names.CLIP_TRANSFORMERS}
 # Prefixes of diffusers and PEFT, and of kohya: the first of each is written, all are read.
 _MODEL = "text_model."
 DOTTED = {
-    "unet": ["unet.", "base_model.model.", ""],
+    "unet": ["unet.", "base_model.model.", "", "diffusion_model.", "model.diffusion_model."],
     "text": [f"text_encoder.{_MODEL}", "text_encoder.", f"base_model.model.{_MODEL}", _MODEL],
 }
 UNDERSCORED = {
@@ -38,6 +39,9 @@ HALVES = {
     "diffusers": (".lora_A.weight", ".lora_B.weight"),
     "kohya": (".lora_down.weight", ".lora_up.weight"),
 }
+STEMS = ("adapter_model", "pytorch_lora_weights")
+# A1111's textual inversion in a LoRA file
+BUNDLED = re.compile(r"bundle_emb\.(?P<word>.+)\.(string_to_param\.\*|emb_params)")
 Tensors = dict[str, Tensor | float]  # of one layer: A, B, and alpha where the file tells it
 
 
@@ -46,6 +50,7 @@ class Loaded(NamedTuple):
 
     layers: list[str]  # that it changes, as unet.encoder.0.attention.0.blocks.0.self_attention.q
     moved: float  # ||after - before|| / ||before||, the U-Net's output on a fixed input
+    words: list[str]  # of the textual inversions in it
 
 
 class Place(NamedTuple):
@@ -64,11 +69,20 @@ def _places(model: LatentDiffusion) -> Iterator[Place]:
         if not isinstance(network, kind):
             continue
         layers = {n: layer for n, layer in network.named_modules() if isinstance(layer, Layer)}
-        published = names.to_published({name: name for name in layers}, TABLES[part])
+        itself = {name: name for name in layers}
+        published = names.to_published(itself, TABLES[part])
+        compvis = _compvis(network.config, itself) if part == "unet" else {}
         for theirs, name in published.items():
-            dotted = [prefix + theirs for prefix in DOTTED[part]]
-            flat = [prefix + theirs.replace(".", "_") for prefix in UNDERSCORED[part]]
+            spellings = [theirs, compvis[name]] if name in compvis else [theirs]
+            dotted = [prefix + each for each in spellings for prefix in DOTTED[part]]
+            flat = [p + each.replace(".", "_") for each in spellings for p in UNDERSCORED[part]]
             yield Place(f"{part}.{name}", layers[name], dotted, flat)
+
+
+def _compvis(config: UNetConfig, itself: dict[str, str]) -> dict[str, str]:
+    """CompVis's names of the U-Net's layers, by ours, as Stability's and ComfyUI's tools write."""
+    table = names.unet_compvis([depth > 0 for depth in config.depth], config.blocks)
+    return {ours: theirs for theirs, ours in names.to_published(itself, table).items()}
 
 
 def save(model: LatentDiffusion, file: str | Path, layout: str = "diffusers") -> Path:
@@ -105,13 +119,14 @@ def save(model: LatentDiffusion, file: str | Path, layout: str = "diffusers") ->
 
 
 def load(model: LatentDiffusion, file: str | Path, scale: float = 1.0) -> Loaded:
-    """Give a model the LoRAs of a file of diffusers, PEFT or kohya; all else in it is frozen.
+    """Give a model the LoRAs of a file (or folder) of diffusers, PEFT or kohya; all else in it is
+    frozen. Textual inversions in the file give their words to the text encoder.
 
     Nothing is done unless every tensor of the file finds its place. A file that changes nothing is
     warned of.
     """
-    file = Path(file)
-    content = _read(file)
+    file = _file_at(Path(file))
+    content, bundled = _read(file)
     places = {name: place for place in _places(model) for name in place.diffusers + place.kohya}
     strange = [name for name in content if name not in places]
     if strange:
@@ -125,6 +140,9 @@ def load(model: LatentDiffusion, file: str | Path, scale: float = 1.0) -> Loaded
             raise UserError(f'{file}: two of its layers mean {place.name}; the second is "{name}".')
         loras[place.name] = place.layer, _fitted(place, values, f'{file}: "{name}"')
     check_free({name: layer for name, (layer, _) in loras.items()})
+    if bundled and not isinstance(model.text, CLIPText):
+        raise UserError(f"{file} has textual inversions, and this model has no CLIPText for them.")
+    words = [embedding.give(model.text, file, *each) for each in bundled.items()]
     before = _probe(model)
     for _, lora in loras.values():
         lora.scale = float(scale)
@@ -135,14 +153,23 @@ def load(model: LatentDiffusion, file: str | Path, scale: float = 1.0) -> Loaded
         why = "all its B are zero, as before training, or the U-Net's own output is"
         why = "its scale is 0" if scale == 0 else why
         warnings.warn(f"{file.name} changes nothing: {why}", stacklevel=2)
-    return Loaded(list(loras), moved)
+    return Loaded(list(loras), moved, words)
 
 
-def _read(file: Path) -> dict[str, Tensors]:
-    """The tensors of each layer, by the file's name of the layer."""
+def _file_at(path: Path) -> Path:
+    """The file of a folder, as PEFT and diffusers save it."""
+    files_in = (path / f"{stem}{suffix}" for stem in STEMS for suffix in (".safetensors", ".bin"))
+    return next((file for file in files_in if file.is_file()), path)
+
+
+def _read(file: Path) -> tuple[dict[str, Tensors], dict[str, Tensor]]:
+    """The tensors of each layer, by the file's name of the layer; and vectors by their word."""
     content: dict[str, Tensors] = {}
-    others = []
+    others, bundled = [], {}
     for key, value in files.tensors(file).items():
+        if match := BUNDLED.fullmatch(key):
+            bundled[match["word"]] = value
+            continue
         match = names.LORA.fullmatch(key)
         if match is None:
             others.append(key)
@@ -167,8 +194,18 @@ def _read(file: Path) -> dict[str, Tensors]:
             if half not in values:
                 why = f"has no {half} ({kohya}); a LoRA is two matrices"
                 raise UserError(f'{file}: "{name}" {why}.')
+        if (mid := values.pop("mid", None)) is not None:
+            values["A"] = _composed(mid, values["A"], f'{file}: "{name}"')
     _add_alphas(file, content)
-    return content
+    return content, bundled
+
+
+def _composed(mid: Tensor, A: Tensor, where: str) -> Tensor:
+    """LyCORIS's third matrix of a convolution, a kernel between A and B of 1x1, as one with A."""
+    if mid.ndim != 4 or A.ndim != 4 or mid.shape[1] != len(A) or A.shape[2:] != (1, 1):
+        shapes = f"{tuple(mid.shape)} and {tuple(A.shape)}"
+        raise UserError(f"{where}: lora_mid and lora_down are {shapes}, which do not fit.")
+    return torch.einsum("rshw,si->rihw", mid.float(), A[:, :, 0, 0].float())
 
 
 def _add_alphas(file: Path, content: dict[str, Tensors]) -> None:

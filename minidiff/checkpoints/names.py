@@ -187,7 +187,7 @@ COMPVIS_DROPPED: Table = [(piece, None) for piece in _BUFFERS.split()]
 
 LORA = re.compile(
     r"(?P<layer>.+?)"
-    r"(?:(?:\.lora_|[._]lora\.|\.lora_linear_layer\.)(?P<half>A|B|down|up)"
+    r"(?:(?:\.lora_|[._]lora\.|\.lora_linear_layer\.)(?P<half>A|B|down|up|mid)"
     r"(?:\.default(?:_\d+)?)?\.weight|(?:[._]lora)?\.(?P<alpha>alpha))"
 )
 # Until diffusers 0.22 they belonged to the attention, not to its layers.

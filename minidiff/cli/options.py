@@ -71,7 +71,7 @@ class Parts:
                 )
         files = [("lora", file) for file, _ in self.loras()]
         for name, file in files + [("embedding", file) for file, _ in self.embeddings()]:
-            if not file.is_file():
+            if not file.exists():
                 raise UserError(f'--{name} {file}: no file "{file}".')
 
     def loras(self) -> list[tuple[Path, float]]:
@@ -105,7 +105,9 @@ class Parts:
             report = lora_files.load(loaded, file, scale)
             lora.merge(loaded)
             lora.remove(loaded)
-            print(f"{file}: {len(report.layers)} layers, probe moved by {100 * report.moved:.2g} %")
+            moved = f"probe moved by {100 * report.moved:.2g} %"
+            words = f"; its words are {', '.join(report.words)}" if report.words else ""
+            print(f"{file}: {len(report.layers)} layers, {moved}{words}")
         for file, word in self.embeddings():
             name = printable(embedding.load(loaded.text, file, word))
             print(f'{file}: the word is "{name}"')
