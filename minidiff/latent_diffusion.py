@@ -133,7 +133,8 @@ class LatentDiffusion(nn.Module):
             check_size(side, self.multiple)
         f, z = self.vae.factor, self.vae.latent_channels
         if self.device.type == "cpu":  # is there room for the decoder's last layer? Nothing is used
-            torch.empty(getattr(self.vae.config, "channels", (z,))[0], height, width)
+            widths = getattr(self.vae.config, "channels", z)
+            torch.empty(widths if isinstance(widths, int) else widths[0], height, width)
         return torch.zeros(batch, z, height // f, width // f, device=self.device)
 
     @property
