@@ -146,6 +146,7 @@ def forked(folder: Path, args: list[str], job: Callable[[], object]) -> int:
         return process
     code = 1
     try:
+        torch.set_num_threads(1)  # renews its thread pool, before two threads do so at once
         os.chdir(folder)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.argv = ["minidiff", *args]

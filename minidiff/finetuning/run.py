@@ -5,7 +5,6 @@ A run is resumed with what it was started with, or not at all.
 
 import hashlib
 import json
-import shutil
 import warnings
 from pathlib import Path
 
@@ -149,7 +148,7 @@ def write_best(
         write(model, config.method, folder, word)
     for older in set(out.glob("best_step_*")) - {folder}:
         if foreign_best(older) is None:
-            shutil.rmtree(older)
+            atomic.remove(older)
 
 
 def foreign_best(path: Path) -> Path | None:

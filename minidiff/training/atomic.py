@@ -116,6 +116,16 @@ def _replacing(path: Path, stranger: Stranger | None) -> Iterator[Path]:
         os.close(lock)
 
 
+def remove(folder: Path) -> None:
+    """Remove a folder whole or not at all."""
+    private, lock = _private(_real(folder))
+    try:
+        os.replace(folder, private / "old")
+    finally:
+        _discard(private)
+        os.close(lock)
+
+
 def recover(path: str | Path) -> None:
     """Clean up after killed writes to path, and put an old folder back that was moved away."""
     path = _real(path)

@@ -228,3 +228,16 @@ def test_two_processes_that_write_one_file_at_once(tmp_path):
     both = [subprocess.Popen(command, cwd=tmp_path, env=environment) for _ in range(3)]
     assert [one.wait(60) for one in both] == [0, 0, 0]
     assert tree(tmp_path) == {"a": b"ours"} and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_folder_is_removed_whole_or_not_at_all(tmp_path):
+    for last in range(1, 100):
+        save(tmp_path / "m", "old")
+        before = EVERYWHERE.partition("with atomic")[0]
+        code = run(f"sys.argv[1:] = ['{last}']\n{before}\natomic.remove(Path('m'))", tmp_path)
+        atomic.clean(tmp_path)
+        assert tree(tmp_path) in ({}, {"m/model.json": b"old"}), last
+        assert os.listdir(tmp_path) in ([], ["m"]), last
+        if code == 0:
+            break
+    assert last > 5
