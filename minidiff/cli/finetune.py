@@ -111,7 +111,6 @@ def recorder_of(
     """The flight recorder of a fine-tune. paths: of the training images."""
     from minidiff.finetuning.recorder.recorder import Recorder, Thumbnails
 
-    validation, examples = ([e[:2] for e in group] for group in (validation, examples))
     images = Thumbnails(list(dict.fromkeys(paths)), diffusion.size)
     return Recorder(diffusion, out, prompts, images, validation, examples, config)
 

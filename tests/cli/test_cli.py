@@ -332,7 +332,7 @@ def test_a_model_that_is_not_there_or_not_whole(refused, copy, tmp_path):
         )
 
     assert f'no model folder "{tmp_path / "nowhere"}"' in said(tmp_path / "nowhere")
-    assert "no model.json" in said(tmp_path)
+    assert "neither model.json (ours) nor model_index.json" in said(tmp_path)
     whole = (copy / "unet.safetensors").read_bytes()
     for damaged in (whole[:1000], b"", b"not a checkpoint at all"):
         (copy / "unet.safetensors").write_bytes(damaged)

@@ -867,7 +867,7 @@ def test_a_folder_without_captions_and_a_folder_that_is_no_model(folder, tmp_pat
     assert "metadata.jsonl: not found" in refused(
         "finetune", "--data", tmp_path / "empty", "--out", tmp_path / "out"
     )
-    assert "is no model folder" in refused(
+    assert "is no checkpoint: neither model.json" in refused(
         "finetune", "--model", tmp_path / "empty", "--data", folder, "--out", tmp_path / "out"
     )
 

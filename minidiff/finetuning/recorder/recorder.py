@@ -77,21 +77,23 @@ class Recorder:
         folder: Path,
         prompts: dict[str, str],
         training: Sequence | Float[Tensor, "N 3 H W"],
-        validation: Sequence[Pairing] = (),
-        examples: Sequence[Pairing] = (),
+        validation: Sequence[tuple] = (),
+        examples: Sequence[tuple] = (),
         config: RecorderConfig = RecorderConfig(),  # noqa: B008 (it is frozen)
         settings: dict[str, object] | None = None,
     ):
         """prompts: by label. training: the images trained on, (3, H, W) in [-1, 1]. validation,
-        examples: what is held out, and what is trained on; the first config.probe of each are
+        examples: pairs of latents and caption (an Example has more, which is left out) of what is held
+        out, and of what is trained on; the first config.probe of each are
         measured. settings: more rows for the report's table."""
         if not prompts:
             raise UserError("nothing to draw: the recorder needs at least one prompt.")
         if len(training) < 1:
             raise UserError("no training images to compare with; the recorder needs at least one.")
         self.model, self.folder, self.prompts, self.config = model, Path(folder), prompts, config
-        self.validation = list(validation[: config.probe])
-        self.examples = list(examples[: len(self.validation) or config.probe])
+        self.validation = [example[:2] for example in validation[: config.probe]]
+        count = len(self.validation) or config.probe
+        self.examples = [example[:2] for example in examples[:count]]
         self.training, self.settings = training, settings or {}
         count = min(len(training), config.compared)
         self.compared = [i * len(training) // count for i in range(count)]
