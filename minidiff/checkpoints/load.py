@@ -117,7 +117,10 @@ def _stable_diffusion(
         target = "v"
         why = "nothing in it says whether it predicts v (768 pixels) or eps (base, 512)"
         warnings.warn(f"{path.name}: {why}; v is assumed", stacklevel=3)
-    schedule = schedules.Discrete(**(checkpoint.schedule or layouts.STABLE_DIFFUSION))
+    try:
+        schedule = schedules.Discrete(**(checkpoint.schedule or layouts.STABLE_DIFFUSION))
+    except UserError as error:
+        raise UserError(f"{path}: its scheduler: {error}") from None
     return LatentDiffusion(
         networks["vae"],
         networks["text"],

@@ -38,6 +38,7 @@ from minidiff.data.captions import (
 # load_image refuses what Pillow only warns of.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
 SRGB = ImageCms.createProfile("sRGB")
 PROFILES = {"RGB": "RGB", "RGBA": "RGB", "L": "GRAY", "CMYK": "CMYK"}
 PROFILES["P"] = "RGB"  # the kind of colour profile that fits a mode
@@ -73,7 +74,7 @@ def load_image(
 
             pillow_heif.register_heif_opener()
     try:
-        with Image.open(path) as file:
+        with opened(path) as file:
             _check_pixels(file)
             ImageOps.exif_transpose(file, in_place=True)
             image = _rgb(file, background)
@@ -85,6 +86,13 @@ def load_image(
         height, width = (size, size) if isinstance(size, int) else size
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def opened(path: str | Path) -> Image.Image:
+    """An image file by its header, of the formats that are read: Pillow knows others, and runs a
+    program of its own for one (Ghostscript, for EPS), whatever the file is called."""
+    Image.init()
+    return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
 def _check_pixels(image: Image.Image) -> None:

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import EpsImagePlugin, Image, ImageCms
 
 from minidiff.data import cifar10 as cifar10_module
 from minidiff.data.folder import (
@@ -557,3 +557,16 @@ def test_pictures_of_many_pixels_are_refused_by_their_header(tmp_path, monkeypat
     assert load_image(path).shape == (3, pixels // 100, 100)
     monkeypatch.setattr(Image.Image, "load", None)
     assert f"at most {pixels:,} are read" in complaint(load_image, tmp_path / "b.png")
+
+
+def test_no_program_is_run_for_a_file_that_calls_itself_a_picture(tmp_path, monkeypatch):
+    """Pillow gives an EPS file to Ghostscript, by its content."""
+
+    def fail(*_, **__):
+        raise SystemExit("a program ran")
+
+    monkeypatch.setattr(subprocess, "check_call", fail)
+    monkeypatch.setattr(EpsImagePlugin, "has_ghostscript", lambda: True)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")
+    picture(tmp_path / "a.eps").rename(tmp_path / "a.png")
+    assert "not a readable picture" in complaint(load_image, tmp_path / "a.png")

@@ -235,7 +235,7 @@ def test_what_is_not_followed_is_said(folder, published, settings, note):
     "settings, why",
     [
         ({"timestep_spacing": "leeding"}, "timestep_spacing is 'leeding'; there is None, leading"),
-        ({"trained_betas": [0.5, 2.0]}, "betas must be T = 1000 numbers"),
+        ({"trained_betas": [0.5, 2.0]}, "folder: its scheduler: betas must be T = 1000 numbers"),
         ({"beta_schedule": "spiral"}, "beta_schedule is 'spiral'; there is linear"),
     ],
 )

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from PIL import Image
 
 from minidiff.data.captions import OTHER_FORMATS, inside
-from minidiff.data.folder import load_image, profile_of
+from minidiff.data.folder import load_image, opened, profile_of
 from minidiff.text import token_ids, tokenizer
 
 ROOM = 75  # tokens of a caption that CLIP reads: 77 with start and end
@@ -88,7 +88,7 @@ def examine_image(path: Path) -> ImageInfo:
     """Read an image as training will, or raise the loader's Fault."""
     pixels = load_image(path).permute(1, 2, 0).numpy()
     height, width = pixels.shape[:2]
-    with Image.open(path) as file:
+    with opened(path) as file:
         # Pillow opens 16-bit RGB as RGB; only the tile tells.
         deep = file.mode.startswith("I") or re.search(r";16[BLN]", str(file.tile)) is not None
         orientation, transparent = file.getexif().get(0x0112, 1), file.has_transparency_data

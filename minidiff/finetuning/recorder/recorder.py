@@ -83,9 +83,9 @@ class Recorder:
         settings: dict[str, object] | None = None,
     ):
         """prompts: by label. training: the images trained on, (3, H, W) in [-1, 1]. validation,
-        examples: pairs of latents and caption (an Example has more, which is left out) of what is held
-        out, and of what is trained on; the first config.probe of each are
-        measured. settings: more rows for the report's table."""
+        examples: latents and caption of what is held out, and of what is trained on (an Example has
+        more, which is left out); the first config.probe of each are measured. settings: more rows
+        for the report's table."""
         if not prompts:
             raise UserError("nothing to draw: the recorder needs at least one prompt.")
         if len(training) < 1:
