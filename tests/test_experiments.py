@@ -704,7 +704,7 @@ def test_gpu(tmp_path, monkeypatch, capsys):
     for name in ("raises", "dies", "lasts"):
         part = gpu.Part(getattr(faulty_parts, name), 1 if name == "lasts" else 30)
         monkeypatch.setitem(gpu.PARTS, name, part)
-    gpu.main("raises,dies,ceiling,capped,lasts", 0.5, tiny=True, device="cpu", out=tmp_path / "out")
+    gpu.main("lasts,raises,dies,ceiling,capped", 1.0, tiny=True, device="cpu", out=tmp_path / "out")
     rows = written(tmp_path / "out")["rows"]
     errors = {row["part"]: row["error"] for row in rows if row["error"]}
     assert errors == {
