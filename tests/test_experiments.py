@@ -5,6 +5,7 @@ import json
 import random
 import signal
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from minidiff.evaluation import features, sweep
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.sampling import SampleConfig
 from minidiff.text import Unconditional
-from minidiff.training import device, progress
+from minidiff.training import device, progress, waits
 from minidiff.vae import Pixels
 
 simple_loss = DDPM.simple_loss
@@ -43,6 +44,7 @@ with install_import_hook(
     import dreambooth
     import finetune_coco100
     import forward_chain
+    import gpu
     import memory
     import pretrain_box
     import sampler_order
@@ -682,3 +684,107 @@ def test_memory(tmp_path, capsys):
         all(0.05 < case["ratio"] < 1.2 for case in found["measured"].values())
         and "full" in capsys.readouterr().out
     )
+
+
+# A GPU.
+
+
+def test_gpu(tmp_path, monkeypatch, capsys):
+    """Every part at its smallest, in processes of their own; a part that is at fault, one that dies
+    and one that does not end are said to be so, and the next ones run."""
+    (tmp_path / "faulty_parts.py").write_text(
+        "import os, time\n"
+        "def raises(setup):\n    raise ValueError('two\\nlines')\n    yield\n"
+        "def dies(setup):\n    os._exit(3)\n    yield\n"
+        "def lasts(setup):\n    time.sleep(600)\n    yield\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import faulty_parts
+
+    for name in ("raises", "dies", "lasts"):
+        part = gpu.Part(getattr(faulty_parts, name), 1 if name == "lasts" else 30)
+        monkeypatch.setitem(gpu.PARTS, name, part)
+    gpu.main("lasts,raises,dies,ceiling,capped", 1.0, tiny=True, device="cpu", out=tmp_path / "out")
+    rows = written(tmp_path / "out")["rows"]
+    errors = {row["part"]: row["error"] for row in rows if row["error"]}
+    assert errors == {
+        "raises": "ValueError: two lines",
+        "dies": "the process ended with 3",
+        "lasts": "its time was up",
+    }
+    product = next(row for row in rows if row["what"] == "matrix product")
+    assert product["seconds"] > 0 and product["torch"] == torch.__version__ and product["device"]
+    notes = [row["note"] for row in rows if row["part"] == "capped"]
+    assert len(notes) == 16 and set(notes) == {"said to fit: fits"}
+    assert "NOT MEASURED: its time was up" in capsys.readouterr().out
+    with pytest.raises(UserError, match='no part "speed"; there is correct, ceiling'):
+        gpu.main("ceiling,speed", out=tmp_path / "other")
+
+
+def gpu_setup(tmp_path, **how):
+    settings = dict(device="cpu", tiny=True, out=tmp_path, data=None, seed=0, deadline=2e9 * 2)
+    return gpu.Setup(**settings | how)
+
+
+def test_gpu_training_and_the_real_loop(tmp_path):
+    """Beside diffusers; and the loop's own folder, checkpoints included."""
+    pytest.importorskip("diffusers")
+    rows = list(gpu.training(gpu_setup(tmp_path)))
+    assert not [row.error for row in rows if row.error]
+    assert len(rows) == 2 * 2 * 4 and all(row.share > 0 for row in rows)
+    assert {row.ratio is None for row in rows if "in turns" in row.note} == {True, False}
+    step, waiting = gpu.stalls(gpu_setup(tmp_path))
+    assert step.seconds > 0 and 0 < waiting.share <= 1 and waiting.note.startswith("waits ")
+
+
+def test_gpu_sampling(tmp_path, monkeypatch):
+    """Eager and compiled; what diffusers lacks is said, and the rest is measured."""
+    monkeypatch.setattr(gpu.nn.Module, "compile", lambda *_, **__: None)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    rows = list(gpu.sample(gpu_setup(tmp_path)))
+    errors = {row.what: row.error for row in rows if row.error}
+    assert errors.pop("diffusers").startswith("ModuleNotFoundError")
+    assert set(errors.values()) == {"needs a GPU"} and len(errors) == 2
+    measured = [row for row in rows if row.seconds]
+    assert len(measured) == 8 and all(row.floor and row.share for row in measured)
+
+
+def test_gpu_out_of_memory_is_a_row(tmp_path, monkeypatch):
+    def rows():
+        yield gpu.Row("first")
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    first, second = gpu.tried("second", rows(), "cpu")
+    assert first.error == "" and second.error == "OutOfMemoryError: CUDA out of memory"
+    monkeypatch.setattr(
+        gpu, "fine_tuning", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError)
+    )
+    assert {row.note for row in gpu.capped(gpu_setup(tmp_path))} == {"said to fit: out of memory"}
+
+
+def test_gpu_cifar_and_photos(tmp_path):
+    for k in range(2):
+        picture(tmp_path / f"train_{k}.webp", seed=k, size=160)
+    paper, fast = gpu.cifar(gpu_setup(tmp_path, data=tmp_path))
+    assert (
+        "paper" in paper.what and "floor" in fast.note and (tmp_path / "cifar_small.png").exists()
+    )
+    (photos,) = gpu.photos(gpu_setup(tmp_path))
+    assert photos.error == "there is no experiments/pretrain_photos.py"
+
+
+def test_synchronisations_by_place_and_a_trace(tmp_path):
+    with pytest.warns(UserWarning, match="another"), waits.synchronisations("cpu") as places:
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("another", stacklevel=1)
+    assert list(places.values()) == [3] and next(iter(places)).startswith("tests/test_experiments")
+    events = [{"cat": "kernel", "ts": ts, "dur": dur} for ts, dur in ((0, 10), (5, 5), (3010, 990))]
+    events += [
+        {"cat": "cuda_runtime", "name": "cudaStreamSynchronize", "ts": 1, "dur": 1},
+        {"ph": "M"},
+    ]
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
+    busy = waits.busy_in(tmp_path / "trace.json")
+    assert (busy.events, busy.share, busy.longest) == (3, 0.25, 0.003)
+    assert (busy.gaps_above_a_millisecond, busy.synchronising) == (1, {"cudaStreamSynchronize": 1})

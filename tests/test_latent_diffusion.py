@@ -178,7 +178,7 @@ def truncate(folder):
         (
             lambda folder: (folder / "model.json").unlink(),
             "",
-            "is no model folder: it has no model.json",
+            "is no checkpoint: neither model.json",
         ),
         (
             lambda folder: (folder / "model.json").write_text('{"size": 16,'),

@@ -126,6 +126,7 @@ def estimate(model: LatentDiffusion, settings: Settings) -> Estimate:
     device = "cuda" if model.device.type == "cuda" else "cpu"
     ledger = Ledger()
     schedule = copy.deepcopy(model.schedule)  # what it caches must not be fake in the model
+    schedule.alpha_sigma(torch.ones(1, dtype=torch.long))  # its tables: real ones, on the CPU
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device), ledger:
         vae, text, unet = (_twin(part) for part in (model.vae, model.text, model.unet))
         denoiser = Denoiser(unet, schedule, model.denoiser.target, model.denoiser.weighting)

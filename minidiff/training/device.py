@@ -1,4 +1,6 @@
-"""Which device to compute on."""
+"""Which device to compute on; its name, its work and its memory."""
+
+import platform
 
 import torch
 
@@ -23,3 +25,31 @@ def pick_device(name: str | torch.device) -> str:
     if not present[kind]:
         raise UserError(f'no "{name}" on this machine; choose the device cpu, or auto.')
     return name
+
+
+def device_name(device: str) -> str:
+    """The model of a GPU, or the kind of the processor."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {device}, {torch.get_num_threads()} threads"
+
+
+def wait(device: str) -> None:
+    """Until a GPU has done all its work; a CPU is never behind."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def held_bytes(device: str) -> int:
+    """What tensors take on a GPU now; 0 elsewhere."""
+    return torch.cuda.memory_allocated(device) if device.startswith("cuda") else 0
+
+
+def peak_bytes(device: str, anew: bool = False) -> int | None:
+    """The most that tensors took on a GPU since the count began anew; None elsewhere."""
+    if not device.startswith("cuda"):
+        return None
+    peak = torch.cuda.max_memory_allocated(device)
+    if anew:
+        torch.cuda.reset_peak_memory_stats(device)
+    return peak

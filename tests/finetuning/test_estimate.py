@@ -290,3 +290,14 @@ def test_eight_bits_are_those_of_bitsandbytes(monkeypatch):
     assert (
         asked == {"lr": 1e-3, "betas": (0.9, 0.99)} and made.param_groups[0]["weight_decay"] == 0.1
     )
+
+
+def test_a_model_on_a_gpu_is_estimated_without_one(model, monkeypatch):
+    """Tensors without memory need no GPU; only the backward pass asks for one. The schedule's
+    tables are real ones, on the CPU."""
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *_: None)
+    expected = estimate(model, HOW)
+    monkeypatch.setattr(model.denoiser, "schedule", schedules.cosine())  # its tables are not there
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    found = estimate.__wrapped__(model, HOW)
+    assert (found.weights, found.moments) == (expected.weights, expected.moments)

@@ -285,7 +285,7 @@ def test_parts(pipeline, tmp_path):
         tmp_path / "unet.ckpt", target=minidiff.load(folder).denoiser.target, **how
     )
     agrees(model, theirs)
-    with pytest.raises(UserError, match=r"unet.ckpt has no VAE and no text encoder; .* vae=PATH"):
+    with pytest.raises(UserError, match=r"unet.ckpt has no VAE and no text encoder; .*vae=PATH"):
         minidiff.load(tmp_path / "unet.ckpt")
     with pytest.raises(UserError, match=r"vae.ckpt has no text encoder"):
         minidiff.load(folder, text=tmp_path / "vae.ckpt")
