@@ -93,7 +93,8 @@ def train(
     forward = partial(_forward, loss_fn, device.type, config.autocast)
     with locked(folder), Signals() as signals, workers(config.threads) as pool:
         averages = None if ema is None else ema.average
-        progress = Progress(folder, config.identity(), module, optimizer, averages)
+        plan = config.save_every, config.steps
+        progress = Progress(folder, config.identity(), module, optimizer, averages, *plan)
         last = progress.start(resume)
         start = last["step"] if last else 0
         if last and last.keys() == set(TrainStep._fields):
@@ -127,7 +128,7 @@ def train(
             lr, mean, bins = config.learning_rate(step), loss.mean().item(), by_bin(loss, losses)
             done = TrainStep(step + 1, mean, bins, lr, norm.item(), means(losses))
             progress.log(done._asdict())
-            if done.step % config.save_every == 0 or done.step == config.steps or signals.received:
+            if progress.due(done.step) or signals.received:
                 progress.save(done._asdict())
                 signals.saved = done.step if folder is not None else None
             signals.stop()

@@ -43,6 +43,10 @@ def checkpoints(folder: Path) -> list[Path]:
     return files + ([folder / BEFORE] if (folder / BEFORE).exists() else [])
 
 
+def _step_of(file: Path) -> int:
+    return int(file.stem.partition("-")[2] or 0)
+
+
 @dataclass
 class Progress:
     """What a run leaves in its folder, and finds when it is resumed; nothing without a folder."""
@@ -52,6 +56,8 @@ class Progress:
     module: nn.Module
     optimizer: torch.optim.Optimizer
     ema: nn.Module | None  # the averages
+    save_every: int
+    steps: int  # of the whole run
     whole: list[Path] = field(default_factory=list)  # the checkpoints to keep, the newest last
 
     def start(self, resume: bool) -> dict | None:
@@ -69,6 +75,10 @@ class Progress:
         cut_log(self.folder / "log.jsonl", last["step"] if last else 0)
         return last
 
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is written after this step, interrupted or not."""
+        return step % self.save_every == 0 or step == self.steps
+
     def log(self, step: dict) -> None:
         """Add a line."""
         if self.folder is not None:
@@ -77,7 +87,8 @@ class Progress:
                 log.write(json.dumps(step) + "\n")
 
     def save(self, step: dict) -> None:
-        """Write all that resuming needs, whole or not at all; then the oldest checkpoint goes."""
+        """Write all that resuming needs, whole or not at all; then the oldest checkpoint goes, and
+        one of an interruption, so that in the end the files are those of an uninterrupted run."""
         if self.folder is None:
             return
         state = {"step": step["step"], "run": self.run, "last": step}
@@ -96,7 +107,11 @@ class Progress:
             reason = f"step {step['step']} could not be saved ({str(error).splitlines()[0]})"
             remedy = "the checkpoint before it is whole. Make room, and resume the run"
             raise UserError(f"{file}: {reason}; {remedy}.") from error
-        self.whole = [*(other for other in self.whole if other != file), file][-KEPT:]
+        earlier = [other for other in self.whole if other != file]
+        scheduled = [other for other in earlier if self.due(_step_of(other))]
+        if scheduled or self.due(step["step"]):
+            earlier = scheduled
+        self.whole = [*earlier[1 - KEPT :], file]
         for other in set(checkpoints(self.folder)) - set(self.whole):
             _remove(other)
 

@@ -314,6 +314,26 @@ def test_a_signal_in_a_destructor_is_not_lost(name, word, code):
     assert (ended.returncode, ended.stderr) == (code, f"minidiff: {word}.\n")
 
 
+@pytest.mark.parametrize("steps, at", [(14, 13), (14, 5), (3, 2), (9, 4)])
+def test_a_checkpoint_of_an_interruption_goes_with_the_next(tmp_path, steps, at):
+    """Every 4 steps; the last two of these stay, as in a run that nobody interrupted."""
+
+    def run(folder, stop=None):
+        module = torch.nn.Linear(1, 1)
+        config = TrainConfig(steps, 1e-3, save_every=4)
+        batches = lambda start: iter([torch.ones(2, 1)] * (steps - start))  # noqa: E731
+        loss = lambda x: {"loss": module(x)[:, 0]}  # noqa: E731
+        for step in train(loss, module, batches, config, None, folder, resume=True):
+            if step.step == stop:
+                signal.raise_signal(signal.SIGINT)
+        return sorted(file.name for file in folder.glob("checkpoint*"))
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", at)
+    assert f"checkpoint-{at:06d}.pt" in {file.name for file in (tmp_path / "stopped").iterdir()}
+    assert run(tmp_path / "stopped") == run(tmp_path / "whole")
+
+
 KILLS = """
 import os, random, signal, sys, time
 from pathlib import Path
