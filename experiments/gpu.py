@@ -51,7 +51,7 @@ from minidiff.options.finetuning import FineTuneConfig, LoRAConfig
 from minidiff.options.sampling import SampleConfig
 from minidiff.text import CLIPText, TextConfig, Unconditional, clip_vit_l14
 from minidiff.train import EMA, TrainConfig, TrainStep, train
-from minidiff.training import waits
+from minidiff.training import atomic, waits
 from minidiff.training.device import device_name, held_bytes, peak_bytes, pick_device, wait
 from minidiff.training.progress import write_results
 from minidiff.unet import UNet, UNetConfig, unet_sd1
@@ -222,25 +222,27 @@ def weights_of(module: nn.Module) -> int:
 
 def correct(setup: Setup) -> Iterator[Row]:
     """The tests marked gpu, here against the CPU's float64; their output is in correct.txt."""
-    report = setup.out / "correct.xml"
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-q", "--tb=short"]
-    command += ["-p", "no:cacheprovider", f"--junitxml={report.resolve()}"]
-    command += ["-k", "times"] if setup.tiny else []
-    begun = time.perf_counter()
-    with open(setup.out / "correct.txt", "w", encoding="utf-8") as log:
-        environment = os.environ | {"MINIDIFF_TEST_DEVICE": setup.device}
+    command += ["-p", "no:cacheprovider", *(["-k", "times"] if setup.tiny else [])]
+    begun, cases = time.perf_counter(), []
+    text = open(setup.out / "correct.txt", "w", encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder, text:
+        report = Path(folder) / "report.xml"
+        text.write(f"{atomic.SIGNATURE}: pytest -m gpu\n")
+        text.flush()  # before pytest's own lines
         ran = subprocess.run(
-            command,
+            [*command, f"--junitxml={report}"],
             cwd=ROOT,
-            env=environment,
-            stdout=log,
+            env=os.environ | {"MINIDIFF_TEST_DEVICE": setup.device},
+            stdout=text,
             stderr=subprocess.STDOUT,
             timeout=max(1.0, setup.left - 2),
         )
+        if report.exists():
+            cases = list(xml.parse(report).iter("testcase"))
     seconds = time.perf_counter() - begun
-    if not report.exists():
+    if not cases:
         raise RuntimeError(f"pytest ended with {ran.returncode} and no report; see correct.txt")
-    cases = list(xml.parse(report).iter("testcase"))
     bad = [
         case for case in cases if case.find("failure") is not None or case.find("error") is not None
     ]
@@ -678,6 +680,9 @@ def line(made: dict) -> str:
     return ", ".join(texts + ([f"NOT MEASURED: {made['error']}"] if made["error"] else []))
 
 
+OUTPUTS = ("correct.txt",)  # beside results.json
+
+
 def main(
     parts: str = "correct,ceiling,sample,train,stalls,capped",
     minutes: float = 6.0,
@@ -716,11 +721,11 @@ def main(
         for made in apart(name, PARTS[name].rows, setup):
             rows.append(made)
             print(line(made), flush=True)
-            write_results(out, **settings, rows=rows)
+            written = write_results(out, **settings, rows=rows)
         print(f"{name:8} took {time.perf_counter() - begun:.0f} s", flush=True)
-    print(out / "results.json")
+    print(written)
 
 
 if __name__ == "__main__":
     os.environ["TQDM_DISABLE"] = "1"  # of the processes that are started: rows alone are printed
-    run(main)
+    run(main, OUTPUTS)

@@ -171,9 +171,8 @@ class PNDM(Step):
 
     def __call__(self, denoise, schedule, x, t, s, noise, memory=None):
         x0, eps = denoise(x, t.expand(len(x)))
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = map(
-            schedule.alpha_sigma, (t, s.clamp(min=schedule.final))
-        )
+        alpha_t, sigma_t = schedule.alpha_sigma(t)
+        alpha_s, sigma_s = schedule.alpha_sigma(s.clamp(min=schedule.final))
         x_s = alpha_s.item() * x0 + sigma_s.item() * eps
         last = (eps, *(memory or ()))[:4]
         if sigma_t > SIGMA_MAX * alpha_t:  # almost no data: eps tells nothing of x0

@@ -91,6 +91,9 @@ class Watch:
         wait(self.device)
         next(self.phases)
 
+    def due(self, step: int) -> bool:
+        return step % self.every == 0
+
     def last(self) -> None:
         return None
 
