@@ -45,6 +45,10 @@ with install_import_hook(
     import finetune_coco100
     import forward_chain
     import gpu
+    import gpu_long
+    import gpu_sampling
+    import gpu_training
+    import measuring
     import memory
     import pretrain_box
     import sampler_order
@@ -704,7 +708,7 @@ def test_gpu(tmp_path, monkeypatch, capsys):
     for name in ("raises", "dies", "lasts"):
         part = gpu.Part(getattr(faulty_parts, name), 1 if name == "lasts" else 30)
         monkeypatch.setitem(gpu.PARTS, name, part)
-    gpu.main("lasts,raises,dies,ceiling,capped", 1.0, tiny=True, device="cpu", out=tmp_path / "out")
+    gpu.main("lasts,raises,dies,ceiling", 1.0, tiny=True, device="cpu", out=tmp_path / "out")
     rows = written(tmp_path / "out")["rows"]
     errors = {row["part"]: row["error"] for row in rows if row["error"]}
     assert errors == {
@@ -714,8 +718,6 @@ def test_gpu(tmp_path, monkeypatch, capsys):
     }
     product = next(row for row in rows if row["what"] == "matrix product")
     assert product["seconds"] > 0 and product["torch"] == torch.__version__ and product["device"]
-    notes = [row["note"] for row in rows if row["part"] == "capped"]
-    assert len(notes) == 16 and set(notes) == {"said to fit: fits"}
     assert "NOT MEASURED: its time was up" in capsys.readouterr().out
     with pytest.raises(UserError, match='no part "speed"; there is correct, ceiling'):
         gpu.main("ceiling,speed", out=tmp_path / "other")
@@ -723,25 +725,25 @@ def test_gpu(tmp_path, monkeypatch, capsys):
 
 def gpu_setup(tmp_path, **how):
     settings = dict(device="cpu", tiny=True, out=tmp_path, data=None, seed=0, deadline=2e9 * 2)
-    return gpu.Setup(**settings | how)
+    return measuring.Setup(**settings | how)
 
 
 def test_gpu_training_and_the_real_loop(tmp_path):
     """Beside diffusers; and the loop's own folder, checkpoints included."""
     pytest.importorskip("diffusers")
-    rows = list(gpu.training(gpu_setup(tmp_path)))
+    rows = list(gpu_training.training(gpu_setup(tmp_path)))
     assert not [row.error for row in rows if row.error]
-    assert len(rows) == 2 * 2 * 4 and all(row.share > 0 for row in rows)
+    assert len(rows) == 2 * 2 * 3 and all(row.share > 0 for row in rows)
     assert {row.ratio is None for row in rows if "in turns" in row.note} == {True, False}
-    step, waiting = gpu.stalls(gpu_setup(tmp_path))
+    step, waiting = gpu_training.stalls(gpu_setup(tmp_path))
     assert step.seconds > 0 and 0 < waiting.share <= 1 and waiting.note.startswith("waits ")
 
 
 def test_gpu_sampling(tmp_path, monkeypatch):
     """Eager and compiled; what diffusers lacks is said, and the rest is measured."""
-    monkeypatch.setattr(gpu.nn.Module, "compile", lambda *_, **__: None)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    rows = list(gpu.sample(gpu_setup(tmp_path)))
+    rows = list(gpu_sampling.sample(gpu_setup(tmp_path)))
     errors = {row.what: row.error for row in rows if row.error}
     assert errors.pop("diffusers").startswith("ModuleNotFoundError")
     assert set(errors.values()) == {"needs a GPU"} and len(errors) == 2
@@ -751,25 +753,32 @@ def test_gpu_sampling(tmp_path, monkeypatch):
 
 def test_gpu_out_of_memory_is_a_row(tmp_path, monkeypatch):
     def rows():
-        yield gpu.Row("first")
+        yield measuring.Row("first")
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    first, second = gpu.tried("second", rows(), "cpu")
+    first, second = measuring.tried("second", rows(), "cpu")
     assert first.error == "" and second.error == "OutOfMemoryError: CUDA out of memory"
+    model = measuring.stable_diffusion(gpu_setup(tmp_path), torch.float32)
+    full = (gpu_setup(tmp_path), model, gpu_training.tuning("lora", 1, False), 2e9, 1.0)
     monkeypatch.setattr(
-        gpu, "fine_tuning", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError)
+        gpu_training, "fine_tuning", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError)
     )
-    assert {row.note for row in gpu.capped(gpu_setup(tmp_path))} == {"said to fit: out of memory"}
+    assert [row.note for row in gpu_training.fits(*full)] == ["said to fit: out of memory"]
+
+
+def test_gpu_smaller_cards(tmp_path):
+    notes = [row.note for row in gpu_training.capped(gpu_setup(tmp_path))]
+    assert len(notes) == 16 and set(notes) == {"said to fit: fits"}
 
 
 def test_gpu_cifar_and_photos(tmp_path):
     for k in range(2):
         picture(tmp_path / f"train_{k}.webp", seed=k, size=160)
-    paper, fast = gpu.cifar(gpu_setup(tmp_path, data=tmp_path))
+    paper, fast = gpu_long.cifar(gpu_setup(tmp_path, data=tmp_path))
     assert (
         "paper" in paper.what and "floor" in fast.note and (tmp_path / "cifar_small.png").exists()
     )
-    (photos,) = gpu.photos(gpu_setup(tmp_path))
+    (photos,) = gpu_long.photos(gpu_setup(tmp_path))
     assert photos.error == "there is no experiments/pretrain_photos.py"
 
 
