@@ -35,6 +35,18 @@ def unet_of(tiny: bool) -> torch.nn.Module:
     )
 
 
+def vae_of(tiny: bool) -> torch.nn.Module:
+    from diffusers import AutoencoderKL
+
+    widths = VAE_WIDTHS["tiny" if tiny else "sd"]
+    return AutoencoderKL(
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        layers_per_block=1 if tiny else 2,
+    )
+
+
 def pipeline_of(tiny: bool, device: str) -> tuple[object | None, str]:
     try:
         return pipeline(tiny, device), ""
@@ -45,20 +57,18 @@ def pipeline_of(tiny: bool, device: str) -> tuple[object | None, str]:
 
 def pipeline(tiny: bool, device: str, dtype: torch.dtype = torch.bfloat16) -> object:
     """StableDiffusionPipeline with random weights."""
-    from diffusers import AutoencoderKL, DDIMScheduler
+    from diffusers import DDIMScheduler
 
-    widths = VAE_WIDTHS["tiny" if tiny else "sd"]
     width, layers, heads = (64, 1, 1) if tiny else (768, 12, 12)
     with torch.device(device):
-        vae = AutoencoderKL(
-            block_out_channels=widths,
-            down_block_types=("DownEncoderBlock2D",) * len(widths),
-            up_block_types=("UpDecoderBlock2D",) * len(widths),
-            layers_per_block=1 if tiny else 2,
-        )
-        text, unet = text_of(width, layers, heads, 77), unet_of(tiny)
+        vae, unet = vae_of(tiny), unet_of(tiny)
+        text = text_of(width, layers, heads, 77)
     scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        steps_offset=1,
     )
     return assembled(vae, text, unet, scheduler).to(device, dtype)
 
@@ -84,7 +94,7 @@ def box(dtype: torch.dtype) -> object:
         cross_attention_dim=64,
         norm_num_groups=16,
     )
-    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False, steps_offset=1)
     return assembled(vae, text_of(64, 2, 2, 32), unet, scheduler).to(dtype)
 
 

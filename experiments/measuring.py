@@ -85,9 +85,11 @@ def row(what: str, seconds: list[float], batch: int, floor: float | None = None)
     return Row(what, batch, "bf16", median, high - low, None, None, floor, share, None, speed)
 
 
-def turns(calls: dict[str, Callable[[], object]], setup: Setup, limit: float) -> dict[str, Timing]:
+def turns(
+    calls: dict[str, Callable[[], object]], setup: Setup, limit: float, least: int = 3
+) -> dict[str, Timing]:
     """Times of these calls, in turns, so that what else the machine does meets all of them. The
-    first two calls are not counted. limit: seconds; at least three turns are made."""
+    first two calls are not counted. limit: seconds; least: so many turns are made all the same."""
     growth: dict[str, int | None] = {}
     for name, call in calls.items():
         before = held_bytes(setup.device)
@@ -99,7 +101,7 @@ def turns(calls: dict[str, Callable[[], object]], setup: Setup, limit: float) ->
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     end = time.time() + min(limit, setup.left / 2)
     for k in range(2 if setup.tiny else 30):
-        if k >= 3 and time.time() > end:
+        if k >= least and time.time() > end:
             break
         for name in list(calls)[:: 1 if k % 2 else -1]:
             wait(setup.device)

@@ -38,6 +38,8 @@ with install_import_hook(
     [path.stem for path in EXPERIMENTS.glob("*.py")],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 ):
+    import bench
+    import bench_files
     import cifar_ddpm
     import cifar_features
     import distill
@@ -53,7 +55,6 @@ with install_import_hook(
     import pretrain_box
     import sampler_order
     import sd_generate
-    import sd_speed
     import text_to_image
     import toy_2d
     import trilemma
@@ -661,18 +662,62 @@ def test_stable_diffusion_line_by_line(sd, tmp_path, capsys):
     )
 
 
-@pytest.mark.slow
-def test_speed_beside_diffusers(tmp_path):
+def test_bench(tmp_path, monkeypatch, capsys):
+    """A case of every part at its smallest, and all that is written; a library that is not
+    installed is said to be so."""
     pytest.importorskip("diffusers")
-    sd_speed.main(steps=2, size=64, small=True, peak_tflops=1.0, out=tmp_path)
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert found["largest_difference"] < 1e-5 and found["ratio"] > 0
-    assert found["opening"]["minidiff"]["weights_gb"] == pytest.approx(
-        found["opening"]["diffusers"]["weights_gb"], rel=1e-3
+    for name, place in (("step", 1), ("sample", 0), ("start", 1)):
+        monkeypatch.setitem(bench.PARTS, name, [bench.PARTS[name][place]])
+    monkeypatch.setitem(sys.modules, "denoising_diffusion_pytorch", None)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match='no part "speed"; there'):
+        patch.setitem(bench.PARTS, "forward", [])
+        bench.main("forward,speed", out=tmp_path)
+    bench.main(seconds=0.1, tiny=True, out=tmp_path)
+    figures = written(tmp_path, "bench.csv", "bench.png", "table.md")["figures"]
+    errors = {figure["error"] for figure in figures if figure["library"] == bench.THIRD}
+    assert errors == {"not installed: denoising_diffusion_pytorch"} and len(errors) == 1
+    measured = [figure for figure in figures if not figure["error"]]
+    assert {figure["part"] for figure in measured} == set(bench.PARTS)
+    ours = [figure for figure in measured if figure["library"] == bench.OURS]
+    assert len(measured) == 2 * len(ours) - 1  # --help is ours alone
+    assert all(figure["ratio"] == 1 and figure["seconds"] > 0 for figure in ours)
+    with_floor = {figure["part"] for figure in ours if figure["share"]}
+    assert with_floor == {"forward", "step", "sample"}
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert len([line for line in table if line.startswith("| ")]) == 2 + len(ours)
+    assert len((tmp_path / "bench.csv").read_text().splitlines()) == 2 + len(figures)
+    assert "NOT MEASURED: not installed" in capsys.readouterr().out
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_the_floor_is_every_convolution_and_linear_layer(tmp_path):
+    """Counted: the same FLOPs as the network's, attention's own products aside."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    side = bench.sides.sd_step("lora", gpu_setup(tmp_path), False)
+    floor, aten = bench.Layers(side, True), torch.ops.aten
+    counts = []
+    for call in (side.call, floor):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        counts.append(counter.get_flop_counts()["Global"])
+    layers = [aten.convolution, aten.convolution_backward, aten.addmm, aten.mm]
+    step, alone = (sum(each.get(op, 0) for op in layers) for each in counts)
+    assert 1 <= alone / step < 1.2  # the first layers' inputs need no gradient in the step
+    assert len(floor.passes) > 50 and counts[1].keys() <= set(layers)
+
+
+@pytest.mark.slow
+def test_bench_in_processes_of_their_own(tmp_path):
+    """Peaks of memory, and a whole model opened; both layouts hold the same weights."""
+    pytest.importorskip("diffusers")
+    setup = replace(gpu_setup(tmp_path), data=tmp_path)
+    seconds, peak = bench.alone(bench.sides.cifar_forward, setup)
+    assert seconds > 0 and 0.1 < peak < 10
+    ours, theirs = (
+        bench_files.opening(name, setup, False).call() for name in ("minidiff", "diffusers")
     )
-    assert len(found["turns"]["diffusers"]) == 2 and [path.name for path in tmp_path.iterdir()] == [
-        "results.json"
-    ]
+    assert ours["weights_gb"] == pytest.approx(theirs["weights_gb"], rel=1e-3)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from minidiff.unet import UNet, unet_sd1
 from .test_networks import gap, randomized
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
-import sd_speed
+import bench_files
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -110,12 +110,8 @@ def test_every_tensor_is_consumed_and_reproduced(sd, tmp_path):
             for name, value in state.items()
         )
     if Path("/proc/self/status").is_file():  # where memory can be told
-        for way, dtype in (
-            ("minidiff", "fp16"),
-            ("minidiff", "fp32"),
-            ("minidiff, single file", "bf16"),
-        ):
-            assert sd_speed.opened(way, again, single, dtype)["peak_by_weights"] < 1.3
+        for path, dtype in ((again, "fp16"), (again, "fp32"), (single, "bf16")):
+            assert bench_files.opened("minidiff", path, dtype)["peak_by_weights"] < 1.3
 
 
 @torch.no_grad()
