@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from minidiff.checkpoints import write
@@ -26,6 +27,13 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
 COUNTS = {"unet": 686, "vae": 248, "text_encoder": 196 + 1}  # and the position ids
 LEVELS = (320, 640, 1280, 1280)
+
+
+@pytest.fixture(autouse=True)
+def one_at_a_time(tmp_path_factory):
+    """Of all workers: two of these at once would not fit 24 GB."""
+    with FileLock(tmp_path_factory.getbasetemp().parent / "full-size.lock"):
+        yield
 
 
 def published():
