@@ -35,7 +35,7 @@ from minidiff.training.resume import checkpoints, read_log
 
 LR = {"full": 1e-5, "lora": 1e-4, "inversion": 5e-4}  # what is usual for Stable Diffusion
 SMALL, SMALL_LR = 50_000_000, 20  # a U-Net of fewer weights learns at a rate that many times higher
-DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARED = 50_000_000  # with more trained weights a second set of gradients costs too much memory
 
 

@@ -30,7 +30,9 @@ class TrainConfig:
     accumulate: int = 1  # batches in a step
     pieces: int = 1  # pieces that each batch comes in, one after another, all of one size
     threads: int = 1  # batches, or pieces, that are computed at a time
-    autocast: torch.dtype | None = None  # compute in this dtype; the weights stay float32
+    # compute in this dtype; the weights stay float32. float16: gradients are scaled, and a step in
+    # which they overflow is skipped
+    autocast: torch.dtype | None = None
     seed: int = 0
     save_every: int = 500  # steps between two checkpoints
 
