@@ -103,8 +103,8 @@ def prepare(place: Path) -> None:
     captions = [{"id": k, "image_id": k, "caption": f"square {k}"} for k in range(6)]
     content = {"images": images, "annotations": captions}
     (place / "captions.json").write_text(json.dumps(content))
-    small = {"VAE_STEPS": 2, "TEXT_STEPS": 2, "STEPS": 3, "SMALL_STEPS": 1, "VAE_BATCH": 4}
-    small |= {"TEXT_BATCH": 4, "SMALL_BATCH": 8, "BATCH": 4, "POOL": 64, "CAPTIONS": 4}
+    small = {"VAE_STEPS": 2, "TEXT_STEPS": 2, "STEPS": 3, "VAE_BATCH": 4}
+    small |= {"TEXT_BATCH": 4, "BATCH": 4, "POOL": 64, "CAPTIONS": 4}
     for name, value in small.items():
         setattr(quickstart, name, value)
     quickstart.PROMPTS = quickstart.PROMPTS[:1]

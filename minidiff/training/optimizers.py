@@ -1,4 +1,4 @@
-"""The optimizers by name: PyTorch's AdamW, and bitsandbytes' with 8-bit moments.
+"""The optimizers by name: PyTorch's AdamW, bitsandbytes' with 8-bit moments, and Muon (muon.py).
 
 [1] Loshchilov, Hutter. Decoupled Weight Decay Regularization. 2019. arXiv:1711.05101
 [2] Dettmers, Lewis, Shleifer, Zettlemoyer. 8-bit Optimizers via Block-wise Quantization. 2022.
@@ -12,8 +12,9 @@ from torch import nn
 
 from minidiff.errors import UserError
 from minidiff.options.finetuning import OptimizerName
+from minidiff.training.muon import Muon
 
-OPTIMIZERS = get_args(OptimizerName)
+OPTIMIZERS = (*get_args(OptimizerName), "muon")
 
 
 def grouped(parameters: list[nn.Parameter], weight_decay: float) -> list[dict]:
@@ -35,9 +36,11 @@ def multiplier_of(parameter: nn.Parameter) -> float:
 def named(
     name: str, groups: list[dict], lr: float, betas: tuple[float, float], device: torch.device
 ) -> torch.optim.Optimizer:
-    """adamw ([1], fused: one kernel for all tensors), or, on a GPU, adamw8bit ([2])."""
+    """adamw ([1], fused: one kernel for all tensors), muon, or, on a GPU, adamw8bit ([2])."""
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=device.type in ("cpu", "cuda"))
+    if name == "muon":
+        return Muon(groups, lr, betas)
     if name != "adamw8bit":
         raise UserError(f'no optimizer "{name}"; there is {", ".join(OPTIMIZERS)}.')
     if device.type != "cuda":
