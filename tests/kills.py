@@ -265,8 +265,10 @@ def timeless(file: Path) -> object:
         lines = map(json.loads, file.read_text().splitlines())
         return [{k: v for k, v in line.items() if k not in times} for line in lines]
     if file.name == "results.json":
-        times = {"minutes", "resumed", "peak_memory_gb"}
+        times = {"minutes", "minutes_told", "resumed", "peak_memory_gb"}
         return {k: v for k, v in json.loads(file.read_text()).items() if k not in times}
+    if file.name == "index.html":
+        return re.sub(r"\d\d:\d\d:\d\d|done in [\d.]+ minutes", "", file.read_text())
     if file.name == "report.html":  # of a measurement: step, two losses, and what it cost
         text = re.sub(r" --resume", "", file.read_text())
         return re.sub(r"(<tr><td>\d+</td>(<td>[^<]*</td>){2}).*?</tr>", r"\1", text)

@@ -15,7 +15,6 @@ import random
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -58,7 +57,7 @@ SIZE = 32  # pixels; the world's default of 64 would cost four times the VAE
 SHAPES = ("circle", "square", "triangle")  # the part of the world that ten minutes suffice for
 COLOURS = ("red", "yellow", "green", "blue")
 VAE_STEPS, VAE_BATCH, VAE_LR = 750, 32, 4e-3
-TEXT_STEPS, TEXT_BATCH, TEXT_LR = 800, 128, 2e-3
+TEXT_STEPS, TEXT_BATCH, TEXT_LR = 400, 128, 4e-3
 STEPS, BATCH, LR = 1500, 32, 4e-3
 PARTS = 2  # a step is PARTS batches, on as many cores at once
 MOMENTUM = (0.95, 0.99)  # of Muon, and of Adam's square (training/muon.py)
@@ -158,7 +157,7 @@ def model_act(
     one = Pool(world, vae, pool // 2, f"model {seed}", 1, device)
     two = Pool(world, vae, pool, f"model {seed}", 2, device)
     data = partial(latent_batches, world, one, two, seed, model.dropout)
-    config = replace(parallel(steps, LR, seed), optimizer="muon", betas=MOMENTUM)
+    config = parallel(steps, LR, seed)
     ema = EMA(model, decay=0.998)
     return Act(ACTS[2], model, partial(model_loss, model), data, config, ema)
 
@@ -166,7 +165,9 @@ def model_act(
 def parallel(steps: int, lr: float, seed: int) -> TrainConfig:
     """A step is PARTS batches, on as many cores at once as there are."""
     threads = min(PARTS, torch.get_num_threads())
-    return TrainConfig(steps, lr, accumulate=PARTS, threads=threads, seed=seed)
+    return TrainConfig(
+        steps, lr, optimizer="muon", betas=MOMENTUM, accumulate=PARTS, threads=threads, seed=seed
+    )
 
 
 class Pool:
@@ -349,7 +350,7 @@ def planned(
     """The steps of each act: the recipe's, as many as fit into `minutes`, or those of the run that
     is resumed."""
     file = training / "plan.json"
-    if resume and training.exists():
+    if resume and (training / "vae").exists():  # made after the plan
         plan = plans.read(file, len(costs))
         if minutes not in (None, plan.minutes):
             asked = "no time" if plan.minutes is None else f"{plan.minutes:g} minutes"
