@@ -79,6 +79,8 @@ class Shards(Dataset):
 
     def __getitem__(self, i: int) -> tuple[UInt8[Tensor, "3 H W"], str]:
         """Sample i. With skip_damaged, the next good one stands in for one that cannot be read."""
+        if not 0 <= i < len(self):
+            raise IndexError(i)
         for place in range(i, i + len(self)):
             sample = self.samples[place % len(self)]
             try:
@@ -167,7 +169,7 @@ def shards_in(folder: str | Path) -> list[Path]:
 
 
 def _members(shard: Path) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Yield (key, suffix, header) of the files of a shard: of "a/b.x.jpg" they are a/b and .x.jpg."""
+    """Yield (key, suffix, header) of the files of a shard: of "a/b.x.jpg" a/b and .x.jpg."""
     try:
         with tarfile.open(shard, "r:") as file:
             for info in file:

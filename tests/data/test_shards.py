@@ -62,6 +62,7 @@ def test_samples(folder):
     for k in (0, 9, 10, 22):
         image, caption = data[k]
         assert (image == k).all() and image.shape == (3, 8, 8) and caption == f"grey {k}"
+    assert [caption for _, caption in data] == [f"grey {k}" for k in range(23)]
     assert len(Shards(folder / "b.tar")) == 5 and len(Shards([folder / "c.tar"])) == 8
 
 
@@ -174,6 +175,18 @@ def test_what_cannot_be_trained_on_is_named(tmp_path, files, answer):
         data = Shards(tmp_path, 8, skip_damaged=True)
         assert numbers(data.batches(1, 0), 6) == [[7]] * 6
     assert len(told) == len(data.skipped) == 1 and answer in next(iter(data.skipped.values()))
+
+
+def test_the_next_sample_stands_in_for_one_that_cannot_be_decoded(tmp_path):
+    """All along the stream; where there is none, that is said."""
+    damaged = [("000002.png", b"no picture"), sample(2)[1]]
+    write(tmp_path / "a.tar", [*sample(1), *damaged, *sample(3)])
+    with pytest.warns(UserWarning, match=r"a.tar, 000002.png: not a readable picture .*1 so far"):
+        data = Shards(tmp_path, 8, skip_damaged=True)
+        assert [caption for _, caption in data] == ["grey 1", "grey 3", "grey 3"]
+    write(tmp_path / "a.tar", damaged)
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="none of 1 samples can be read"):
+        Shards(tmp_path, 8, skip_damaged=True)[0]
 
 
 def test_links_are_not_followed(tmp_path):
