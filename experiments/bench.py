@@ -42,6 +42,7 @@ from measuring import Setup, turns
 from minidiff.cli.script import run
 from minidiff.errors import UserError
 from minidiff.figures import curves
+from minidiff.methods.lora import LoRA
 from minidiff.training import atomic
 from minidiff.training.device import device_name
 from minidiff.training.progress import write_results
@@ -152,12 +153,13 @@ PARTS: dict[str, list[Case]] = {
 
 
 class Layers:
-    """The convolutions and linear layers that a call passes through, each with its input."""
+    """The convolutions, linear layers and LoRAs that a call passes through, each with its input."""
 
     def __init__(self, side: Side, train: bool):
         self.train, self.autocast = train, side.autocast
         self.passes: list[tuple[nn.Module, torch.Tensor]] = []
-        layers = [m for m in side.network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        kinds = nn.Conv2d | nn.Linear | LoRA
+        layers = [layer for layer in side.network.modules() if isinstance(layer, kinds)]
         hooks = [layer.register_forward_pre_hook(self.record) for layer in layers]
         side.call()
         for hook in hooks:
@@ -171,7 +173,7 @@ class Layers:
         autocast = torch.autocast("cpu", self.autocast, enabled=self.autocast is not None)
         with torch.set_grad_enabled(self.train), autocast:
             for layer, x in self.passes:
-                y = layer.forward(x)  # without the hooks that a LoRA is
+                y = layer.forward(x)  # without the hook that adds a LoRA
                 if self.train:
                     weights = [p for p in layer.parameters(recurse=False) if p.requires_grad]
                     torch.autograd.grad(y, [x, *weights], torch.ones_like(y))
