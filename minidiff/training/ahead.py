@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from minidiff.training.config import TrainConfig
+from minidiff.training.device import overlaps
 from minidiff.training.seeds import seed_of
 
 
@@ -37,7 +38,7 @@ class Ahead:
 
     def prepare(self, step: int) -> None:
         """Make the batches of this step, if there is one, while a GPU computes the one before."""
-        if self.device.type in ("cpu", "mps") or step >= self.config.steps:
+        if not overlaps(self.device) or step >= self.config.steps:
             return
         self._make(step)
         self.random_states = [torch.get_rng_state()]

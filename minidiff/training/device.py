@@ -48,11 +48,16 @@ def warn_of_imitation(dtype: torch.dtype | None, device: str) -> None:
         )
 
 
+def overlaps(device: torch.device) -> bool:
+    """Whether it works in order while the CPU goes on; MPS may copy what was changed since."""
+    return device.type not in ("cpu", "mps")
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on this device. A GPU copies from pinned memory, when it comes to it."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = torch.empty_like(tensor, pin_memory=True).copy_(tensor)
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=overlaps(device))
 
 
 def to_cpu(tensors: list[Tensor]) -> list[Tensor]:
