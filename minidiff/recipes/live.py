@@ -68,7 +68,7 @@ class Live:
         self.expected[act.title] = 0.0
 
     def _left(self, start: float, first: int, step: int, total: int, planned: float) -> float:
-        """Seconds left of a part: as measured once it has run for a while, before that as planned."""
+        """Seconds left of a part: as measured after its first seconds, before that as planned."""
         spent, done = time.perf_counter() - start, step - first - 1
         each = planned / total if spent < WRITE or not done else spent / done
         return each * (total - step)

@@ -1,5 +1,7 @@
-"""How long a recipe takes on this machine, told before it starts. A few steps of each act are timed,
-and their operations counted; asked for a number of minutes, every act gets its share of the steps.
+"""How long a recipe takes on this machine, told before it starts.
+
+A few steps of each act are timed, and their operations counted. Asked for a number of minutes,
+every act gets its share of the steps.
 """
 
 import json
