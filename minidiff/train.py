@@ -91,10 +91,10 @@ def train(
     optimizer = optimizers.named(config.optimizer, groups, config.lr, config.betas, device)
     optimizer.zero_grad()  # whatever the caller left there
     forward = partial(_forward, loss_fn, device.type, config.autocast)
-    with locked(folder), Signals() as signals, workers(config.threads) as pool:
-        averages = None if ema is None else ema.average
-        plan = config.save_every, config.steps
-        progress = Progress(folder, config.identity(), module, optimizer, averages, *plan)
+    averages = None if ema is None else ema.average
+    plan = config.save_every, config.steps, config.background
+    progress = Progress(folder, config.identity(), module, optimizer, averages, *plan)
+    with locked(folder), Signals() as signals, workers(config.threads) as pool, progress:
         last = progress.start(resume)
         start = last["step"] if last else 0
         if last and last.keys() == set(TrainStep._fields):
