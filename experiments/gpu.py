@@ -445,7 +445,7 @@ def trained_steps(
     beside: bool,
 ) -> Iterator[Row]:
     """Ours alone, with its peak of memory; then, where both have room, in turns with diffusers."""
-    settings = estimates.settings(config, model.unet, (model.size, model.size))
+    settings = estimates.settings(config, model, (model.size, model.size))
     said = estimates.estimate(model, settings)
     useful = said.flops
     if config.checkpointing:  # computing again is no use
@@ -503,7 +503,7 @@ def capped(setup: Setup) -> Iterator[Row]:
     model = stable_diffusion(setup, torch.float32)
     for method, checkpointing in (("lora", False), ("full", True)):
         config = tuning(method, 1, checkpointing)
-        settings = estimates.settings(config, model.unet, (model.size, model.size))
+        settings = estimates.settings(config, model, (model.size, model.size))
         totals = [estimates.estimate(model, settings._replace(batch=k)).total for k in (1, 2)]
         for card in (8, 12, 16, 24):
             budget = card * 2**30 - CONTEXT_BYTES
