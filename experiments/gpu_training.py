@@ -90,7 +90,7 @@ def training(setup: Setup) -> Iterator[Row]:
 
 def estimated(model: LatentDiffusion, config: FineTuneConfig) -> estimates.Estimate:
     size = (model.size, model.size)
-    return estimates.estimate(model, estimates.settings(config, model.unet, size))
+    return estimates.estimate(model, estimates.settings(config, model, size))
 
 
 def title(config: FineTuneConfig) -> str:
@@ -160,7 +160,7 @@ def capped(setup: Setup) -> Iterator[Row]:
     model = stable_diffusion(setup, torch.float32)
     for method, checkpointing in (("lora", False), ("full", True)):
         config = tuning(method, 1, checkpointing)
-        settings = estimates.settings(config, model.unet, (model.size, model.size))
+        settings = estimates.settings(config, model, (model.size, model.size))
         totals = [estimates.estimate(model, settings._replace(batch=k)).total for k in (1, 2)]
         for card in (8, 12, 16, 24):
             budget = card * 2**30 - CONTEXT_BYTES

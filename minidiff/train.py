@@ -102,10 +102,10 @@ def train(
     forward = partial(autocasting, loss_fn, device.type, config.autocast)
     warn_of_imitation(config.autocast, device.type)
     scaler = GradScaler(device.type, enabled=config.autocast == torch.float16)
-    with locked(folder), Signals() as signals, workers(config.threads) as pool:
-        averages = None if ema is None else ema.average
-        plan = config.save_every, config.steps
-        progress = Progress(folder, config.identity(), module, optimizer, averages, *plan, scaler)
+    averages = None if ema is None else ema.average
+    plan = config.save_every, config.steps, scaler, config.background
+    progress = Progress(folder, config.identity(), module, optimizer, averages, *plan)
+    with locked(folder), Signals() as signals, workers(config.threads) as pool, progress:
         last = progress.start(resume)
         start = last["step"] if last else 0
         if last and last.keys() == set(TrainStep._fields):

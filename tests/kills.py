@@ -45,6 +45,7 @@ PLACES = {  # what a function on the stack says of the moment
     "_entries": "caching",
     "measure": "measuring",
     "save": "saving",
+    "_write": "saving",
     "write_best": "saving",
     "train": "training",
 }
@@ -72,7 +73,7 @@ def commands(place: Path) -> dict[str, Command]:
     convert = ["convert", str(place / "tiny")]
     return {
         "finetune": Command(tune, resume, 20),
-        "finetune lora": Command([*tune, "--method", "lora"], resume, 8),
+        "finetune lora": Command([*tune, "--method", "lora", "--save-every", "3"], resume, 8),
         "dreambooth": Command([*booth, *drawn, "--method", "lora"], resume, 18),
         "inversion": Command([*booth, "--method", "inversion"], resume, 10),
         "data coco": Command(coco, [], 10, False),

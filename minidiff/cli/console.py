@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args, get_origin
 import tyro
 from tqdm import tqdm
 
-from minidiff.cli.flags import Flag, flags, in_flags
+from minidiff.cli.flags import Flag, flags, in_flags, keeping
 from minidiff.cli.types import REGISTRY
 from minidiff.errors import Terminated, UserError, choice, printable
 from minidiff.training import atomic
@@ -121,7 +121,7 @@ def parsed(verb: Verb, args: list[str], prog: str) -> Callable[[], None]:
         raise error or UserError(f"{message}; see {prog} --help.") from None
     if unknown:
         raise UserError(f"{unrecognized(unknown, flags(verb))}; see {prog} --help.")
-    return job
+    return keeping(job, args)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,12 @@
 """The verb that teaches a model one subject, from a handful of images."""
 
+from functools import partial
 from pathlib import Path
 
 import tyro
 
 from minidiff.cli import options
-from minidiff.cli.finetune import commands, going_on, own_prompts, recorder_of, report
+from minidiff.cli.finetune import commands, fitted, going_on, own_prompts, recorder_of, report
 from minidiff.cli.flags import Flat
 from minidiff.cli.options import EXAMPLE, MODEL, Device
 from minidiff.options.finetuning import DreamBoothConfig, SubjectConfig
@@ -43,7 +44,7 @@ def dreambooth(
     device = options.pick_device(device)
     from minidiff import load
     from minidiff.finetuning import dreambooth as booth
-    from minidiff.finetuning import loop, run
+    from minidiff.finetuning import fit, loop, run
     from minidiff.finetuning.groups import Group, encoded
     from minidiff.finetuning.recorder.budget import Counts, planned
 
@@ -52,10 +53,18 @@ def dreambooth(
     words = booth.check_prompts(data.captions, list(config.class_prompt))
     run.check_free(out, resume)
     diffusion = load(model, device)
-    recipe = booth.recipe(diffusion, config.method)
-    config = booth.completed(config, recipe)
     side = images.size or diffusion.size
     check_size(side, diffusion.vae.factor * diffusion.unet.multiple)
+    if config.fit:
+        tuned, texts = partial(booth.tuned, diffusion, config, words), 3 + len(own_prompts(config))
+        groups = 2 if config.preserves else 1
+        counts = Counts(groups, texts, 0, len(data))
+        plan = planned(diffusion, tuned(fit.Choice.of(config)), counts, out) if recorder else None
+        recording = plan.config if plan else None
+        case = fit.Case(diffusion, tuned, (side, side), groups, recording)
+        config = fitted(case, config, out)
+    recipe = booth.recipe(diffusion, config.method)
+    config = booth.completed(config, recipe)
     word = booth.word_to_train(words, config.prompt) if config.text == "word" else None
     tuning = booth.finetune_config(config, recipe, word)
 

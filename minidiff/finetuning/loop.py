@@ -31,6 +31,7 @@ from minidiff.methods import inversion, lora
 from minidiff.options.finetuning import FineTuneConfig
 from minidiff.schedules import NoiseSchedule
 from minidiff.train import EMA, LossFn, TrainConfig, train
+from minidiff.training import optimizers
 from minidiff.training.resume import checkpoints, read_log
 
 LR = {"full": 1e-5, "lora": 1e-4, "inversion": 5e-4}  # what is usual for Stable Diffusion
@@ -42,7 +43,7 @@ SHARED = 50_000_000  # with more trained weights a second set of gradients costs
 @runtime_checkable
 class Observer(Protocol):
     """Measures the model at the steps that are due, and names the best so far: the flight
-    recorder. Steps that are due are multiples of config.every, where there are checkpoints."""
+    recorder. Steps that are due are multiples of config.every."""
 
     def measure(self, step: int, losses: dict[str, float], lr: float | None = None) -> object: ...
 
@@ -86,6 +87,7 @@ def finetune(
     if denoiser.log_error is not None:
         settle(denoiser, loss_fn, whole(0))
     training = train_config(config, shares(model, trained, config.batch))
+    run.check_disk(out, *sizes(model, trained, config), recorder is not None)
 
     # The loop.
     keep = partial(run.write_best, model, config, out, word)
@@ -209,13 +211,23 @@ def train_config(config: FineTuneConfig, pieces: int) -> TrainConfig:
         lr_schedule=config.lr_schedule,
         warmup=config.warmup,
         accumulate=config.accumulate,
-        pieces=pieces,
-        threads=min(pieces, torch.get_num_threads()),
+        pieces=config.pieces or pieces,
+        threads=1 if config.pieces else min(pieces, torch.get_num_threads()),
         autocast=DTYPES[config.dtype],
         optimizer=config.optimizer,
         seed=config.seed,
-        save_every=config.every,
+        save_every=config.save_every or config.every,
+        background=config.background,
     )
+
+
+def sizes(model: LatentDiffusion, trained: nn.Module, config: FineTuneConfig) -> tuple[int, int]:
+    """Bytes of a checkpoint, and of the result."""
+    weights = [p for p in trained.parameters() if p.requires_grad]
+    moments = sum(optimizers.moments(p, config.optimizer) for p in weights)
+    own = sum(p.nbytes for p in weights)
+    whole = sum(p.nbytes for p in model.parameters()) if config.method == "full" else own
+    return moments + own * (2 if config.ema else 1), whole
 
 
 def in_pieces(whole: Callable[[int], Iterator[Batch]], count: int, start: int) -> Iterator[Batch]:

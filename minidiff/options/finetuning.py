@@ -1,6 +1,7 @@
 """The options of fine-tuning, of LoRAs and of DreamBooth."""
 
 import math
+import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +16,11 @@ TrainText = Literal["auto", "yes", "no", "word"]
 Schedule = Literal["cosine", "constant"]
 Captions = Literal["first", "random"]
 # what suits the machine, or is only looked at, changes no result and is no part of a run
-MACHINE = ("checkpointing", "validation_prompt")
+MACHINE = ("checkpointing", "pieces", "background", "save_every", "keep", "validation_prompt")
+FITTED = ("method", "dtype", "optimizer", "checkpointing", "pieces", "background")  # fit's choices
 ABOVE_0, BELOW_1, FINITE = math.ulp(0.0), math.nextafter(1, 0), sys.float_info.max
 COUNTS = ("rank", "accumulate", "steps", "batch", "every", "probe", "noises", "compared")
+COUNTS += ("pieces", "save_every")
 LIMITS = {  # of options by name: least, most, and both in words
     **dict.fromkeys(COUNTS, (1, math.inf, "at least 1")),
     **dict.fromkeys(
@@ -42,6 +45,16 @@ def check_limits(config: object) -> None:
             raise UserError(f"{name} is a number of {len(str(value))} digits; it must be smaller.")
         if words and value is not None and not least <= value <= most:
             raise UserError(f"{name} is {value:g}; it must be {words}.")
+
+
+def bytes_of(size: str) -> int | None:
+    """The bytes of a size such as 8GB, 7.5GiB or 900MB; None for auto."""
+    if size == "auto":
+        return None
+    parts = re.fullmatch(r"(\d+\.?\d*) ?([GM])(i?)B?", size)
+    if not parts or not (count := float(parts[1])):
+        raise UserError(f'fit is "{size}"; write a size, as in 8GB, or auto.')
+    return int(count * (1024 if parts[3] else 1000) ** {"M": 2, "G": 3}[parts[2]])
 
 
 @dataclass(frozen=True)
@@ -89,6 +102,18 @@ class TuningConfig:
     checkpointing: bool = False
     # adamw8bit takes a quarter of AdamW's memory, and needs bitsandbytes
     optimizer: OptimizerName = "adamw"
+    # cut each batch into this many pieces, computed one after another: the same in less memory.
+    # Default: what suits the machine
+    pieces: int | None = None
+    # choose method, precision, optimizer, checkpointing and pieces so that training fits in this
+    # much memory, as in 8GB; auto takes what is free. Options that you give stay as they are
+    fit: str | None = None
+    # more options that fit leaves as they are, as in optimizer; give it again for more
+    keep: tuple[str, ...] = ()
+    # steps between two checkpoints. Default: as many as between two measurements (every)
+    save_every: int | None = None
+    # write checkpoints while training goes on; takes a copy of what is trained in main memory
+    background: bool = True
     # a prompt of your own that the report shows beside the others; give it again for more
     validation_prompt: tuple[str, ...] = ()
     # everything random follows from it
@@ -99,6 +124,10 @@ class TuningConfig:
         choice("lr_schedule", self.lr_schedule, get_args(Schedule))
         choice("optimizer", self.optimizer, get_args(OptimizerName))
         choice("dtype", self.dtype, get_args(Precision))
+        for name in self.keep:
+            choice("option that fit chooses", name, FITTED)
+        if self.fit is not None:
+            bytes_of(self.fit)
         check_limits(self)
 
 
@@ -129,11 +158,16 @@ class FineTuneConfig(TuningConfig):
     t_mean: float | None = None
     # standard deviation of logit(t / T) in training; needs t_mean
     t_std: float | None = None
-    # steps between two checkpoints; the recorder measures at some of them
+    # the recorder measures at some multiples of this many steps
     every: int = 100
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.pieces and self.batch % self.pieces:
+            raise UserError(
+                f"pieces is {self.pieces}, and a batch of {self.batch} cannot be cut into so many "
+                "of one size; take a divisor of it."
+            )
         if (self.t_mean is None) != (self.t_std is None):
             raise UserError("t_mean and t_std go together; set both or neither.")
         if self.text_lr is not None and not self.text:
@@ -148,11 +182,13 @@ class FineTuneConfig(TuningConfig):
         """What a run must have in common with the run that it resumes, by name."""
         settings = {name: value for name, value in asdict(self).items() if name not in MACHINE}
         settings |= settings.pop("lora")
+        settings["fit"] = {name: getattr(self, name) for name in FITTED if name in MACHINE}
         unused = [] if self.method == "lora" else ["rank", "alpha", "layers"]
         unused += [] if self.word else ["word", "word_lr", "like"]
         unused += ["t_mean", "t_std"] if self.t_mean is None else []
         unused += ["text_lr"] if self.text_lr is None else []  # newer than the runs that resume
         unused += ["lr_schedule"] if self.lr_schedule == "cosine" else []
+        unused += [] if self.fit else ["fit"]
         return {name: value for name, value in settings.items() if name not in unused}
 
 
@@ -254,7 +290,7 @@ class DreamBoothConfig(TuningConfig):
     text: TrainText = "auto"
     # move the images about by up to this share of their side. Default: suits the model
     shift: float | None = None
-    # steps between two checkpoints; the recorder measures at some of them
+    # the recorder measures at some multiples of this many steps
     every: int = 200
 
     def __post_init__(self) -> None:

@@ -12,7 +12,8 @@ from minidiff.errors import UserError
 from minidiff.training.optimizers import OPTIMIZERS
 
 LR_SCHEDULES = ("cosine", "constant")
-MACHINE = ("pieces", "threads", "autocast", "save_every")  # what suits the machine, not the run
+# what suits the machine, not the run
+MACHINE = ("pieces", "threads", "autocast", "save_every", "background")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class TrainConfig:
     autocast: torch.dtype | None = None
     seed: int = 0
     save_every: int = 500  # steps between two checkpoints
+    background: bool = True  # write them while training goes on; takes a copy of the state
 
     def __post_init__(self) -> None:
         for name in ("steps", "warmup", "accumulate", "pieces", "threads", "save_every"):

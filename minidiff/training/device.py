@@ -1,7 +1,11 @@
 """Which device to compute on; its name, its work and its memory; copies that do not wait for it."""
 
+import ctypes
+import os
 import platform
 import warnings
+import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -77,6 +81,21 @@ def wait(device: str) -> None:
     """Until a GPU has done all its work; a CPU is never behind."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
+
+
+def free_bytes(device: str | torch.device) -> int:
+    """The memory that is free: of a GPU, or of this machine under Linux; elsewhere all that the
+    machine has."""
+    if str(device).startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    if sys.platform == "win32":
+        kilobytes = ctypes.c_ulonglong()
+        ctypes.windll.kernel32.GetPhysicallyInstalledSystemMemory(ctypes.byref(kilobytes))
+        return 1024 * kilobytes.value
+    if sys.platform != "linux":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
 def held_bytes(device: str) -> int:

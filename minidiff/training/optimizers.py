@@ -8,7 +8,7 @@
 from typing import get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minidiff.errors import UserError
 from minidiff.options.finetuning import OptimizerName
@@ -31,6 +31,14 @@ def grouped(parameters: list[nn.Parameter], weight_decay: float) -> list[dict]:
 
 def multiplier_of(parameter: nn.Parameter) -> float:
     return getattr(parameter, "lr_multiplier", 1.0)
+
+
+def moments(weight: Tensor, optimizer: str) -> int:
+    """Bytes of Adam's two moments. In 8 bits, as bitsandbytes has them, each block of 256 has a
+    scale, and tensors below 4,096 numbers stay in 32 bits."""
+    if optimizer == "adamw8bit" and weight.numel() >= 4096:
+        return 2 * (weight.numel() + 4 * -(-weight.numel() // 256))
+    return 2 * weight.nbytes
 
 
 def named(

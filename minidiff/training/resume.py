@@ -1,9 +1,11 @@
 """How a run goes on where it stopped: checkpoints, a log, and signals that wait for a step's end.
 
-A checkpoint is a file such as checkpoint-000400.pt with its sha256 beside it; the last two stay.
-The log has a line for each step.
+A checkpoint is a file such as checkpoint-000400.pt with its sha256 beside it; the last two stay. A
+thread writes it, from a copy in the host's memory, while training goes on. The log has a line for
+each step.
 """
 
+import copy
 import functools
 import hashlib
 import json
@@ -16,15 +18,19 @@ import warnings
 import weakref
 from atexit import register
 from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from minidiff.errors import Terminated, UserError
 from minidiff.training import atomic
+from minidiff.training.device import free_bytes
 from minidiff.training.json_types import fits
 
 KEPT = 2  # checkpoints: one, and one to fall back on
@@ -59,7 +65,29 @@ class Progress:
     save_every: int
     steps: int  # of the whole run
     scaler: torch.amp.GradScaler  # of the gradients, in float16
+    background: bool = True  # write checkpoints while training goes on, if memory has room
     whole: list[Path] = field(default_factory=list)  # the checkpoints to keep, the newest last
+    writing: Future | None = None  # of the checkpoint that the thread is at
+
+    def __enter__(self) -> "Progress":
+        self.thread = ThreadPoolExecutor(1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.wait()
+        except KeyboardInterrupt:  # the first one waits as well
+            self.wait()
+            raise
+        finally:
+            self.thread.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Until the thread has written the checkpoint; raises the error if it could not."""
+        if self.writing is not None:
+            wait_for([self.writing])
+            writing, self.writing = self.writing, None
+            writing.result()
 
     def start(self, resume: bool) -> dict | None:
         """Put everything back; return the numbers of the last step, None where a run begins.
@@ -81,24 +109,37 @@ class Progress:
         return step % self.save_every == 0 or step == self.steps
 
     def log(self, step: dict) -> None:
-        """Add a line."""
+        """Add a line. Raise the error of a checkpoint that could not be written meanwhile."""
+        if self.writing is not None and self.writing.done():
+            self.wait()
         if self.folder is not None:
             path = self.folder / "log.jsonl"
             with atomic.naming(path), open(path, "a", encoding="utf-8") as log:
                 log.write(json.dumps(step) + "\n")
 
     def save(self, step: dict) -> None:
-        """Write all that resuming needs, whole or not at all; then the oldest checkpoint goes, and
-        one of an interruption, so that in the end the files are those of an uninterrupted run."""
+        """Save all that resuming needs, once the checkpoint before it is written."""
         if self.folder is None:
             return
+        self.wait()
         state = {"step": step["step"], "run": self.run, "last": step}
         state["module"] = self.module.state_dict()
         state["optimizer"] = _interned(self.optimizer.state_dict())
         state["ema"] = None if self.ema is None else self.ema.state_dict()
         if self.scaler.is_enabled():
             state["scaler"] = self.scaler.state_dict()
-        file = self.folder / f"checkpoint-{step['step']:06d}.pt"
+        storages = _storages(state)
+        size = sum(storage.nbytes() for storage in storages.values())
+        if self.background and size < free_bytes("cpu"):
+            self.writing = self.thread.submit(self._write, _copied(state, storages))
+        else:
+            self._write(state)
+
+    def _write(self, state: dict) -> None:
+        """Write a checkpoint, whole or not at all; then the oldest goes, and one of an
+        interruption, so that in the end the files are those of an uninterrupted run."""
+        step = state["step"]
+        file = self.folder / f"checkpoint-{step:06d}.pt"
         try:
             with open(self.folder / "log.jsonl", "rb") as log:
                 os.fsync(log.fileno())  # a checkpoint is never ahead of its log
@@ -107,12 +148,12 @@ class Progress:
                 with atomic.write(_sum_of(file)) as beside:
                     beside.write_text(f"{_sha256(new)}  {file.name}\n", encoding="ascii")
         except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer, on a full disk
-            reason = f"step {step['step']} could not be saved ({str(error).splitlines()[0]})"
+            reason = f"step {step} could not be saved ({str(error).splitlines()[0]})"
             remedy = "the checkpoint before it is whole. Make room, and resume the run"
             raise UserError(f"{file}: {reason}; {remedy}.") from error
         earlier = [other for other in self.whole if other != file]
         scheduled = [other for other in earlier if self.due(_step_of(other))]
-        if scheduled or self.due(step["step"]):
+        if scheduled or self.due(step):
             earlier = scheduled
         self.whole = [*earlier[1 - KEPT :], file]
         for other in set(checkpoints(self.folder)) - set(self.whole):
@@ -262,6 +303,28 @@ def _interned(state: object) -> object:
         keys = (sys.intern(key) if isinstance(key, str) else key for key in state)
         return dict(zip(keys, map(_interned, state.values()), strict=True))
     return [_interned(value) for value in state] if isinstance(state, list) else state
+
+
+def _storages(state: dict) -> dict[int, torch.UntypedStorage]:
+    """The memory of all tensors, each once, by its address."""
+    tensors = (value for value in tree_leaves(state) if isinstance(value, Tensor))
+    return {storage._cdata: storage for storage in (t.untyped_storage() for t in tensors)}
+
+
+def _copied(state: dict, storages: dict[int, torch.UntypedStorage]) -> dict:
+    """The state with its tensors on the CPU. Tensors that share memory still do, and all else is
+    shared as before, so that the copy pickles to the same bytes."""
+    copies = {
+        place: storage.clone() if storage.device.type == "cpu" else storage.cpu()
+        for place, storage in storages.items()
+    }
+    tensors: dict[int, Tensor] = {}
+    for t in tree_leaves(state):
+        if isinstance(t, Tensor):
+            layout = t.storage_offset(), t.size(), t.stride()
+            same = copies[t.untyped_storage()._cdata]
+            tensors[id(t)] = torch.empty(0, dtype=t.dtype).set_(same, *layout)
+    return copy.deepcopy(state, tensors)
 
 
 def _fits(name: str, moment: Tensor, parameter: Tensor) -> bool:
