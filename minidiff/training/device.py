@@ -3,8 +3,8 @@
 import ctypes
 import os
 import platform
-import warnings
 import sys
+import warnings
 from pathlib import Path
 
 import torch
