@@ -9,7 +9,7 @@ from minidiff.errors import UserError, choice
 from minidiff.options.finetuning import Precision, check_limits
 
 Space = Literal["pixels", "latents"]
-Layout = Literal["captions", "classes", "pictures"]
+Layout = Literal["captions", "classes", "pictures", "shards"]
 PresetName = Literal["tiny", "small", "base"]
 
 
@@ -22,7 +22,8 @@ class TrainingConfig:
     # denoise pixels, or latents of a VAE that is trained first. Default: pixels up to size 32
     space: Space | None = None
     # captions: a table or text files; classes: a folder for each, whose name is the caption;
-    # pictures: no text, an unconditional model. Default: what is in the folder
+    # pictures: no text, an unconditional model; shards: WebDataset's *.tar, with captions. Default:
+    # what is in the folder
     layout: Layout | None = None
     # the key of the captions in the table
     caption_column: str = "text"

@@ -3,12 +3,15 @@
 import hashlib
 import random
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
 
+import torch
 from jaxtyping import UInt8
 from torch import Tensor
+from tqdm import tqdm
 
 from minidiff.data import buckets
 from minidiff.data.captions import Fault, captions_file, class_folders, images_in
@@ -17,9 +20,8 @@ from minidiff.data.folder import (
     CaptionedImages,
     ClassFolder,
     check_folder,
-    load_all,
-    load_image,
 )
+from minidiff.data.shards import Shards
 from minidiff.errors import UserError
 from minidiff.options.training import Layout
 
@@ -32,7 +34,7 @@ class Folder(NamedTuple):
     """A folder of images, not yet read."""
 
     layout: Layout
-    files: CaptionedImages  # alternatives[i]: every caption of image i
+    files: CaptionedImages | Shards
     side: int  # the median of the shorter sides
     cut: float  # the mean share of an image outside its middle square
 
@@ -40,7 +42,9 @@ class Folder(NamedTuple):
 def opened(data: Path, layout: Layout | None, caption_column: str) -> Folder:
     """What is in a folder. Too few images, or too small ones, are a UserError."""
     layout = layout or layout_of(check_folder(data))
-    if layout == "captions":
+    if layout == "shards":
+        files = Shards(data, caption_column=caption_column)
+    elif layout == "captions":
         files = CaptionedFolder(data, caption_column=caption_column, several=True)
     elif layout == "classes":
         files = ClassFolder(data)
@@ -49,12 +53,12 @@ def opened(data: Path, layout: Layout | None, caption_column: str) -> Folder:
     else:
         paths = images_in(check_folder(data))
         files = CaptionedImages(paths, [""] * len(paths))
-    count = len(set(files.paths))
+    count = len(files) if layout == "shards" else len(set(files.paths))
     if count < LEAST:
         remedy = "put more there, or teach a model that is trained: minidiff finetune, dreambooth"
         raise UserError(f"{data}: {count} images; training from scratch needs {LEAST}; {remedy}.")
-    every = files.paths[:: -(-len(files) // LOOKED_AT)]
-    shapes = [tuple(load_image(path).shape[1:]) for path in every]
+    every = range(0, len(files), -(-len(files) // LOOKED_AT))
+    shapes = [tuple(files[i][0].shape[1:]) for i in every]
     side = int(median(map(min, shapes)))
     if side < SMALLEST:
         raise UserError(f"{data}: images of {side} pixels; at least {SMALLEST} a side are needed.")
@@ -62,8 +66,10 @@ def opened(data: Path, layout: Layout | None, caption_column: str) -> Folder:
 
 
 def layout_of(folder: Path) -> Layout:
-    """captions where there are any; classes where the images are in two folders or more, and none
-    beside them; else pictures."""
+    """shards where there are *.tar; captions where there are any; classes where the images are in
+    two folders or more, and none beside them; else pictures."""
+    if next(folder.glob("*.tar"), None):
+        return "shards"
     if captions_file(folder):
         return "captions"
     classes = class_folders(folder)
@@ -101,14 +107,20 @@ def read(folder: Folder, data: Path, size: int, validation: float, seed: int) ->
     if folder.cut > 0.25:
         what = f"images are cut to squares, and lose {folder.cut:.0%} on average"
         warnings.warn(f"{data}: {what}", stacklevel=2)
+    files = folder.files
+    files.size = size
     try:
-        pixels, _ = load_all(folder.files, size)
+        with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
+            examples = pool.map(files.__getitem__, range(len(files)))
+            bar = tqdm(examples, "reading images", len(files), unit="", leave=False)
+            pixels, captions = zip(*bar, strict=True)
     except Fault as fault:
         raise UserError(f"{fault}; minidiff data check lists all that cannot be read.") from fault
-    paths = folder.files.paths
+    captions = getattr(files, "alternatives", [[caption] for caption in captions])
+    paths = getattr(files, "paths", range(len(files)))
     distinct = list(dict.fromkeys(paths))
     chosen = random.Random(f"held out {seed}").sample(distinct, int(validation * len(distinct)))
     apart = set(chosen)
     training = [i for i, path in enumerate(paths) if path not in apart]
     held_out = [i for i, path in enumerate(paths) if path in apart]
-    return Images(pixels, folder.files.alternatives, training, held_out)
+    return Images(torch.stack(pixels), captions, training, held_out)

@@ -74,7 +74,7 @@ def train_from_scratch(
     check_folder(out, resume)
     folder = folders.opened(data, asked.layout, asked.caption_column)
     config = presets.completed(asked, len(folder.files), folder.side, device)
-    model = model_of(config, folder.layout, folder.files.alternatives, device)
+    model = model_of(config, folder, device)
     images = folders.read(folder, data, config.size, config.validation, config.seed)
     run = identity(asked, images, model)
     steps = steps_before(out, run) if resume else None
@@ -136,9 +136,7 @@ def check_folder(out: Path, resume: bool) -> None:
     atomic.check(out / "model", foreign)
 
 
-def model_of(
-    config: TrainingConfig, layout: str, captions: list[list[str]], device: str
-) -> LatentDiffusion:
+def model_of(config: TrainingConfig, folder: folders.Folder, device: str) -> LatentDiffusion:
     """The parts put together: given ones frozen, others with random weights."""
     torch.manual_seed(config.seed)
     if config.space == "pixels":
@@ -147,12 +145,12 @@ def model_of(
         vae = part(config.vae, "vae", torch.float32)
     else:
         vae = presets.vae_of(config)
-    if layout == "pictures":
+    if folder.layout == "pictures":
         text = Unconditional()
     elif config.text:
         text = part(config.text, "text", torch.float32).requires_grad_(False)
     else:
-        text = presets.text_of(config, captions)
+        text = presets.text_of(config, getattr(folder.files, "alternatives", []))
     if config.text and text.dim is None:
         raise UserError(f"{config.text} has no text encoder; name a model that reads prompts.")
     denoiser = presets.denoiser_of(config, vae.latent_channels, vae.factor, text.dim)
@@ -170,14 +168,17 @@ def describe(
     folder: folders.Folder, images: Images, config: TrainingConfig, model: LatentDiffusion
 ) -> None:
     """Say what is trained, and on what."""
-    kind = {"captions": "with captions", "pictures": "without captions: nothing will steer it"}
-    kind["classes"] = f'in {len(set(folder.files.captions))} classes, as "{images.prompts()[0]}"'
+    kind = "with captions"
+    if folder.layout == "pictures":
+        kind = "without captions: no prompt will steer the model"
+    elif folder.layout == "classes":
+        kind = f'in {len(folder.files.classes)} classes, as "{images.prompts()[0]}"'
     side = config.size // model.vae.factor
     shape = f"{config.size}x{config.size}"
     shape += "" if side == config.size else f", latents {side}x{side}x{model.vae.latent_channels}"
     count = f"{len(images.training)} images to train on, {len(images.held_out)} held out"
     networks = f"U-Net {millions(model.unet)} M weights, text encoder {millions(model.text)} M"
-    logger.info("%s, %s; %s", count, kind[folder.layout], shape)
+    logger.info("%s, %s; %s", count, kind, shape)
     logger.info("preset %s: %s; %s a step", config.preset, networks, config.batch)
 
 
@@ -300,7 +301,7 @@ def latents_of(
         for some in tqdm(pixels.split(32), "encoding images", unit="batch", leave=False):
             x = to_model(some.flip(-1) if mirrored else some)
             latents.append(model.vae.encode(x.to(model.device)).cpu())
-    latents = torch.cat(latents)
+    latents = torch.cat(latents).contiguous()
     if not latents.isfinite().all():
         raise UserError("latents are not finite; train the VAE in fp32, or give another `vae`.")
     with atomic.write(file, foreign_latents) as new:

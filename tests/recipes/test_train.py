@@ -3,6 +3,7 @@ bit, and that what is wrong is one line."""
 
 import json
 import signal
+import tarfile
 
 import pytest
 import torch
@@ -195,13 +196,31 @@ def test_all_that_can_be_wrong_is_one_line(captioned, refused, tmp_path):
     assert 'no preset "smal"' in refused("train", captioned, "--preset", "smal")
 
 
+def test_shards_of_captioned_images(captioned, tmp_path, ran, refused):
+    """The same images in tar files are read, and resumed, as from a folder."""
+    for part in range(2):
+        (tmp_path / "shards").mkdir(exist_ok=True)
+        with tarfile.open(tmp_path / "shards" / f"{part}.tar", "w") as tar:
+            for k in range(part, 30, 2):
+                tar.add(captioned / f"{k}.png", f"{k}.png")
+                (tmp_path / "caption").write_text(f"scene {k % 3}")
+                tar.add(tmp_path / "caption", f"{k}.txt")
+    small = ["--preset", "tiny", "--steps", 2, "--space", "latents", "--out", tmp_path / "out"]
+    said = ran("train", tmp_path / "shards", *small)
+    assert "27 images to train on, 3 held out, with captions; 32x32" in said.err
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["layout"] == "shards"
+    ran("train", tmp_path / "shards", *small, "--resume")
+    line = refused("train", tmp_path / "shards", "--layout", "classes", "--out", tmp_path / "no")
+    assert "no class folders" in line
+
+
 def test_what_suits_the_images():
     def suits(count, side, device="cpu", **given):
         return presets.completed(TrainingConfig(**given), count, side, device)
 
     small = suits(100, 40)
-    assert (small.size, small.space, small.preset, small.batch) == (32, "pixels", "small", 32)
-    assert presets.default_steps(small, 100) == 3125  # a thousand times each
+    assert (small.size, small.space, small.preset, small.batch) == (32, "pixels", "small", 16)
+    assert presets.default_steps(small, 50) == 3125  # a thousand times each
     large = suits(50_000, 200, "cuda")
     assert (large.size, large.space, large.preset) == (64, "latents", "base")
     assert presets.default_steps(large, 50_000) == 50_000
