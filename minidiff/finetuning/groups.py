@@ -18,7 +18,7 @@ from jaxtyping import Float, Shaped
 from torch import Generator, Tensor
 
 from minidiff.data import buckets
-from minidiff.data.folder import CaptionedImages, load_image
+from minidiff.data.folder import CaptionedImages, upright_size
 from minidiff.data.latents import Example, encode_images
 from minidiff.denoiser import Denoiser
 from minidiff.latent_diffusion import LatentDiffusion
@@ -62,7 +62,7 @@ def encoded(
     sizes = [(size, size)] * len(data)
     if shapes:
         multiple = model.vae.factor * model.unet.multiple
-        shapes_2d = (load_image(path).shape[1:] for path in data.paths)
+        shapes_2d = map(upright_size, data.paths)
         sizes = [buckets.bucket(w, h, size**2, multiple) for h, w in shapes_2d]
     latents = encode_images(model.vae, data.paths, sizes, folder, flip)
     captions = data.alternatives * (2 if flip else 1)
