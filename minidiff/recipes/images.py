@@ -107,20 +107,22 @@ def read(folder: Folder, data: Path, size: int, validation: float, seed: int) ->
     if folder.cut > 0.25:
         what = f"images are cut to squares, and lose {folder.cut:.0%} on average"
         warnings.warn(f"{data}: {what}", stacklevel=2)
-    files = folder.files
-    files.size = size
+    files, captions = folder.files, []
+    files.size, pixels = size, torch.empty(len(files), 3, size, size, dtype=torch.uint8)
     try:
         with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
             examples = pool.map(files.__getitem__, range(len(files)))
             bar = tqdm(examples, "reading images", len(files), unit="", leave=False)
-            pixels, captions = zip(*bar, strict=True)
+            for k, (image, caption) in enumerate(bar):
+                pixels[k] = image
+                captions.append([caption])
     except Fault as fault:
         raise UserError(f"{fault}; minidiff data check lists all that cannot be read.") from fault
-    captions = getattr(files, "alternatives", [[caption] for caption in captions])
+    captions = getattr(files, "alternatives", captions)
     paths = getattr(files, "paths", range(len(files)))
     distinct = list(dict.fromkeys(paths))
     chosen = random.Random(f"held out {seed}").sample(distinct, int(validation * len(distinct)))
     apart = set(chosen)
     training = [i for i, path in enumerate(paths) if path not in apart]
     held_out = [i for i, path in enumerate(paths) if path in apart]
-    return Images(torch.stack(pixels), captions, training, held_out)
+    return Images(pixels, captions, training, held_out)

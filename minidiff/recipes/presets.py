@@ -2,7 +2,7 @@
 
 The small U-Nets are those of experiments/cifar_ddpm.py and experiments/text_to_image.py; the base
 ones are meant for a GPU, where nothing was measured. All estimate x0, as the weighting "learned"
-(losses.py) wants it: after 300 steps on CIFAR-10 the error is a fifth below that of "v".
+(losses.py) wants it; docs/train.md compares that with "v".
 """
 
 from collections.abc import Sequence
