@@ -160,6 +160,7 @@ def train_config(config: TrainingConfig, steps: int, lr: float, pieces: int = 1)
         threads=min(pieces, torch.get_num_threads()),
         autocast=None if config.dtype == "fp32" else DTYPES[config.dtype],
         seed=config.seed,
+        save_every=min(500, config.every or 500),
     )
 
 
