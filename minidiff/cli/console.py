@@ -216,7 +216,8 @@ def one_line(program: str) -> Iterator[None]:
     with _terminated(), warnings.catch_warnings():
         warnings.showwarning = functools.partial(_warn, program)
         logger = logging.getLogger("minidiff")
-        logger.handlers, logger.level, logger.propagate = [_Log()], logging.INFO, False
+        logger.handlers, logger.propagate = [_Log()], False
+        logger.setLevel(logging.INFO)  # loggers below it may have noted another level
         try:
             _open_streams()
             _limit_memory()
