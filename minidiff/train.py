@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minidiff.training import nonfinite, optimizers
+from minidiff.training import distributed, nonfinite, optimizers
 from minidiff.training.bins import BINS, Loss, by_bin, means
 from minidiff.training.config import TrainConfig
 from minidiff.training.lock import locked
@@ -54,6 +54,10 @@ class EMA:
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay, self.average = decay, copy.deepcopy(module).requires_grad_(False).eval()
+        self.watch(module)
+
+    def watch(self, module: nn.Module) -> None:
+        """Follow the parameters of the module as they are now: others, once it is in shards."""
         self.averages, self.weights = list(self.average.parameters()), list(module.parameters())
 
     @torch.no_grad()
@@ -86,13 +90,17 @@ def train(
     newest checkpoint. Its step is yielded again, because the run may have been killed before the
     caller handled it.
     """
+    device = next(p.device for p in module.parameters() if p.requires_grad)
+    forward = partial(_forward, loss_fn, device.type, config.autocast)
+    batches_a_step, averages = config.accumulate * config.pieces, ema and ema.average
+    forward = distributed.joint(forward, module, batches_a_step, config.shard, averages)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    device, groups = parameters[0].device, optimizers.grouped(parameters, config.weight_decay)
+    groups = optimizers.grouped(parameters, config.weight_decay)
+    if ema is not None:
+        ema.watch(module)
     optimizer = optimizers.named(config.optimizer, groups, config.lr, config.betas, device)
     optimizer.zero_grad()  # whatever the caller left there
-    forward = partial(_forward, loss_fn, device.type, config.autocast)
     with locked(folder), Signals() as signals, workers(config.threads) as pool:
-        averages = None if ema is None else ema.average
         plan = config.save_every, config.steps
         progress = Progress(folder, config.identity(), module, optimizer, averages, *plan)
         last = progress.start(resume)
@@ -108,12 +116,13 @@ def train(
                 group["lr"] = config.learning_rate(step) * group.get("lr_multiplier", 1.0)
 
             torch.manual_seed(seed_of(config.seed, step))
-            micro = [next(data) for _ in range(config.accumulate * config.pieces)]
+            micro = distributed.share([next(data) for _ in range(batches_a_step)])
             signals.saved = None
-            losses = backward_all(forward, parameters, micro, pool)
+            losses = distributed.gathered(backward_all(forward, parameters, micro, pool))
 
             loss = torch.cat([each["loss"] for each in losses]).float().cpu()
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            norm = distributed.whole(norm)
             if not (loss.isfinite().all() and norm.isfinite()):
                 torch.manual_seed(seed_of(config.seed, step))
                 culprit = nonfinite.in_step(module, partial(list, map(forward, micro)))
@@ -128,6 +137,7 @@ def train(
             lr, mean, bins = config.learning_rate(step), loss.mean().item(), by_bin(loss, losses)
             done = TrainStep(step + 1, mean, bins, lr, norm.item(), means(losses))
             progress.log(done._asdict())
+            signals.agree()
             if progress.due(done.step) or signals.received:
                 progress.save(done._asdict())
                 signals.saved = done.step if folder is not None else None

@@ -12,7 +12,7 @@ from minidiff.errors import UserError
 from minidiff.training.optimizers import OPTIMIZERS
 
 LR_SCHEDULES = ("cosine", "constant")
-MACHINE = ("pieces", "threads", "autocast", "save_every")  # what suits the machine, not the run
+MACHINE = ("pieces", "threads", "autocast", "save_every", "shard")  # what suits the machine, not the run
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class TrainConfig:
     autocast: torch.dtype | None = None  # compute in this dtype; the weights stay float32
     seed: int = 0
     save_every: int = 500  # steps between two checkpoints
+    shard: bool = False  # of several processes, each keeps a shard of the weights and their moments
 
     def __post_init__(self) -> None:
         for name in ("steps", "warmup", "accumulate", "pieces", "threads", "save_every"):

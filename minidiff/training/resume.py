@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.errors import Terminated, UserError
-from minidiff.training import atomic
+from minidiff.training import atomic, distributed, ranks
 from minidiff.training.json_types import fits
 
 KEPT = 2  # checkpoints: one, and one to fall back on
@@ -65,14 +65,22 @@ class Progress:
 
         Without `resume`, remove an earlier run's checkpoints, so that no later resume finds them.
         """
-        if self.folder is None:
-            return None
-        atomic.clean(self.folder)
-        last = self._restore() if resume else None
-        if last is None:
-            for file in checkpoints(self.folder):
-                _remove(file)
-        cut_log(self.folder / "log.jsonl", last["step"] if last else 0)
+        file = state = None
+        with distributed.main_first():
+            if self.folder is not None and ranks.is_main():
+                atomic.clean(self.folder)
+                if resume or ranks.begun(self.folder):
+                    file, state = self._newest()
+        file, state = distributed.from_main((file, state))
+        if state is not None:
+            self._put_back(file, state)
+        last = state and state.get("last", {}) | {"step": state["step"]}
+        with distributed.main_first():
+            if self.folder is not None:
+                for other in () if last else checkpoints(self.folder):
+                    _remove(other)
+                cut_log(self.folder / "log.jsonl", last["step"] if last else 0)
+                ranks.begin(self.folder)
         return last
 
     def due(self, step: int) -> bool:
@@ -89,12 +97,13 @@ class Progress:
     def save(self, step: dict) -> None:
         """Write all that resuming needs, whole or not at all; then the oldest checkpoint goes, and
         one of an interruption, so that in the end the files are those of an uninterrupted run."""
-        if self.folder is None:
-            return
         state = {"step": step["step"], "run": self.run, "last": step}
         state["module"] = self.module.state_dict()
         state["optimizer"] = _interned(self.optimizer.state_dict())
         state["ema"] = None if self.ema is None else self.ema.state_dict()
+        state = distributed.whole(state)
+        if self.folder is None or not ranks.is_main():
+            return
         file = self.folder / f"checkpoint-{step['step']:06d}.pt"
         try:
             with open(self.folder / "log.jsonl", "rb") as log:
@@ -115,11 +124,11 @@ class Progress:
         for other in set(checkpoints(self.folder)) - set(self.whole):
             _remove(other)
 
-    def _restore(self) -> dict | None:
-        """Load the newest checkpoint that is whole."""
+    def _newest(self) -> tuple[Path | None, dict | None]:
+        """The newest checkpoint that is whole, and its content."""
         state, files = None, checkpoints(self.folder)
         if not files:
-            return None
+            return None, None
         for file in files:
             if (state := read_checkpoint(file)) is not None:
                 break
@@ -127,13 +136,12 @@ class Progress:
             reason = "damaged, or no checkpoint of minidiff, and there is no other"
             names = " and ".join(map(str, files))
             raise UserError(f"{names}: {reason}; start afresh in another folder.")
-        self._put_back(file, state)
         k = files.index(file)
         if damaged := " and ".join(map(str, files[:k])):
             place = f"going on from {file.name}, at step {state['step']}"
             warnings.warn(f"{damaged} is damaged; {place}.", stacklevel=2)
         self.whole = files[k:][::-1]
-        return state.get("last", {}) | {"step": state["step"]}
+        return file, state
 
     def _put_back(self, file: Path, state: dict) -> None:
         old = file.name == BEFORE  # it counted a batch's pieces as batches
@@ -146,13 +154,13 @@ class Progress:
             groups = state["optimizer"]["param_groups"], self.optimizer.param_groups
             for saved, here in zip(*groups, strict=True):
                 saved |= {name: here[name] for name in here if name != "params"}  # the config's
-            self.module.load_state_dict(state["module"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            distributed.put_in(self.module, state["module"])
+            self.optimizer.load_state_dict(_moments_like(state["optimizer"], self.optimizer))
             for parameter, moments in self.optimizer.state.items():
                 if not all(_fits(*moment, parameter) for moment in moments.items()):
                     raise ValueError("the optimizer's moments have other shapes")
             if self.ema is not None:
-                self.ema.load_state_dict(state["ema"])
+                distributed.put_in(self.ema, state["ema"])
         except UNREADABLE as error:
             line = str(error).splitlines()[:2][-1].strip()  # the first of several is a heading
             advice = "resume with the settings it was made with, or start in another folder"
@@ -202,10 +210,12 @@ class Signals:
     """Ctrl-C and SIGTERM let the step finish, so that it can be saved.
 
     A second one interrupts at once; so does the first while the caller has a step that is saved.
-    Only the main thread can listen.
+    Only the main thread can listen. Of several processes, all act after the same step: one passes
+    on what it hears, and torchrun sends it to all, some of it twice.
     """
 
     def __init__(self) -> None:
+        self.heard = 0  # of several processes: the signal that is passed on with the next step
         self.received: int | None = None
         self.saved: int | None = None  # the step in the caller's hands, if it is saved
         self.before: dict[int, object] = {}
@@ -220,8 +230,18 @@ class Signals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.heard and not self.received:  # after the last step
+            os.kill(os.getpid(), self.heard)
+
+    def agree(self) -> None:
+        """Receive what one process has heard."""
+        if ranks.size() > 1:
+            self.received = distributed.largest(self.heard) or None
 
     def _receive(self, number: int, _frame: object) -> None:
+        if ranks.size() > 1:
+            self.heard = number
+            return
         first, self.received = self.received is None, number
         if self.saved is not None or not first:
             self.stop()
@@ -257,6 +277,16 @@ def _interned(state: object) -> object:
         keys = (sys.intern(key) if isinstance(key, str) else key for key in state)
         return dict(zip(keys, map(_interned, state.values()), strict=True))
     return [_interned(value) for value in state] if isinstance(state, list) else state
+
+
+def _moments_like(state: dict, optimizer: torch.optim.Optimizer) -> dict:
+    """The state with the moments of parameters that are in shards in shards as well."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {
+        k: {name: distributed.like(value, parameters[k]) for name, value in of_one.items()}
+        for k, of_one in state["state"].items()
+    }
+    return state | {"state": moments}
 
 
 def _fits(name: str, moment: Tensor, parameter: Tensor) -> bool:

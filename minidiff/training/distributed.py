@@ -1,0 +1,219 @@
+"""Several processes train one model, by PyTorch's torch.distributed; torchrun starts them.
+
+Every process runs the same program, with the same seeds. A step's batches are the same at any
+number of processes, and each computes a part of them, so that N processes do what one does. PyTorch
+averages the gradients: DDP ([1]) keeps the whole model in every process, FSDP2 ([2]) a shard of it.
+
+[1] Li et al. PyTorch Distributed: Experiences on Accelerating Data Parallel Training. 2020.
+    arXiv:2006.15704
+[2] Zhao et al. PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel. 2023.
+    arXiv:2304.11277
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from minidiff.errors import UserError
+from minidiff.training import ranks
+from minidiff.training.bins import Loss
+
+PATIENCE = timedelta(hours=6)  # the first process may measure or write while the others wait
+
+
+def join() -> None:
+    """Meet the other processes; each takes a GPU of its own."""
+    if ranks.size() == 1 or dist.is_initialized():
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=PATIENCE)
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """A with block for the first process, and then for the others, who read what it wrote. Its
+    UserError is everybody's."""
+    join()
+    if not ranks.is_main() and (message := from_main(None)):
+        raise UserError(message)
+    try:
+        yield
+    except UserError as error:
+        if ranks.is_main():
+            from_main(str(error))
+        raise
+    if ranks.is_main():
+        from_main("")
+
+
+def from_main(value: Any) -> Any:
+    """The first process's value, for every process: its tensors come one by one, on the CPU."""
+    if ranks.size() == 1:
+        return value
+    leaves, tree = tree_flatten(value)
+    shapes = [leaf.to("meta") if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    told = [shapes, tree]
+    dist.broadcast_object_list(told, 0, device=torch.device("cpu"))
+    shapes, tree = told
+    for k, shape in enumerate(shapes):
+        if isinstance(shape, Tensor):
+            here = leaves[k].cpu().contiguous() if ranks.is_main() else torch.empty_like(shape, device="cpu")
+            dist.broadcast(here, 0)
+            shapes[k] = here
+    return tree_unflatten(shapes, tree)
+
+
+def share(batches: list[Any]) -> list[Any]:
+    """This process's part of the batches of a step: one in so many, or else rows of each. Random
+    numbers that are drawn from here on are its own."""
+    size = ranks.size()
+    if size > 1:
+        torch.manual_seed(torch.initial_seed() + ranks.rank())
+    return batches[ranks.rank() :: size] if len(batches) % size == 0 else list(map(_rows, batches))
+
+
+def _rows(batch: Any) -> Any:
+    """This process's rows of every tensor and list in a batch."""
+    if isinstance(batch, dict):
+        return {name: _rows(value) for name, value in batch.items()}
+    if isinstance(batch, tuple):
+        parts = map(_rows, batch)
+        return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
+    if isinstance(batch, list) and batch and isinstance(batch[0], tuple):  # of groups
+        return list(map(_rows, batch))
+    if not isinstance(batch, list) and not (isinstance(batch, Tensor) and batch.ndim):
+        return batch
+    count, rest = divmod(len(batch), ranks.size())
+    if rest:
+        remedy = "take a batch, or batches in a step, that they divide"
+        raise UserError(f"{ranks.size()} processes cannot share {len(batch)} examples; {remedy}.")
+    return batch[ranks.rank() * count : (ranks.rank() + 1) * count]
+
+
+class _Objective(nn.Module):
+    """A loss function as a module, which is what DDP and FSDP watch. In its module are the weights;
+    it may use others, which are not trained."""
+
+    def __init__(self, module: nn.Module, loss_fn: Callable[[Any], Loss]):
+        super().__init__()
+        self.module, self.loss_fn = module, (loss_fn,)  # in a tuple, a module's weights stay its own
+
+    def forward(self, batch: Any) -> Loss:
+        return self.loss_fn[0](batch)
+
+
+class Joint:
+    """A loss function whose gradients are averaged over all processes, once a step: in the backward
+    pass of its last batch."""
+
+    def __init__(self, objective: DistributedDataParallel | FSDPModule, batches: int):
+        """batches: of a step, that are computed here."""
+        self.objective, self.batches, self.calls = objective, batches, 0
+
+    def __call__(self, batch: Any) -> Loss:
+        self.calls += torch.is_grad_enabled()
+        last = self.calls % self.batches == 0
+        if isinstance(self.objective, FSDPModule):
+            self.objective.set_requires_gradient_sync(last)
+        else:
+            self.objective.require_backward_grad_sync = last  # as DDP.no_sync does
+        return self.objective(batch)
+
+
+def joint(
+    loss_fn: Callable[[Any], Loss],
+    module: nn.Module,
+    batches: int,
+    shard: bool = False,
+    average: nn.Module | None = None,
+) -> Callable[[Any], Loss]:
+    """loss_fn, for a module that all processes train; batches: of a step, of all processes.
+
+    shard: put shards (DTensors) in the place of the module's parameters, and of its average's.
+    """
+    if ranks.size() == 1:
+        return loss_fn
+    join()
+    own, rest = divmod(batches, ranks.size())
+    own = batches if rest else own
+    objective = _Objective(module, loss_fn)
+    if not shard:
+        options = {"broadcast_buffers": False, "find_unused_parameters": True}
+        return Joint(DistributedDataParallel(objective, **options), own)
+    if average is not None:
+        _sharded(_Objective(average, loss_fn))
+    return Joint(_sharded(objective), own)
+
+
+def _sharded(objective: _Objective) -> FSDPModule:
+    device = next(objective.parameters()).device.type
+    mesh = init_device_mesh(device, (ranks.size(),))
+    for block in _blocks(objective.module):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(objective, mesh=mesh)
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of the networks, the inner ones first: each is gathered when it is
+    called, and freed afterwards."""
+    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
+    blocks = [part for part_list in lists if part_list is not module for part in part_list]
+    return [part for part in reversed(blocks) if type(part).forward is not nn.Module.forward]
+
+
+def gathered(losses: list[Loss]) -> list[Loss]:
+    """The losses of all processes, which compute as many each."""
+    if ranks.size() == 1:
+        return losses
+    names = list(losses[0])
+    parts = [torch.cat([each[name] for each in losses]).float() for name in names]
+    own, sizes = torch.cat([part.to(parts[0].device) for part in parts]), list(map(len, parts))
+    all_own = [torch.empty_like(own) for _ in range(ranks.size())]
+    dist.all_gather(all_own, own)
+    return [dict(zip(names, each.split(sizes), strict=True)) for each in all_own]
+
+
+def largest(number: int) -> int:
+    """The largest of all processes' numbers; no GPU is waited for."""
+    if ranks.size() == 1:
+        return number
+    numbers = torch.tensor([number])
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return int(numbers)
+
+
+def whole(state: Any) -> Any:
+    """The same with the tensors that are in shards put together, on the CPU."""
+    return tree_map(_whole, state)
+
+
+def _whole(value: Any) -> Any:
+    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+
+
+def put_in(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load a state dict whose tensors are whole."""
+    own = module.state_dict()
+    module.load_state_dict({name: like(value, own.get(name)) for name, value in state.items()})
+
+
+def like(value: Tensor, other: Tensor | None) -> Tensor:
+    """The value in shards, if the other is and has its shape."""
+    if not isinstance(other, DTensor) or value.shape != other.shape:
+        return value
+    value = value.to(other.device)
+    return distribute_tensor(value, other.device_mesh, other.placements, src_data_rank=None)
