@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -40,7 +41,14 @@ def join() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    store, rank, size = next(rendezvous("env://"))
+    # On one machine torchrun keeps its store over a restart, with the addresses of the dead.
+    alone = os.environ["GROUP_WORLD_SIZE"] == "1"
+    start = os.environ["TORCHELASTIC_RESTART_COUNT"] if alone else ""
+    store = dist.PrefixStore(f"minidiff {start}", store)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=PATIENCE
+    )
 
 
 @contextmanager

@@ -68,3 +68,38 @@ def test_shards_equal_whole_copies(tmp_path):
         for step, same in zip(log, same_log, strict=True):
             assert same["loss"] == pytest.approx(step["loss"], rel=1e-5)
             assert same["grad_norm"] == pytest.approx(step["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True], ids=["copies", "shards"])
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, shard):
+    """Two processes save the one file that one process saves; one and four go on from it."""
+    options = {"steps": 12, "ema": 0.9, "folder": True, "shard": shard}
+    alone, _ = trained(1, tmp_path / "alone", **options)
+    stopped = {"kill": [1, 7, int(signal.SIGTERM)], "save_every": 100}
+    for count in (1, 4):
+        out = tmp_path / f"on {count}"
+        out.mkdir()
+        ended = torchrun(2, "-m", "tests.training.together", out, json.dumps(options | stopped))
+        assert ended.returncode and "step 7 is saved" in ended.stderr
+        names = {path.name for path in (out / "training").iterdir()}
+        assert names == {"log.jsonl", "checkpoint-000007.pt", "checkpoint-000007.pt.sha256"}
+        weights, steps = trained(count, out, resume=True, **options)
+        assert [step["step"] for step in steps] == list(range(7, 13))
+        assert distance(weights, alone) < 1e-6
+        log = (out / "training" / "log.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in log] == list(range(1, 13))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_changes_nothing(tmp_path, rank):
+    """torchrun starts both again; they go on from the last checkpoint by themselves, and end bit for bit as if nothing had been."""
+    options = {"steps": 10, "ema": 0.9, "folder": True}
+    whole, _ = trained(2, tmp_path / "whole", **options)
+    kill = [rank, 7, int(signal.SIGKILL)]
+    again, steps = trained(2, tmp_path / "again", restarts=1, kill=kill, **options)
+    assert [step["step"] for step in steps] == list(range(4, 11))
+    assert distance(again, whole) == 0
+    for path in (tmp_path / "whole" / "training").iterdir():
+        assert (tmp_path / "again" / "training" / path.name).read_bytes() == path.read_bytes()
