@@ -100,6 +100,7 @@ def train(
         ema.watch(module)
     optimizer = optimizers.named(config.optimizer, groups, config.lr, config.betas, device)
     optimizer.zero_grad()  # whatever the caller left there
+    folder = distributed.own_folder(folder)
     with locked(folder), Signals() as signals, workers(config.threads) as pool:
         plan = config.save_every, config.steps
         progress = Progress(folder, config.identity(), module, optimizer, averages, *plan)

@@ -49,9 +49,12 @@ def finetune(
     from minidiff.finetuning.groups import Group, encoded, split
     from minidiff.finetuning.recorder.budget import Counts, planned
     from minidiff.methods import inversion, lora
+    from minidiff.training import distributed, ranks
 
     # All that can be wrong, before anything slow.
-    run.check_free(out, resume)
+    with distributed.main_first():
+        if ranks.is_main():
+            run.check_free(out, resume)
     several = images.captions == "random"
     folder = CaptionedFolder(images.data, caption_column=images.caption_column, several=several)
     diffusion = load(model, device)
@@ -65,7 +68,8 @@ def finetune(
     check_size(side, diffusion.vae.factor * diffusion.unet.multiple)
 
     # The examples.
-    examples = encoded(diffusion, folder, side, out / "cache", images.flip, images.buckets)
+    with distributed.main_first():
+        examples = encoded(diffusion, folder, side, out / "cache", images.flip, images.buckets)
     chosen, held_out = split(folder.paths, images.validation, config.seed)
     copies = 2 if images.flip else 1
     training = [examples[copy * len(folder) + i] for copy in range(copies) for i in chosen]
@@ -76,7 +80,7 @@ def finetune(
     prompts = {"training caption": training[0].caption}
     prompts |= {"held-out caption": examples[held_out[0]].caption} if held_out else {}
     prompts |= {"unrelated": unrelated} | own_prompts(config)
-    if recorder:
+    if recorder and ranks.is_main():
         counts = Counts(1, len(prompts), len(held_out), len(chosen))
         plan = planned(diffusion, config, counts, out)
     settings = estimate.settings(config, diffusion.unet, (side, side))
@@ -94,6 +98,8 @@ def finetune(
     # Training, recorded.
     with going_on(diffusion, config.method, model, out):
         loop.finetune(diffusion, [Group("data", training)], out, config, observer, resume)
+    if not ranks.is_main():
+        return
     report(observer)
     best = observer.best() if observer else None
     print(*commands(diffusion, config.method, model, out, training[0].caption, best), sep="\n")

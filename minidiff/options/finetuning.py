@@ -15,7 +15,7 @@ TrainText = Literal["auto", "yes", "no", "word"]
 Schedule = Literal["cosine", "constant"]
 Captions = Literal["first", "random"]
 # what suits the machine, or is only looked at, changes no result and is no part of a run
-MACHINE = ("checkpointing", "validation_prompt")
+MACHINE = ("checkpointing", "validation_prompt", "shard")
 ABOVE_0, BELOW_1, FINITE = math.ulp(0.0), math.nextafter(1, 0), sys.float_info.max
 COUNTS = ("rank", "accumulate", "steps", "batch", "every", "probe", "noises", "compared")
 LIMITS = {  # of options by name: least, most, and both in words
@@ -131,9 +131,16 @@ class FineTuneConfig(TuningConfig):
     t_std: float | None = None
     # steps between two checkpoints; the recorder measures at some of them
     every: int = 100
+    # of several processes (torchrun), each keeps a shard of the weights, gradients and moments
+    shard: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.shard and (self.method != "full" or self.word or self.optimizer != "adamw"):
+            raise UserError(
+                "`shard` is for the method full with the optimizer adamw and without a word: all "
+                "else takes little memory; leave it out."
+            )
         if (self.t_mean is None) != (self.t_std is None):
             raise UserError("t_mean and t_std go together; set both or neither.")
         if self.text_lr is not None and not self.text:

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,6 +84,12 @@ def from_main(value: Any) -> Any:
             dist.broadcast(here, 0)
             shapes[k] = here
     return tree_unflatten(shapes, tree)
+
+
+def own_folder(folder: Path | None) -> Path | None:
+    """The folder, unless it is the first process's, which alone writes there."""
+    of_main = from_main(folder)
+    return folder if ranks.is_main() or folder != of_main else None
 
 
 def share(batches: list[Any]) -> list[Any]:

@@ -28,12 +28,13 @@ def begin(folder: Path) -> None:
 
 
 def begun(folder: Path) -> bool:
-    """Whether torchrun has restarted the processes, and the run here is of those before: it goes on
-    where they stopped. An earlier run, of another command, does not go on by itself."""
+    """Whether torchrun has restarted the processes, and a run here or below is of those before: it
+    goes on where they stopped. An earlier run, of another command, does not go on by itself."""
     notes = _notes()
     if notes is None or not notes.exists():
         return False
-    return str(folder.resolve()) in notes.read_text(encoding="utf-8").splitlines()
+    noted = map(Path, notes.read_text(encoding="utf-8").splitlines())
+    return any(other.is_relative_to(folder.resolve()) for other in noted)
 
 
 def _notes() -> Path | None:
