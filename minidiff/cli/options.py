@@ -210,3 +210,11 @@ def pick_device(name: str) -> str:
     from minidiff.training import device
 
     return device.pick_device(name)
+
+
+def warn_of_imitation(dtype: Dtype, device: str) -> None:
+    """Warn of a precision that this processor computes slowly."""
+    from minidiff.checkpoints.folder import dtype_named
+    from minidiff.training.device import warn_of_imitation
+
+    warn_of_imitation(dtype_named(dtype), device)

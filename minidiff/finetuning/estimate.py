@@ -58,7 +58,7 @@ def settings(config: FineTuneConfig, unet: nn.Module, size: tuple[int, int]) -> 
         targets(unet, config) if by_lora else lora.ATTENTION,
         config.text,
         config.checkpointing,
-        config.dtype == "bf16",
+        config.dtype != "fp32",
         config.optimizer,
         config.ema is not None,
     )

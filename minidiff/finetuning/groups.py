@@ -24,6 +24,7 @@ from minidiff.denoiser import Denoiser
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.schedules import NoiseSchedule
 from minidiff.train import Loss
+from minidiff.training.device import to_device
 from minidiff.training.seeds import generator_of, seed_of
 
 
@@ -160,9 +161,10 @@ class GroupLoss:
         if self.contexts is None:
             context = self.model.text.encode(captions)
         else:
-            context = torch.stack([self.contexts[caption] for caption in captions]).to(device)
-        latents = torch.cat([part.latents for part in parts]).to(device)
+            context = torch.stack([self.contexts[caption] for caption in captions])
+            context = to_device(context, device)
+        latents = to_device(torch.cat([part.latents for part in parts]), device)
         t = torch.cat([part.t for part in parts])
-        eps = torch.cat([part.eps for part in parts]).to(device)
+        eps = to_device(torch.cat([part.eps for part in parts]), device)
         losses = self.denoiser.loss(latents, context, t, eps)
         return list(losses.split([len(part.t) for part in parts]))

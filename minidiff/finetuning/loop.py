@@ -37,7 +37,7 @@ from minidiff.training.resume import checkpoints, read_log
 
 LR = {"full": 1e-5, "lora": 1e-4, "inversion": 5e-4}  # what is usual for Stable Diffusion
 SMALL, SMALL_LR = 50_000_000, 20  # a U-Net of fewer weights learns at a rate that many times higher
-DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARED = 50_000_000  # with more trained weights a second set of gradients costs too much memory
 
 
@@ -77,9 +77,7 @@ def finetune(
     if shard:  # a copy learns, and is brought back whole for the recorder and the results
         model = copy.deepcopy(model)
         whole_model.to(model.device if ranks.is_main() else "cpu")
-    denoiser = model.denoiser
-    if config.min_snr:
-        denoiser = Denoiser(model.unet, model.schedule, denoiser.target, "min-snr")
+    denoiser = denoiser_of(model, config)
     word = trained_word(model, config)
     trained = to_train(model, denoiser, config, word)
     attached = word.attach(model.text) if word else None
@@ -101,7 +99,7 @@ def finetune(
     keep = partial(run.write_best, whole_model, config, out, word)
     observe = partial(measure, recorder, None if shard else average, keep)
     learnt = trained if average is None else average.average
-    result = to_train(whole_model, whole_model.denoiser, config) if shard else None
+    result = to_train(whole_model, denoiser_of(whole_model, config), config) if shard else None
     if recorder and not checkpoints(out / "training"):
         observe(0, {}, None)
     cut = partial(in_pieces, whole, training.pieces)
@@ -159,6 +157,12 @@ def check(groups: list[Group], config: FineTuneConfig, schedule: NoiseSchedule) 
             "t_mean and t_std cannot be chosen for a schedule of the kind "
             f"{type(schedule).__name__}; it has its own distribution of t."
         )
+
+
+def denoiser_of(model: LatentDiffusion, config: FineTuneConfig) -> Denoiser:
+    """The model's own, or one with another weighting."""
+    own = model.denoiser
+    return Denoiser(model.unet, own.schedule, own.target, "min-snr") if config.min_snr else own
 
 
 def trained_word(model: LatentDiffusion, config: FineTuneConfig) -> inversion.Word | None:

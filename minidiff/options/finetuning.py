@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from minidiff.errors import UserError, choice
 
 Method = Literal["full", "lora", "inversion"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 OptimizerName = Literal["adamw", "adamw8bit"]
 TrainText = Literal["auto", "yes", "no", "word"]
 Schedule = Literal["cosine", "constant"]
@@ -83,7 +83,7 @@ class TuningConfig:
     ema: float | None = None
     # start the trained word's vector from that of this word, as in dog. Default: its own
     like: str | None = None
-    # precision to compute in; trained weights stay in fp32
+    # precision to compute in; trained weights stay in fp32. fp16 is for GPUs without bf16
     dtype: Precision = "fp32"
     # compute activations again in the backward pass: far less memory, a third more time
     checkpointing: bool = False
@@ -98,7 +98,7 @@ class TuningConfig:
         choice("method", self.method, get_args(Method))
         choice("lr_schedule", self.lr_schedule, get_args(Schedule))
         choice("optimizer", self.optimizer, get_args(OptimizerName))
-        choice("dtype", self.dtype, get_args(Precision))  # in fp16 gradients vanish
+        choice("dtype", self.dtype, get_args(Precision))
         check_limits(self)
 
 
@@ -136,10 +136,11 @@ class FineTuneConfig(TuningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.shard and (self.method != "full" or self.word or self.optimizer != "adamw"):
+        is_plain = self.method == "full" and self.optimizer == "adamw" and not self.word
+        if self.shard and (not is_plain or self.dtype == "fp16"):
             raise UserError(
-                "`shard` is for the method full with the optimizer adamw and without a word: all "
-                "else takes little memory; leave it out."
+                "`shard` is for the method full, with the optimizer adamw, in fp32 or bf16, and "
+                "without a word; leave it out."
             )
         if (self.t_mean is None) != (self.t_std is None):
             raise UserError("t_mean and t_std go together; set both or neither.")

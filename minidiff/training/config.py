@@ -12,7 +12,13 @@ from minidiff.errors import UserError
 from minidiff.training.optimizers import OPTIMIZERS
 
 LR_SCHEDULES = ("cosine", "constant")
-MACHINE = ("pieces", "threads", "autocast", "save_every", "shard")  # what suits the machine, not the run
+MACHINE = (
+    "pieces",
+    "threads",
+    "autocast",
+    "save_every",
+    "shard",
+)  # what suits the machine, not the run
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,9 @@ class TrainConfig:
     accumulate: int = 1  # batches in a step
     pieces: int = 1  # pieces that each batch comes in, one after another, all of one size
     threads: int = 1  # batches, or pieces, that are computed at a time
-    autocast: torch.dtype | None = None  # compute in this dtype; the weights stay float32
+    # compute in this dtype; the weights stay float32. float16: gradients are scaled, and a step in
+    # which they overflow is skipped
+    autocast: torch.dtype | None = None
     seed: int = 0
     save_every: int = 500  # steps between two checkpoints
     shard: bool = False  # of several processes, each keeps a shard of the weights and their moments

@@ -2,12 +2,7 @@
 
 Every process runs the same program, with the same seeds. A step's batches are the same at any
 number of processes, and each computes a part of them, so that N processes do what one does. PyTorch
-averages the gradients: DDP ([1]) keeps the whole model in every process, FSDP2 ([2]) a shard of it.
-
-[1] Li et al. PyTorch Distributed: Experiences on Accelerating Data Parallel Training. 2020.
-    arXiv:2006.15704
-[2] Zhao et al. PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel. 2023.
-    arXiv:2304.11277
+averages the gradients (joint.py).
 """
 
 import os
@@ -20,16 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from minidiff.errors import UserError
 from minidiff.training import ranks
 from minidiff.training.bins import Loss
+from minidiff.training.config import TrainConfig
 
 PATIENCE = timedelta(hours=6)  # the first process may measure or write while the others wait
 
@@ -38,18 +29,18 @@ def join() -> None:
     """Meet the other processes; each takes a GPU of its own."""
     if ranks.size() == 1 or dist.is_initialized():
         return
+    from torch.distributed.rendezvous import rendezvous  # not in every build of PyTorch
+
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
     store, rank, size = next(rendezvous("env://"))
-    # On one machine torchrun keeps its store over a restart, with the addresses of the dead.
-    alone = os.environ["GROUP_WORLD_SIZE"] == "1"
-    start = os.environ["TORCHELASTIC_RESTART_COUNT"] if alone else ""
-    store = dist.PrefixStore(f"minidiff {start}", store)
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=PATIENCE
-    )
+    # torchrun may keep its store over a restart, with the addresses of the dead. Only on one
+    # machine do all processes count restarts alike.
+    if os.environ["GROUP_WORLD_SIZE"] == "1":
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
 
 
 @contextmanager
@@ -80,9 +71,10 @@ def from_main(value: Any) -> Any:
     shapes, tree = told
     for k, shape in enumerate(shapes):
         if isinstance(shape, Tensor):
-            here = leaves[k].cpu().contiguous() if ranks.is_main() else torch.empty_like(shape, device="cpu")
-            dist.broadcast(here, 0)
-            shapes[k] = here
+            shapes[k] = torch.empty_like(shape, device="cpu")
+            if ranks.is_main():
+                shapes[k] = leaves[k].cpu().contiguous()
+            dist.broadcast(shapes[k], 0)
     return tree_unflatten(shapes, tree)
 
 
@@ -119,75 +111,20 @@ def _rows(batch: Any) -> Any:
     return batch[ranks.rank() * count : (ranks.rank() + 1) * count]
 
 
-class _Objective(nn.Module):
-    """A loss function as a module, which is what DDP and FSDP watch. In its module are the weights;
-    it may use others, which are not trained."""
-
-    def __init__(self, module: nn.Module, loss_fn: Callable[[Any], Loss]):
-        super().__init__()
-        self.module, self.loss_fn = module, (loss_fn,)  # in a tuple, a module's weights stay its own
-
-    def forward(self, batch: Any) -> Loss:
-        return self.loss_fn[0](batch)
-
-
-class Joint:
-    """A loss function whose gradients are averaged over all processes, once a step: in the backward
-    pass of its last batch."""
-
-    def __init__(self, objective: DistributedDataParallel | FSDPModule, batches: int):
-        """batches: of a step, that are computed here."""
-        self.objective, self.batches, self.calls = objective, batches, 0
-
-    def __call__(self, batch: Any) -> Loss:
-        self.calls += torch.is_grad_enabled()
-        last = self.calls % self.batches == 0
-        if isinstance(self.objective, FSDPModule):
-            self.objective.set_requires_gradient_sync(last)
-        else:
-            self.objective.require_backward_grad_sync = last  # as DDP.no_sync does
-        return self.objective(batch)
-
-
 def joint(
     loss_fn: Callable[[Any], Loss],
     module: nn.Module,
-    batches: int,
-    shard: bool = False,
+    config: TrainConfig,
     average: nn.Module | None = None,
 ) -> Callable[[Any], Loss]:
-    """loss_fn, for a module that all processes train; batches: of a step, of all processes.
-
-    shard: put shards (DTensors) in the place of the module's parameters, and of its average's.
-    """
+    """loss_fn, for a module that all processes train. With config.shard, shards take the place of
+    its parameters, and of its average's."""
     if ranks.size() == 1:
         return loss_fn
     join()
-    own, rest = divmod(batches, ranks.size())
-    own = batches if rest else own
-    objective = _Objective(module, loss_fn)
-    if not shard:
-        options = {"broadcast_buffers": False, "find_unused_parameters": True}
-        return Joint(DistributedDataParallel(objective, **options), own)
-    if average is not None:
-        _sharded(_Objective(average, loss_fn))
-    return Joint(_sharded(objective), own)
+    from minidiff.training import joint  # a second of imports
 
-
-def _sharded(objective: _Objective) -> FSDPModule:
-    device = next(objective.parameters()).device.type
-    mesh = init_device_mesh(device, (ranks.size(),))
-    for block in _blocks(objective.module):
-        fully_shard(block, mesh=mesh)
-    return fully_shard(objective, mesh=mesh)
-
-
-def _blocks(module: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of the networks, the inner ones first: each is gathered when it is
-    called, and freed afterwards."""
-    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
-    blocks = [part for part_list in lists if part_list is not module for part in part_list]
-    return [part for part in reversed(blocks) if type(part).forward is not nn.Module.forward]
+    return joint.joint(loss_fn, module, config, average)
 
 
 def gathered(losses: list[Loss]) -> list[Loss]:
@@ -213,11 +150,11 @@ def largest(number: int) -> int:
 
 def whole(state: Any) -> Any:
     """The same with the tensors that are in shards put together, on the CPU."""
-    return tree_map(_whole, state)
+    if ranks.size() == 1:
+        return state
+    from minidiff.training import joint
 
-
-def _whole(value: Any) -> Any:
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+    return tree_map(joint.whole, state)
 
 
 def put_in(module: nn.Module, state: dict[str, Tensor]) -> None:
@@ -228,7 +165,8 @@ def put_in(module: nn.Module, state: dict[str, Tensor]) -> None:
 
 def like(value: Tensor, other: Tensor | None) -> Tensor:
     """The value in shards, if the other is and has its shape."""
-    if not isinstance(other, DTensor) or value.shape != other.shape:
+    if ranks.size() == 1 or other is None or value.shape != other.shape:
         return value
-    value = value.to(other.device)
-    return distribute_tensor(value, other.device_mesh, other.placements, src_data_rank=None)
+    from minidiff.training import joint
+
+    return joint.like(value, other)

@@ -58,6 +58,7 @@ class Progress:
     ema: nn.Module | None  # the averages
     save_every: int
     steps: int  # of the whole run
+    scaler: torch.amp.GradScaler  # of the gradients, in float16
     whole: list[Path] = field(default_factory=list)  # the checkpoints to keep, the newest last
 
     def start(self, resume: bool) -> dict | None:
@@ -101,6 +102,8 @@ class Progress:
         state["module"] = self.module.state_dict()
         state["optimizer"] = _interned(self.optimizer.state_dict())
         state["ema"] = None if self.ema is None else self.ema.state_dict()
+        if self.scaler.is_enabled():
+            state["scaler"] = self.scaler.state_dict()
         state = distributed.whole(state)
         if self.folder is None or not ranks.is_main():
             return
@@ -161,6 +164,8 @@ class Progress:
                     raise ValueError("the optimizer's moments have other shapes")
             if self.ema is not None:
                 distributed.put_in(self.ema, state["ema"])
+            if self.scaler.is_enabled() and "scaler" in state:
+                self.scaler.load_state_dict(state["scaler"])
         except UNREADABLE as error:
             line = str(error).splitlines()[:2][-1].strip()  # the first of several is a heading
             advice = "resume with the settings it was made with, or start in another folder"

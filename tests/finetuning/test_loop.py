@@ -837,7 +837,7 @@ def test_without_a_recorder(folder, tmp_path, ran, forecasts):
         (["--ema", 1], "ema is 1; it must be between 0 and 1"),
         (["--dropout", 1], "dropout is 1; it must be from 0 to below 1"),
         (["--validation", 1], "--validation is 1; it must be a share"),
-        (["--dtype", "fp16"], 'no dtype "fp16"; there is fp32, bf16'),
+        (["--dtype", "fp8"], 'no dtype "fp8"; there is fp32, bf16, fp16'),
         (["--optimizer", "sgd"], 'no optimizer "sgd"; there is adamw, adamw8bit'),
         (["--device", "abacus"], 'no device "abacus"'),
         (["--size", 15], "size 15 is not divisible by 4"),

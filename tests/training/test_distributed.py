@@ -23,9 +23,23 @@ ROOT = Path(__file__).parents[2]
 def torchrun(count, *command, restarts=0, **options):
     """A command in so many processes."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += ["--nproc-per-node", str(count), "--max-restarts", str(restarts), *map(str, command)]
+    torchrun += [
+        "--nproc-per-node",
+        str(count),
+        "--max-restarts",
+        str(restarts),
+        *map(str, command),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(torchrun, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        torchrun,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 def trained(count, out, restarts=0, **options):
@@ -34,7 +48,9 @@ def trained(count, out, restarts=0, **options):
     if count == 1:
         together.run(out, **options)
     else:
-        ended = torchrun(count, "-m", "tests.training.together", out, json.dumps(options), restarts=restarts)
+        ended = torchrun(
+            count, "-m", "tests.training.together", out, json.dumps(options), restarts=restarts
+        )
         assert ended.returncode == 0, ended.stderr[-3000:]
     weights = [torch.load(out / f"weights-{rank}.pt") for rank in range(count)]
     steps = [json.loads((out / f"steps-{rank}.json").read_text()) for rank in range(count)]
@@ -46,7 +62,9 @@ def trained(count, out, restarts=0, **options):
 
 def distance(one, other):
     """The largest relative distance of two tensors with one name."""
-    pairs = [(one[part][name], other[part][name]) for part in one if one[part] for name in one[part]]
+    pairs = [
+        (one[part][name], other[part][name]) for part in one if one[part] for name in one[part]
+    ]
     return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
 
 
@@ -58,7 +76,9 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
         assert distance(both, alone) < 1e-6
         print(distance(both, alone))
         for step, same in zip(log, same_log, strict=True):
-            assert same["lr"] == step["lr"] and same["loss"] == pytest.approx(step["loss"], rel=1e-6)
+            assert same["lr"] == step["lr"] and same["loss"] == pytest.approx(
+                step["loss"], rel=1e-6
+            )
             assert same["grad_norm"] == pytest.approx(step["grad_norm"], rel=1e-6)
 
 
@@ -108,7 +128,10 @@ def test_a_killed_process_changes_nothing(tmp_path, rank):
     assert distance(again, whole) == 0
     for path in (tmp_path / "whole" / "training").iterdir():
         assert (tmp_path / "again" / "training" / path.name).read_bytes() == path.read_bytes()
-    names = [{path.name for path in (tmp_path / run / "training").iterdir()} for run in ("whole", "again")]
+    names = [
+        {path.name for path in (tmp_path / run / "training").iterdir()}
+        for run in ("whole", "again")
+    ]
     assert names[0] == names[1]
 
 
@@ -120,28 +143,53 @@ def commanded(count, *command):
     if count > 1:
         return torchrun(count, *command)
     return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 
 def model_of(out):
     parts = [load_file(path) for path in sorted((out / "model").glob("*.safetensors"))]
-    return {"model": {f"{k} {name}": value for k, part in enumerate(parts) for name, value in part.items()}}
+    return {
+        "model": {
+            f"{k} {name}": value for k, part in enumerate(parts) for name, value in part.items()
+        }
+    }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [(), ("--shard", "--ema", "0.9", "--text")], ids=["copies", "shards"])
+@pytest.mark.parametrize(
+    "options", [(), ("--shard", "--ema", "0.9", "--text")], ids=["copies", "shards"]
+)
 def test_finetune_and_its_recorder(folder, tmp_path, options):  # noqa: F811
     for count in (1, 2):
         command = ["-m", "minidiff.cli", "finetune", "--model", folder / "model", "--data", folder]
-        command += ["--steps", "4", "--every", "2", "--batch", "4", "--lr", "1e-3", "--out", tmp_path / str(count), *options]
+        command += [
+            "--steps",
+            "4",
+            "--every",
+            "2",
+            "--batch",
+            "4",
+            "--lr",
+            "1e-3",
+            "--out",
+            tmp_path / str(count),
+            *options,
+        ]
         ended = commanded(count, *command)
         assert ended.returncode == 0, ended.stderr[-3000:]
         assert ended.stdout.count("9 pictures to train on") == 1  # only one process speaks
     one, two = tmp_path / "1", tmp_path / "2"
     assert distance(model_of(two), model_of(one)) < 1e-5
     for file in ("record.jsonl", "training/log.jsonl"):
-        assert len((two / file).read_text().splitlines()) == len((one / file).read_text().splitlines())
+        assert len((two / file).read_text().splitlines()) == len(
+            (one / file).read_text().splitlines()
+        )
     assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
     refused = commanded(2, *command)  # OUT holds a training already
     lines = [line for line in refused.stderr.splitlines() if line.startswith("minidiff: ")]
@@ -154,12 +202,24 @@ def test_an_experiment(tmp_path):
     """The study itself knows nothing of processes: the first one's folder has the results, and no other's is left."""
     for k in range(8):
         (tmp_path / "data" / "ab"[k % 2]).mkdir(parents=True, exist_ok=True)
-        Image.effect_noise((32, 32), 50 + k).convert("RGB").save(tmp_path / "data" / "ab"[k % 2] / f"{k}.png")
-    command = ["experiments/cifar_ddpm.py", "--data", tmp_path / "data", "--preset", "tiny", "--each", "1"]
+        Image.effect_noise((32, 32), 50 + k).convert("RGB").save(
+            tmp_path / "data" / "ab"[k % 2] / f"{k}.png"
+        )
+    command = [
+        "experiments/cifar_ddpm.py",
+        "--data",
+        tmp_path / "data",
+        "--preset",
+        "tiny",
+        "--each",
+        "1",
+    ]
     ended = torchrun(2, *command, "--out", tmp_path / "out")
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert len((tmp_path / "out" / "training" / "log.jsonl").read_text().splitlines()) == 4
-    assert {"model", "results.json", "samples.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"model", "results.json", "samples.png"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
     assert ended.stdout.count("results.json") == 1
 
 
@@ -181,6 +241,7 @@ def test_a_process_takes_batches_or_rows_of_them(monkeypatch):
 
 def test_processes_refuse_what_they_cannot_share(monkeypatch):
     monkeypatch.setattr(ranks, "size", lambda: 2)
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
     with pytest.raises(UserError, match="2 processes cannot share 3 examples"):
         distributed.share([torch.zeros(3)])
 
@@ -189,8 +250,12 @@ def test_a_restart_goes_on_with_its_own_run_alone(monkeypatch, tmp_path):
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     ranks.begin(tmp_path / "a")
     assert not ranks.begun(tmp_path / "a")  # without torchrun
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "run" / "attempt_0" / "0" / "error.json"))
+    monkeypatch.setenv(
+        "TORCHELASTIC_ERROR_FILE", str(tmp_path / "run" / "attempt_0" / "0" / "error.json")
+    )
     (tmp_path / "run").mkdir()
     ranks.begin(tmp_path / "a" / "training")
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "run" / "attempt_1" / "0" / "error.json"))
+    monkeypatch.setenv(
+        "TORCHELASTIC_ERROR_FILE", str(tmp_path / "run" / "attempt_1" / "0" / "error.json")
+    )
     assert ranks.begun(tmp_path / "a") and not ranks.begun(tmp_path / "b")

@@ -1,17 +1,15 @@
 """What the processes of tests/training/test_distributed.py run under torchrun: a small training, whose weights and log are written.
 
-    torchrun --nproc-per-node 2 -m tests.training.together OUT '{"steps": 20, ...}'
+torchrun --nproc-per-node 2 -m tests.training.together OUT '{"steps": 20, ...}'
 """
 
 import json
 import os
-import signal
 import sys
 from itertools import count
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from minidiff.denoiser import Denoiser
 from minidiff.schedules import cosine
@@ -25,7 +23,11 @@ SCHEDULE = cosine()
 
 def network():
     torch.manual_seed(1)
-    unet = UNet(UNetConfig(3, 3, channels=(8, 16), blocks=1, depth=(0, 1), heads=(1, 2), context_dim=8, groups=4))
+    unet = UNet(
+        UNetConfig(
+            3, 3, channels=(8, 16), blocks=1, depth=(0, 1), heads=(1, 2), context_dim=8, groups=4
+        )
+    )
     for parameter in unet.parameters():  # the last layers of a new one are zero
         parameter.data += 0.02 * torch.randn_like(parameter)
     return Denoiser(unet, SCHEDULE, "v")
@@ -40,7 +42,18 @@ def batches(batch, start):
         yield x0, SCHEDULE.sample_t(batch, generator), eps, context
 
 
-def run(out, steps=20, batch=8, accumulate=1, shard=False, folder=False, resume=False, save_every=4, kill=None, ema=None):
+def run(
+    out,
+    steps=20,
+    batch=8,
+    accumulate=1,
+    shard=False,
+    folder=False,
+    resume=False,
+    save_every=4,
+    kill=None,
+    ema=None,
+):
     """kill: [rank, step, signal]: what happens to one process, the first time."""
     torch.set_num_threads(1)
     denoiser = network()
@@ -49,15 +62,29 @@ def run(out, steps=20, batch=8, accumulate=1, shard=False, folder=False, resume=
 
     def loss_fn(parts):
         first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        if kill and first and ranks.rank() == kill[0] and next(calls) == kill[1] * max(1, accumulate // ranks.size()):
+        if (
+            kill
+            and first
+            and ranks.rank() == kill[0]
+            and next(calls) == kill[1] * max(1, accumulate // ranks.size())
+        ):
             os.kill(os.getpid(), kill[2])
         x0, t, eps, context = parts
         return {"loss": denoiser.loss(x0, context, t, eps), "progress": SCHEDULE.progress(t)}
 
-    config = TrainConfig(steps, 1e-3, warmup=2, accumulate=accumulate, shard=shard, save_every=save_every, clip=0.05)
+    config = TrainConfig(
+        steps, 1e-3, warmup=2, accumulate=accumulate, shard=shard, save_every=save_every, clip=0.05
+    )
     place = out / "training" if folder and ranks.is_main() else None
-    done = [step._asdict() for step in train(loss_fn, denoiser, lambda k: batches(batch, k), config, average, place, resume)]
-    state = distributed.whole({"module": denoiser.state_dict(), "ema": average and average.average.state_dict()})
+    done = [
+        step._asdict()
+        for step in train(
+            loss_fn, denoiser, lambda k: batches(batch, k), config, average, place, resume
+        )
+    ]
+    state = distributed.whole(
+        {"module": denoiser.state_dict(), "ema": average and average.average.state_dict()}
+    )
     torch.save(state, out / f"weights-{ranks.rank()}.pt")
     (out / f"steps-{ranks.rank()}.json").write_text(json.dumps(done))
 
