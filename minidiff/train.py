@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.amp import GradScaler
 
-from minidiff.training import nonfinite, optimizers
+from minidiff.training import distributed, nonfinite, optimizers
 from minidiff.training.ahead import Ahead
 from minidiff.training.backward import autocasting, backward_all
 from minidiff.training.bins import BINS, Loss, by_bin, means, on_cpu
@@ -60,6 +60,10 @@ class EMA:
     def __init__(self, module: nn.Module, decay: float):
         frozen = {id(p): p for p in module.parameters() if not p.requires_grad}
         self.decay, self.average = decay, copy.deepcopy(module, frozen).requires_grad_(False).eval()
+        self.follow(module)
+
+    def follow(self, module: nn.Module) -> None:
+        """Average the module's parameters as they are now: others, once it is in shards."""
         pairs = list(zip(self.average.parameters(), module.parameters(), strict=True))
         self.averages = [average for average, weight in pairs if average is not weight]
         self.weights = [weight for average, weight in pairs if average is not weight]
@@ -95,11 +99,16 @@ def train(
     newest checkpoint. Its step is yielded again, because the run may have been killed before the
     caller handled it.
     """
+    device = next(p.device for p in module.parameters() if p.requires_grad)
+    forward = partial(autocasting, loss_fn, device.type, config.autocast)
+    forward = distributed.joint(forward, module, config, ema and ema.average)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    device, groups = parameters[0].device, optimizers.grouped(parameters, config.weight_decay)
+    groups = optimizers.grouped(parameters, config.weight_decay)
+    if ema is not None:
+        ema.follow(module)
     optimizer = optimizers.named(config.optimizer, groups, config.lr, config.betas, device)
     optimizer.zero_grad()  # whatever the caller left there
-    forward = partial(autocasting, loss_fn, device.type, config.autocast)
+    folder = distributed.own_folder(folder)
     warn_of_imitation(config.autocast, device.type)
     scaler = GradScaler(device.type, enabled=config.autocast == torch.float16)
     averages = None if ema is None else ema.average
@@ -118,11 +127,12 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate(step) * group.get("lr_multiplier", 1.0)
 
-            micro = data.take(step)
+            micro = distributed.share(data.take(step))
             signals.saved = None
             losses = backward_all(forward, parameters, micro, pool, scaler)
             scaler.unscale_(optimizer)
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            losses, norm = distributed.gathered(losses), distributed.whole(norm)
 
             data.prepare(step + 1)
             losses, grad_norm = on_cpu(losses, norm)  # here alone the loop waits for a GPU
@@ -144,6 +154,7 @@ def train(
             lr, mean, bins = config.learning_rate(step), loss.mean().item(), by_bin(loss, losses)
             done = TrainStep(step + 1, mean, bins, lr, grad_norm.item(), means(losses))
             progress.log(done._asdict())
+            signals.agree()
             if progress.due(done.step) or signals.received:
                 progress.save(done._asdict())
                 signals.saved = done.step if folder is not None else None

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from minidiff.cli.flags import Flag, flags, in_flags, keeping
 from minidiff.cli.types import REGISTRY
 from minidiff.errors import Terminated, UserError, choice, printable
-from minidiff.training import atomic
+from minidiff.training import atomic, ranks
 
 Verb = Callable[..., None]
 Verbs = dict[str, Verb]  # by name; a name of two words is a verb of a group, as in "plot forward"
@@ -221,7 +221,8 @@ def one_line(program: str) -> Iterator[None]:
         try:
             _open_streams()
             _limit_memory()
-            yield
+            with contextlib.nullcontext() if ranks.is_main() else _silent():
+                yield
             sys.stdout.flush()
         except UserError as error:
             _fail(program, str(error), 2)
@@ -243,6 +244,17 @@ def one_line(program: str) -> Iterator[None]:
             is_terminated = isinstance(error, Terminated)
             name, code = ("terminated", 143) if is_terminated else ("interrupted", 130)
             _fail(program, f"{name}; {error}." if str(error) else f"{name}.", code)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing is said by any process but the first, which says it for all."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
 
 
 def _open_streams() -> None:
@@ -349,6 +361,8 @@ def _line(message: str) -> str:
 
 def _fail(program: str, message: str, code: int) -> None:
     try:
+        if not ranks.is_main():
+            sys.exit(code)
         print(f"{program}: {_line(' '.join(message.splitlines()))}", file=sys.stderr)
     except OSError:  # nobody can be told
         _silence(sys.stderr)

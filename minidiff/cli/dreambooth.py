@@ -47,11 +47,14 @@ def dreambooth(
     from minidiff.finetuning import fit, loop, run
     from minidiff.finetuning.groups import Group, encoded
     from minidiff.finetuning.recorder.budget import Counts, planned
+    from minidiff.training import distributed, ranks
 
     # All that can be wrong, before anything slow.
     data = booth.subject_pictures(images.subject, config.prompt, images.caption_column)
     words = booth.check_prompts(data.captions, list(config.class_prompt))
-    run.check_free(out, resume)
+    with distributed.main_first():
+        if ranks.is_main():
+            run.check_free(out, resume)
     diffusion = load(model, device)
     side = images.size or diffusion.size
     check_size(side, diffusion.vae.factor * diffusion.unet.multiple)
@@ -69,12 +72,13 @@ def dreambooth(
     tuning = booth.finetune_config(config, recipe, word)
 
     # The groups.
-    examples = booth.subject_examples(diffusion, data, config, out / "cache", side, images.flip)
-    groups = [Group("subject", examples)]
-    if config.preserves:
-        drawn = booth.class_images(diffusion, config, out / "class", images.class_dir)
-        folder = out / "cache" / "class"
-        groups.append(Group("class", encoded(diffusion, drawn, side, folder), config.prior))
+    with distributed.main_first():
+        examples = booth.subject_examples(diffusion, data, config, out / "cache", side, images.flip)
+        groups = [Group("subject", examples)]
+        if config.preserves:
+            drawn = booth.class_images(diffusion, config, out / "class", images.class_dir)
+            folder = out / "cache" / "class"
+            groups.append(Group("class", encoded(diffusion, drawn, side, folder), config.prior))
     counts = ", ".join(f"{len(group.examples)} of the {group.name}" for group in groups)
     print(f"{counts} to learn from; {config.steps} steps")
     if word:
@@ -82,7 +86,7 @@ def dreambooth(
 
     # Training, recorded.
     observer = None
-    if recorder:
+    if recorder and ranks.is_main():
         prompts = {"subject": data.captions[0]}
         templates = list(config.class_prompt)
         prompts |= {"class": booth.expand(templates, 1, config.seed)[0]} if templates else {}
@@ -92,6 +96,8 @@ def dreambooth(
         observer = recorder_of(diffusion, out, prompts, data.paths, [], examples, plan.config)
     with going_on(diffusion, config.method, model, out):
         loop.finetune(diffusion, groups, out, tuning, observer, resume)
+    if not ranks.is_main():
+        return
     report(observer)
     best = observer.best() if observer else None
     print(*commands(diffusion, config.method, model, out, data.captions[0], best), sep="\n")

@@ -50,9 +50,12 @@ def finetune(
     from minidiff.finetuning.groups import Group, encoded, split
     from minidiff.finetuning.recorder.budget import Counts, planned
     from minidiff.methods import inversion, lora
+    from minidiff.training import distributed, ranks
 
     # All that can be wrong, before anything slow.
-    run.check_free(out, resume)
+    with distributed.main_first():
+        if ranks.is_main():
+            run.check_free(out, resume)
     several = images.captions == "random"
     folder = CaptionedFolder(images.data, caption_column=images.caption_column, several=several)
     diffusion = load(model, device)
@@ -60,11 +63,14 @@ def finetune(
     check_size(side, diffusion.vae.factor * diffusion.unet.multiple)
     chosen, held_out = split(folder.paths, images.validation, config.seed)
     plan = None
-    if recorder:
+    if recorder and ranks.is_main():
         texts = 2 + bool(held_out) + len(config.validation_prompt)
         plan = planned(diffusion, config, Counts(1, texts, len(held_out), len(chosen)), out)
     recording = plan.config if plan else None
     if config.fit:
+        if ranks.size() > 1:
+            remedy = "choose with one process, and name the options it chose"
+            raise UserError(f"`fit` measures one process, and this is one of several; {remedy}.")
         tuned = partial(fit.applied, config)
         config = fitted(fit.Case(diffusion, tuned, (side, side), 1, recording), config, out)
     config = loop.completed(config, diffusion)
@@ -75,7 +81,8 @@ def finetune(
         print(f'the word whose vector is trained: "{config.word}"')
 
     # The examples.
-    examples = encoded(diffusion, folder, side, out / "cache", images.flip, images.buckets)
+    with distributed.main_first():
+        examples = encoded(diffusion, folder, side, out / "cache", images.flip, images.buckets)
     copies = 2 if images.flip else 1
     training = [examples[copy * len(folder) + i] for copy in range(copies) for i in chosen]
     print(f"{len(chosen)} pictures to train on, {len(held_out)} held out, {side}x{side} pixels")
@@ -99,6 +106,8 @@ def finetune(
     # Training, recorded.
     with going_on(diffusion, config.method, model, out):
         loop.finetune(diffusion, [Group("data", training)], out, config, observer, resume)
+    if not ranks.is_main():
+        return
     report(observer)
     best = observer.best() if observer else None
     print(*commands(diffusion, config.method, model, out, training[0].caption, best), sep="\n")

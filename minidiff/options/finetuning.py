@@ -17,6 +17,7 @@ Schedule = Literal["cosine", "constant"]
 Captions = Literal["first", "random"]
 # what suits the machine, or is only looked at, changes no result and is no part of a run
 MACHINE = ("checkpointing", "pieces", "background", "save_every", "keep", "validation_prompt")
+MACHINE += ("shard",)
 FITTED = ("method", "dtype", "optimizer", "checkpointing", "pieces", "background")  # fit's choices
 ABOVE_0, BELOW_1, FINITE = math.ulp(0.0), math.nextafter(1, 0), sys.float_info.max
 COUNTS = ("rank", "accumulate", "steps", "batch", "every", "probe", "noises", "compared")
@@ -160,6 +161,8 @@ class FineTuneConfig(TuningConfig):
     t_std: float | None = None
     # the recorder measures at some multiples of this many steps
     every: int = 100
+    # of several processes (torchrun), each keeps a shard of the weights, gradients and moments
+    shard: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,6 +170,12 @@ class FineTuneConfig(TuningConfig):
             raise UserError(
                 f"pieces is {self.pieces}, and a batch of {self.batch} cannot be cut into so many "
                 "of one size; take a divisor of it."
+            )
+        is_plain = self.method == "full" and self.optimizer == "adamw" and not self.word
+        if self.shard and (not is_plain or self.dtype == "fp16"):
+            raise UserError(
+                "`shard` is for the method full, with the optimizer adamw, in fp32 or bf16, and "
+                "without a word; leave it out."
             )
         if (self.t_mean is None) != (self.t_std is None):
             raise UserError("t_mean and t_std go together; set both or neither.")

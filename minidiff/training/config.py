@@ -13,7 +13,7 @@ from minidiff.training.optimizers import OPTIMIZERS
 
 LR_SCHEDULES = ("cosine", "constant")
 # what suits the machine, not the run
-MACHINE = ("pieces", "threads", "autocast", "save_every", "background")
+MACHINE = ("pieces", "threads", "autocast", "save_every", "background", "shard")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class TrainConfig:
     seed: int = 0
     save_every: int = 500  # steps between two checkpoints
     background: bool = True  # write them while training goes on; takes a copy of the state
+    shard: bool = False  # of several processes, each keeps a shard of the weights and their moments
 
     def __post_init__(self) -> None:
         for name in ("steps", "warmup", "accumulate", "pieces", "threads", "save_every"):

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from minidiff.errors import Terminated, UserError
-from minidiff.training import atomic
+from minidiff.training import atomic, distributed, ranks
 from minidiff.training.device import free_bytes
 from minidiff.training.json_types import fits
 
@@ -94,14 +94,22 @@ class Progress:
 
         Without `resume`, remove an earlier run's checkpoints, so that no later resume finds them.
         """
-        if self.folder is None:
-            return None
-        atomic.clean(self.folder)
-        last = self._restore() if resume else None
-        if last is None:
-            for file in checkpoints(self.folder):
-                _remove(file)
-        cut_log(self.folder / "log.jsonl", last["step"] if last else 0)
+        file = state = None
+        with distributed.main_first():
+            if self.folder is not None and ranks.is_main():
+                atomic.clean(self.folder)
+                if resume or ranks.begun(self.folder):
+                    file, state = self._newest()
+        file, state = distributed.from_main((file, state))
+        if state is not None:
+            self._put_back(file, state)
+        last = state and state.get("last", {}) | {"step": state["step"]}
+        with distributed.main_first():
+            if self.folder is not None:
+                for other in () if last else checkpoints(self.folder):
+                    _remove(other)
+                cut_log(self.folder / "log.jsonl", last["step"] if last else 0)
+                ranks.begin(self.folder)
         return last
 
     def due(self, step: int) -> bool:
@@ -119,8 +127,6 @@ class Progress:
 
     def save(self, step: dict) -> None:
         """Save all that resuming needs, once the checkpoint before it is written."""
-        if self.folder is None:
-            return
         self.wait()
         state = {"step": step["step"], "run": self.run, "last": step}
         state["module"] = self.module.state_dict()
@@ -128,6 +134,9 @@ class Progress:
         state["ema"] = None if self.ema is None else self.ema.state_dict()
         if self.scaler.is_enabled():
             state["scaler"] = self.scaler.state_dict()
+        state = distributed.whole(state)
+        if self.folder is None or not ranks.is_main():
+            return
         storages = _storages(state)
         size = sum(storage.nbytes() for storage in storages.values())
         if self.background and size < free_bytes("cpu"):
@@ -159,11 +168,11 @@ class Progress:
         for other in set(checkpoints(self.folder)) - set(self.whole):
             _remove(other)
 
-    def _restore(self) -> dict | None:
-        """Load the newest checkpoint that is whole."""
+    def _newest(self) -> tuple[Path | None, dict | None]:
+        """The newest checkpoint that is whole, and its content."""
         state, files = None, checkpoints(self.folder)
         if not files:
-            return None
+            return None, None
         for file in files:
             if (state := read_checkpoint(file)) is not None:
                 break
@@ -171,13 +180,12 @@ class Progress:
             reason = "damaged, or no checkpoint of minidiff, and there is no other"
             names = " and ".join(map(str, files))
             raise UserError(f"{names}: {reason}; start afresh in another folder.")
-        self._put_back(file, state)
         k = files.index(file)
         if damaged := " and ".join(map(str, files[:k])):
             place = f"going on from {file.name}, at step {state['step']}"
             warnings.warn(f"{damaged} is damaged; {place}.", stacklevel=2)
         self.whole = files[k:][::-1]
-        return state.get("last", {}) | {"step": state["step"]}
+        return file, state
 
     def _put_back(self, file: Path, state: dict) -> None:
         old = file.name == BEFORE  # it counted a batch's pieces as batches
@@ -190,13 +198,13 @@ class Progress:
             groups = state["optimizer"]["param_groups"], self.optimizer.param_groups
             for saved, here in zip(*groups, strict=True):
                 saved |= {name: here[name] for name in here if name != "params"}  # the config's
-            self.module.load_state_dict(state["module"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            distributed.put_in(self.module, state["module"])
+            self.optimizer.load_state_dict(_moments_like(state["optimizer"], self.optimizer))
             for parameter, moments in self.optimizer.state.items():
                 if not all(_fits(*moment, parameter) for moment in moments.items()):
                     raise ValueError("the optimizer's moments have other shapes")
             if self.ema is not None:
-                self.ema.load_state_dict(state["ema"])
+                distributed.put_in(self.ema, state["ema"])
             if self.scaler.is_enabled() and "scaler" in state:
                 self.scaler.load_state_dict(state["scaler"])
         except UNREADABLE as error:
@@ -248,10 +256,12 @@ class Signals:
     """Ctrl-C and SIGTERM let the step finish, so that it can be saved.
 
     A second one interrupts at once; so does the first while the caller has a step that is saved.
-    Only the main thread can listen.
+    Only the main thread can listen. Of several processes, all act after the same step: one passes
+    on what it hears, and torchrun sends it to all, some of it twice.
     """
 
     def __init__(self) -> None:
+        self.heard = 0  # of several processes: the signal that is passed on with the next step
         self.received: int | None = None
         self.saved: int | None = None  # the step in the caller's hands, if it is saved
         self.before: dict[int, object] = {}
@@ -266,8 +276,18 @@ class Signals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.heard and not self.received:  # after the last step
+            os.kill(os.getpid(), self.heard)
+
+    def agree(self) -> None:
+        """Receive what one process has heard."""
+        if ranks.size() > 1:
+            self.received = distributed.largest(self.heard) or None
 
     def _receive(self, number: int, _frame: object) -> None:
+        if ranks.size() > 1:
+            self.heard = number
+            return
         first, self.received = self.received is None, number
         if self.saved is not None or not first:
             self.stop()
@@ -325,6 +345,16 @@ def _copied(state: dict, storages: dict[int, torch.UntypedStorage]) -> dict:
             same = copies[t.untyped_storage()._cdata]
             tensors[id(t)] = torch.empty(0, dtype=t.dtype).set_(same, *layout)
     return copy.deepcopy(state, tensors)
+
+
+def _moments_like(state: dict, optimizer: torch.optim.Optimizer) -> dict:
+    """The state with the moments of parameters that are in shards in shards as well."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {
+        k: {name: distributed.like(value, parameters[k]) for name, value in of_one.items()}
+        for k, of_one in state["state"].items()
+    }
+    return state | {"state": moments}
 
 
 def _fits(name: str, moment: Tensor, parameter: Tensor) -> bool:
