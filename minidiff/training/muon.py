@@ -34,10 +34,11 @@ def orthogonal(matrices: Float[Tensor, "n r c"]) -> Float[Tensor, "n r c"]:
         x = x.mT
     gram = x @ x.mT
     identity = torch.eye(len(gram[0]), dtype=x.dtype, device=x.device)
-    product = identity.expand_as(gram)
-    for _ in range(ITERATIONS):
+    product = factor = A * identity + B * gram + C * (gram @ gram)
+    for _ in range(ITERATIONS - 1):
+        gram = factor @ gram @ factor
         factor = A * identity + B * gram + C * (gram @ gram)
-        product, gram = factor @ product, factor @ gram @ factor
+        product = factor @ product
     x = product @ x
     return x.mT if tall else x
 
