@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from minidiff.errors import UserError
+from minidiff.options.finetuning import FineTuneConfig
 from minidiff.training import distributed, ranks
 from tests.finetuning.test_loop import folder  # noqa: F401 (a fixture)
 from tests.training import together
@@ -198,6 +199,40 @@ def test_finetune_and_its_recorder(folder, tmp_path, options):  # noqa: F811
 
 
 @pytest.mark.slow
+def test_dreambooth(folder, tmp_path):  # noqa: F811
+    """The first process draws the class images; the other reads them."""
+    (tmp_path / "subject").mkdir()
+    for k in range(3):
+        Image.effect_noise((16, 16), 50 + k).convert("RGB").save(tmp_path / "subject" / f"{k}.png")
+    command = [
+        "-m",
+        "minidiff.cli",
+        "dreambooth",
+        "--model",
+        folder / "model",
+        "--subject",
+        tmp_path / "subject",
+    ]
+    command += [
+        "--prompt",
+        "a sks picture",
+        "--class-prompt",
+        "a picture",
+        "--class-pictures",
+        "2",
+        "--text",
+        "no",
+    ]
+    command += ["--steps", "2", "--every", "2", "--batch", "2", "--out"]
+    for count in (1, 2):
+        ended = commanded(count, *command, tmp_path / str(count))
+        assert ended.returncode == 0, ended.stderr[-3000:]
+    assert distance(model_of(tmp_path / "2"), model_of(tmp_path / "1")) < 1e-5
+    for path in (tmp_path / "1" / "class").glob("*.png"):
+        assert (tmp_path / "2" / "class" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.slow
 def test_an_experiment(tmp_path):
     """The study itself knows nothing of processes: the first one's folder has the results, and no other's is left."""
     for k in range(8):
@@ -259,3 +294,11 @@ def test_a_restart_goes_on_with_its_own_run_alone(monkeypatch, tmp_path):
         "TORCHELASTIC_ERROR_FILE", str(tmp_path / "run" / "attempt_1" / "0" / "error.json")
     )
     assert ranks.begun(tmp_path / "a") and not ranks.begun(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "other", [{"method": "lora"}, {"word": "sks"}, {"optimizer": "adamw8bit"}, {"dtype": "fp16"}]
+)
+def test_shards_are_for_the_whole_network_alone(other):
+    with pytest.raises(UserError, match="`shard` is for the method full"):
+        FineTuneConfig(shard=True, **other)
