@@ -1,4 +1,4 @@
-"""A run as one HTML file that reloads itself while the run goes on: images and curves, no scripts."""
+"""A run as one HTML file without scripts; it reloads itself while the run goes on."""
 
 import base64
 import html
@@ -26,7 +26,8 @@ WIDTH, HEIGHT = 300, 110  # of a curve, in its own units
 STYLE = """
 :root { color-scheme: light dark; accent-color: var(--line); --right: #00704f;
   --wrong: #b34700; --line: #0072b2; }
-@media (prefers-color-scheme: dark) { :root { --right: #4fd1a8; --wrong: #ff9d5c; --line: #6cb8f0; } }
+@media (prefers-color-scheme: dark) {
+  :root { --right: #4fd1a8; --wrong: #ff9d5c; --line: #6cb8f0; } }
 body { margin: 0 auto; padding: 1rem; max-width: 60rem; font: 1rem/1.45 system-ui, sans-serif;
   background: Canvas; color: CanvasText; }
 h1 { font-size: 1.4rem; margin: 0 0 .5rem; } h2 { font-size: 1.1rem; margin: 1.5rem 0 .5rem; }
@@ -39,7 +40,8 @@ progress { width: 100%; height: 1.2rem; }
 img { width: 100%; display: block; image-rendering: pixelated; }
 svg { width: 100%; height: auto; display: block; border-bottom: 1px solid; }
 polyline { fill: none; stroke: var(--line); stroke-width: 2; stroke-linejoin: round; }
-.right { color: var(--right); font-weight: bold; } .wrong { color: var(--wrong); font-weight: bold; }
+.right, .wrong { font-weight: bold; }
+.right { color: var(--right); } .wrong { color: var(--wrong); }
 table { border-collapse: collapse; } td { padding: .15rem 1rem .15rem 0; vertical-align: top; }
 td + td { font-variant-numeric: tabular-nums; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .6rem; border: 1px solid; }
