@@ -13,7 +13,7 @@ helpers are in training/.
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from minidiff.training import nonfinite, optimizers
 from minidiff.training.bins import BINS, Loss, by_bin, means
 from minidiff.training.config import TrainConfig
 from minidiff.training.lock import locked
+from minidiff.training.meter import Meter
 from minidiff.training.nonfinite import NonFiniteError
 from minidiff.training.resume import Progress, Signals, closed_at_exit
 from minidiff.training.seeds import seed_of
@@ -91,6 +92,7 @@ def train(
     optimizer = optimizers.named(config.optimizer, groups, config.lr, config.betas, device)
     optimizer.zero_grad()  # whatever the caller left there
     forward = partial(_forward, loss_fn, device.type, config.autocast)
+    meter = Meter(folder, config, device)
     with locked(folder), Signals() as signals, workers(config.threads) as pool:
         averages = None if ema is None else ema.average
         plan = config.save_every, config.steps
@@ -110,7 +112,7 @@ def train(
             torch.manual_seed(seed_of(config.seed, step))
             micro = [next(data) for _ in range(config.accumulate * config.pieces)]
             signals.saved = None
-            losses = backward_all(forward, parameters, micro, pool)
+            losses = meter(backward_all, forward, parameters, micro, pool)
 
             loss = torch.cat([each["loss"] for each in losses]).float().cpu()
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -144,7 +146,7 @@ def backward_all(
     forward: LossFn,
     parameters: list[nn.Parameter],
     batches: list[Any],
-    pool: ThreadPoolExecutor | None = None,
+    pool: Executor | None = None,
 ) -> list[Loss]:
     """Add the gradients of the mean loss over all batches to .grad; returns losses."""
     if pool is None:

@@ -15,6 +15,7 @@ from minidiff.cli.finetune import finetune
 from minidiff.cli.generate import generate
 from minidiff.cli.inspect import inspect
 from minidiff.cli.quickstart import quickstart
+from minidiff.cli.watch import watch
 
 VERBS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,
@@ -27,6 +28,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "finetune": finetune,
     "dreambooth": dreambooth,
     "evaluate": evaluate,
+    "watch": watch,
     "inspect": inspect,
     "convert": convert,
 }

@@ -17,6 +17,7 @@ from minidiff.data.folder import to_uint8
 from minidiff.errors import UserError
 from minidiff.figures.curves import write
 from minidiff.training import atomic
+from minidiff.training.progress import duration, stretches
 
 RELOAD = 5  # seconds
 POINTS = 150  # of a curve at most, each the mean of a stretch of steps
@@ -130,16 +131,6 @@ class Page:
         return f'<h2>Loss</h2>\n<div class="curves">{"".join(figures)}</div>' if figures else ""
 
 
-def duration(seconds: float) -> str:
-    """A time as people say it: 42 s, 3 min 10 s, 2 h 05 min."""
-    seconds = max(0, round(seconds))
-    if seconds < 60:
-        return f"{seconds} s"
-    minutes, rest = divmod(seconds, 60)
-    hours = minutes // 60
-    return f"{hours} h {minutes % 60:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
 def _figure(image: Float[Tensor, "3 H W"], caption: str, verdict: bool | None) -> str:
     pixels = to_uint8(image.detach().float().cpu()).movedim(0, -1).contiguous()
     Image.fromarray(pixels.numpy()).save(data := io.BytesIO(), "PNG")
@@ -175,11 +166,3 @@ def _curve(name: str, losses: list[float]) -> str:
         f'<figure><svg role="img" aria-label="{caption}" viewBox="0 0 {WIDTH} {HEIGHT}">'
         f'<polyline points="{line}"/></svg><figcaption>{caption}</figcaption></figure>'
     )
-
-
-def stretches(values: list[float], count: int) -> list[tuple[float, float]]:
-    """At most `count` points (last step, mean) of stretches of equal length; a value a step."""
-    length = max(1, math.ceil(len(values) / count))
-    starts = range(0, len(values), length)
-    parts = [(k, values[k : k + length]) for k in starts]
-    return [(k + len(part), sum(part) / len(part)) for k, part in parts]

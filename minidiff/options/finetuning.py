@@ -3,6 +3,7 @@
 import math
 import sys
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -15,7 +16,7 @@ TrainText = Literal["auto", "yes", "no", "word"]
 Schedule = Literal["cosine", "constant"]
 Captions = Literal["first", "random"]
 # what suits the machine, or is only looked at, changes no result and is no part of a run
-MACHINE = ("checkpointing", "validation_prompt")
+MACHINE = ("checkpointing", "validation_prompt", "tensorboard")
 ABOVE_0, BELOW_1, FINITE = math.ulp(0.0), math.nextafter(1, 0), sys.float_info.max
 COUNTS = ("rank", "accumulate", "steps", "batch", "every", "probe", "noises", "compared")
 LIMITS = {  # of options by name: least, most, and both in words
@@ -42,6 +43,13 @@ def check_limits(config: object) -> None:
             raise UserError(f"{name} is a number of {len(str(value))} digits; it must be smaller.")
         if words and value is not None and not least <= value <= most:
             raise UserError(f"{name} is {value:g}; it must be {words}.")
+
+
+def check_tensorboard() -> None:
+    """Raise a UserError where TensorBoard, an optional extra, is not installed."""
+    if find_spec("tensorboard") is None:
+        remedy = "pip install 'minidiff[tensorboard]'"
+        raise UserError(f"TensorBoard is not installed; it comes with {remedy}.")
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,8 @@ class TuningConfig:
     optimizer: OptimizerName = "adamw"
     # a prompt of your own that the report shows beside the others; give it again for more
     validation_prompt: tuple[str, ...] = ()
+    # also write the training's numbers for TensorBoard, beside its log
+    tensorboard: bool = False
     # everything random follows from it
     seed: int = 0
 
@@ -100,6 +110,8 @@ class TuningConfig:
         choice("optimizer", self.optimizer, get_args(OptimizerName))
         choice("dtype", self.dtype, get_args(Precision))  # in fp16 gradients vanish
         check_limits(self)
+        if self.tensorboard:
+            check_tensorboard()
 
 
 @dataclass(frozen=True, kw_only=True)
