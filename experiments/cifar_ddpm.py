@@ -35,7 +35,7 @@ from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.sampling import SampleConfig
 from minidiff.text import ClassLabels, LabelsConfig, Unconditional
 from minidiff.train import EMA, TrainConfig, train
-from minidiff.training.device import pick_device
+from minidiff.training.device import pick_device, to_device
 from minidiff.training.progress import follow, last_loss, write_results
 from minidiff.training.resume import read_log
 from minidiff.training.seeds import generator_of, seed_of
@@ -182,7 +182,7 @@ def loss(
     model: LatentDiffusion, chain: DDPM | None, batch: tuple[Images, list[str]]
 ) -> dict[str, Tensor]:
     """Of each example, and where its t lies; under the paper's chain [1] eq. 14."""
-    x0 = batch[0].to(model.device, memory_format=torch.channels_last)
+    x0 = to_device(batch[0], model.device).to(memory_format=torch.channels_last)
     t = model.schedule.sample_t(len(x0))
     if chain is None:
         each = model.loss(x0, batch[1], t)

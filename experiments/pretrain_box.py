@@ -29,19 +29,32 @@ from minidiff.data.world import Scene, World
 from minidiff.denoiser import Denoiser
 from minidiff.figures import plots
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.recipes import quickstart, reading
+from minidiff.recipes import judging, quickstart, reading
 from minidiff.recipes.quickstart import COLOURS, SHAPES, SIZE, LatentBatch, channels_last
 from minidiff.text import CLIPText
 from minidiff.train import EMA, TrainConfig, train
 from minidiff.training.progress import follow, last_loss, peak_memory_gb, write_results
 from minidiff.training.resume import read_log
 from minidiff.training.seeds import generator_of
-from minidiff.vae import VAE
+from minidiff.unet import UNet, UNetConfig
+from minidiff.vae import VAE, VAEConfig
 
 TWO_OBJECTS = 0.8  # the share of images that show two
 # Centre and spread of logit(t / 1000): shapes are decided at medium noise, whose colour is whose
 # above 840.
 EARLY, LATE = (0.6, 0.85), (1.9, 0.9)
+
+
+def vae_box() -> VAE:
+    """32x32x3 images to 16x16x4 latents."""
+    return VAE(VAEConfig(3, 4, channels=(16, 32), blocks=1, groups=0))
+
+
+def unet_box() -> UNet:
+    """Four levels, 16x16 to 2x2, mostly convolutions; attention at 4x4 and in the middle."""
+    levels = {"channels": (64, 64, 64, 64), "depth": (0, 0, 1, 0), "heads": (2, 2, 2, 2)}
+    text = {"context_dim": 64, "pooled": True, "scale_shift": True}
+    return UNet(UNetConfig(4, 4, blocks=1, ff_mult=2, groups=16, **levels, **text))
 
 
 def train_text(
@@ -60,7 +73,7 @@ def train_text(
 def train_vae(world: World, folder: Path, steps: int, lr: float, seed: int, resume: bool) -> VAE:
     """Act one: images to latents and back."""
     torch.manual_seed(seed)
-    vae = quickstart.vae_quickstart().to(memory_format=torch.channels_last)
+    vae = vae_box().to(memory_format=torch.channels_last)
     data = partial(quickstart.batches, world, f"vae {seed}")
     loss, config = partial(quickstart.vae_loss, vae), TrainConfig(steps, lr, seed=seed)
     training = train(loss, vae, data, config, folder=folder, resume=resume)
@@ -150,7 +163,7 @@ def main(
 
     # Act three: the U-Net learns to denoise latents.
     torch.manual_seed(seed + 1)
-    unet, schedule = quickstart.unet_quickstart(), schedules.cosine()
+    unet, schedule = unet_box(), schedules.cosine()
     denoiser = Denoiser(unet, schedule, target="x0", weighting="learned")
     model = LatentDiffusion(vae, text, denoiser, SIZE, guidance=guidance, sampler="ddpm")
     model.to(memory_format=torch.channels_last)
@@ -164,9 +177,9 @@ def main(
     # What is judged is what is shipped: half precision, read back from the folder.
     box = ema.average.half().save(out / "box")
     model = LatentDiffusion.load(box)
-    figures, examples = quickstart.judge(model, world, seed, captions)
+    figures, examples = judging.judge(model, world, seed, captions)
     print(box)
-    print(quickstart.judged_grid(examples, out / "samples.png"))
+    print(judging.judged_grid(examples, out / "samples.png"))
     logs = {name: read_log(training / name) for name in ("vae", "text", "unet")}
     print(plots.loss(logs["text"], out / "text_loss.png"))
     print(plots.loss(logs["unet"], out / "loss.png"))

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from minidiff.training.device import to_device
+
 X = Float[Tensor, "B *dims"]
 EpsModel = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> the network's estimate of eps
 
@@ -95,4 +97,4 @@ class DDPM:
 def _like(coefficient: Float[Tensor, "B"], x: X) -> Float[Tensor, "B *ones"]:
     """One coefficient for each example, shaped to multiply x."""
     # The cast comes before the move: some devices have no float64.
-    return coefficient.to(x.dtype).to(x.device).view(-1, *[1] * (x.ndim - 1))
+    return to_device(coefficient.to(x.dtype), x.device).view(-1, *[1] * (x.ndim - 1))

@@ -23,6 +23,7 @@ from minidiff import losses
 from minidiff.errors import UserError, choice
 from minidiff.losses import SIGMA_DATA, WEIGHTINGS
 from minidiff.schedules import NoiseSchedule, per_example
+from minidiff.training.device import to_device
 
 
 def _edm(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +93,7 @@ class Denoiser(nn.Module):
             alpha, sigma = self.schedule.alpha_sigma(t)
             x = x * per_example((sigma**2 + (SIGMA_DATA * alpha) ** 2).rsqrt(), x)
         precise = torch.promote_types(x.dtype, torch.float32)  # bfloat16 rounds 999 to 1000
-        return self.network(x, self.schedule.c_noise(t).to(precise).to(x.device), context)
+        return self.network(x, to_device(self.schedule.c_noise(t).to(precise), x.device), context)
 
     def forward(self, x: X, t: Time, context: Context | None = None) -> Prediction:
         return self.solve(x, t, self.output(x, t, context).to(x.dtype))
@@ -129,7 +130,7 @@ class Denoiser(nn.Module):
         error = target - self.output(self.schedule.mix(x0, eps, t), t, context)
         snr_weight = WEIGHTINGS[self.weighting](self.schedule.snr(t))
         weight = snr_weight * (sigma / (alpha * b - sigma * a)) ** 2
-        loss = weight.to(x0.dtype).to(x0.device) * error.pow(2).flatten(1).mean(1)
+        loss = to_device(weight.to(x0.dtype), x0.device) * error.pow(2).flatten(1).mean(1)
         if self.log_error is None:
             return loss
         return losses.balanced(loss, self.schedule.progress(t), self.log_error)

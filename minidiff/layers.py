@@ -28,8 +28,8 @@ def timestep_embedding(
     """[cos, sin] of t at dim/2 frequencies max_period^(-i / (dim/2)), [1] section 3.5."""
     # t up to 1000 needs more digits than bfloat16 has
     half, precise = dim // 2, torch.promote_types(t.dtype, torch.float32)
-    frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, dtype=precise))
-    angles = t[:, None].to(precise) * frequencies.to(t.device)
+    i = torch.arange(half, dtype=precise, device=t.device)
+    angles = t[:, None].to(precise) * torch.exp(-math.log(max_period) / half * i)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 

@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minidiff.training.device import to_device
+
 SIGMA_DATA = 0.5  # s_d, the standard deviation EDM assumes of its data, [3] table 1
 
 WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -51,5 +53,5 @@ def balanced(
     does not change. The loss can be negative. progress: schedule.progress(t) of each example.
     """
     level = (LEVELS * progress).long().clamp(max=LEVELS - 1)
-    u = LR_MULTIPLIER * log_error[level.to(log_error.device)]
+    u = LR_MULTIPLIER * log_error[to_device(level, log_error.device)]
     return error / u.exp() + u

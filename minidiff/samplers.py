@@ -31,6 +31,7 @@ from minidiff.steps import (
     pndm,
     unipc,
 )
+from minidiff.training.device import to_device
 from minidiff.training.seeds import generator_of
 
 Times, X = Shaped[Tensor, "steps1"], Float[Tensor, "B *dims"]
@@ -82,12 +83,12 @@ class Normal:
         if len(x) != len(self.generators):
             raise UserError(f"noise for {len(self.generators)} examples, asked for {len(x)}.")
         rows = [torch.randn(shape, generator=g, dtype=dtype) for g in self.generators]
-        return torch.stack(rows).to(x)
+        return to_device(torch.stack(rows).to(x.dtype), x.device)
 
 
 def unseeded(x: X) -> X:
     """Standard normal numbers from torch's global generator on the CPU."""
-    return torch.randn(x.shape, dtype=x.dtype).to(x.device)
+    return to_device(torch.randn(x.shape, dtype=x.dtype), x.device)
 
 
 class Frame(NamedTuple):

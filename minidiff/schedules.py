@@ -30,6 +30,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from minidiff.errors import UserError
+from minidiff.training.device import to_device
 
 # Discrete has times 0..T and is trained at whole ones; the other schedules have real times.
 Times = Shaped[Tensor, "*B"]
@@ -43,7 +44,7 @@ AYS = (1000, 851, 737, 646, 546, 456, 344, 234, 125, 25, 1)
 def per_example(scale: Float[Tensor, "B"], x: X) -> Float[Tensor, "B *ones"]:
     """One scale for each example, shaped to multiply x."""
     # The cast comes before the move: some devices have no float64.
-    return scale.to(x.dtype).to(x.device).view(-1, *[1] * (x.ndim - 1))
+    return to_device(scale.to(x.dtype), x.device).view(-1, *[1] * (x.ndim - 1))
 
 
 class NoiseSchedule:

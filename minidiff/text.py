@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from minidiff.errors import UserError
 from minidiff.layers import Attention, run
+from minidiff.training.device import to_device
 
 START, END = 49406, 49407  # the last two of CLIP's 49,408 tokens
 
@@ -145,7 +146,7 @@ class CLIPText(nn.Module):
                 warnings.warn(f"prompt cut after {room} tokens; {rest}", stacklevel=2)
             row = [START, *ids[:room], END]
             rows.append(row + [self.pad] * (self.context_length - len(row)))
-        return torch.tensor(rows, dtype=torch.long, device=self.token_embedding.weight.device)
+        return to_device(torch.tensor(rows, dtype=torch.long), self.token_embedding.weight.device)
 
     def forward(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
         h = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
@@ -199,10 +200,8 @@ class ClassLabels(nn.Module):
         if unknown is not None:
             classes = ", ".join(self.config.classes)
             raise UserError(f'this model knows no class "{unknown}"; it knows {classes}.')
-        device = self.embedding.weight.device
-        return self.embedding(torch.tensor([self.index[p] for p in prompts], device=device))[
-            :, None
-        ]
+        classes = torch.tensor([self.index[p] for p in prompts])
+        return self.embedding(to_device(classes, self.embedding.weight.device))[:, None]
 
     def null(self, batch: int) -> Float[Tensor, "B 1 D"]:
         """The null class: what guidance steers away from."""

@@ -13,17 +13,20 @@ helpers are in training/.
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.amp import GradScaler
 
-from minidiff.training import nonfinite, optimizers
-from minidiff.training.bins import BINS, Loss, by_bin, means
+from minidiff.training import distributed, nonfinite, optimizers
+from minidiff.training.ahead import Ahead
+from minidiff.training.backward import autocasting, backward_all
+from minidiff.training.bins import BINS, Loss, by_bin, means, on_cpu
 from minidiff.training.config import TrainConfig
+from minidiff.training.device import warn_of_imitation
 from minidiff.training.lock import locked
 from minidiff.training.meter import Meter
 from minidiff.training.nonfinite import NonFiniteError
@@ -46,16 +49,25 @@ class TrainStep(NamedTuple):
     loss: float
     bins: list[float | None]  # mean loss in each tenth of progress; None: no example there
     lr: float
-    grad_norm: float
+    grad_norm: float  # not finite: in float16 it overflowed, and the step was skipped
     parts: dict[str, float] = {}  # means of the loss function's other entries  # noqa: RUF012
 
 
 class EMA:
-    """Exponential moving average of a module's parameters ([2] section 4), its decay warmed up."""
+    """Exponential moving average of a module's parameters ([2] section 4), its decay warmed up.
+
+    average: a copy of the module, which shares with it the parameters that are frozen."""
 
     def __init__(self, module: nn.Module, decay: float):
-        self.decay, self.average = decay, copy.deepcopy(module).requires_grad_(False).eval()
-        self.averages, self.weights = list(self.average.parameters()), list(module.parameters())
+        frozen = {id(p): p for p in module.parameters() if not p.requires_grad}
+        self.decay, self.average = decay, copy.deepcopy(module, frozen).requires_grad_(False).eval()
+        self.follow(module)
+
+    def follow(self, module: nn.Module) -> None:
+        """Average the module's parameters as they are now: others, once it is in shards."""
+        pairs = list(zip(self.average.parameters(), module.parameters(), strict=True))
+        self.averages = [average for average, weight in pairs if average is not weight]
+        self.weights = [weight for average, weight in pairs if average is not weight]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -80,56 +92,71 @@ def train(
 
     batches(k): an endless iterable of batches from the k-th on; config.accumulate of them make a
     step. config.threads: compute this many at a time (CPU only); the loss must then draw no random
-    numbers. config.pieces: batches(k) yields each batch in this many pieces, to save memory.
+    numbers. config.pieces: batches(k) yields each batch in this many pieces, to save memory. While
+    a GPU computes a step, the next one's batches are made: they must not depend on the weights.
 
     folder: locked during the run; every step adds a line to log.jsonl, and a checkpoint is written
     every config.save_every steps, at the end, and on Ctrl-C and SIGTERM. resume: go on from the
     newest checkpoint. Its step is yielded again, because the run may have been killed before the
     caller handled it.
     """
+    device = next(p.device for p in module.parameters() if p.requires_grad)
+    forward = partial(autocasting, loss_fn, device.type, config.autocast)
+    forward = distributed.joint(forward, module, config, ema and ema.average)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    device, groups = parameters[0].device, optimizers.grouped(parameters, config.weight_decay)
+    groups = optimizers.grouped(parameters, config.weight_decay)
+    if ema is not None:
+        ema.follow(module)
     optimizer = optimizers.named(config.optimizer, groups, config.lr, config.betas, device)
     optimizer.zero_grad()  # whatever the caller left there
-    forward = partial(_forward, loss_fn, device.type, config.autocast)
-    meter = Meter(folder, config, device)
-    with locked(folder), Signals() as signals, workers(config.threads) as pool:
-        averages = None if ema is None else ema.average
-        plan = config.save_every, config.steps
-        progress = Progress(folder, config.identity(), module, optimizer, averages, *plan)
+    folder = distributed.own_folder(folder)
+    warn_of_imitation(config.autocast, device.type)
+    scaler = GradScaler(device.type, enabled=config.autocast == torch.float16)
+    averages = None if ema is None else ema.average
+    meter = Meter(folder, config, module)
+    plan = config.save_every, config.steps, scaler, config.background
+    progress = Progress(folder, config.identity(), module, optimizer, averages, *plan)
+    with locked(folder), Signals() as signals, workers(config.threads) as pool, progress:
         last = progress.start(resume)
         start = last["step"] if last else 0
         if last and last.keys() == set(TrainStep._fields):
             signals.saved = start
             yield TrainStep(**last)
 
-        data = iter(batches(start * config.accumulate))
+        data = Ahead(iter(batches(start * config.accumulate)), config, device)
         for step in range(start, config.steps):
             module.train()  # the caller may have sampled in between
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate(step) * group.get("lr_multiplier", 1.0)
 
-            torch.manual_seed(seed_of(config.seed, step))
-            micro = [next(data) for _ in range(config.accumulate * config.pieces)]
+            micro = distributed.share(data.take(step))
             signals.saved = None
-            losses = meter(backward_all, forward, parameters, micro, pool)
-
-            loss = torch.cat([each["loss"] for each in losses]).float().cpu()
+            losses = meter.backward_all(forward, parameters, micro, pool, scaler)
+            scaler.unscale_(optimizer)
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            if not (loss.isfinite().all() and norm.isfinite()):
+            losses, norm = distributed.gathered(losses), distributed.whole(norm)
+
+            data.prepare(step + 1)
+            losses, grad_norm = on_cpu(losses, norm)  # here alone the loop waits for a GPU
+            loss = torch.cat([each["loss"] for each in losses]).float()
+            skipped = not grad_norm.isfinite() and scaler.is_enabled() and scaler.get_scale() > 1
+            if not (loss.isfinite().all() and (grad_norm.isfinite() or skipped)):
                 torch.manual_seed(seed_of(config.seed, step))
                 culprit = nonfinite.in_step(module, partial(list, map(forward, micro)))
                 remedy = "lower the learning rate, or compute in float32"
                 raise NonFiniteError(f"step {step + 1}: {culprit}; {remedy}.")
-            nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
-            optimizer.step()
+            if not skipped:
+                nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
+                optimizer.step()
+            scaler.update()
             optimizer.zero_grad()
             if ema is not None:
                 ema.update(step + 1)
 
             lr, mean, bins = config.learning_rate(step), loss.mean().item(), by_bin(loss, losses)
-            done = TrainStep(step + 1, mean, bins, lr, norm.item(), means(losses))
+            done = TrainStep(step + 1, mean, bins, lr, grad_norm.item(), means(losses))
             progress.log(done._asdict())
+            signals.agree()
             if progress.due(done.step) or signals.received:
                 progress.save(done._asdict())
                 signals.saved = done.step if folder is not None else None
@@ -140,41 +167,3 @@ def train(
                 signals.saved = done.step if folder is not None else None
             signals.stop()
     module.eval()
-
-
-def backward_all(
-    forward: LossFn,
-    parameters: list[nn.Parameter],
-    batches: list[Any],
-    pool: Executor | None = None,
-) -> list[Loss]:
-    """Add the gradients of the mean loss over all batches to .grad; returns losses."""
-    if pool is None:
-        return [_backward(forward, len(batches), batch) for batch in batches]
-    losses, gradients = [], partial(_gradients, forward, parameters, len(batches))
-    for loss, grads in pool.map(gradients, batches):  # in the order of the batches
-        losses.append(loss)
-        for p, g in zip(parameters, grads, strict=True):
-            if g is not None:
-                p.grad = g if p.grad is None else p.grad.add_(g)
-    return losses
-
-
-def _forward(loss_fn: LossFn, device: str, autocast: torch.dtype | None, batch: Any) -> Loss:
-    with torch.autocast(device, autocast, enabled=autocast is not None):
-        return loss_fn(batch)
-
-
-def _backward(forward: LossFn, batches: int, batch: Any) -> Loss:
-    loss = forward(batch)
-    (loss["loss"].mean() / batches).backward()
-    return {name: value.detach() for name, value in loss.items()}
-
-
-def _gradients(
-    forward: LossFn, parameters: list[nn.Parameter], batches: int, batch: Any
-) -> tuple[Loss, tuple[Tensor | None, ...]]:
-    """As _backward, but safe in threads: it returns the gradients and leaves .grad alone."""
-    loss = forward(batch)
-    grads = torch.autograd.grad(loss["loss"].mean() / batches, parameters, allow_unused=True)
-    return {name: value.detach() for name, value in loss.items()}, grads

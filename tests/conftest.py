@@ -4,6 +4,10 @@ import os
 import signal
 from pathlib import Path
 
+# before anything imports torch, here and in child processes: the tests run in parallel, and on
+# tensors this small a second thread costs more than it gives
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+
 import pytest
 from jaxtyping import install_import_hook
 
@@ -19,11 +23,23 @@ os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # Hugging Face's loader would tel
 # A shell's background jobs ignore Ctrl-C, and so would the tests of it and their child processes.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+MOST_WORKERS = 8  # each takes up to 2 GB
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The suite runs in a process for each core. Files that are named run here: workers take
+    longer to start than most files to run. `-n` decides otherwise; without xdist all run here."""
+    option, inside = config.option, hasattr(config, "workerinput")
+    named = any(".py" in arg for arg in config.args) or option.usepdb
+    if not (inside or named) and getattr(option, "numprocesses", 0) is None:
+        cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
+        option.numprocesses, option.dist = min(len(cores), MOST_WORKERS), "worksteal"
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Every test starts from the same random numbers, alone or among others: one that fails, fails again. On tensors this small a
-    second thread costs more than it gives, and several times more where the cores are busy."""
+    """Every test starts from the same random numbers, alone or among others: one that fails, fails again."""
     import torch
 
     torch.set_num_threads(1)

@@ -45,6 +45,7 @@ PLACES = {  # what a function on the stack says of the moment
     "_entries": "caching",
     "measure": "measuring",
     "save": "saving",
+    "_write": "saving",
     "write_best": "saving",
     "train": "training",
 }
@@ -72,7 +73,7 @@ def commands(place: Path) -> dict[str, Command]:
     convert = ["convert", str(place / "tiny")]
     return {
         "finetune": Command(tune, resume, 20),
-        "finetune lora": Command([*tune, "--method", "lora"], resume, 8),
+        "finetune lora": Command([*tune, "--method", "lora", "--save-every", "3"], resume, 8),
         "dreambooth": Command([*booth, *drawn, "--method", "lora"], resume, 18),
         "inversion": Command([*booth, "--method", "inversion"], resume, 10),
         "data coco": Command(coco, [], 10, False),
@@ -103,8 +104,8 @@ def prepare(place: Path) -> None:
     captions = [{"id": k, "image_id": k, "caption": f"square {k}"} for k in range(6)]
     content = {"images": images, "annotations": captions}
     (place / "captions.json").write_text(json.dumps(content))
-    small = {"VAE_STEPS": 2, "TEXT_STEPS": 2, "STEPS": 3, "SMALL_STEPS": 1, "VAE_BATCH": 4}
-    small |= {"TEXT_BATCH": 4, "SMALL_BATCH": 8, "BATCH": 4, "POOL": 64, "CAPTIONS": 4}
+    small = {"VAE_STEPS": 2, "TEXT_STEPS": 2, "STEPS": 3, "VAE_BATCH": 4}
+    small |= {"TEXT_BATCH": 4, "BATCH": 4, "POOL": 64, "CAPTIONS": 4}
     for name, value in small.items():
         setattr(quickstart, name, value)
     quickstart.PROMPTS = quickstart.PROMPTS[:1]
@@ -265,8 +266,10 @@ def timeless(file: Path) -> object:
         lines = map(json.loads, file.read_text().splitlines())
         return [{k: v for k, v in line.items() if k not in times} for line in lines]
     if file.name == "results.json":
-        times = {"minutes", "resumed", "peak_memory_gb"}
+        times = {"minutes", "minutes_told", "resumed", "peak_memory_gb"}
         return {k: v for k, v in json.loads(file.read_text()).items() if k not in times}
+    if file.name == "index.html":
+        return re.sub(r"\d\d:\d\d:\d\d|done in [\d.]+ minutes", "", file.read_text())
     if file.name == "report.html":  # of a measurement: step, two losses, and what it cost
         text = re.sub(r" --resume", "", file.read_text())
         return re.sub(r"(<tr><td>\d+</td>(<td>[^<]*</td>){2}).*?</tr>", r"\1", text)

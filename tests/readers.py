@@ -4,6 +4,7 @@ that are to be mutated and a function that opens them as a verb would."""
 import contextlib
 import json
 import random
+import tarfile
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
@@ -22,6 +23,7 @@ from minidiff.cli.generate import image_of, mask_of
 from minidiff.cli.main import main
 from minidiff.data import latents
 from minidiff.data.folder import CaptionedFolder
+from minidiff.data.shards import Shards
 from minidiff.errors import UserError
 from minidiff.evaluation import sweep
 from minidiff.evaluation.bench import Figure
@@ -251,6 +253,17 @@ def metadata(place: Path):
     return [data / "metadata.jsonl"], read
 
 
+def shards(place: Path):
+    with tarfile.open(place / "a.tar", "w") as tar:
+        for image in sorted((captioned(place) / "images").iterdir()):
+            image.with_suffix(".json").write_text(json.dumps({"text": image.stem}))
+            for file in (image, image.with_suffix(".json")):
+                tar.add(file, file.name)
+    return [place / "a.tar"], lambda draw: [
+        Shards(place / "a.tar", 16, skip_damaged=draw.random() < 0.5)[i] for i in range(3)
+    ]
+
+
 def coco(place: Path):
     data = captioned(place)
     images = [
@@ -307,6 +320,7 @@ READERS: dict[str, Callable[[Path], tuple[list[Path], Opener]]] = {
     "record": record,
     "CSV": table,
     "metadata.jsonl": metadata,
+    "shards": shards,
     "COCO": coco,
     "pictures": pictures,
 }

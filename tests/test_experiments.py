@@ -38,6 +38,8 @@ with install_import_hook(
     [path.stem for path in EXPERIMENTS.glob("*.py")],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 ):
+    import bench
+    import bench_files
     import cifar_ddpm
     import cifar_features
     import distill
@@ -45,11 +47,14 @@ with install_import_hook(
     import finetune_coco100
     import forward_chain
     import gpu
+    import gpu_long
+    import gpu_sampling
+    import gpu_training
+    import measuring
     import memory
     import pretrain_box
     import sampler_order
     import sd_generate
-    import sd_speed
     import text_to_image
     import toy_2d
     import trilemma
@@ -657,18 +662,62 @@ def test_stable_diffusion_line_by_line(sd, tmp_path, capsys):
     )
 
 
-@pytest.mark.slow
-def test_speed_beside_diffusers(tmp_path):
+def test_bench(tmp_path, monkeypatch, capsys):
+    """A case of every part at its smallest, and all that is written; a library that is not
+    installed is said to be so."""
     pytest.importorskip("diffusers")
-    sd_speed.main(steps=2, size=64, small=True, peak_tflops=1.0, out=tmp_path)
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert found["largest_difference"] < 1e-5 and found["ratio"] > 0
-    assert found["opening"]["minidiff"]["weights_gb"] == pytest.approx(
-        found["opening"]["diffusers"]["weights_gb"], rel=1e-3
+    for name, place in (("step", 1), ("sample", 0), ("start", 1)):
+        monkeypatch.setitem(bench.PARTS, name, [bench.PARTS[name][place]])
+    monkeypatch.setitem(sys.modules, "denoising_diffusion_pytorch", None)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match='no part "speed"; there'):
+        patch.setitem(bench.PARTS, "forward", [])
+        bench.main("forward,speed", out=tmp_path)
+    bench.main(seconds=0.1, tiny=True, out=tmp_path)
+    figures = written(tmp_path, "bench.csv", "bench.png", "table.md")["figures"]
+    errors = {figure["error"] for figure in figures if figure["library"] == bench.THIRD}
+    assert errors == {"not installed: denoising_diffusion_pytorch"} and len(errors) == 1
+    measured = [figure for figure in figures if not figure["error"]]
+    assert {figure["part"] for figure in measured} == set(bench.PARTS)
+    ours = [figure for figure in measured if figure["library"] == bench.OURS]
+    assert len(measured) == 2 * len(ours) - 1  # --help is ours alone
+    assert all(figure["ratio"] == 1 and figure["seconds"] > 0 for figure in ours)
+    with_floor = {figure["part"] for figure in ours if figure["share"]}
+    assert with_floor == {"forward", "step", "sample"}
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert len([line for line in table if line.startswith("| ")]) == 2 + len(ours)
+    assert len((tmp_path / "bench.csv").read_text().splitlines()) == 2 + len(figures)
+    assert "NOT MEASURED: not installed" in capsys.readouterr().out
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_the_floor_is_every_convolution_and_linear_layer(tmp_path):
+    """Counted: the same FLOPs as the network's, attention's own products aside."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    side = bench.sides.sd_step("lora", gpu_setup(tmp_path), False)
+    floor, aten = bench.Layers(side, True), torch.ops.aten
+    counts = []
+    for call in (side.call, floor):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        counts.append(counter.get_flop_counts()["Global"])
+    layers = [aten.convolution, aten.convolution_backward, aten.addmm, aten.mm]
+    step, alone = (sum(each.get(op, 0) for op in layers) for each in counts)
+    assert 1 <= alone / step < 1.2  # the first layers' inputs need no gradient in the step
+    assert len(floor.passes) > 50 and counts[1].keys() <= set(layers)
+
+
+@pytest.mark.slow
+def test_bench_in_processes_of_their_own(tmp_path):
+    """Peaks of memory, and a whole model opened; both layouts hold the same weights."""
+    pytest.importorskip("diffusers")
+    setup = replace(gpu_setup(tmp_path), data=tmp_path)
+    seconds, peak = bench.alone(bench.sides.cifar_forward, setup)
+    assert seconds > 0 and 0.1 < peak < 10
+    ours, theirs = (
+        bench_files.opening(name, setup, False).call() for name in ("minidiff", "diffusers")
     )
-    assert len(found["turns"]["diffusers"]) == 2 and [path.name for path in tmp_path.iterdir()] == [
-        "results.json"
-    ]
+    assert ours["weights_gb"] == pytest.approx(theirs["weights_gb"], rel=1e-3)
 
 
 @pytest.mark.slow
@@ -704,7 +753,7 @@ def test_gpu(tmp_path, monkeypatch, capsys):
     for name in ("raises", "dies", "lasts"):
         part = gpu.Part(getattr(faulty_parts, name), 1 if name == "lasts" else 30)
         monkeypatch.setitem(gpu.PARTS, name, part)
-    gpu.main("lasts,raises,dies,ceiling,capped", 1.0, tiny=True, device="cpu", out=tmp_path / "out")
+    gpu.main("lasts,raises,dies,ceiling", 1.0, tiny=True, device="cpu", out=tmp_path / "out")
     rows = written(tmp_path / "out")["rows"]
     errors = {row["part"]: row["error"] for row in rows if row["error"]}
     assert errors == {
@@ -714,8 +763,6 @@ def test_gpu(tmp_path, monkeypatch, capsys):
     }
     product = next(row for row in rows if row["what"] == "matrix product")
     assert product["seconds"] > 0 and product["torch"] == torch.__version__ and product["device"]
-    notes = [row["note"] for row in rows if row["part"] == "capped"]
-    assert len(notes) == 16 and set(notes) == {"said to fit: fits"}
     assert "NOT MEASURED: its time was up" in capsys.readouterr().out
     with pytest.raises(UserError, match='no part "speed"; there is correct, ceiling'):
         gpu.main("ceiling,speed", out=tmp_path / "other")
@@ -723,25 +770,25 @@ def test_gpu(tmp_path, monkeypatch, capsys):
 
 def gpu_setup(tmp_path, **how):
     settings = dict(device="cpu", tiny=True, out=tmp_path, data=None, seed=0, deadline=2e9 * 2)
-    return gpu.Setup(**settings | how)
+    return measuring.Setup(**settings | how)
 
 
 def test_gpu_training_and_the_real_loop(tmp_path):
     """Beside diffusers; and the loop's own folder, checkpoints included."""
     pytest.importorskip("diffusers")
-    rows = list(gpu.training(gpu_setup(tmp_path)))
+    rows = list(gpu_training.training(gpu_setup(tmp_path)))
     assert not [row.error for row in rows if row.error]
-    assert len(rows) == 2 * 2 * 4 and all(row.share > 0 for row in rows)
+    assert len(rows) == 2 * 2 * 3 and all(row.share > 0 for row in rows)
     assert {row.ratio is None for row in rows if "in turns" in row.note} == {True, False}
-    step, waiting = gpu.stalls(gpu_setup(tmp_path))
+    step, waiting = gpu_training.stalls(gpu_setup(tmp_path))
     assert step.seconds > 0 and 0 < waiting.share <= 1 and waiting.note.startswith("waits ")
 
 
 def test_gpu_sampling(tmp_path, monkeypatch):
     """Eager and compiled; what diffusers lacks is said, and the rest is measured."""
-    monkeypatch.setattr(gpu.nn.Module, "compile", lambda *_, **__: None)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    rows = list(gpu.sample(gpu_setup(tmp_path)))
+    rows = list(gpu_sampling.sample(gpu_setup(tmp_path)))
     errors = {row.what: row.error for row in rows if row.error}
     assert errors.pop("diffusers").startswith("ModuleNotFoundError")
     assert set(errors.values()) == {"needs a GPU"} and len(errors) == 2
@@ -751,25 +798,32 @@ def test_gpu_sampling(tmp_path, monkeypatch):
 
 def test_gpu_out_of_memory_is_a_row(tmp_path, monkeypatch):
     def rows():
-        yield gpu.Row("first")
+        yield measuring.Row("first")
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    first, second = gpu.tried("second", rows(), "cpu")
+    first, second = measuring.tried("second", rows(), "cpu")
     assert first.error == "" and second.error == "OutOfMemoryError: CUDA out of memory"
+    model = measuring.stable_diffusion(gpu_setup(tmp_path), torch.float32)
+    full = (gpu_setup(tmp_path), model, gpu_training.tuning("lora", 1, False), 2e9, 1.0)
     monkeypatch.setattr(
-        gpu, "fine_tuning", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError)
+        gpu_training, "fine_tuning", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError)
     )
-    assert {row.note for row in gpu.capped(gpu_setup(tmp_path))} == {"said to fit: out of memory"}
+    assert [row.note for row in gpu_training.fits(*full)] == ["said to fit: out of memory"]
+
+
+def test_gpu_smaller_cards(tmp_path):
+    notes = [row.note for row in gpu_training.capped(gpu_setup(tmp_path))]
+    assert len(notes) == 16 and set(notes) == {"said to fit: fits"}
 
 
 def test_gpu_cifar_and_photos(tmp_path):
     for k in range(2):
         picture(tmp_path / f"train_{k}.webp", seed=k, size=160)
-    paper, fast = gpu.cifar(gpu_setup(tmp_path, data=tmp_path))
+    paper, fast = gpu_long.cifar(gpu_setup(tmp_path, data=tmp_path))
     assert (
         "paper" in paper.what and "floor" in fast.note and (tmp_path / "cifar_small.png").exists()
     )
-    (photos,) = gpu.photos(gpu_setup(tmp_path))
+    (photos,) = gpu_long.photos(gpu_setup(tmp_path))
     assert photos.error == "there is no experiments/pretrain_photos.py"
 
 

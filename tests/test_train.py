@@ -1,5 +1,6 @@
 """The training loop: resuming bit for bit, Ctrl-C, accumulation, averages, what is said when numbers go bad, and checkpoints nobody should trust."""
 
+import copy
 import hashlib
 import json
 import math
@@ -514,6 +515,92 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_weights(tmp_path):
     assert all(
         0 < abs(a.loss - b.loss) < 0.05 * b.loss for a, b in zip(run.done, plain.done, strict=True)
     )  # bfloat16: 3 digits
+
+
+def loud(module):
+    """Its gradients overflow in float16 until their scale has been halved ten times or so."""
+
+    def loss_fn(x):
+        return {"loss": 1e3 * (module(x) - x).pow(2).mean(1)}
+
+    return loss_fn
+
+
+def test_a_step_in_float16_that_overflows_is_skipped(tmp_path):
+    """With a smaller scale the next ones do not; the scale is resumed, bit for bit."""
+    how = dict(loss=loud, autocast=torch.float16, accumulate=1, steps=24)
+    whole = Run(tmp_path / "whole", stop=24, **how)
+    overflowed = [step.step for step in whole.done if not math.isfinite(step.grad_norm)]
+    assert overflowed == list(range(1, len(overflowed) + 1)) and 2 < len(overflowed) < 20
+    assert all(math.isfinite(step.loss) for step in whole.done)
+    untouched = Run(tmp_path / "first", stop=1, **how)
+    for weight, start in zip(untouched.module.parameters(), net().parameters(), strict=True):
+        assert torch.equal(weight, start)
+    first = newest(tmp_path / "whole")["scaler"]["scale"]
+    assert first == 2.0 ** (16 - len(overflowed))
+
+    Run(tmp_path / "half", stop=6, **how)
+    state = newest(tmp_path / "half")
+    assert state["step"] == 5 and state["scaler"]["scale"] == 2.0**11
+    resumed = Run(tmp_path / "half", stop=24, resume=True, **how)
+    assert resumed.done[-1] == whole.done[-1]
+    assert_equal = zip(resumed.module.parameters(), whole.module.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in assert_equal)
+
+
+def test_gradients_that_no_scale_makes_finite_are_an_error():
+    module = net()
+    steps = go(
+        lambda x: {"loss": (0 * module(x)).sqrt().mean(1)},
+        module,
+        batches,
+        40,
+        1e-2,
+        autocast=torch.float16,
+    )
+    with pytest.raises(NonFiniteError, match=r'step 17: the gradient of "0.weight" is not finite'):
+        list(steps)
+
+
+def test_a_run_goes_on_in_float16(tmp_path):
+    """The precision may change on resume; a checkpoint without a scale begins with a new one."""
+    Run(tmp_path, stop=6)
+    assert "scaler" not in newest(tmp_path)
+    assert len(Run(tmp_path, resume=True, autocast=torch.float16).done) == STEPS - 4
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_that_the_processor_imitates_is_warned_of(monkeypatch, native, recwarn):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native, raising=False)
+    module = net()
+    list(go(noisy_loss(module), module, batches, 1, 1e-2, autocast=torch.bfloat16))
+    assert [str(one.message) for one in recwarn if "bf16" in str(one.message)] == (
+        []
+        if native
+        else [
+            "this processor does not compute in bf16, and imitates it slowly; fp32 is many times faster"
+        ]
+    )
+
+
+def test_the_average_shares_what_is_frozen():
+    """And is saved and restored whole."""
+    module = net()
+    module[0].requires_grad_(False)
+    ema = EMA(module, 0.5)
+    first, last = ema.average[0].weight, ema.average[-1].weight
+    assert first is module[0].weight and last is not module[-1].weight
+    assert len(ema.averages) == len(ema.weights) == 2 and len(ema.average.state_dict()) == 4
+    list(go(noisy_loss(module), module, batches, 3, 1e-2, ema=ema))
+    assert not torch.equal(last, module[-1].weight) and not ema.average[-1].weight.requires_grad
+    plain = net()  # the average of a copy that shares nothing
+    plain[0].requires_grad_(False)
+    whole = EMA(plain, 0.5)
+    whole.average[0] = copy.deepcopy(plain[0])
+    list(go(noisy_loss(plain), plain, batches, 3, 1e-2, ema=whole))
+    for name, value in whole.average.state_dict().items():
+        assert torch.equal(value, ema.average.state_dict()[name])
 
 
 class Code:

@@ -25,10 +25,10 @@ from typing import Any, Literal, get_args, get_origin
 import tyro
 from tqdm import tqdm
 
-from minidiff.cli.flags import Flag, flags, in_flags
+from minidiff.cli.flags import Flag, flags, in_flags, keeping
 from minidiff.cli.types import REGISTRY
 from minidiff.errors import Terminated, UserError, choice, printable
-from minidiff.training import atomic
+from minidiff.training import atomic, ranks
 
 Verb = Callable[..., None]
 Verbs = dict[str, Verb]  # by name; a name of two words is a verb of a group, as in "plot forward"
@@ -121,7 +121,7 @@ def parsed(verb: Verb, args: list[str], prog: str) -> Callable[[], None]:
         raise error or UserError(f"{message}; see {prog} --help.") from None
     if unknown:
         raise UserError(f"{unrecognized(unknown, flags(verb))}; see {prog} --help.")
-    return job
+    return keeping(job, args)
 
 
 @contextlib.contextmanager
@@ -216,11 +216,13 @@ def one_line(program: str) -> Iterator[None]:
     with _terminated(), warnings.catch_warnings():
         warnings.showwarning = functools.partial(_warn, program)
         logger = logging.getLogger("minidiff")
-        logger.handlers, logger.level, logger.propagate = [_Log()], logging.INFO, False
+        logger.handlers, logger.propagate = [_Log()], False
+        logger.setLevel(logging.INFO)  # loggers below it may have noted another level
         try:
             _open_streams()
             _limit_memory()
-            yield
+            with contextlib.nullcontext() if ranks.is_main() else _silent():
+                yield
             sys.stdout.flush()
         except UserError as error:
             _fail(program, str(error), 2)
@@ -242,6 +244,17 @@ def one_line(program: str) -> Iterator[None]:
             is_terminated = isinstance(error, Terminated)
             name, code = ("terminated", 143) if is_terminated else ("interrupted", 130)
             _fail(program, f"{name}; {error}." if str(error) else f"{name}.", code)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing is said by any process but the first, which says it for all."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
 
 
 def _open_streams() -> None:
@@ -348,6 +361,8 @@ def _line(message: str) -> str:
 
 def _fail(program: str, message: str, code: int) -> None:
     try:
+        if not ranks.is_main():
+            sys.exit(code)
         print(f"{program}: {_line(' '.join(message.splitlines()))}", file=sys.stderr)
     except OSError:  # nobody can be told
         _silence(sys.stderr)

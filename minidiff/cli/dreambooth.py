@@ -1,11 +1,12 @@
 """The verb that teaches a model one subject, from a handful of images."""
 
+from functools import partial
 from pathlib import Path
 
 import tyro
 
 from minidiff.cli import options
-from minidiff.cli.finetune import commands, going_on, own_prompts, recorder_of, report
+from minidiff.cli.finetune import commands, fitted, going_on, own_prompts, recorder_of, report
 from minidiff.cli.flags import Flat
 from minidiff.cli.options import EXAMPLE, MODEL, Device
 from minidiff.options.finetuning import DreamBoothConfig, SubjectConfig
@@ -43,29 +44,41 @@ def dreambooth(
     device = options.pick_device(device)
     from minidiff import load
     from minidiff.finetuning import dreambooth as booth
-    from minidiff.finetuning import loop, run
+    from minidiff.finetuning import fit, loop, run
     from minidiff.finetuning.groups import Group, encoded
     from minidiff.finetuning.recorder.budget import Counts, planned
+    from minidiff.training import distributed, ranks
 
     # All that can be wrong, before anything slow.
     data = booth.subject_pictures(images.subject, config.prompt, images.caption_column)
     words = booth.check_prompts(data.captions, list(config.class_prompt))
-    run.check_free(out, resume)
+    with distributed.main_first():
+        if ranks.is_main():
+            run.check_free(out, resume)
     diffusion = load(model, device)
-    recipe = booth.recipe(diffusion, config.method)
-    config = booth.completed(config, recipe)
     side = images.size or diffusion.size
     check_size(side, diffusion.vae.factor * diffusion.unet.multiple)
+    if config.fit:
+        tuned, texts = partial(booth.tuned, diffusion, config, words), 3 + len(own_prompts(config))
+        groups = 2 if config.preserves else 1
+        counts = Counts(groups, texts, 0, len(data))
+        plan = planned(diffusion, tuned(fit.Choice.of(config)), counts, out) if recorder else None
+        recording = plan.config if plan else None
+        case = fit.Case(diffusion, tuned, (side, side), groups, recording)
+        config = fitted(case, config, out)
+    recipe = booth.recipe(diffusion, config.method)
+    config = booth.completed(config, recipe)
     word = booth.word_to_train(words, config.prompt) if config.text == "word" else None
     tuning = booth.finetune_config(config, recipe, word)
 
     # The groups.
-    examples = booth.subject_examples(diffusion, data, config, out / "cache", side, images.flip)
-    groups = [Group("subject", examples)]
-    if config.preserves:
-        drawn = booth.class_images(diffusion, config, out / "class", images.class_dir)
-        folder = out / "cache" / "class"
-        groups.append(Group("class", encoded(diffusion, drawn, side, folder), config.prior))
+    with distributed.main_first():
+        examples = booth.subject_examples(diffusion, data, config, out / "cache", side, images.flip)
+        groups = [Group("subject", examples)]
+        if config.preserves:
+            drawn = booth.class_images(diffusion, config, out / "class", images.class_dir)
+            folder = out / "cache" / "class"
+            groups.append(Group("class", encoded(diffusion, drawn, side, folder), config.prior))
     counts = ", ".join(f"{len(group.examples)} of the {group.name}" for group in groups)
     print(f"{counts} to learn from; {config.steps} steps")
     if word:
@@ -73,7 +86,7 @@ def dreambooth(
 
     # Training, recorded.
     observer = None
-    if recorder:
+    if recorder and ranks.is_main():
         prompts = {"subject": data.captions[0]}
         templates = list(config.class_prompt)
         prompts |= {"class": booth.expand(templates, 1, config.seed)[0]} if templates else {}
@@ -83,6 +96,8 @@ def dreambooth(
         observer = recorder_of(diffusion, out, prompts, data.paths, [], examples, plan.config)
     with going_on(diffusion, config.method, model, out):
         loop.finetune(diffusion, groups, out, tuning, observer, resume)
+    if not ranks.is_main():
+        return
     report(observer)
     best = observer.best() if observer else None
     print(*commands(diffusion, config.method, model, out, data.captions[0], best), sep="\n")

@@ -4,6 +4,7 @@ import contextlib
 import shlex
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import tyro
@@ -45,41 +46,52 @@ def finetune(
     device = options.pick_device(device)
     from minidiff import load
     from minidiff.data.folder import CaptionedFolder
-    from minidiff.finetuning import estimate, loop, run
+    from minidiff.finetuning import estimate, fit, loop, run
     from minidiff.finetuning.groups import Group, encoded, split
     from minidiff.finetuning.recorder.budget import Counts, planned
     from minidiff.methods import inversion, lora
+    from minidiff.training import distributed, ranks
 
     # All that can be wrong, before anything slow.
-    run.check_free(out, resume)
+    with distributed.main_first():
+        if ranks.is_main():
+            run.check_free(out, resume)
     several = images.captions == "random"
     folder = CaptionedFolder(images.data, caption_column=images.caption_column, several=several)
     diffusion = load(model, device)
-    config = loop.completed(config, diffusion)
     side = images.size or diffusion.size
+    check_size(side, diffusion.vae.factor * diffusion.unet.multiple)
+    chosen, held_out = split(folder.paths, images.validation, config.seed)
+    plan = None
+    if recorder and ranks.is_main():
+        texts = 2 + bool(held_out) + len(config.validation_prompt)
+        plan = planned(diffusion, config, Counts(1, texts, len(held_out), len(chosen)), out)
+    recording = plan.config if plan else None
+    if config.fit:
+        if ranks.size() > 1:
+            remedy = "choose with one process, and name the options it chose"
+            raise UserError(f"`fit` measures one process, and this is one of several; {remedy}.")
+        tuned = partial(fit.applied, config)
+        config = fitted(fit.Case(diffusion, tuned, (side, side), 1, recording), config, out)
+    config = loop.completed(config, diffusion)
     if config.method == "lora":
         lora.chosen(diffusion.unet, loop.targets(diffusion.unet, config))
     if config.word:
         inversion.check_rare(config.word)
         print(f'the word whose vector is trained: "{config.word}"')
-    check_size(side, diffusion.vae.factor * diffusion.unet.multiple)
 
     # The examples.
-    examples = encoded(diffusion, folder, side, out / "cache", images.flip, images.buckets)
-    chosen, held_out = split(folder.paths, images.validation, config.seed)
+    with distributed.main_first():
+        examples = encoded(diffusion, folder, side, out / "cache", images.flip, images.buckets)
     copies = 2 if images.flip else 1
     training = [examples[copy * len(folder) + i] for copy in range(copies) for i in chosen]
     print(f"{len(chosen)} pictures to train on, {len(held_out)} held out, {side}x{side} pixels")
 
     # What it will cost, and what is recorded.
-    plan = None
     prompts = {"training caption": training[0].caption}
     prompts |= {"held-out caption": examples[held_out[0]].caption} if held_out else {}
     prompts |= {"unrelated": unrelated} | own_prompts(config)
-    if recorder:
-        counts = Counts(1, len(prompts), len(held_out), len(chosen))
-        plan = planned(diffusion, config, counts, out)
-    settings = estimate.settings(config, diffusion.unet, (side, side))
+    settings = estimate.settings(config, diffusion, (side, side), 1, recording)
     more = plan.evaluations if plan else 0
     print(in_flags(estimate.forecast(diffusion, settings, config.steps, more)))
     observer = None
@@ -87,16 +99,27 @@ def finetune(
         print(f"{plan}; --no-recorder leaves it out.")
         # the model in the box draws the built-in world, which the critic's network sees best
         network = "critic-attributes" if model == MODEL else plan.config.network
-        recording = replace(plan.config, network=network)
+        recording = replace(recording, network=network)
         paths, validation = [folder.paths[i] for i in chosen], [examples[i] for i in held_out]
         observer = recorder_of(diffusion, out, prompts, paths, validation, training, recording)
 
     # Training, recorded.
     with going_on(diffusion, config.method, model, out):
         loop.finetune(diffusion, [Group("data", training)], out, config, observer, resume)
+    if not ranks.is_main():
+        return
     report(observer)
     best = observer.best() if observer else None
     print(*commands(diffusion, config.method, model, out, training[0].caption, best), sep="\n")
+
+
+def fitted(case, config: TuningConfig, out: Path) -> TuningConfig:
+    """The config with what was chosen to fit, now or by the run that is resumed; prints it."""
+    from minidiff.finetuning import fit
+
+    made = fit.fit(case, config, fit.earlier(out))
+    print(in_flags(str(made)))
+    return fit.applied(config, made.choice)
 
 
 def recorder_of(

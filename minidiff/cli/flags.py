@@ -3,12 +3,14 @@
 import inspect
 import re
 from collections.abc import Callable, Container
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
+from functools import partial
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 import tyro
 
 from minidiff.cli.types import without_none
+from minidiff.options.finetuning import FITTED, TuningConfig
 
 T = TypeVar("T")
 Flat = Annotated[T, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]  # a config as plain flags
@@ -44,6 +46,18 @@ def flags(verb: Callable) -> dict[str, Flag]:
         word = name.replace("_", " ")
         options[flag(own_name)] = Flag(word, kind, required, positional, metavar)
     return options
+
+
+def keeping(call: partial, args: list[str]) -> partial:
+    """The call of a verb; what was given on the command line, `fit` leaves as it is."""
+    names = {arg.partition("=")[0].removeprefix("--").removeprefix("no-") for arg in args}
+    given = [name for name in FITTED if name in names]
+    values = {
+        name: replace(value, keep=(*value.keep, *given))
+        for name, value in call.keywords.items()
+        if isinstance(value, TuningConfig)
+    }
+    return partial(call, **values)
 
 
 def in_flags(message: str, options: Container[str] = ()) -> str:

@@ -1,6 +1,5 @@
 """The verb that makes images of prompts."""
 
-import platform
 import re
 import warnings
 from dataclasses import dataclass, replace
@@ -78,7 +77,7 @@ def generate(
     options.check_out(out)
     warn_of_prompts(prompts)
     device = options.pick_device(device)
-    warn_of_slow_dtype(request.dtype, device)
+    options.warn_of_imitation(request.dtype, device)
     if model == MODEL and parts == NO_PARTS:
         warn_of_words(prompts)
     loaded = parts.load(model, device, request.dtype)
@@ -173,20 +172,6 @@ def warn_of_words(prompts: tuple[str, ...]) -> None:
         warnings.warn(
             f"the model in the box does not know {', '.join(unknown)}; "
             f"all that it knows: {', '.join(sorted(vocabulary))}",
-            stacklevel=2,
-        )
-
-
-def warn_of_slow_dtype(dtype: str, device: str) -> None:
-    """Warn of bf16 where the processor must imitate it. torch can tell of x86 alone."""
-    import torch
-
-    is_native = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    if dtype == "bf16" and device == "cpu" and is_x86 and is_native and not is_native():
-        warnings.warn(
-            "this processor does not compute in bf16, and imitates it slowly; "
-            "--dtype fp32 is many times faster",
             stacklevel=2,
         )
 

@@ -15,6 +15,7 @@ from minidiff.cli.finetune import finetune
 from minidiff.cli.generate import generate
 from minidiff.cli.inspect import inspect
 from minidiff.cli.quickstart import quickstart
+from minidiff.cli.train import train
 from minidiff.cli.watch import watch
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -25,6 +26,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "plot schedules": plot.schedules,
     "data coco": data.coco,
     "data check": data.check,
+    "train": train,
     "finetune": finetune,
     "dreambooth": dreambooth,
     "evaluate": evaluate,

@@ -3,6 +3,7 @@
 Torch is imported where it is needed.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -185,14 +186,20 @@ def check_out(out: Path, *names: str) -> None:
 
 
 def alone(verb: Callable[..., None]) -> Callable[..., None]:
-    """Have a verb that trains be the only one to write in its --out folder."""
+    """Have a verb that trains be the only one to write in its --out folder: one process, or the
+    first of several. If torchrun has restarted them, they resume."""
 
     @functools.wraps(verb)
     def locked_verb(*args: object, out: Path, **options: object) -> None:
         check_out(out)
+        from minidiff.training import distributed, ranks
         from minidiff.training.lock import locked
 
-        with locked(out):
+        with contextlib.ExitStack() as stack:
+            with distributed.main_first():
+                stack.enter_context(locked(out if ranks.is_main() else None))
+            if ranks.begun(out):
+                options["resume"] = True
             verb(*args, out=out, **options)
 
     return locked_verb
@@ -203,3 +210,11 @@ def pick_device(name: str) -> str:
     from minidiff.training import device
 
     return device.pick_device(name)
+
+
+def warn_of_imitation(dtype: Dtype, device: str) -> None:
+    """Warn of a precision that this processor computes slowly."""
+    from minidiff.checkpoints.folder import dtype_named
+    from minidiff.training.device import warn_of_imitation
+
+    warn_of_imitation(dtype_named(dtype), device)

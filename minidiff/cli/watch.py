@@ -211,7 +211,7 @@ class Log:
         if not self.recent:
             return []
         last, width = self.recent[-1], min(WIDTH, shutil.get_terminal_size().columns) - 30
-        bins = [means(column) for column in zip(*(s["bins"] for s in self.recent), strict=False)]
+        bins = [means(list(bin)) for bin in zip(*(s["bins"] for s in self.recent), strict=False)]
         levels = [level for level in bins if level is not None]
         ends = f"{min(levels):.3g} to {max(levels):.3g}" if levels else ""
         rows = {

@@ -8,6 +8,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from minidiff.errors import UserError
+from minidiff.training import distributed
 
 
 def cifar10(
@@ -20,7 +21,8 @@ def cifar10(
     from torchvision.datasets import CIFAR10  # a second of import, needed only here
 
     try:
-        data = CIFAR10(root, train=train, download=download)
+        with distributed.main_first():
+            data = CIFAR10(root, train=train, download=download)
     # No network; a download broken off; no file, or the wrong md5.
     except (OSError, HTTPException, RuntimeError) as error:
         reason = " ".join(str(error).split())

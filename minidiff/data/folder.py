@@ -8,17 +8,20 @@ doctor (doctor/) calls the same functions on every line and every image.
 """
 
 import contextlib
-import io
 import math
 import os
 import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -39,7 +42,11 @@ from minidiff.data.captions import (
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
+DRAFT = 2  # docs/data.md says what it costs
+LYING = (5, 6, 7, 8)  # EXIF's marks of images that a quarter turn makes upright
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 SRGB = ImageCms.createProfile("sRGB")
+Item, Result = TypeVar("Item"), TypeVar("Result")
 PROFILES = {"RGB": "RGB", "RGBA": "RGB", "L": "GRAY", "CMYK": "CMYK"}
 PROFILES["P"] = "RGB"  # the kind of colour profile that fits a mode
 
@@ -55,19 +62,77 @@ def to_uint8(images: Float[Tensor, "*dims"]) -> UInt8[Tensor, "*dims"]:
 
 
 def load_image(
-    path: str | Path, size: int | tuple[int, int] | None = None, background: str = "white"
+    path: str | Path | BytesIO,
+    size: int | tuple[int, int] | None = None,
+    background: str = "white",
+    name: str | None = None,
 ) -> UInt8[Tensor, "3 H W"]:
     """Read an image file of any kind as upright RGB, or raise a Fault. Transparent parts show the
     background, and a warning says so.
 
     size: a side, or (height, width); the image is scaled to cover it and cut in the centre.
+    name: of the image in messages. Default: its path.
     """
-    if not os.path.isfile(path):
-        raise Fault("missing picture", f"{path}: no such picture")
+    if size is not None:
+        size = (size, size) if isinstance(size, int) else size
+    with _header(path, name or str(path)) as file:
+        box = _draft(file, size) if size is not None else None
+        ImageOps.exif_transpose(file, in_place=True)
+        image = _rgb(file, background)
+    if size is not None:
+        box = _centre(box or (0, 0, *image.size), size)
+        image = image.resize(size[::-1], Image.Resampling.LANCZOS, box)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def upright_size(path: str | Path) -> tuple[int, int]:
+    """The (height, width) that load_image gives, from the header alone where that is enough."""
+    with _header(path, str(path)) as file:
+        if file.format == "TIFF":  # some versions of Pillow turn the size, some do not
+            ImageOps.exif_transpose(file, in_place=True)
+        elif file.getexif().get(ExifTags.Base.Orientation) in LYING:
+            return file.width, file.height
+        return file.height, file.width
+
+
+def _draft(image: Image.Image, size: tuple[int, int]) -> Box | None:
+    """Have a JPEG decoded to 1/2, 1/4 or 1/8, but not under DRAFT times the size asked for, so that
+    Lanczos has the last word. Returns the part of the upright result that the image fills: of 427
+    pixels, a quarter is 106.75, and the decoder makes 107."""
+    if image.format not in ("JPEG", "MPO"):
+        return None
+    width, height = image.size
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1)
+    down, across = size[::-1] if turned in LYING else size
+    image.draft(None, (DRAFT * across, DRAFT * down))
+    scale = round(width / image.width)
+    width, height, right, bottom = width / scale, height / scale, *image.size
+    if turned in LYING:
+        width, height, right, bottom = height, width, bottom, right
+    left = right - width if turned in (2, 3, 6, 7) else 0
+    top = bottom - height if turned in (3, 4, 7, 8) else 0
+    return left, top, left + width, top + height
+
+
+def _centre(box: Box, size: tuple[int, int]) -> Box:
+    """The largest box with the shape of a size (height, width) in the centre of another."""
+    left, top, right, bottom = box
+    width, height, ratio = right - left, bottom - top, size[1] / size[0]
+    across, down = (ratio * height, height) if width / height >= ratio else (width, width / ratio)
+    x, y = left + max(0, (width - across) / 2), top + max(0, (height - down) / 2)
+    return x, y, min(x + across, right), min(y + down, bottom)
+
+
+@contextlib.contextmanager
+def _header(path: str | Path | BytesIO, name: str) -> Iterator[Image.Image]:
+    """Open an image; whatever goes wrong while it is open is a Fault."""
+    if isinstance(path, str | Path) and not os.path.isfile(path):
+        raise Fault("missing picture", f"{name}: no such picture")
+    size = path.getbuffer().nbytes if isinstance(path, BytesIO) else os.path.getsize(path)
     advice = "replace it, or take it out of the data"
-    if not os.path.getsize(path):
-        raise Fault("empty file", f"{path}: not a readable picture (the file is empty); {advice}")
-    if Path(path).suffix.lower() in (".heic", ".heif"):
+    if not size:
+        raise Fault("empty file", f"{name}: not a readable picture (the file is empty); {advice}")
+    if name.lower().endswith((".heic", ".heif")):
         advice = "save it as JPEG, or install pillow-heif, which reads HEIC"
         with contextlib.suppress(ImportError):
             import pillow_heif
@@ -76,19 +141,14 @@ def load_image(
     try:
         with opened(path) as file:
             _check_pixels(file)
-            ImageOps.exif_transpose(file, in_place=True)
-            image = _rgb(file, background)
+            yield file
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        message = f"{path}: not a readable picture ({reason}); {advice}"
+        message = f"{name}: not a readable picture ({reason}); {advice}"
         raise Fault("unreadable picture", message) from None
-    if size is not None:
-        height, width = (size, size) if isinstance(size, int) else size
-        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def opened(path: str | Path) -> Image.Image:
+def opened(path: str | Path | BytesIO) -> Image.Image:
     """An image file by its header, of the formats that are read: Pillow knows others, and runs a
     program of its own for one (Ghostscript, for EPS), whatever the file is called."""
     Image.init()
@@ -127,7 +187,7 @@ def profile_of(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
     for one of another kind of pixels, and for a damaged one, which other programs ignore too."""
     content = image.info.get("icc_profile")
     try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(content)) if content else None
+        profile = ImageCms.ImageCmsProfile(BytesIO(content)) if content else None
     except (OSError, TypeError, ImageCms.PyCMSError):
         return None
     if profile is None or (profile.profile.profile_description or "").startswith("sRGB"):
@@ -209,8 +269,24 @@ def load_all(
     count = len(dataset) if limit is None else min(limit, len(dataset))
     indices = [i * len(dataset) // count for i in range(count)]
     images = torch.empty(count, 3, size, size, dtype=torch.uint8)
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-        loaded = pool.map(lambda i: load_image(dataset.paths[i], size), indices)
-        for k, image in enumerate(tqdm(loaded, "reading pictures", count, unit="", leave=False)):
-            images[k] = image
+    loaded = ahead(lambda i: load_image(dataset.paths[i], size), indices)
+    for k, image in enumerate(tqdm(loaded, "reading pictures", count, unit="", leave=False)):
+        images[k] = image
     return images, [dataset.captions[i] for i in indices]
+
+
+def ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], most: int = 16
+) -> Iterator[Result]:
+    """map(function, items), computed in threads, at most `most` items ahead: Pillow decodes outside
+    Python's lock. An exception comes at its item's place."""
+    pool, waiting = ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 4)), deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > most:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -2,32 +2,37 @@
 
 A cache is one safetensors file: latents.safetensors or contexts.safetensors. The name of an entry
 is its key, the SHA-256 of all it was computed from: the bytes of the image, its size and whether it
-is mirrored, or the caption; and the network's config and every weight. Entries are computed one at
-a time, so an entry follows from its key, to the bit.
+is mirrored, or the caption; and the network's config and every weight. Images are encoded in
+batches that are always full, so an entry follows from its key, to the bit, whatever else is there.
 """
 
 import hashlib
+import math
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidiff.checkpoints import files
-from minidiff.data.folder import load_image, to_model
+from minidiff.data.captions import Fault
+from minidiff.data.folder import ahead, load_image, to_model
 from minidiff.errors import UserError
 from minidiff.methods.lora import merged_state
 from minidiff.training import atomic
 
 VERSION = "minidiff cache 2"  # change it when entries are computed in another way
+READING = "JPEG draft, batches"  # change it when latents alone are
+PIXELS_CPU, PIXELS_GPU = 2**16, 2**20  # of a batch: 64 of 32x32, 1 of 512x512; 4 of 512x512
 
 
 class Example(NamedTuple):
@@ -50,25 +55,80 @@ def encode_images(
     flip: the latents of all mirror images follow those of all images, as captions * 2 do.
     """
     of_vae = fingerprint(vae)
-    contents = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths]
-    keys, arguments = [], {}
+    keys, pictures = [], {}
+    contents = list(ahead(_digest, paths))
     for mirrored in (False, True) if flip else (False,):
         for path, size, content in zip(paths, sizes, contents, strict=True):
-            keys.append(_key(of_vae, content, *size, mirrored))
-            arguments[keys[-1]] = vae, path, size, mirrored
-    entries = _entries("latents", folder, arguments, _encode_image, "encoding pictures")
+            keys.append(_key(of_vae, content, *size, mirrored, READING))
+            pictures[keys[-1]] = Picture(path, size, mirrored)
+    encode = partial(_encode_images, vae, pictures)
+    entries = _entries("latents", folder, keys, encode, "encoding pictures")
     return [entries[key] for key in keys]
 
 
-def _encode_image(
-    vae: nn.Module, path: Path, size: tuple[int, int], mirrored: bool
-) -> Float[Tensor, "Z h w"]:
+class Picture(NamedTuple):
+    path: Path
+    size: tuple[int, int]
+    mirrored: bool
+
+
+def _digest(path: Path) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _encode_images(
+    vae: nn.Module, pictures: dict[str, Picture], keys: list[str]
+) -> Iterator[tuple[str, Float[Tensor, "Z h w"]]]:
     device = next(vae.parameters(), torch.empty(0)).device
-    image = to_model(load_image(path, size))[None].to(device)
-    latents = vae.encode(image.flip(-1) if mirrored else image)[0].cpu()
-    if not latents.isfinite().all():
-        raise UserError(f"{path}: its latents are not finite; load the VAE in float32 or bfloat16.")
-    return latents
+    pixels = PIXELS_CPU if device.type == "cpu" else PIXELS_GPU
+    for batch, images in _batches(pictures, keys, pixels):
+        latents = vae.encode(to_model(images.to(device)))[: len(batch)].cpu()
+        for key, each in zip(batch, latents, strict=True):
+            if not each.isfinite().all():
+                problem = "its latents are not finite; load the VAE in float32 or bfloat16"
+                raise UserError(f"{pictures[key].path}: {problem}.")
+            yield key, each.clone()
+
+
+def _batches(
+    pictures: dict[str, Picture], keys: list[str], pixels: int
+) -> Iterator[tuple[list[str], UInt8[Tensor, "B 3 H W"]]]:
+    """Yield keys and their images, of one size; the last batch of a size is filled up with black,
+    for a network may compute other last bits in a smaller one.
+
+    A file is read once for the image and its mirror, ahead in threads. At a damaged file those read
+    before it come first.
+    """
+    wanted: dict[tuple[Path, tuple[int, int]], list[str]] = {}
+    for key in keys:
+        wanted.setdefault(pictures[key][:2], []).append(key)
+    full = {size: max(1, pixels // math.prod(size)) for _, size in wanted}
+    waiting, damaged = {size: [] for size in full}, None
+    try:
+        images = ahead(lambda file: load_image(*file), wanted)
+        for (file, size), image in zip(wanted, images, strict=True):
+            alike = waiting[size]
+            for key in wanted[file, size]:
+                alike.append((key, image.flip(-1) if pictures[key].mirrored else image))
+            while len(alike) >= full[size]:
+                yield _stacked(alike[: full[size]], full[size])
+                del alike[: full[size]]
+    except Fault as fault:
+        damaged = fault
+    for size, alike in waiting.items():
+        if alike:
+            yield _stacked(alike, full[size])
+    if damaged:
+        raise damaged
+
+
+def _stacked(
+    alike: list[tuple[str, UInt8[Tensor, "3 H W"]]], full: int
+) -> tuple[list[str], UInt8[Tensor, "B 3 H W"]]:
+    keys, images = zip(*alike, strict=True)
+    black = [torch.zeros_like(images[0])] * (full - len(images))
+    return list(keys), torch.stack([*images, *black])
 
 
 @torch.no_grad()
@@ -81,13 +141,17 @@ def encode_captions(
     """
     of_text = fingerprint(text)
     keys = {caption: _key(of_text, caption) for caption in dict.fromkeys(["", *captions])}
-    arguments = {key: (text, caption) for caption, key in keys.items()}
-    entries = _entries("contexts", folder, arguments, _encode_caption, "encoding captions")
+    of_key = {key: caption for caption, key in keys.items()}
+    encode = partial(_encode_captions, text, of_key)
+    entries = _entries("contexts", folder, list(of_key), encode, "encoding captions")
     return {caption: entries[key] for caption, key in keys.items()}
 
 
-def _encode_caption(text: nn.Module, caption: str) -> Float[Tensor, "L D"]:
-    return text.encode([caption])[0].cpu()
+def _encode_captions(
+    text: nn.Module, captions: dict[str, str], keys: list[str]
+) -> Iterator[tuple[str, Float[Tensor, "L D"]]]:
+    for key in keys:
+        yield key, text.encode([captions[key]])[0].cpu()
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -111,11 +175,11 @@ def _bytes(value: Tensor) -> memoryview:
 def _entries(
     name: str,
     folder: Path | None,
-    arguments: dict[str, tuple],
-    encode: Callable[..., Tensor],
+    keys: list[str],
+    encode: Callable[[list[str]], Iterator[tuple[str, Tensor]]],
     title: str,
 ) -> dict[str, Tensor]:
-    """Return an entry for each key: from the file, or else encode(*arguments[key]).
+    """Return an entry for each key: from the file, or else from encode(those that it lacks).
 
     Afterwards the file holds these entries alone; if computing ends early, those that were ready.
     """
@@ -123,11 +187,10 @@ def _entries(
         atomic.clean(folder)
     file = folder and folder / f"{name}.safetensors"
     stored = _read(file) if file else {}
-    entries = {key: stored[key] for key in arguments if key in stored}
-    missing = [key for key in arguments if key not in stored]
+    entries = {key: stored[key] for key in keys if key in stored}
+    missing = [key for key in dict.fromkeys(keys) if key not in stored]
     try:
-        for key in tqdm(missing, title, unit="", leave=False, disable=not missing):
-            entries[key] = encode(*arguments[key])
+        entries.update(tqdm(encode(missing), title, len(missing), leave=False, disable=not missing))
     finally:
         if file and entries.keys() != stored.keys():
             _write(file, entries)

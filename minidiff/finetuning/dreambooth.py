@@ -33,6 +33,8 @@ from minidiff.data.folder import CaptionedFolder, CaptionedImages, load_image, t
 from minidiff.data.latents import Example, fingerprint
 from minidiff.errors import UserError
 from minidiff.figures import plots
+from minidiff.finetuning.estimate import images_at_once
+from minidiff.finetuning.fit import Choice, applied
 from minidiff.finetuning.groups import encoded
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods import inversion
@@ -117,6 +119,17 @@ def finetune_config(config: DreamBoothConfig, recipe: Recipe, word: str | None) 
         t_mean=recipe.t_mean,
         t_std=recipe.t_std,
     )
+
+
+def tuned(
+    model: LatentDiffusion, config: DreamBoothConfig, words: list[str], choice: Choice
+) -> FineTuneConfig:
+    """How to fine-tune with these options; see fit.Case."""
+    config = applied(config, choice)
+    suited = recipe(model, config.method)
+    config = completed(config, suited)
+    word = word_to_train(words, config.prompt) if config.text == "word" else None
+    return finetune_config(config, suited, word)
 
 
 def subject_pictures(folder: Path, prompt: str, caption_column: str = "text") -> CaptionedImages:
@@ -235,6 +248,7 @@ def class_pictures(
     weights = [fingerprint(part) for part in (model.vae, model.text, model.unet)]
     paths = [folder / f"{k:04d}.png" for k in range(len(prompts))]
     make_room(folder, paths)
+    at_once = images_at_once((model.size, model.size), model.vae.factor)
     with tqdm(desc="drawing class pictures", total=len(prompts), unit="", delay=0.5) as bar:
         for start in range(0, len(prompts), BATCH):
             batch, files = prompts[start : start + BATCH], paths[start : start + BATCH]
@@ -243,7 +257,8 @@ def class_pictures(
             key = hashlib.sha256(content.encode()).hexdigest()
             if not all(key_of(path) == key for path in files):
                 config = SampleConfig(steps, guidance, seed=seed)
-                images = pipeline.generate(model, batch, config, first=start).float().cpu()
+                images = pipeline.generate(model, batch, config, at_once, first=start)
+                images = images.float().cpu()
                 for path, image, prompt in zip(files, images, batch, strict=True):
                     plots.save_png(image, path, {"prompt": prompt, "key": key}, foreign)
             bar.update(len(batch))

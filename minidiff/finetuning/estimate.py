@@ -1,8 +1,9 @@
 """How much memory and time a training takes, told before its first step, and what would save most.
 
 One step, forward and backward, runs on tensors with shapes and no memory (PyTorch's fake tensors),
-while a ledger notes every storage that is made and freed, and the FLOPs of every operation. The
-optimizer's moments and the average of the weights are added to the peak; what a device needs for
+while a ledger notes every storage that is made and freed, and the FLOPs of every operation. So do
+the passes of the flight recorder and the encoding of an image. The optimizer's moments, the average
+of the weights and the copy of a checkpoint that is being written are added; what a device needs for
 itself is not. docs/memory.md has estimates beside measurements.
 
 [1] Chen et al. Training Deep Nets with Sublinear Memory Cost. 2016. arXiv:1604.06174
@@ -10,114 +11,127 @@ itself is not. docs/memory.md has estimates beside measurements.
 """
 
 import copy
-import os
 import time
 import warnings
-import weakref
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from minidiff.denoiser import Denoiser
-from minidiff.finetuning.loop import targets
+from minidiff.finetuning.loop import shares, targets
+from minidiff.finetuning.recorder.recorder import rows_at_once
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.methods import lora
-from minidiff.options.finetuning import FineTuneConfig
+from minidiff.methods import inversion, lora
+from minidiff.options.finetuning import FineTuneConfig, RecorderConfig
+from minidiff.training import optimizers
+from minidiff.training.device import free_bytes
+from minidiff.training.ledger import Ledger
+from minidiff.training.progress import human
 
 
 class Settings(NamedTuple):
     """What memory and time depend on besides the model."""
 
-    batch: int
+    batch: int  # images of all groups
     size: tuple[int, int]  # height and width of the images, in pixels
     accumulate: int = 1  # batches in a step
-    rank: int | None = None  # of LoRAs; None trains every weight
+    rank: int | None = None  # of LoRAs; None trains every weight, 0 none
     targets: tuple[str, ...] = lora.ATTENTION
+    word: bool = False  # train the vector of a word
     text: bool = False  # train the text encoder too
     checkpointing: bool = False
     bf16: bool = False  # compute in it; the weights stay as they are
     optimizer: str = "adamw"
     ema: bool = False
     cached: bool = True  # latents, and contexts unless the text encoder is trained, computed before
+    pieces: int = 1  # that each batch is computed in
+    threads: int = 1  # pieces that are computed at a time
+    background: bool = False  # checkpoints are written while training goes on
+    recorder: RecorderConfig | None = None  # of the flight recorder, if there is one
+    drawn: int = 0  # images that the model draws at once beforehand, as DreamBooth's of the class
 
 
-def settings(config: FineTuneConfig, unet: nn.Module, size: tuple[int, int]) -> Settings:
-    """Those of a fine-tune."""
-    by_lora = config.method == "lora"
+def images_at_once(size: tuple[int, int], factor: int) -> int:
+    """How many images DreamBooth draws at once."""
+    return max(1, rows_at_once([side // factor for side in size]) // 2)
+
+
+def settings(
+    config: FineTuneConfig,
+    model: LatentDiffusion,
+    size: tuple[int, int],
+    groups: int = 1,
+    recorder: RecorderConfig | None = None,
+) -> Settings:
+    """Those of a fine-tune. groups: of examples, each of which has its share of a batch."""
+    unet, by_lora = model.unet, config.method == "lora"
+    rank = {"full": None, "lora": config.lora.rank, "inversion": 0}[config.method]
+    trained = nn.ModuleList([unet] if rank is None else [])
+    if rank is None and config.text:
+        trained.append(model.text)
+    pieces = config.pieces or shares(model, trained, config.batch)
     return Settings(
-        config.batch,
+        groups * config.batch,
         size,
         config.accumulate,
-        config.lora.rank if by_lora else None,
+        rank,
         targets(unet, config) if by_lora else lora.ATTENTION,
+        config.word is not None,
         config.text,
         config.checkpointing,
-        config.dtype == "bf16",
+        config.dtype != "fp32",
         config.optimizer,
         config.ema is not None,
+        pieces=pieces,
+        threads=1 if config.pieces else min(pieces, torch.get_num_threads()),
+        background=config.background,
+        recorder=recorder,
+        drawn=images_at_once(size, model.vae.factor) if groups > 1 else 0,
     )
 
 
 class Estimate(NamedTuple):
-    """Four parts of the memory in bytes, and three counts."""
+    """Parts of the memory in bytes, and three counts."""
 
     weights: int  # of all parts, trained or not
     step: int  # the most that gradients and activations take together
     moments: int  # the optimizer's two numbers for each trained weight
     average: int  # the EMA's copy
+    copy: int  # of a checkpoint that is being written, where it is in the same memory
+    recorder: int  # the most that the flight recorder takes, when there are no gradients
+    before: int  # the most that encoding an image, or drawing some, takes beside the weights
     trained: int  # how many weights are trained
     flops: int  # multiplications and additions of one step, forward and backward, all batches
     forward: int  # those of the U-Net's pass over one batch
 
     @property
     def total(self) -> int:
-        return sum(self[:4])
+        return sum(self.terms.values())
+
+    @property
+    def terms(self) -> dict[str, int]:
+        """What the total is the sum of, at the moment that takes most."""
+        state = {"optimizer": self.moments, "average of the weights": self.average}
+        state |= {"copy for a checkpoint": self.copy}
+        moments = (
+            {"weights": self.weights, "gradients and activations": self.step, **state},
+            {"weights": self.weights, "flight recorder": self.recorder, **state},
+            {"weights": self.weights, "encoding or drawing pictures": self.before},
+        )
+        return max(moments, key=lambda terms: sum(terms.values()))
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of a checkpoint, and of its copy."""
+        return 4 * self.trained + self.moments + self.average
 
     @property
     def parts(self) -> str:
         """The total as a sum."""
-        names = ("weights", "gradients and activations", "optimizer", "average of the weights")
-        parts = zip(names, self, strict=False)
-        return " + ".join(f"{name} {human(count)}" for name, count in parts if count)
-
-
-class Ledger(TorchDispatchMode):
-    """Counts inside a with block: bytes now and at most, every storage once; and FLOPs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = self.flops = 0
-        self.storages: set[int] = set()
-
-    def __torch_dispatch__(
-        self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = operation(*args, **kwargs)
-        if count := flop_registry.get(operation.overloadpacket):
-            self.flops += count(*args, **kwargs, out_val=result)
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self.note(value.untyped_storage())
-        return result
-
-    def note(self, storage: torch.UntypedStorage) -> None:
-        place, size = storage._cdata, storage.nbytes()
-        if place not in self.storages:
-            self.storages.add(place)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.forget, place, size)
-
-    def forget(self, place: int, size: int) -> None:
-        self.storages.discard(place)
-        self.now -= size
+        return " + ".join(f"{name} {human(count)}" for name, count in self.terms.items() if count)
 
 
 def estimate(model: LatentDiffusion, settings: Settings) -> Estimate:
@@ -132,31 +146,97 @@ def estimate(model: LatentDiffusion, settings: Settings) -> Estimate:
         denoiser = Denoiser(unet, schedule, model.denoiser.target, model.denoiser.weighting)
         for network in (unet, text):
             network.checkpointing = settings.checkpointing
+        with torch.no_grad(), ledger.most() as before:
+            _encode(vae, settings.size, 1)
+            if settings.drawn:
+                _draw(denoiser, vae, text.encode([""]), settings.drawn, settings.size, 1)
         trained = _to_train(unet, text, settings)
         weights = ledger.now
-        cached = settings.cached and not settings.text
-        context = text.encode([""] * settings.batch) if cached else None
-        ledger.peak = ledger.now
-        # from the second batch on, the gradients of the first are there
-        for _ in range(min(settings.accumulate, 2)):
-            ledger.flops = 0
+        one = settings._replace(batch=settings.batch // settings.pieces)
+        context = text.encode([""] * one.batch) if _contexts_cached(settings) else None
+        peaks = []
+        # from the second piece on, the gradients of the first are there
+        for _ in range(min(settings.accumulate * settings.pieces, 2)):
+            ledger.flops, ledger.peak = 0, ledger.now
             with torch.autocast(device, torch.bfloat16, enabled=settings.bf16):
-                inputs = _inputs(vae, text, settings, context)
-                before = ledger.flops
+                inputs = _inputs(vae, text, one, context)
+                start = ledger.flops
                 loss = denoiser.loss(*inputs)
-                forward = ledger.flops - before
+                forward = ledger.flops - start
                 del inputs
-            (loss.mean() / settings.accumulate).backward()
+            loss.mean().backward()
             del loss
+            peaks.append(ledger.peak - weights)
+        flops = ledger.flops
+        gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
+        for p in trained:
+            p.grad = None
+        recorder = _recorder(denoiser, vae, text, settings, ledger) if settings.recorder else 0
+    step = max(peaks)
+    if settings.threads > 1:  # each has its activations and gradients, beside their sum
+        runs = settings.accumulate * settings.pieces
+        step = settings.threads * peaks[0] + (gradients if runs > settings.threads else 0)
+    moments = sum(optimizers.moments(p, settings.optimizer) for p in trained)
+    own, runs = sum(p.nbytes for p in trained), settings.accumulate * settings.pieces
+    average = own if settings.ema else 0
+    in_place = settings.background and device == "cpu"  # else the copy is in another memory
     return Estimate(
         weights,
-        step=ledger.peak - weights,
-        moments=sum(_moments(p, settings.optimizer) for p in trained),
-        average=sum(p.nbytes for p in trained) if settings.ema else 0,
+        step=step,
+        moments=moments,
+        average=average,
+        copy=own + moments + average if in_place else 0,
+        # while it measures the averages, the weights stand aside
+        recorder=recorder + (average if settings.recorder else 0),
+        before=before[0],
         trained=sum(p.numel() for p in trained),
-        flops=settings.accumulate * ledger.flops,
-        forward=forward,
+        flops=runs * flops,
+        forward=settings.pieces * forward,
     )
+
+
+def _contexts_cached(settings: Settings) -> bool:
+    return settings.cached and not (settings.text or settings.word)
+
+
+def _encode(vae: nn.Module, size: tuple[int, int], batch: int) -> Tensor:
+    """Latents of images."""
+    channels = getattr(vae.config, "in_channels", vae.latent_channels)
+    return vae.encode(torch.randn(batch, channels, *size))
+
+
+@torch.no_grad()
+def _recorder(
+    denoiser: Denoiser, vae: nn.Module, text: nn.Module, settings: Settings, ledger: Ledger
+) -> int:
+    """The most that the flight recorder takes: guided sampling, the losses of an example."""
+    config, sides = settings.recorder, [side // vae.factor for side in settings.size]
+    with ledger.most() as added:
+        context = text.encode([""])
+        _draw(denoiser, vae, context, config.n, settings.size, 4)
+        _pass(denoiser, vae, context, min(10 * config.noises, rows_at_once(sides)), sides)
+    return added[0]
+
+
+def _draw(
+    denoiser: Denoiser,
+    vae: nn.Module,
+    context: Tensor,
+    count: int,
+    size: tuple[int, int],
+    share: int,
+) -> None:
+    """A step of guided sampling of so many images, and the decoding, of fewer at once."""
+    sides = [side // vae.factor for side in size]
+    _pass(denoiser, vae, context, 2 * count, sides)
+    together = min(count, max(1, rows_at_once(sides) // share))
+    vae.decode(torch.randn(together, vae.latent_channels, *sides))
+
+
+def _pass(denoiser: Denoiser, vae: nn.Module, context: Tensor, rows: int, sides: list[int]) -> None:
+    t = torch.ones(rows, dtype=torch.long, device="cpu")
+    x = torch.randn(rows, vae.latent_channels, *sides)
+    denoiser(x, t, context.expand(rows, -1, -1))
 
 
 def _twin(part: nn.Module) -> nn.Module:
@@ -174,9 +254,14 @@ def _to_train(unet: nn.Module, text: nn.Module, settings: Settings) -> list[nn.P
         if settings.rank:
             names = settings.targets if network is unet else lora.ATTENTION
             lora.add(network, settings.rank, targets=names)
-        else:
+        elif settings.rank is None:
             network.requires_grad_(True)
-    return [p for network in (unet, text) for p in network.parameters() if p.requires_grad]
+    trained = [p for network in (unet, text) for p in network.parameters() if p.requires_grad]
+    if settings.word:
+        word = inversion.Word(text, "sks")
+        word.attach(text)
+        trained.append(word.change)
+    return trained
 
 
 def _inputs(
@@ -186,21 +271,12 @@ def _inputs(
     (height, width), batch = settings.size, settings.batch
     latents = torch.randn(batch, vae.latent_channels, height // vae.factor, width // vae.factor)
     if not settings.cached:
-        channels = getattr(vae.config, "in_channels", vae.latent_channels)
         with torch.no_grad():
-            latents = vae.encode(torch.randn(batch, channels, height, width))
+            latents = _encode(vae, settings.size, batch)
     if context is None:
-        with torch.set_grad_enabled(settings.text):
+        with torch.set_grad_enabled(settings.text or settings.word):
             context = text.encode([""] * batch)
     return latents, context, torch.ones(batch, dtype=torch.long, device="cpu")
-
-
-def _moments(weight: Tensor, optimizer: str) -> int:
-    """Bytes of Adam's two moments. In 8 bits, as bitsandbytes has them, each block of 256 has a
-    scale, and tensors below 4,096 numbers stay in 32 bits."""
-    if optimizer == "adamw8bit" and weight.numel() >= 4096:
-        return 2 * (weight.numel() + 4 * -(-weight.numel() // 256))
-    return 2 * weight.nbytes
 
 
 def alternatives(settings: Settings) -> dict[str, Settings]:
@@ -236,8 +312,7 @@ def forecast(model: LatentDiffusion, settings: Settings, steps: int, evaluations
 
     evaluations: of the U-Net, for one image each, that the flight recorder makes in all."""
     need, device = estimate(model, settings), model.device
-    # on a GPU the model takes its part of the memory already
-    available = room(device) + (need.weights if device.type == "cuda" else 0)
+    available = room(device) + need.weights  # which the model takes already
     hint = f"the device has {human(available)}"
     if need.total > available / 2:
         impossible = () if device.type == "cuda" else ("`optimizer=adamw8bit`",)
@@ -256,10 +331,8 @@ def forecast(model: LatentDiffusion, settings: Settings, steps: int, evaluations
 
 
 def room(device: torch.device) -> int:
-    """Bytes that are free on a GPU, or all the memory of this machine."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes that are free."""
+    return free_bytes(device)
 
 
 @torch.no_grad()
@@ -278,13 +351,6 @@ def forward_seconds(model: LatentDiffusion, settings: Settings) -> float:
             model.denoiser.output(x, t, context).flatten()[0].item()  # waits until it is done
         seconds.append(time.perf_counter() - start)
     return min(seconds)
-
-
-def human(count: float) -> str:
-    """Bytes, as 14.9 GB, 95 MB, 3.2 MB."""
-    if count >= 1e9:
-        return f"{count / 1e9:.1f} GB"
-    return f"{count / 1e6:.{0 if count >= 1e7 else 1}f} MB"
 
 
 def duration(seconds: float) -> str:

@@ -18,12 +18,13 @@ from jaxtyping import Float, Shaped
 from torch import Generator, Tensor
 
 from minidiff.data import buckets
-from minidiff.data.folder import CaptionedImages, load_image
+from minidiff.data.folder import CaptionedImages, upright_size
 from minidiff.data.latents import Example, encode_images
 from minidiff.denoiser import Denoiser
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.schedules import NoiseSchedule
 from minidiff.train import Loss
+from minidiff.training.device import to_device
 from minidiff.training.seeds import generator_of, seed_of
 
 
@@ -62,7 +63,7 @@ def encoded(
     sizes = [(size, size)] * len(data)
     if shapes:
         multiple = model.vae.factor * model.unet.multiple
-        shapes_2d = (load_image(path).shape[1:] for path in data.paths)
+        shapes_2d = map(upright_size, data.paths)
         sizes = [buckets.bucket(w, h, size**2, multiple) for h, w in shapes_2d]
     latents = encode_images(model.vae, data.paths, sizes, folder, flip)
     captions = data.alternatives * (2 if flip else 1)
@@ -160,9 +161,10 @@ class GroupLoss:
         if self.contexts is None:
             context = self.model.text.encode(captions)
         else:
-            context = torch.stack([self.contexts[caption] for caption in captions]).to(device)
-        latents = torch.cat([part.latents for part in parts]).to(device)
+            context = torch.stack([self.contexts[caption] for caption in captions])
+            context = to_device(context, device)
+        latents = to_device(torch.cat([part.latents for part in parts]), device)
         t = torch.cat([part.t for part in parts])
-        eps = torch.cat([part.eps for part in parts]).to(device)
+        eps = to_device(torch.cat([part.eps for part in parts]), device)
         losses = self.denoiser.loss(latents, context, t, eps)
         return list(losses.split([len(part.t) for part in parts]))

@@ -7,6 +7,7 @@ it learns from is in groups.py, the folder it writes in run.py, the loop itself 
 [1] Hang et al. Efficient Diffusion Training via Min-SNR Weighting Strategy. 2023. arXiv:2303.09556
 """
 
+import copy
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -31,19 +32,19 @@ from minidiff.methods import inversion, lora
 from minidiff.options.finetuning import FineTuneConfig
 from minidiff.schedules import NoiseSchedule
 from minidiff.train import EMA, LossFn, TrainConfig, train
-from minidiff.training import tensorboard
+from minidiff.training import distributed, optimizers, ranks, tensorboard
 from minidiff.training.resume import checkpoints, read_log
 
 LR = {"full": 1e-5, "lora": 1e-4, "inversion": 5e-4}  # what is usual for Stable Diffusion
 SMALL, SMALL_LR = 50_000_000, 20  # a U-Net of fewer weights learns at a rate that many times higher
-DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARED = 50_000_000  # with more trained weights a second set of gradients costs too much memory
 
 
 @runtime_checkable
 class Observer(Protocol):
     """Measures the model at the steps that are due, and names the best so far: the flight
-    recorder. Steps that are due are multiples of config.every, where there are checkpoints."""
+    recorder. Steps that are due are multiples of config.every."""
 
     def measure(self, step: int, losses: dict[str, float], lr: float | None = None) -> object: ...
 
@@ -66,20 +67,26 @@ def finetune(
     resumed run must match, and the results (run.py); with config.ema those of the averages."""
     config = completed(config, model)
     check(groups, config, model.schedule)
-    run.start(out, run.identity(model, groups, config), resume)
+    with distributed.main_first():
+        if ranks.is_main():
+            run.start(out, run.identity(model, groups, config), resume)
 
     # The parts: what is trained, its average, its loss, its batches.
     torch.manual_seed(config.seed)  # LoRA's A
-    denoiser = model.denoiser
-    if config.min_snr:
-        denoiser = Denoiser(model.unet, model.schedule, denoiser.target, "min-snr")
+    whole_model, shard = model, config.shard and ranks.size() > 1
+    if shard:  # a copy learns, and is brought back whole for the recorder and the results
+        model = copy.deepcopy(model)
+        whole_model.to(model.device if ranks.is_main() else "cpu")
+    denoiser = denoiser_of(model, config)
     word = trained_word(model, config)
     trained = to_train(model, denoiser, config, word)
     attached = word.attach(model.text) if word else None
     for network in (model.unet, model.text):
         network.checkpointing = config.checkpointing
     average = None if config.ema is None else EMA(trained, config.ema)
-    loss_fn = GroupLoss(model, fixed_contexts(model, groups, config, out), denoiser)
+    with distributed.main_first():
+        contexts = fixed_contexts(model, groups, config, out)
+    loss_fn = GroupLoss(model, contexts, denoiser)
     schedule = model.schedule
     if config.t_mean is not None:
         schedule = replace(schedule, mean=config.t_mean, std=config.t_std)
@@ -87,10 +94,13 @@ def finetune(
     if denoiser.log_error is not None:
         settle(denoiser, loss_fn, whole(0))
     training = train_config(config, shares(model, trained, config.batch))
+    run.check_disk(out, *sizes(model, trained, config), recorder is not None)
 
     # The loop.
-    keep = partial(run.write_best, model, config, out, word)
-    observe = partial(measure, recorder, average, keep)
+    keep = partial(run.write_best, whole_model, config, out, word)
+    observe = partial(measure, recorder, None if shard else average, keep)
+    learnt = trained if average is None else average.average
+    result = to_train(whole_model, denoiser_of(whole_model, config), config) if shard else None
     if recorder and not checkpoints(out / "training"):
         observe(0, {}, None)
     cut = partial(in_pieces, whole, training.pieces)
@@ -106,16 +116,19 @@ def finetune(
             losses = (f"{name} {value:.3f}" for name, value in mean(list(recent)).items())
             bar.set_postfix_str(", ".join(losses), refresh=False)
             bar.update()
+            if shard and (step.step % config.every == 0 or step.step == config.steps):
+                result.load_state_dict(distributed.whole(learnt.state_dict()))
             if recorder and (recorder.due(step.step) or step.step == config.steps):
                 observe(step.step, since_last(out, step.step, recorder.due), step.lr)
 
     # The results.
-    if average is not None:
+    if average is not None and not shard:
         put(average.averages, average)
     if attached is not None:
         attached.remove()
-    run.write(model, config.method, out, word)
-    return model.eval()
+    if ranks.is_main():
+        run.write(whole_model, config.method, out, word)
+    return whole_model.eval()
 
 
 def completed(config: FineTuneConfig, model: LatentDiffusion) -> FineTuneConfig:
@@ -146,6 +159,12 @@ def check(groups: list[Group], config: FineTuneConfig, schedule: NoiseSchedule) 
             "t_mean and t_std cannot be chosen for a schedule of the kind "
             f"{type(schedule).__name__}; it has its own distribution of t."
         )
+
+
+def denoiser_of(model: LatentDiffusion, config: FineTuneConfig) -> Denoiser:
+    """The model's own, or one with another weighting."""
+    own = model.denoiser
+    return Denoiser(model.unet, own.schedule, own.target, "min-snr") if config.min_snr else own
 
 
 def trained_word(model: LatentDiffusion, config: FineTuneConfig) -> inversion.Word | None:
@@ -211,13 +230,24 @@ def train_config(config: FineTuneConfig, pieces: int) -> TrainConfig:
         lr_schedule=config.lr_schedule,
         warmup=config.warmup,
         accumulate=config.accumulate,
-        pieces=pieces,
-        threads=min(pieces, torch.get_num_threads()),
+        pieces=config.pieces or pieces,
+        threads=1 if config.pieces else min(pieces, torch.get_num_threads()),
         autocast=DTYPES[config.dtype],
+        shard=config.shard,
         optimizer=config.optimizer,
         seed=config.seed,
-        save_every=config.every,
+        save_every=config.save_every or config.every,
+        background=config.background,
     )
+
+
+def sizes(model: LatentDiffusion, trained: nn.Module, config: FineTuneConfig) -> tuple[int, int]:
+    """Bytes of a checkpoint, and of the result."""
+    weights = [p for p in trained.parameters() if p.requires_grad]
+    moments = sum(optimizers.moments(p, config.optimizer) for p in weights)
+    own = sum(p.nbytes for p in weights)
+    whole = sum(p.nbytes for p in model.parameters()) if config.method == "full" else own
+    return moments + own * (2 if config.ema else 1), whole
 
 
 def in_pieces(whole: Callable[[int], Iterator[Batch]], count: int, start: int) -> Iterator[Batch]:
@@ -277,6 +307,8 @@ def settle(denoiser: Denoiser, loss_fn: LossFn, data: Iterator[Batch], count: in
 def shares(model: LatentDiffusion, trained: nn.Module, batch: int) -> int:
     """Into how many pieces a batch is cut for two cores: 2 where that is possible, else 1. The
     number of cores must not matter: the sum of two halves has other last bits than the whole."""
+    if ranks.size() > 1:  # they cut it
+        return 1
     few = sum(p.numel() for p in trained.parameters()) < SHARED
     # threads share a generator in any order
     random_inside = getattr(model.unet.config, "dropout", 0) > 0

@@ -5,6 +5,8 @@ A run is resumed with what it was started with, or not at all.
 
 import hashlib
 import json
+import logging
+import shutil
 import warnings
 from pathlib import Path
 
@@ -23,9 +25,12 @@ from minidiff.methods.inversion import Word, put_in
 from minidiff.options.finetuning import FineTuneConfig
 from minidiff.training import atomic
 from minidiff.training.json_types import fits
+from minidiff.training.progress import human
+from minidiff.training.resume import KEPT
 
 MODEL, LORA, EMBEDDING = "model", "lora.safetensors", "embedding.safetensors"
 RESULTS = ("training", MODEL, LORA, EMBEDDING, "best_step_[0-9]*")
+LARGE = 10**9  # bytes of a checkpoint worth telling
 PARTS = {"settings", "weights", "data"}  # of run.json
 
 
@@ -103,10 +108,26 @@ def start(out: Path, run: dict[str, dict], resume: bool) -> None:
     for part in run:
         for name in {**run[part], **before[part]}:
             old, new = before[part].get(name), run[part].get(name)
-            if old != new:
+            if old != new and name != "fit":  # which suits the machine
                 change = _change(part, name, old, new)
                 kind = Changed if part == "settings" else UserError
                 raise kind(f"{file}: this run was started {change}, or choose another `out`.")
+
+
+def check_disk(out: Path, checkpoint: int, result: int, recorded: bool) -> None:
+    """Tell, if it is much, what a run writes at most, and raise where the disk has no room for it.
+    Before an old checkpoint goes, and an old best result, the new one is there."""
+    need = (KEPT + 1) * checkpoint + (2 if recorded else 1) * result
+    places = [path for name in RESULTS for path in out.glob(name)]
+    there = [f for place in places for f in (place.rglob("*") if place.is_dir() else [place])]
+    need -= sum(file.stat().st_size for file in there if file.is_file())
+    free = shutil.disk_usage(out).free
+    line = f"a checkpoint is {human(checkpoint)}, {KEPT + 1} of them at once; the result is "
+    line += f"{human(result)}; {human(max(0, need))} to write in {out}, {human(free)} free"
+    if need > free:
+        raise UserError(f"{line}: make room, or choose another `out` or `method=lora`.")
+    if checkpoint > LARGE:
+        logging.getLogger("minidiff").info(f"disk: {line}.")
 
 
 def _change(part: str, name: str, old: object, new: object) -> str:

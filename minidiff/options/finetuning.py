@@ -1,6 +1,7 @@
 """The options of fine-tuning, of LoRAs and of DreamBooth."""
 
 import math
+import re
 import sys
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -10,15 +11,19 @@ from typing import Literal, get_args
 from minidiff.errors import UserError, choice
 
 Method = Literal["full", "lora", "inversion"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 OptimizerName = Literal["adamw", "adamw8bit"]
 TrainText = Literal["auto", "yes", "no", "word"]
 Schedule = Literal["cosine", "constant"]
 Captions = Literal["first", "random"]
 # what suits the machine, or is only looked at, changes no result and is no part of a run
-MACHINE = ("checkpointing", "validation_prompt", "tensorboard")
+MACHINE = ("checkpointing", "pieces", "background", "save_every", "keep", "validation_prompt")
+MACHINE += ("shard",)
+FITTED = ("method", "dtype", "optimizer", "checkpointing", "pieces", "background")  # fit's choices
+MACHINE += ("tensorboard",)
 ABOVE_0, BELOW_1, FINITE = math.ulp(0.0), math.nextafter(1, 0), sys.float_info.max
 COUNTS = ("rank", "accumulate", "steps", "batch", "every", "probe", "noises", "compared")
+COUNTS += ("pieces", "save_every")
 LIMITS = {  # of options by name: least, most, and both in words
     **dict.fromkeys(COUNTS, (1, math.inf, "at least 1")),
     **dict.fromkeys(
@@ -50,6 +55,16 @@ def check_tensorboard() -> None:
     if find_spec("tensorboard") is None:
         remedy = "pip install 'minidiff[tensorboard]'"
         raise UserError(f"TensorBoard is not installed; it comes with {remedy}.")
+
+
+def bytes_of(size: str) -> int | None:
+    """The bytes of a size such as 8GB, 7.5GiB or 900MB; None for auto."""
+    if size == "auto":
+        return None
+    parts = re.fullmatch(r"(\d+\.?\d*) ?([GM])(i?)B?", size)
+    if not parts or not (count := float(parts[1])):
+        raise UserError(f'fit is "{size}"; write a size, as in 8GB, or auto.')
+    return int(count * (1024 if parts[3] else 1000) ** {"M": 2, "G": 3}[parts[2]])
 
 
 @dataclass(frozen=True)
@@ -91,12 +106,24 @@ class TuningConfig:
     ema: float | None = None
     # start the trained word's vector from that of this word, as in dog. Default: its own
     like: str | None = None
-    # precision to compute in; trained weights stay in fp32
+    # precision to compute in; trained weights stay in fp32. fp16 is for GPUs without bf16
     dtype: Precision = "fp32"
     # compute activations again in the backward pass: far less memory, a third more time
     checkpointing: bool = False
     # adamw8bit takes a quarter of AdamW's memory, and needs bitsandbytes
     optimizer: OptimizerName = "adamw"
+    # cut each batch into this many pieces, computed one after another: the same in less memory.
+    # Default: what suits the machine
+    pieces: int | None = None
+    # choose method, precision, optimizer, checkpointing and pieces so that training fits in this
+    # much memory, as in 8GB; auto takes what is free. Options that you give stay as they are
+    fit: str | None = None
+    # more options that fit leaves as they are, as in optimizer; give it again for more
+    keep: tuple[str, ...] = ()
+    # steps between two checkpoints. Default: as many as between two measurements (every)
+    save_every: int | None = None
+    # write checkpoints while training goes on; takes a copy of what is trained in main memory
+    background: bool = True
     # a prompt of your own that the report shows beside the others; give it again for more
     validation_prompt: tuple[str, ...] = ()
     # also write the training's numbers for TensorBoard, beside its log
@@ -108,7 +135,11 @@ class TuningConfig:
         choice("method", self.method, get_args(Method))
         choice("lr_schedule", self.lr_schedule, get_args(Schedule))
         choice("optimizer", self.optimizer, get_args(OptimizerName))
-        choice("dtype", self.dtype, get_args(Precision))  # in fp16 gradients vanish
+        choice("dtype", self.dtype, get_args(Precision))
+        for name in self.keep:
+            choice("option that fit chooses", name, FITTED)
+        if self.fit is not None:
+            bytes_of(self.fit)
         check_limits(self)
         if self.tensorboard:
             check_tensorboard()
@@ -141,11 +172,24 @@ class FineTuneConfig(TuningConfig):
     t_mean: float | None = None
     # standard deviation of logit(t / T) in training; needs t_mean
     t_std: float | None = None
-    # steps between two checkpoints; the recorder measures at some of them
+    # the recorder measures at some multiples of this many steps
     every: int = 100
+    # of several processes (torchrun), each keeps a shard of the weights, gradients and moments
+    shard: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.pieces and self.batch % self.pieces:
+            raise UserError(
+                f"pieces is {self.pieces}, and a batch of {self.batch} cannot be cut into so many "
+                "of one size; take a divisor of it."
+            )
+        is_plain = self.method == "full" and self.optimizer == "adamw" and not self.word
+        if self.shard and (not is_plain or self.dtype == "fp16"):
+            raise UserError(
+                "`shard` is for the method full, with the optimizer adamw, in fp32 or bf16, and "
+                "without a word; leave it out."
+            )
         if (self.t_mean is None) != (self.t_std is None):
             raise UserError("t_mean and t_std go together; set both or neither.")
         if self.text_lr is not None and not self.text:
@@ -160,11 +204,13 @@ class FineTuneConfig(TuningConfig):
         """What a run must have in common with the run that it resumes, by name."""
         settings = {name: value for name, value in asdict(self).items() if name not in MACHINE}
         settings |= settings.pop("lora")
+        settings["fit"] = {name: getattr(self, name) for name in FITTED if name in MACHINE}
         unused = [] if self.method == "lora" else ["rank", "alpha", "layers"]
         unused += [] if self.word else ["word", "word_lr", "like"]
         unused += ["t_mean", "t_std"] if self.t_mean is None else []
         unused += ["text_lr"] if self.text_lr is None else []  # newer than the runs that resume
         unused += ["lr_schedule"] if self.lr_schedule == "cosine" else []
+        unused += [] if self.fit else ["fit"]
         return {name: value for name, value in settings.items() if name not in unused}
 
 
@@ -266,7 +312,7 @@ class DreamBoothConfig(TuningConfig):
     text: TrainText = "auto"
     # move the images about by up to this share of their side. Default: suits the model
     shift: float | None = None
-    # steps between two checkpoints; the recorder measures at some of them
+    # the recorder measures at some multiples of this many steps
     every: int = 200
 
     def __post_init__(self) -> None:

@@ -1,9 +1,10 @@
 """The quickstart: a text-to-image latent diffusion model trained from nothing on the built-in
-world, on two CPU cores, in minutes.
+world, on a laptop's CPU, in minutes.
 
 Four acts: a VAE learns to compress images, a text encoder learns to read captions, a U-Net learns
 to denoise latents with both frozen, and the critic counts how often images show what held-out
-captions say. Every number of the recipe stands in this file.
+captions say. Every number of the recipe stands in this file. How long it takes is measured first
+(plan.py), and it can be watched (live.py).
 
 [1] Kingma et al. Variational Diffusion Models. 2021. arXiv:2107.00630
 [2] Esser et al. Scaling Rectified Flow Transformers for High-Resolution Image Synthesis. 2024.
@@ -20,12 +21,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from minidiff import schedules
+from minidiff import pipeline, schedules
 from minidiff.checkpoints.folder import foreign
 from minidiff.data import critic
 from minidiff.data.world import World
@@ -34,12 +35,17 @@ from minidiff.errors import UserError
 from minidiff.evaluation import bench
 from minidiff.figures import chains, plots
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.recipes import reading
+from minidiff.options.sampling import SampleConfig
+from minidiff.recipes import judging, reading
+from minidiff.recipes import plan as plans
+from minidiff.recipes.judging import Examples, judge, judged_grid
+from minidiff.recipes.live import Drawing, Live
+from minidiff.recipes.plan import Act, Cost, Plan, cost
 from minidiff.samplers import Normal
 from minidiff.text import CLIPText, TextConfig
-from minidiff.train import EMA, Loss, TrainConfig, train
+from minidiff.train import EMA, Loss, TrainConfig
 from minidiff.training import atomic
-from minidiff.training.progress import follow, peak_memory_gb, write_results
+from minidiff.training.progress import peak_memory_gb, write_results
 from minidiff.training.resume import read_log
 from minidiff.training.seeds import generator_of
 from minidiff.unet import UNet, UNetConfig
@@ -50,21 +56,27 @@ Images = Float[Tensor, "B 3 H W"]
 SIZE = 32  # pixels; the world's default of 64 would cost four times the VAE
 SHAPES = ("circle", "square", "triangle")  # the part of the world that ten minutes suffice for
 COLOURS = ("red", "yellow", "green", "blue")
-VAE_STEPS, VAE_BATCH, VAE_LR = 750, 32, 3e-3
-TEXT_STEPS, TEXT_BATCH, TEXT_LR = 800, 128, 2e-3
-STEPS, LR = 3600, 2e-3
+VAE_STEPS, VAE_BATCH, VAE_LR = 750, 32, 4e-3
+TEXT_STEPS, TEXT_BATCH, TEXT_LR = 400, 128, 4e-3
+STEPS, BATCH, LR = 1500, 32, 4e-3
 PARTS = 2  # a step is PARTS batches, on as many cores at once
-# the first steps see images of half the side: three times as many for the same work
-SMALL_STEPS, SMALL_BATCH, BATCH = 1000, 48, 16
+MOMENTUM = (0.95, 0.99)  # of Muon, and of Adam's square (training/muon.py)
 TWO_OBJECTS = 0.7  # the share of images that show two
 POOL = 12_000  # images of two objects; half as many of one
 T_CENTRE, T_SPREAD = 0.6, 0.85  # of logit(t / 1000)
 GUIDANCE = 2.0
 CAPTIONS = 200  # held-out captions behind each accuracy
+DRAWN_STEPS = 10  # of sampling, for the page in between
+ACTS = (
+    "1/4 a VAE learns to compress images",
+    "2/4 a text encoder learns to read captions",
+    "3/4 a U-Net learns to denoise latents",
+    "4/4 the critic judges images of captions never trained on",
+)
 # what is written beside the model
 WRITTEN = (
-    "samples.png forward.png forward.gif reverse.png reverse.gif loss.png results.json".split()
-)
+    "samples.png forward.png forward.gif reverse.png reverse.gif loss.png index.html results.json"
+).split()
 PROMPTS = [
     "a small blue circle above a large red square",
     "a large yellow triangle on a black background",
@@ -74,8 +86,8 @@ PROMPTS = [
 
 
 def vae_quickstart() -> VAE:
-    """32x32x3 images to 16x16x4 latents."""
-    return VAE(VAEConfig(3, 4, channels=(16, 32), blocks=1, groups=0))
+    """32x32x3 images to 8x8x4 latents."""
+    return VAE(VAEConfig(3, 4, channels=(16, 32, 48), blocks=1, groups=0))
 
 
 def text_quickstart() -> CLIPText:
@@ -84,8 +96,8 @@ def text_quickstart() -> CLIPText:
 
 
 def unet_quickstart() -> UNet:
-    """Four levels, 16x16 to 2x2, mostly convolutions; attention at 4x4 and in the middle."""
-    levels = {"channels": (64, 64, 64, 64), "depth": (0, 0, 1, 0), "heads": (2, 2, 2, 2)}
+    """Three levels, 8x8 to 2x2, mostly convolutions; attention at 4x4 and in the middle."""
+    levels = {"channels": (64, 64, 64), "depth": (0, 1, 0), "heads": (2, 2, 2)}
     text = {"context_dim": 64, "pooled": True, "scale_shift": True}
     return UNet(UNetConfig(4, 4, blocks=1, ff_mult=2, groups=16, **levels, **text))
 
@@ -109,49 +121,66 @@ def vae_loss(vae: VAE, images: Images) -> Loss:
     return {"loss": vae.loss(windows.to(next(vae.parameters()).device))}
 
 
-def train_vae(world: World, folder: Path, seed: int, device: str, resume: bool) -> VAE:
+def vae_act(world: World, seed: int, device: str, steps: int) -> Act:
     """Act one: images to latents and back."""
     torch.manual_seed(seed)
     vae = vae_quickstart().to(device, memory_format=torch.channels_last)
     data = partial(batches, world, f"vae {seed}")
-    config = TrainConfig(VAE_STEPS, VAE_LR, seed=seed)
-    loop = train(partial(vae_loss, vae), vae, data, config, folder=folder, resume=resume)
-    follow(loop, "1/4 a VAE learns to compress images", VAE_STEPS)
-    vae.measure_scale(world.batch(256, f"scale {seed}", two_objects=TWO_OBJECTS)[0].to(device))
-    return vae.requires_grad_(False).eval()
+    config = TrainConfig(steps, VAE_LR, optimizer="muon", betas=MOMENTUM, seed=seed)
+    return Act(ACTS[0], vae, partial(vae_loss, vae), data, config)
 
 
-def train_text(world: World, folder: Path, seed: int, device: str, resume: bool) -> CLIPText:
-    """Act two: the text encoder learns to read (reading.py), then stays as it is."""
+def text_act(world: World, seed: int, device: str, steps: int) -> Act:
+    """Act two: the text encoder learns to read (reading.py)."""
     torch.manual_seed(seed)
     text = text_quickstart()
     codes = reading.codes(world, text.dim)
     data = partial(reading.lessons, world, codes, TEXT_BATCH // PARTS, TWO_OBJECTS, seed)
-    loss, config = partial(reading.loss, text.to(device)), parallel(TEXT_STEPS, TEXT_LR, seed)
-    loop = train(loss, text, data, config, folder=folder, resume=resume)
-    follow(loop, "2/4 a text encoder learns to read captions", TEXT_STEPS)
-    return text.requires_grad_(False).eval()
+    loss, config = partial(reading.loss, text.to(device)), parallel(steps, TEXT_LR, seed)
+    return Act(ACTS[1], text, loss, data, config)
+
+
+def model_act(
+    world: World,
+    vae: VAE,
+    text: CLIPText,
+    seed: int,
+    device: str,
+    steps: int,
+    pool: int,
+) -> Act:
+    """Act three: a U-Net learns to denoise latents. pool: images of two objects."""
+    torch.manual_seed(seed + 1)
+    denoiser = Denoiser(unet_quickstart(), schedules.cosine(), target="x0", weighting="learned")
+    model = LatentDiffusion(vae, text, denoiser, SIZE, guidance=GUIDANCE, sampler="ddpm")
+    model.to(device, memory_format=torch.channels_last)
+    one = Pool(world, vae, pool // 2, f"model {seed}", 1, device)
+    two = Pool(world, vae, pool, f"model {seed}", 2, device)
+    data = partial(latent_batches, world, one, two, seed, model.dropout)
+    config = parallel(steps, LR, seed)
+    ema = EMA(model, decay=0.998)
+    return Act(ACTS[2], model, partial(model_loss, model), data, config, ema)
 
 
 def parallel(steps: int, lr: float, seed: int) -> TrainConfig:
     """A step is PARTS batches, on as many cores at once as there are."""
     threads = min(PARTS, torch.get_num_threads())
-    return TrainConfig(steps, lr, accumulate=PARTS, threads=threads, seed=seed)
+    return TrainConfig(
+        steps, lr, optimizer="muon", betas=MOMENTUM, accumulate=PARTS, threads=threads, seed=seed
+    )
 
 
 class Pool:
-    """Latents of scenes, at the full and at half the side; each is trained on many times."""
+    """Latents of scenes, each trained on many times."""
 
     def __init__(self, world: World, vae: VAE, size: int, seed: str, objects: int, device: str):
-        latents, small, self.scenes, batch = [], [], [], 64
+        latents, self.scenes, batch = [], [], 64
         for k in range(-(-size // batch)):
             images, _, scenes = world.batch(batch, (seed, objects, k), objects=objects)
-            images = images.to(device)
             with torch.no_grad():
-                latents.append(vae.encode(channels_last(images)))
-                small.append(vae.encode(channels_last(F.avg_pool2d(images, 2))))
+                latents.append(vae.encode(channels_last(images.to(device))))
             self.scenes += scenes
-        self.latents, self.small = torch.cat(latents), torch.cat(small)
+        self.latents = torch.cat(latents)
 
 
 def channels_last(images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
@@ -181,15 +210,14 @@ class LatentBatch(NamedTuple):
 def latent_batches(
     world: World, one: Pool, two: Pool, seed: int, dropout: float, start: int
 ) -> Iterator[LatentBatch]:
-    """Batches start, start + 1, ... of the endless stream, small images first."""
+    """Batches start, start + 1, ... of the endless stream."""
     for k in count(start):
-        generator = generator_of(seed, k)
-        rng, small = random.Random(f"{seed} {k}"), k < SMALL_STEPS * PARTS
+        generator, rng = generator_of(seed, k), random.Random(f"{seed} {k}")
         latents, captions = [], []
-        for _ in range(SMALL_BATCH if small else BATCH):
+        for _ in range(BATCH):
             pool = two if rng.random() < TWO_OBJECTS else one
             i = rng.randrange(len(pool.scenes))
-            latents.append((pool.small if small else pool.latents)[i])
+            latents.append(pool.latents[i])
             captions.append("" if rng.random() < dropout else world.caption(pool.scenes[i], rng))
         x0 = channels_last(torch.stack(latents))
         t = noise_levels(len(x0), generator)
@@ -201,54 +229,6 @@ def model_loss(model: LatentDiffusion, batch: LatentBatch) -> Loss:
     context = model.text.encode(batch.captions)
     each = model.denoiser.loss(batch.latents, context, batch.t, batch.eps)
     return {"loss": each, "progress": model.schedule.progress(batch.t)}
-
-
-def train_model(
-    world: World, vae: VAE, text: CLIPText, folder: Path, seed: int, device: str, resume: bool
-) -> LatentDiffusion:
-    """Act three: a U-Net, on latents. Returns the average of the weights."""
-    torch.manual_seed(seed + 1)
-    denoiser = Denoiser(unet_quickstart(), schedules.cosine(), target="x0", weighting="learned")
-    model = LatentDiffusion(vae, text, denoiser, SIZE, guidance=GUIDANCE, sampler="ddpm")
-    model.to(device, memory_format=torch.channels_last)
-    ema = EMA(model, decay=0.998)
-    one = Pool(world, vae, POOL // 2, f"model {seed}", 1, device)
-    two = Pool(world, vae, POOL, f"model {seed}", 2, device)
-    data = partial(latent_batches, world, one, two, seed, model.dropout)
-    config = parallel(STEPS, LR, seed)
-    loop = train(partial(model_loss, model), model, data, config, ema, folder, resume)
-    follow(loop, "3/4 a U-Net learns to denoise latents", STEPS)
-    return ema.average
-
-
-class Examples(NamedTuple):
-    """Images of held-out captions, and whether the critic accepts each."""
-
-    images: list[Tensor]
-    captions: list[str]
-    verdicts: list[bool]
-
-
-def judge(
-    model: LatentDiffusion, world: World, seed: int, count: int = CAPTIONS
-) -> tuple[dict[str, Any], Examples]:
-    """Act four: the critic judges. Returns figures, and the first twelve images of each kind."""
-    figures, examples = {}, Examples([], [], [])
-    for objects, kind in ((1, "one_object"), (2, "two_objects")):
-        captions = bench.held_out(world, count, objects, seed)
-        accuracy, images, verdicts = bench.caption_accuracy(model, captions, seed=seed)
-        figures[f"accuracy_{kind}"] = accuracy
-        figures[f"mistakes_{kind}"] = bench.mistakes(images, captions)
-        shuffled = bench.shuffled(captions)
-        figures[f"accuracy_{kind}_shuffled_captions"] = critic.accuracy(images, shuffled)
-        for some, values in zip(examples, (images, captions, verdicts), strict=True):
-            some.extend(values[:12])
-        truth = world.batch(count, f"truth {seed}", objects=objects, split="held-out", full=True)
-        with torch.no_grad():
-            rebuilt = model.vae.decode(model.vae.encode(truth[0].to(model.device)))
-        alone = critic.accuracy(rebuilt.clamp(-1, 1).cpu(), truth[1])
-        figures[f"accuracy_{kind}_vae_alone"] = alone  # no model can beat its VAE
-    return figures, examples
 
 
 def check_folder(out: Path, resume: bool) -> None:
@@ -264,44 +244,145 @@ def check_folder(out: Path, resume: bool) -> None:
     atomic.check(out / "model", foreign)
 
 
+def measured(world: World, seed: int, device: str) -> tuple[list[Cost], Cost]:
+    """What a step of each act costs on this machine, and the judging of one caption."""
+    vae, text = vae_act(world, seed, device, VAE_STEPS), text_act(world, seed, device, TEXT_STEPS)
+    costs = [cost(vae), cost(text)]
+    frozen = vae.module.requires_grad_(False), text.module.requires_grad_(False)
+    model = model_act(world, *frozen, seed, device, STEPS, pool=64)
+    costs.append(cost(model))
+    captions, steps = bench.held_out(world, 16, 2, seed), 3
+    start = time.perf_counter()
+    with FlopCounterMode(display=False) as counter:
+        bench.caption_accuracy(model.module.eval(), captions, steps)
+    scale = judging.STEPS / steps / len(captions)
+    seconds, flops = time.perf_counter() - start, counter.get_total_flops()
+    return costs, Cost(scale * seconds, round(scale * flops))
+
+
+def drawing(model: LatentDiffusion, seed: int) -> Drawing:
+    """What the model draws by now, in few steps."""
+    images = pipeline.generate(model, PROMPTS, SampleConfig(DRAWN_STEPS, seed=seed)).cpu()
+    verdicts = [critic.holds(*pair) for pair in zip(images, PROMPTS, strict=True)]
+    return Drawing(list(images), PROMPTS, verdicts)
+
+
+def rebuilt(vae: VAE, images: Images) -> Drawing:
+    """Images, and what the VAE makes of them by now."""
+    with torch.no_grad():
+        again = vae.decode(vae.encode(images.to(vae.latent_scale.device))).clamp(-1, 1).cpu()
+    both = [image for pair in zip(images, again, strict=True) for image in pair]
+    return Drawing(both, ["an image", "through the VAE"] * len(images), [None] * len(both))
+
+
 def quickstart(
-    out: Path, seed: int = 0, device: str = "cpu", resume: bool = False
+    out: Path,
+    seed: int = 0,
+    device: str = "cpu",
+    resume: bool = False,
+    minutes: float | None = None,
 ) -> dict[str, Any]:
-    """Train, draw, judge, and leave everything in `out`; returns what results.json says."""
+    """Train, draw, judge, and leave everything in `out`; returns what results.json says. minutes:
+    take as many steps as fit into this time on this machine. Default: the recipe's."""
     started = time.perf_counter()
     check_folder(out, resume)
     world, training = World(SIZE, SHAPES, COLOURS), out / "training"
-    vae = train_vae(world, training / "vae", seed, device, resume)
-    text = train_text(world, training / "text", seed, device, resume)
-    model = train_model(world, vae, text, training / "model", seed, device, resume)
-    paths = [model.save(out / "model")]
-
-    tqdm.write("4/4 the critic judges images of captions never trained on", file=sys.stderr)
-    figures, examples = judge(model, world, seed)
-    paths += draw_figures(model, world, examples, seed, out)
-    results = {
-        "minutes": round((time.perf_counter() - started) / 60, 2),
-        "resumed": resume,
-        "seed": seed,
-        **figures,
-        "captions_each": CAPTIONS,
-        "peak_memory_gb": peak_memory_gb(),
-        "pictures_seen": {
-            "vae": VAE_STEPS * VAE_BATCH,
-            "model": PARTS * (SMALL_STEPS * SMALL_BATCH + (STEPS - SMALL_STEPS) * BATCH),
-        },
-        "prompts": PROMPTS,
-    }
-    print(*paths, write_results(out, **results), sep="\n")
+    costs, verdict = measured(world, seed, device)
+    plan = planned(training, costs, verdict, resume, minutes)
+    times = [n * cost.seconds for n, cost in zip(plan.steps, costs, strict=True)]
+    operations = sum(n * cost.flops for n, cost in zip(plan.steps, costs, strict=True))
+    operations += 2 * CAPTIONS * verdict.flops
+    told = (sum(times) + 2 * CAPTIONS * verdict.seconds) / 60
+    page = out / "index.html"
+    tqdm.write(
+        f"about {told:.0f} minutes on this machine, {operations / 1e12:.0f} TFLOP; "
+        f"watch it learn in {page}",
+        file=sys.stderr,
+    )
+    acts = dict(zip(ACTS, [*times, 2 * CAPTIONS * verdict.seconds], strict=True))
+    live = Live(page, "minidiff quickstart", acts)
+    with live.running(f"minidiff quickstart --out {out} --resume"):
+        model = trained(world, training, plan, seed, device, resume, live)
+        paths = [model.save(out / "model")]
+        live.say(ACTS[3])
+        figures, examples = judge(model, world, seed, CAPTIONS)
+        paths += draw_figures(model, world, examples, seed, out)
+        results = {
+            "minutes": round((time.perf_counter() - started) / 60, 2),
+            "minutes_told": round(told, 2),
+            "tflop": round(operations / 1e12, 2),
+            "steps": dict(zip(("vae", "text", "model"), plan.steps, strict=True)),
+            "resumed": resume,
+            "seed": seed,
+            **figures,
+            "captions_each": CAPTIONS,
+            "peak_memory_gb": peak_memory_gb(),
+            "pictures_seen": {
+                "vae": plan.steps[0] * VAE_BATCH,
+                "model": plan.steps[2] * PARTS * BATCH,
+            },
+            "prompts": PROMPTS,
+        }
+        command = f'minidiff generate "{PROMPTS[0]}" --model {out / "model"} --n 4 --seed 7'
+        live.notes = {
+            "one object, all attributes right": f"{figures['accuracy_one_object']:.3f}",
+            "two objects, all attributes right": f"{figures['accuracy_two_objects']:.3f}",
+            "one object, captions shuffled": (
+                f"{figures['accuracy_one_object_shuffled_captions']:.3f}"
+            ),
+        }
+        live.drawing = Drawing(examples.images, examples.captions, examples.verdicts)
+        live.write(f"done in {results['minutes']:.1f} minutes", command, done=True)
+    print(*paths, page, write_results(out, **results), sep="\n")
     print(
         f"{results['minutes']:.1f} minutes; all attributes right on held-out captions: "
         f"one object {figures['accuracy_one_object']:.2f}, "
         f"two objects {figures['accuracy_two_objects']:.2f}; "
         f"with shuffled captions {figures['accuracy_one_object_shuffled_captions']:.2f}"
     )
-    command = f'minidiff generate "{PROMPTS[0]}" --model {out / "model"} --n 4 --seed 7'
     print(f"now draw your own: {command}")
     return results
+
+
+def planned(
+    training: Path, costs: list[Cost], verdict: Cost, resume: bool, minutes: float | None
+) -> Plan:
+    """The steps of each act: the recipe's, as many as fit into `minutes`, or those of the run that
+    is resumed."""
+    file = training / "plan.json"
+    if resume and (training / "vae").exists():  # made after the plan
+        plan = plans.read(file, len(costs))
+        if minutes not in (None, plan.minutes):
+            asked = "no time" if plan.minutes is None else f"{plan.minutes:g} minutes"
+            remedy = "resume it without minutes, or choose another folder"
+            raise UserError(f"{file}: the run was begun for {asked}; {remedy}.")
+        return plan
+    usual = [VAE_STEPS, TEXT_STEPS, STEPS]
+    plan = plans.fitted(usual, costs, 2 * CAPTIONS * verdict.seconds, minutes)
+    training.mkdir(parents=True, exist_ok=True)
+    plan.write(file)
+    return plan
+
+
+def trained(
+    world: World, training: Path, plan: Plan, seed: int, device: str, resume: bool, live: Live
+) -> LatentDiffusion:
+    """Acts one to three. Returns the model with the average of the U-Net's weights."""
+    act = vae_act(world, seed, device, plan.steps[0])
+    vae, images = act.module, world.batch(4, f"shown {seed}", split="held-out")[0]
+    live.follow(act, training / "vae", resume, partial(rebuilt, vae, images))
+    scaled = world.batch(256, f"scale {seed}", two_objects=TWO_OBJECTS)[0]
+    vae.requires_grad_(False).eval().measure_scale(scaled.to(device))
+
+    act = text_act(world, seed, device, plan.steps[1])
+    text = act.module
+    live.follow(act, training / "text", resume)
+    text.requires_grad_(False).eval()
+
+    act = model_act(world, vae, text, seed, device, plan.steps[2], POOL)
+    average = act.ema.average
+    live.follow(act, training / "model", resume, partial(drawing, average, seed))
+    return average
 
 
 def draw_figures(
@@ -315,8 +396,3 @@ def draw_figures(
     frames = list(model.sample(PROMPTS, generator=noise))
     paths += chains.plot_reverse(model, frames, PROMPTS, out)
     return [*paths, plots.loss(read_log(out / "training" / "model"), out / "loss.png")]
-
-
-def judged_grid(examples: Examples, path: Path) -> Path:
-    title, images = "held-out captions, judged by the critic", torch.stack(examples.images)
-    return plots.grid(images, examples.captions, path, 8, title, examples.verdicts)

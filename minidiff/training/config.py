@@ -12,7 +12,8 @@ from minidiff.errors import UserError
 from minidiff.training.optimizers import OPTIMIZERS
 
 LR_SCHEDULES = ("cosine", "constant")
-MACHINE = ("pieces", "threads", "autocast", "save_every")  # what suits the machine, not the run
+# what suits the machine, not the run
+MACHINE = ("pieces", "threads", "autocast", "save_every", "background", "shard")
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,13 @@ class TrainConfig:
     accumulate: int = 1  # batches in a step
     pieces: int = 1  # pieces that each batch comes in, one after another, all of one size
     threads: int = 1  # batches, or pieces, that are computed at a time
-    autocast: torch.dtype | None = None  # compute in this dtype; the weights stay float32
+    # compute in this dtype; the weights stay float32. float16: gradients are scaled, and a step in
+    # which they overflow is skipped
+    autocast: torch.dtype | None = None
     seed: int = 0
     save_every: int = 500  # steps between two checkpoints
+    background: bool = True  # write them while training goes on; takes a copy of the state
+    shard: bool = False  # of several processes, each keeps a shard of the weights and their moments
 
     def __post_init__(self) -> None:
         for name in ("steps", "warmup", "accumulate", "pieces", "threads", "save_every"):

@@ -1,8 +1,10 @@
 """How fast a run is: examples a second, arithmetic against what this machine can do, memory.
 
 Arithmetic is counted once, in the first step, as what PyTorch's operators did, backward pass and
-recomputing included. The machine's rate is that of one matrix product, measured before the run in a
-tenth of a second. Both go to the lock file of the run, where a watcher reads them.
+recomputing included. A compiled network is not counted, as PyTorch would then run it uncompiled: a
+resumed run would differ in the last bits. The machine's rate is that of one matrix product,
+measured before the run in a twentieth of a second. Both go to the lock file of the run, where a
+watcher reads them.
 """
 
 import time
@@ -15,9 +17,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minidiff.training import lock
+from minidiff.training import lock, ranks
+from minidiff.training.backward import Forward, backward_all
 from minidiff.training.bins import Loss
 from minidiff.training.config import TrainConfig
 from minidiff.training.device import peak_bytes
@@ -27,8 +31,6 @@ SECONDS = 0.05  # to measure the machine's rate
 LARGEST = 4096  # side of the matrices
 EVERY = 1.0  # seconds between two messages to a watcher
 STEPS = 50  # of which the speed is the mean
-
-Backward = Callable[..., list[Loss]]  # backward_all of train.py
 
 
 class Operations(TorchDispatchMode):
@@ -73,33 +75,40 @@ class Meter:
     """Times the steps of a run, and tells those who watch its folder; without one it does
     nothing."""
 
-    def __init__(self, folder: Path | None, config: TrainConfig, device: torch.device):
-        self.folder, self.config, self.device = folder, config, device
+    def __init__(self, folder: Path | None, config: TrainConfig, module: nn.Module):
+        self.folder, self.config = folder, config
+        self.device = next(p.device for p in module.parameters() if p.requires_grad)
+        self.compiled = any(map(_is_compiled, module.modules()))
         self.starts: deque[float] = deque(maxlen=STEPS + 1)  # of the last steps
         self.examples, self.operations = 0, 0  # of one step
         self.last_message = 0.0
-        self.peak = None if folder is None else peak(device, config.autocast or torch.float32)
+        self.peak = None if folder is None else peak(self.device, config.autocast or torch.float32)
 
-    def __call__(
+    def backward_all(
         self,
-        backward: Backward,
-        forward: Callable,
+        forward: Forward,
         parameters: list[nn.Parameter],
-        batches: list,
+        batches: list[Any],
         pool: Executor | None,
+        scaler: GradScaler,
     ) -> list[Loss]:
-        """Do a step's backward(forward, parameters, batches, pool)."""
+        """As backward.backward_all."""
+        compute = partial(backward_all, forward, parameters, batches)
         if self.folder is None:
-            return backward(forward, parameters, batches, pool)
+            return compute(pool, scaler)
         self.starts.append(time.perf_counter())
         if self.examples:
             self._tell()
-            return backward(forward, parameters, batches, pool)
+            return compute(pool, scaler)
+        losses = compute(pool, scaler) if self.compiled else self._counting(compute, pool, scaler)
+        self.examples = sum(len(each["loss"]) for each in losses) * ranks.size()
+        return losses
+
+    def _counting(self, compute: Callable, pool: Executor | None, scaler: GradScaler) -> list[Loss]:
         counting = None if pool is None else CountingPool(pool)
         with Operations() as operations:
-            losses = backward(forward, parameters, batches, counting)
+            losses = compute(counting, scaler)
         self.operations = operations.count + (counting.count if counting else 0)
-        self.examples = sum(len(each["loss"]) for each in losses)
         return losses
 
     def _tell(self) -> None:
@@ -116,6 +125,11 @@ class Meter:
             "memory_gb": peak_memory_gb() if bytes_held is None else bytes_held / 2**30,
         }
         lock.tell(self.folder, status)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether by module.compile() or by torch.compile(module)."""
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
 
 
 @cache

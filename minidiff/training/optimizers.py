@@ -1,4 +1,4 @@
-"""The optimizers by name: PyTorch's AdamW, and bitsandbytes' with 8-bit moments.
+"""The optimizers by name: PyTorch's AdamW, bitsandbytes' with 8-bit moments, and Muon (muon.py).
 
 [1] Loshchilov, Hutter. Decoupled Weight Decay Regularization. 2019. arXiv:1711.05101
 [2] Dettmers, Lewis, Shleifer, Zettlemoyer. 8-bit Optimizers via Block-wise Quantization. 2022.
@@ -8,12 +8,13 @@
 from typing import get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minidiff.errors import UserError
 from minidiff.options.finetuning import OptimizerName
+from minidiff.training.muon import Muon
 
-OPTIMIZERS = get_args(OptimizerName)
+OPTIMIZERS = (*get_args(OptimizerName), "muon")
 
 
 def grouped(parameters: list[nn.Parameter], weight_decay: float) -> list[dict]:
@@ -32,12 +33,22 @@ def multiplier_of(parameter: nn.Parameter) -> float:
     return getattr(parameter, "lr_multiplier", 1.0)
 
 
+def moments(weight: Tensor, optimizer: str) -> int:
+    """Bytes of Adam's two moments. In 8 bits, as bitsandbytes has them, each block of 256 has a
+    scale, and tensors below 4,096 numbers stay in 32 bits."""
+    if optimizer == "adamw8bit" and weight.numel() >= 4096:
+        return 2 * (weight.numel() + 4 * -(-weight.numel() // 256))
+    return 2 * weight.nbytes
+
+
 def named(
     name: str, groups: list[dict], lr: float, betas: tuple[float, float], device: torch.device
 ) -> torch.optim.Optimizer:
-    """adamw ([1], fused: one kernel for all tensors), or, on a GPU, adamw8bit ([2])."""
+    """adamw ([1], fused: one kernel for all tensors), muon, or, on a GPU, adamw8bit ([2])."""
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=device.type in ("cpu", "cuda"))
+    if name == "muon":
+        return Muon(groups, lr, betas)
     if name != "adamw8bit":
         raise UserError(f'no optimizer "{name}"; there is {", ".join(OPTIMIZERS)}.')
     if device.type != "cuda":

@@ -46,6 +46,13 @@ def last_loss(log: list[dict]) -> float:
     return round(sum(tail) / len(tail), 5)
 
 
+def human(count: float) -> str:
+    """Bytes, as 14.9 GB, 95 MB, 3.2 MB."""
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e6:.{0 if count >= 1e7 else 1}f} MB"
+
+
 def peak_memory_gb() -> float | None:
     """The most memory this process has held; Windows does not say."""
     if sys.platform == "win32":

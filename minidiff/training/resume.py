@@ -1,9 +1,11 @@
 """How a run goes on where it stopped: checkpoints, a log, and signals that wait for a step's end.
 
-A checkpoint is a file such as checkpoint-000400.pt with its sha256 beside it; the last two stay.
-The log has a line for each step.
+A checkpoint is a file such as checkpoint-000400.pt with its sha256 beside it; the last two stay. A
+thread writes it, from a copy in the host's memory, while training goes on. The log has a line for
+each step.
 """
 
+import copy
 import functools
 import hashlib
 import json
@@ -16,15 +18,19 @@ import warnings
 import weakref
 from atexit import register
 from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from minidiff.errors import Terminated, UserError
-from minidiff.training import atomic
+from minidiff.training import atomic, distributed, ranks
+from minidiff.training.device import free_bytes
 from minidiff.training.json_types import fits
 
 KEPT = 2  # checkpoints: one, and one to fall back on
@@ -58,21 +64,52 @@ class Progress:
     ema: nn.Module | None  # the averages
     save_every: int
     steps: int  # of the whole run
+    scaler: torch.amp.GradScaler  # of the gradients, in float16
+    background: bool = True  # write checkpoints while training goes on, if memory has room
     whole: list[Path] = field(default_factory=list)  # the checkpoints to keep, the newest last
+    writing: Future | None = None  # of the checkpoint that the thread is at
+
+    def __enter__(self) -> "Progress":
+        self.thread = ThreadPoolExecutor(1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.wait()
+        except KeyboardInterrupt:  # the first one waits as well
+            self.wait()
+            raise
+        finally:
+            self.thread.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Until the thread has written the checkpoint; raises the error if it could not."""
+        if self.writing is not None:
+            wait_for([self.writing])
+            writing, self.writing = self.writing, None
+            writing.result()
 
     def start(self, resume: bool) -> dict | None:
         """Put everything back; return the numbers of the last step, None where a run begins.
 
         Without `resume`, remove an earlier run's checkpoints, so that no later resume finds them.
         """
-        if self.folder is None:
-            return None
-        atomic.clean(self.folder)
-        last = self._restore() if resume else None
-        if last is None:
-            for file in checkpoints(self.folder):
-                _remove(file)
-        cut_log(self.folder / "log.jsonl", last["step"] if last else 0)
+        file = state = None
+        with distributed.main_first():
+            if self.folder is not None and ranks.is_main():
+                atomic.clean(self.folder)
+                if resume or ranks.begun(self.folder):
+                    file, state = self._newest()
+        file, state = distributed.from_main((file, state))
+        if state is not None:
+            self._put_back(file, state)
+        last = state and state.get("last", {}) | {"step": state["step"]}
+        with distributed.main_first():
+            if self.folder is not None:
+                for other in () if last else checkpoints(self.folder):
+                    _remove(other)
+                cut_log(self.folder / "log.jsonl", last["step"] if last else 0)
+                ranks.begin(self.folder)
         return last
 
     def due(self, step: int) -> bool:
@@ -80,22 +117,38 @@ class Progress:
         return step % self.save_every == 0 or step == self.steps
 
     def log(self, step: dict) -> None:
-        """Add a line."""
+        """Add a line. Raise the error of a checkpoint that could not be written meanwhile."""
+        if self.writing is not None and self.writing.done():
+            self.wait()
         if self.folder is not None:
             path = self.folder / "log.jsonl"
             with atomic.naming(path), open(path, "a", encoding="utf-8") as log:
                 log.write(json.dumps(step) + "\n")
 
     def save(self, step: dict) -> None:
-        """Write all that resuming needs, whole or not at all; then the oldest checkpoint goes, and
-        one of an interruption, so that in the end the files are those of an uninterrupted run."""
-        if self.folder is None:
-            return
+        """Save all that resuming needs, once the checkpoint before it is written."""
+        self.wait()
         state = {"step": step["step"], "run": self.run, "last": step}
         state["module"] = self.module.state_dict()
         state["optimizer"] = _interned(self.optimizer.state_dict())
         state["ema"] = None if self.ema is None else self.ema.state_dict()
-        file = self.folder / f"checkpoint-{step['step']:06d}.pt"
+        if self.scaler.is_enabled():
+            state["scaler"] = self.scaler.state_dict()
+        state = distributed.whole(state)
+        if self.folder is None or not ranks.is_main():
+            return
+        storages = _storages(state)
+        size = sum(storage.nbytes() for storage in storages.values())
+        if self.background and size < free_bytes("cpu"):
+            self.writing = self.thread.submit(self._write, _copied(state, storages))
+        else:
+            self._write(state)
+
+    def _write(self, state: dict) -> None:
+        """Write a checkpoint, whole or not at all; then the oldest goes, and one of an
+        interruption, so that in the end the files are those of an uninterrupted run."""
+        step = state["step"]
+        file = self.folder / f"checkpoint-{step:06d}.pt"
         try:
             with open(self.folder / "log.jsonl", "rb") as log:
                 os.fsync(log.fileno())  # a checkpoint is never ahead of its log
@@ -104,22 +157,22 @@ class Progress:
                 with atomic.write(_sum_of(file)) as beside:
                     beside.write_text(f"{_sha256(new)}  {file.name}\n", encoding="ascii")
         except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer, on a full disk
-            reason = f"step {step['step']} could not be saved ({str(error).splitlines()[0]})"
+            reason = f"step {step} could not be saved ({str(error).splitlines()[0]})"
             remedy = "the checkpoint before it is whole. Make room, and resume the run"
             raise UserError(f"{file}: {reason}; {remedy}.") from error
         earlier = [other for other in self.whole if other != file]
         scheduled = [other for other in earlier if self.due(_step_of(other))]
-        if scheduled or self.due(step["step"]):
+        if scheduled or self.due(step):
             earlier = scheduled
         self.whole = [*earlier[1 - KEPT :], file]
         for other in set(checkpoints(self.folder)) - set(self.whole):
             _remove(other)
 
-    def _restore(self) -> dict | None:
-        """Load the newest checkpoint that is whole."""
+    def _newest(self) -> tuple[Path | None, dict | None]:
+        """The newest checkpoint that is whole, and its content."""
         state, files = None, checkpoints(self.folder)
         if not files:
-            return None
+            return None, None
         for file in files:
             if (state := read_checkpoint(file)) is not None:
                 break
@@ -127,13 +180,12 @@ class Progress:
             reason = "damaged, or no checkpoint of minidiff, and there is no other"
             names = " and ".join(map(str, files))
             raise UserError(f"{names}: {reason}; start afresh in another folder.")
-        self._put_back(file, state)
         k = files.index(file)
         if damaged := " and ".join(map(str, files[:k])):
             place = f"going on from {file.name}, at step {state['step']}"
             warnings.warn(f"{damaged} is damaged; {place}.", stacklevel=2)
         self.whole = files[k:][::-1]
-        return state.get("last", {}) | {"step": state["step"]}
+        return file, state
 
     def _put_back(self, file: Path, state: dict) -> None:
         old = file.name == BEFORE  # it counted a batch's pieces as batches
@@ -146,13 +198,15 @@ class Progress:
             groups = state["optimizer"]["param_groups"], self.optimizer.param_groups
             for saved, here in zip(*groups, strict=True):
                 saved |= {name: here[name] for name in here if name != "params"}  # the config's
-            self.module.load_state_dict(state["module"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            distributed.put_in(self.module, state["module"])
+            self.optimizer.load_state_dict(_moments_like(state["optimizer"], self.optimizer))
             for parameter, moments in self.optimizer.state.items():
                 if not all(_fits(*moment, parameter) for moment in moments.items()):
                     raise ValueError("the optimizer's moments have other shapes")
             if self.ema is not None:
-                self.ema.load_state_dict(state["ema"])
+                distributed.put_in(self.ema, state["ema"])
+            if self.scaler.is_enabled() and "scaler" in state:
+                self.scaler.load_state_dict(state["scaler"])
         except UNREADABLE as error:
             line = str(error).splitlines()[:2][-1].strip()  # the first of several is a heading
             advice = "resume with the settings it was made with, or start in another folder"
@@ -202,10 +256,12 @@ class Signals:
     """Ctrl-C and SIGTERM let the step finish, so that it can be saved.
 
     A second one interrupts at once; so does the first while the caller has a step that is saved.
-    Only the main thread can listen.
+    Only the main thread can listen. Of several processes, all act after the same step: one passes
+    on what it hears, and torchrun sends it to all, some of it twice.
     """
 
     def __init__(self) -> None:
+        self.heard = 0  # of several processes: the signal that is passed on with the next step
         self.received: int | None = None
         self.saved: int | None = None  # the step in the caller's hands, if it is saved
         self.before: dict[int, object] = {}
@@ -220,8 +276,18 @@ class Signals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.heard and not self.received:  # after the last step
+            os.kill(os.getpid(), self.heard)
+
+    def agree(self) -> None:
+        """Receive what one process has heard."""
+        if ranks.size() > 1:
+            self.received = distributed.largest(self.heard) or None
 
     def _receive(self, number: int, _frame: object) -> None:
+        if ranks.size() > 1:
+            self.heard = number
+            return
         first, self.received = self.received is None, number
         if self.saved is not None or not first:
             self.stop()
@@ -257,6 +323,38 @@ def _interned(state: object) -> object:
         keys = (sys.intern(key) if isinstance(key, str) else key for key in state)
         return dict(zip(keys, map(_interned, state.values()), strict=True))
     return [_interned(value) for value in state] if isinstance(state, list) else state
+
+
+def _storages(state: dict) -> dict[int, torch.UntypedStorage]:
+    """The memory of all tensors, each once, by its address."""
+    tensors = (value for value in tree_leaves(state) if isinstance(value, Tensor))
+    return {storage._cdata: storage for storage in (t.untyped_storage() for t in tensors)}
+
+
+def _copied(state: dict, storages: dict[int, torch.UntypedStorage]) -> dict:
+    """The state with its tensors on the CPU. Tensors that share memory still do, and all else is
+    shared as before, so that the copy pickles to the same bytes."""
+    copies = {
+        place: storage.clone() if storage.device.type == "cpu" else storage.cpu()
+        for place, storage in storages.items()
+    }
+    tensors: dict[int, Tensor] = {}
+    for t in tree_leaves(state):
+        if isinstance(t, Tensor):
+            layout = t.storage_offset(), t.size(), t.stride()
+            same = copies[t.untyped_storage()._cdata]
+            tensors[id(t)] = torch.empty(0, dtype=t.dtype).set_(same, *layout)
+    return copy.deepcopy(state, tensors)
+
+
+def _moments_like(state: dict, optimizer: torch.optim.Optimizer) -> dict:
+    """The state with the moments of parameters that are in shards in shards as well."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {
+        k: {name: distributed.like(value, parameters[k]) for name, value in of_one.items()}
+        for k, of_one in state["state"].items()
+    }
+    return state | {"state": moments}
 
 
 def _fits(name: str, moment: Tensor, parameter: Tensor) -> bool:

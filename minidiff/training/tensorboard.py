@@ -53,12 +53,13 @@ def speed(status: dict) -> dict[str, float]:
     """What a run tells of its speed (meter.py), by TensorBoard's names."""
     if not (seconds := status.get("seconds_per_step")):
         return {}
-    operations = status["operations_per_step"] / seconds
-    return {
+    share = status["operations_per_step"] / seconds / status["peak_per_second"]
+    values = {
         "speed/examples per second": status["examples_per_step"] / seconds,
-        "speed/share of the peak": operations / status["peak_per_second"],
-        "speed/GB held at most": status["memory_gb"] or 0.0,
+        "speed/share of the peak": share,  # 0: not counted
+        "speed/GB held at most": status["memory_gb"],
     }
+    return {name: value for name, value in values.items() if value}
 
 
 def _add(writer: Any, values: Iterable[tuple[str, float]], step: int) -> None:

@@ -1,10 +1,12 @@
-"""Where a training loop makes a GPU wait: synchronisations counted by place, idle time by profiler.
+"""Where a loop waits for a GPU: synchronisations counted by place, idle time by profiler.
 
 PyTorch warns at every copy and read-back that waits (torch.cuda.set_sync_debug_mode); a warning has
 the place of the Python line. The profiler's trace has every kernel, and so the gaps between them.
+Without a GPU, Waits counts on the device meta.
 """
 
 import json
+import sys
 import tempfile
 import time
 import warnings
@@ -15,12 +17,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minidiff.training.device import wait
 
 WORK = {"kernel", "gpu_memcpy", "gpu_memset"}  # of a trace: what a GPU does
 MESSAGE = "synchronizing CUDA operation"  # of PyTorch's warning
+FROM_LISTS = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
+BETWEEN = {Path(__file__).name, "torch", "jaxtyping", "<string>"}  # us and the line that waits
+ATEN = torch.ops.aten
+FROM_LISTS = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
+NUMBERS = torch.ops.aten._local_scalar_dense.default  # of item(), tolist(), bool(), float()
+COPIES = {torch.ops.aten._to_copy.default: 0, torch.ops.aten.copy_.default: 1}  # place of source
 
 
 class Enough(Exception):
@@ -55,6 +66,69 @@ def synchronisations(device: str) -> Iterator[Counter[str]]:
             places[f"{'/'.join(Path(one.filename).parts[-2:])}:{one.lineno}"] += 1
         else:  # not ours to keep
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+
+
+class Waits(TorchDispatchMode):
+    """Counts, inside a with block, what waits for the device meta, by file and line.
+
+    meta stands in for a GPU: it computes nothing, and every number that is read from it is 1.
+    Counted are reads, as by item(), tolist() and cpu(), and copies to it that are not non_blocking,
+    torch.tensor(..., device="meta") included. What must wait for a shape, as nonzero(), raises.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: Counter[str] = Counter()
+        self.lists = _FromLists(self.places)
+
+    def __enter__(self) -> "Waits":
+        self.lists.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self.lists.__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is ATEN._local_scalar_dense.default and args[0].is_meta:
+            self.places[_place()] += 1
+            return torch.ones((), dtype=args[0].dtype).item()
+        if func is ATEN._to_copy.default:
+            source, to_meta = args[0], (kwargs.get("device") or args[0].device).type == "meta"
+            blocking = not kwargs.get("non_blocking")
+        elif func is ATEN.copy_.default:
+            source, to_meta, blocking = args[1], args[0].is_meta, not any(args[2:])
+        else:
+            return func(*args, **kwargs)
+        is_read = source.is_meta and not to_meta
+        if is_read or (to_meta and not source.is_meta and blocking):
+            self.places[_place()] += 1
+        if is_read and func is ATEN._to_copy.default:
+            return torch.ones(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+        return args[0].fill_(1) if is_read else func(*args, **kwargs)
+
+
+class _FromLists(TorchFunctionMode):
+    """Counts the tensors that are made on meta from numbers: dispatch does not see their copy."""
+
+    def __init__(self, places: Counter[str]) -> None:
+        super().__init__()
+        self.places = places
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func in FROM_LISTS and made.is_meta:
+            self.places[_place()] += 1
+        return made
+
+
+def _place() -> str:
+    """The line that called PyTorch."""
+    frame = sys._getframe(2)
+    while not BETWEEN.isdisjoint(Path(frame.f_code.co_filename).parts):
+        frame = frame.f_back
+    return f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{frame.f_lineno}"
 
 
 def busy_in(trace: Path, work: Iterable[str] = WORK) -> Busy:

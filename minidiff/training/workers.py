@@ -6,11 +6,14 @@ from contextlib import contextmanager
 
 import torch
 
+from minidiff.training import ranks
+
 
 @contextmanager
 def workers(threads: int) -> Iterator[ThreadPoolExecutor | None]:
-    """Threads that share out the cores evenly between them; None where one is enough."""
-    if threads == 1:
+    """Threads that share out the cores evenly between them; None where one is enough, and where
+    processes share them out."""
+    if threads == 1 or ranks.size() > 1:
         yield None
         return
     cores = torch.get_num_threads()

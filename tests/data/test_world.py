@@ -192,10 +192,10 @@ def test_bad_requests_are_explained(wrong):
 
 
 def test_drawing_is_fast_enough_to_train_on():
-    world, started = World(64), time.perf_counter()
+    world, started = World(64), time.process_time()
     world.batch(256, 0)
     assert (
-        time.perf_counter() - started < 2
+        time.process_time() - started < 2
     )  # thousands a second on an idle core; this only catches a loop over pixels
 
 

@@ -366,6 +366,16 @@ def test_the_verb(method, written, subject, tmp_path, ran):
         assert 'the word is "sks"' in drawn
 
 
+def test_options_that_fit(subject, tmp_path, ran):
+    """Two groups and the word count; the method that is given stays."""
+    few = ("--class-pictures", 2, "--steps", 1, "--batch", 2, "--rank", 1, "--no-recorder")
+    verb = ("dreambooth", "--subject", subject, *WORDS, *few, "--method", "lora", "--dtype", "fp32")
+    said = ran(*verb, "--fit", "auto", "--out", tmp_path / "out").out
+    assert "fit: " in said and "peak: about" in said and "method" not in said.split("peak:")[0]
+    settings = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]
+    assert settings["fit"] == {"checkpointing": False, "pieces": None, "background": True}
+
+
 def test_your_own_class_images_mirrored_at_another_size(subject, tmp_path, ran):
     classes = tmp_path / "classes"
     shutil.copytree(subject, classes)

@@ -183,10 +183,10 @@ def test_forecast(model, plain, monkeypatch, recwarn):
     assert text.startswith(weights) and not recwarn
     assert "\ntime: about 2.0 s a step, 2.0 min in all, from a pass of the U-Net" in text
     available = plain.total + 1
-    monkeypatch.setattr(module, "room", lambda _: available)
+    monkeypatch.setattr(module, "room", lambda _: available - plain.weights)
     text = forecast(model, HOW, 60)
     assert " would save " in text and "adamw8bit" not in text and not recwarn
-    monkeypatch.setattr(module, "room", lambda _: plain.total - 1)
+    monkeypatch.setattr(module, "room", lambda _: plain.total - 1 - plain.weights)
     with pytest.warns(
         UserWarning, match=r"^this needs about .* MB, and the device has .* MB; `.* would save"
     ) as warned:

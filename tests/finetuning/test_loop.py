@@ -700,7 +700,9 @@ def forecasts(monkeypatch):
     monkeypatch.setattr(
         estimate,
         "forecast",
-        lambda model, how, steps, more: asked.append((how, steps)) or "memory: some",
+        lambda model, how, steps, more: (
+            asked.append((how._replace(recorder=None), steps)) or "memory: some"
+        ),
     )
     return asked
 
@@ -711,7 +713,7 @@ def test_finetune_from_the_command_line(folder, tmp_path, ran, forecasts):
     ).out
     assert (
         "9 pictures to train on, 1 held out, 16x16 pixels\nmemory: some\n" in said
-        and forecasts == [(Settings(2, (16, 16)), 2)]
+        and forecasts == [(Settings(2, (16, 16), pieces=2, background=True), 2)]
     )
     assert f"minidiff generate 'a picture of 0' --model {tmp_path / 'model'}" in said
     assert "--to diffusers" not in said  # other tools have no word for a VAE without GroupNorm
@@ -786,6 +788,8 @@ def test_a_lora_of_wide_and_mirrored_pictures_and_its_commands(folder, tmp_path,
                 ema=True,
                 checkpointing=True,
                 accumulate=2,
+                pieces=2,
+                background=True,
             ),
             2,
         )
@@ -837,7 +841,7 @@ def test_without_a_recorder(folder, tmp_path, ran, forecasts):
         (["--ema", 1], "ema is 1; it must be between 0 and 1"),
         (["--dropout", 1], "dropout is 1; it must be from 0 to below 1"),
         (["--validation", 1], "--validation is 1; it must be a share"),
-        (["--dtype", "fp16"], 'no dtype "fp16"; there is fp32, bf16'),
+        (["--dtype", "fp8"], 'no dtype "fp8"; there is fp32, bf16, fp16'),
         (["--optimizer", "sgd"], 'no optimizer "sgd"; there is adamw, adamw8bit'),
         (["--device", "abacus"], 'no device "abacus"'),
         (["--size", 15], "size 15 is not divisible by 4"),

@@ -27,6 +27,7 @@ from minidiff.options.sampling import SampleConfig
 from minidiff.samplers import SAMPLERS, Normal, by_name, sample
 from minidiff.text import Unconditional
 from minidiff.train import EMA, TrainConfig, train
+from minidiff.training.waits import synchronisations
 from minidiff.vae import Pixels, PixelsConfig
 
 from ..test_latent_diffusion import PROMPTS, model
@@ -201,6 +202,19 @@ def test_the_loop_and_its_average():
         assert step.loss == pytest.approx(expected.loss, rel=1e-2)
     assert next(average.average.parameters()).device.type == there()
     assert all(p.isfinite().all() for p in average.average.parameters())
+
+
+def test_a_step_waits_once():
+    """The loop reads its numbers together; sampling reads nothing before the image."""
+    small = model().to(DEVICE)
+    trained(small, steps=1)
+    with synchronisations(DEVICE) as places:
+        trained(small, steps=4)
+    assert places.total() <= 4, places
+    frames = small.sample(PROMPTS, 3, generator=Normal.seeded(0, range(len(PROMPTS))))
+    with synchronisations(DEVICE) as places:
+        list(frames)
+    assert not places
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):

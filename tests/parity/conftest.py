@@ -17,18 +17,26 @@ def oracles_that_work(request):
 
 @pytest.fixture(scope="module", params=["sd1", "sd2", "sd2-v"])
 def pipeline(request, tmp_path_factory):
-    """A StableDiffusionPipeline of the true layout and little weight, with SD's published scheduler settings; and its folder."""
+    """A StableDiffusionPipeline of the true layout and little weight, with SD's published scheduler
+    settings; and its folder. A module whose tests sample, whatever the network, says LEVELS = 2:
+    its U-Net has two levels in place of four, and a block each in place of two."""
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
     from .test_networks import randomized
 
     second = request.param.startswith("sd2")
+    levels = getattr(request.module, "LEVELS", 4)
+    widths, heads = ((64, 64, 128, 128), (1, 1, 2, 2)) if second else ((32, 64, 64, 64), (8,) * 4)
+    if levels == 2:
+        widths, heads = widths[1:3], heads[1:3]
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(
         sample_size=8,
-        block_out_channels=(64, 64, 128, 128) if second else (32, 64, 64, 64),
-        layers_per_block=2,
+        block_out_channels=widths,
+        layers_per_block=levels // 2,
+        down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
         cross_attention_dim=64,
-        attention_head_dim=(1, 1, 2, 2) if second else 8,
+        attention_head_dim=heads if second else 8,
         use_linear_projection=second,
     )
     vae = diffusers.AutoencoderKL(

@@ -10,6 +10,7 @@ import minidiff
 from minidiff import samplers
 from minidiff.checkpoints import embedding, write
 
+LEVELS = 2  # of the U-Net: what is compared here does not depend on them
 diffusers = pytest.importorskip("diffusers")
 LATENTS = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
 pytestmark = pytest.mark.parametrize("pipeline", ["sd1", "sd2"], indirect=True)

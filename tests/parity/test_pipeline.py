@@ -16,6 +16,7 @@ from minidiff.errors import UserError
 from minidiff.methods.editing import Edit, edited
 from minidiff.options.sampling import SampleConfig
 
+LEVELS = 2  # of the U-Net: what is compared here does not depend on them
 diffusers = pytest.importorskip("diffusers")
 PROMPTS, TOLERANCE = ["a small blue circle above a large red square", "苹果"], 1e-4
 SCHEDULERS = {

@@ -16,6 +16,7 @@ from minidiff.checkpoints import schedulers, write
 from minidiff.errors import UserError
 from minidiff.options.sampling import SampleConfig
 
+LEVELS = 2  # of the U-Net: what is compared here does not depend on them
 diffusers = pytest.importorskip("diffusers")
 PROMPT, LATENTS = (
     "a red square",
@@ -76,19 +77,29 @@ def published(pipeline, tmp_path_factory):
     return folder, kind
 
 
+@pytest.fixture(scope="module")
+def loaded(published):
+    """What is in the folder, read once by each; and its kind."""
+    return minidiff.load(published[0]), pipe_of(published[0]), published[1]
+
+
 @pytest.fixture
 def folder(published, tmp_path):
     """A copy of it that a test may change."""
     return shutil.copytree(published[0], tmp_path / "folder")
 
 
-def pipe_of(folder, sampler=None, **settings):
+def pipe_of(folder, sampler=None):
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    if sampler is not None:
-        pipe.scheduler = getattr(diffusers, CLASSES[sampler]).from_config(
-            pipe.scheduler.config, **settings
-        )
+    return pipe if sampler is None else with_sampler(pipe, sampler)
+
+
+def with_sampler(pipe, sampler):
+    """As their users exchange it: a pipeline of the same networks with another scheduler."""
+    scheduler = getattr(diffusers, CLASSES[sampler]).from_config(pipe.scheduler.config)
+    pipe = type(pipe)(**pipe.components | {"scheduler": scheduler}, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
@@ -129,21 +140,20 @@ def gap(a, b):
 
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
 @pytest.mark.parametrize("sampler", DEFAULTS)
-def test_each_sampler_under_its_own_defaults(published, sampler, guidance):
-    folder, kind = published
+def test_each_sampler_under_its_own_defaults(loaded, sampler, guidance):
+    model, pipe, kind = loaded
     if kind == "sd2-v" and sampler == "pndm":
         pytest.skip(
             "diffusers' PNDM averages v before it turns it into eps; the paper averages eps"
         )
-    model, pipe = minidiff.load(folder), pipe_of(folder, sampler)
+    pipe = with_sampler(pipe, sampler)
     found = ours(model, pipe, guidance=guidance, sampler=sampler)
     assert gap(found, theirs(pipe, guidance=guidance)) < 1e-4
 
 
-def test_the_folders_own_sampler(published):
+def test_the_folders_own_sampler(loaded):
     """minidiff generate, and pipe(), with nothing said."""
-    folder, kind = published
-    model, pipe = minidiff.load(folder), pipe_of(folder)
+    model, pipe, kind = loaded
     assert model.sampler == ("ddim" if kind == "sd2-v" else "pndm")
     assert gap(ours(model, pipe, guidance=7.5), theirs(pipe, guidance=7.5)) < 1e-4
 

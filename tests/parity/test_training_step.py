@@ -13,6 +13,7 @@ from minidiff.finetuning.loop import to_train
 from minidiff.options.finetuning import FineTuneConfig
 from minidiff.train import TrainConfig, train
 
+LEVELS = 2  # of the U-Net: what is compared here does not depend on them
 diffusers = pytest.importorskip("diffusers")
 CAPTIONS, LR = ["a bowl of green apples", "a red circle", "苹果"], 1e-3
 

@@ -19,11 +19,10 @@ WORLD = World(quickstart.SIZE, quickstart.SHAPES, quickstart.COLOURS)
 @pytest.fixture
 def tiny(monkeypatch):
     """Two steps of everything, and four captions."""
-    steps = {"VAE_STEPS": 2, "TEXT_STEPS": 2, "STEPS": 2, "SMALL_STEPS": 1}
+    steps = {"VAE_STEPS": 2, "TEXT_STEPS": 2, "STEPS": 2}
     sizes = {
         "VAE_BATCH": 4,
         "TEXT_BATCH": 4,
-        "SMALL_BATCH": 8,
         "BATCH": 4,
         "POOL": 64,
         "CAPTIONS": 4,
@@ -40,6 +39,7 @@ def test_it_writes_what_it_promises_and_never_overwrites(tiny, tmp_path, capsys)
         "forward.png",
         "reverse.png",
         "reverse.gif",
+        "index.html",
         "samples.png",
         "loss.png",
         "model/model.json",
@@ -56,6 +56,9 @@ def test_it_writes_what_it_promises_and_never_overwrites(tiny, tmp_path, capsys)
     }
     for key in (
         "minutes",
+        "minutes_told",
+        "tflop",
+        "steps",
         "seed",
         "accuracy_one_object",
         "accuracy_two_objects",
@@ -96,21 +99,15 @@ def test_noise_levels_are_spread_over_every_batch():
     assert torch.stack([x.float().mean() for x in t]).std() < 0.5 * independent
 
 
-def test_parts_follow_from_seed_and_number_alone(monkeypatch):
-    """What resuming and threads rely on. Small pictures come first, captions are hidden as often as
-    asked, and no two pools are mixed up."""
-    monkeypatch.setattr(quickstart, "SMALL_STEPS", 2)  # of PARTS parts
+def test_parts_follow_from_seed_and_number_alone():
+    """What resuming and threads rely on. Captions are hidden as often as asked, and no two pools
+    are mixed up."""
     vae = quickstart.vae_quickstart()
     one, two = (quickstart.Pool(WORLD, vae, 64, "test", objects, "cpu") for objects in (1, 2))
     assert all(len(scene.things) == n for n, pool in ((1, one), (2, two)) for scene in pool.scenes)
-
-    pictures = WORLD.batch(64, ("test", 2, 0), objects=2)[0]
-    for kept, shown in (
-        (two.latents, pictures),
-        (two.small, torch.nn.functional.avg_pool2d(pictures, 2)),
-    ):
-        with torch.no_grad():
-            assert torch.allclose(kept, vae.encode(shown), atol=1e-5)
+    with torch.no_grad():
+        encoded = vae.encode(WORLD.batch(64, ("test", 2, 0), objects=2)[0])
+    assert torch.allclose(two.latents, encoded, atol=1e-5)
 
     def take(start, n, dropout=0.0):
         stream = quickstart.latent_batches(WORLD, one, two, 5, dropout, start)
@@ -121,9 +118,6 @@ def test_parts_follow_from_seed_and_number_alone(monkeypatch):
             torch.equal(x, y)
             for x, y in zip((a.latents, a.t, a.eps), (b.latents, b.t, b.eps), strict=True)
         )
-    assert [tuple(part.latents.shape[::2]) for part in take(0, 6)] == 4 * [
-        (quickstart.SMALL_BATCH, 8)
-    ] + 2 * [(quickstart.BATCH, 16)]
     captions = [caption for part in take(0, 6) for caption in part.captions]
     pairs = sum(any(relation in caption for relation in RELATIONS) for caption in captions)
     assert abs(pairs / len(captions) - quickstart.TWO_OBJECTS) < 0.1

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from minidiff.train import TrainConfig, backward_all, train
+from minidiff.train import TrainConfig, train
 from minidiff.training import lock, meter
+from minidiff.training.backward import UNSCALED
 from minidiff.training.meter import Operations, peak
 from minidiff.training.workers import workers
 
@@ -58,10 +59,10 @@ def test_attention_counts_on_a_cpu_too():
 def test_a_step_counts_the_same_in_threads(tmp_path, threads):
     net = network()
     config = TrainConfig(steps=9, lr=1e-3, accumulate=2, threads=threads)
-    counter = meter.Meter(tmp_path, config, CPU)
+    counter = meter.Meter(tmp_path, config, net)
     with workers(threads) as pool:
-        step = partial(counter, backward_all, partial(loss_fn, net), list(net.parameters()))
-        losses = step([images(), images()], pool)
+        parts = partial(loss_fn, net), list(net.parameters()), [images(), images()]
+        losses = counter.backward_all(*parts, pool, UNSCALED)
     assert len(losses) == 2 and counter.examples == 4
     assert counter.operations == 4 * (2 * CONVOLUTION + 3 * MATRIX)
 
@@ -76,6 +77,28 @@ def test_a_metered_run_ends_at_the_same_bits(tmp_path, threads):
             pass
         ends.append([p.detach().clone() for p in net.parameters()])
     assert all(map(torch.equal, *ends))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_compiled_network_is_not_counted_but_runs_compiled_from_the_first_step(tmp_path, whole):
+    torch._dynamo.reset()
+    net, graphs = network(), []
+    backend = partial(note, graphs)
+    if whole:
+        net = torch.compile(net, backend=backend)
+    else:
+        net.compile(backend=backend)
+    config, loss = TrainConfig(steps=2, lr=1e-3), partial(loss_fn, net)
+    for step in train(loss, net, batches, config, None, tmp_path):
+        assert len(graphs) == 1, step
+    counter = meter.Meter(tmp_path, config, net)
+    counter.backward_all(loss, list(net.parameters()), [images()], None, UNSCALED)
+    assert counter.operations == 0 and counter.examples == 2
+
+
+def note(graphs, graph, _inputs):
+    graphs.append(graph)
+    return graph
 
 
 def test_a_run_tells_how_it_is_doing_while_it_is_locked(tmp_path, monkeypatch):

@@ -180,7 +180,7 @@ def test_a_second_run_into_one_folder_is_refused(tmp_path):
                 file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()
             } == before
 
-    run(tmp_path, recorder=Recording(second))
+    run(tmp_path, recorder=Recording(second), background=False)
     (end,) = ended
     line = end.stderr.splitlines()[-1]
     assert (

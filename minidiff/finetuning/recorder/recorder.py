@@ -49,6 +49,7 @@ from minidiff.training.seeds import generator_of
 
 # latents, and their context; a caption in its place is encoded at every measurement
 Pairing = tuple[Float[Tensor, "Z _ _"], Float[Tensor, "L D"] | str]
+PIXELS = 2**14  # of latents that are measured at once; a fourth of them are decoded at once
 Grid = dict[str, UInt8[Tensor, "n 3 H W"]]  # images by label
 CHUNK = 64  # images whose features are computed at once
 THUMBNAIL = 128  # pixels: the largest side that samples are compared at
@@ -65,6 +66,11 @@ class Thumbnails(Sequence):
 
     def __getitem__(self, i: int) -> Float[Tensor, "3 H W"]:
         return to_model(load_image(self.paths[i], self.size))
+
+
+def rows_at_once(sides: Sequence[int]) -> int:
+    """How many latents with these sides are measured at once."""
+    return max(1, PIXELS // math.prod(sides))
 
 
 class Recorder:
@@ -222,7 +228,10 @@ class Recorder:
             eps = torch.randn(count, *latents.shape, generator=generator)
             x0 = latents.to(device).expand(count, *latents.shape)
             context = context.to(device).expand(count, *context.shape)
-            losses.append(plain.loss(x0, context, self.t, eps.to(x0)).float().cpu())
+            rows = rows_at_once(latents.shape[1:])
+            parts = zip(*(each.split(rows) for each in (x0, context, self.t, eps)), strict=True)
+            each = [plain.loss(x, c, t, noise.to(x)).float().cpu() for x, c, t, noise in parts]
+            losses.append(torch.cat(each))
             bar.update()
         mean = torch.stack(losses).mean(0)
         tenths = (mean[self.bin == b] for b in range(BINS))
@@ -238,7 +247,8 @@ class Recorder:
             sampling = self.model.sample(prompts, config.steps, config.guidance, generator=noise)
             for frame in sampling:
                 bar.update(frame.t > 0)
-            images = self.model.decode(frame.x0).float().cpu()
+            latents = frame.x0.split(max(1, rows_at_once(frame.x0.shape[2:]) // 4))
+            images = torch.cat([self.model.decode(z).float().cpu() for z in latents])
             if not images.isfinite().all():
                 broken.add(label)
             grid[label] = to_uint8(images.nan_to_num(0.0).expand(-1, 3, -1, -1))
