@@ -66,7 +66,8 @@ def test_a_run_at_work(tmp_path, capsys, monkeypatch):
     assert rows["checkpoint"].startswith("step 80, ") and rows["checkpoint"].endswith(" s ago")
     recent = sum(10 / k for k in range(51, 101)) / 50
     assert rows["loss"].split()[0] == f"{recent:.4g}"
-    assert rows["learning"] == "rate 0.001" and rows["gradient"] == "norm 0.5"
+    assert rows["learning"].split() == ["rate", "0.001"]
+    assert rows["gradient"].split() == ["norm", "0.5"]
     assert "data" in rows["by"] and "noise" in rows["by"]
 
 
