@@ -39,6 +39,7 @@ from minidiff.training.device import pick_device, to_device
 from minidiff.training.progress import follow, last_loss, write_results
 from minidiff.training.resume import read_log
 from minidiff.training.seeds import generator_of, seed_of
+from minidiff.training.tensorboard import logged
 from minidiff.unet import UNet, UNetConfig, unet_cifar10
 from minidiff.vae import Pixels
 
@@ -275,6 +276,7 @@ def main(
     bf16: bool | None = None,
     compile: bool = False,
     seed: int = 0,
+    tensorboard: bool = False,
     resume: bool = False,
     sample_only: bool = False,
 ) -> None:
@@ -295,6 +297,7 @@ def main(
         bf16: compute in bfloat16; left out, on CUDA only.
         compile: compile the U-Net first: minutes, repaid on long runs on a GPU.
         seed: everything random follows from it.
+        tensorboard: also write the training's numbers for TensorBoard, in out/training.
         resume: go on where an interrupted run stopped.
         sample_only: train nothing, draw from out/model.
     """
@@ -324,6 +327,7 @@ def main(
     stream = partial(batches, images, labels, batch, seed)
     objective = partial(loss, model, recipe.chain)
     training = train(objective, model, stream, config, ema, out / "training", resume)
+    training = logged(training, out / "training", tensorboard)
     speed = follow(training, "training", steps, batch)
     log = read_log(out / "training")
 

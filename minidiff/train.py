@@ -28,6 +28,7 @@ from minidiff.training.bins import BINS, Loss, by_bin, means, on_cpu
 from minidiff.training.config import TrainConfig
 from minidiff.training.device import warn_of_imitation
 from minidiff.training.lock import locked
+from minidiff.training.meter import Meter
 from minidiff.training.nonfinite import NonFiniteError
 from minidiff.training.resume import Progress, Signals, closed_at_exit
 from minidiff.training.seeds import seed_of
@@ -112,6 +113,7 @@ def train(
     warn_of_imitation(config.autocast, device.type)
     scaler = GradScaler(device.type, enabled=config.autocast == torch.float16)
     averages = None if ema is None else ema.average
+    meter = Meter(folder, config, module)
     plan = config.save_every, config.steps, scaler, config.background
     progress = Progress(folder, config.identity(), module, optimizer, averages, *plan)
     with locked(folder), Signals() as signals, workers(config.threads) as pool, progress:
@@ -129,7 +131,7 @@ def train(
 
             micro = distributed.share(data.take(step))
             signals.saved = None
-            losses = backward_all(forward, parameters, micro, pool, scaler)
+            losses = meter.backward_all(forward, parameters, micro, pool, scaler)
             scaler.unscale_(optimizer)
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             losses, norm = distributed.gathered(losses), distributed.whole(norm)

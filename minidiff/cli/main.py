@@ -16,6 +16,7 @@ from minidiff.cli.generate import generate
 from minidiff.cli.inspect import inspect
 from minidiff.cli.quickstart import quickstart
 from minidiff.cli.train import train
+from minidiff.cli.watch import watch
 
 VERBS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,
@@ -29,6 +30,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "finetune": finetune,
     "dreambooth": dreambooth,
     "evaluate": evaluate,
+    "watch": watch,
     "inspect": inspect,
     "convert": convert,
 }

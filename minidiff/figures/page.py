@@ -1,4 +1,4 @@
-"""A run as one HTML file that reloads itself while the run goes on: images and curves, no scripts."""
+"""A run as one HTML file without scripts; it reloads itself while the run goes on."""
 
 import base64
 import html
@@ -17,6 +17,7 @@ from minidiff.data.folder import to_uint8
 from minidiff.errors import UserError
 from minidiff.figures.curves import write
 from minidiff.training import atomic
+from minidiff.training.progress import duration, stretches
 
 RELOAD = 5  # seconds
 POINTS = 150  # of a curve at most, each the mean of a stretch of steps
@@ -26,7 +27,8 @@ WIDTH, HEIGHT = 300, 110  # of a curve, in its own units
 STYLE = """
 :root { color-scheme: light dark; accent-color: var(--line); --right: #00704f;
   --wrong: #b34700; --line: #0072b2; }
-@media (prefers-color-scheme: dark) { :root { --right: #4fd1a8; --wrong: #ff9d5c; --line: #6cb8f0; } }
+@media (prefers-color-scheme: dark) {
+  :root { --right: #4fd1a8; --wrong: #ff9d5c; --line: #6cb8f0; } }
 body { margin: 0 auto; padding: 1rem; max-width: 60rem; font: 1rem/1.45 system-ui, sans-serif;
   background: Canvas; color: CanvasText; }
 h1 { font-size: 1.4rem; margin: 0 0 .5rem; } h2 { font-size: 1.1rem; margin: 1.5rem 0 .5rem; }
@@ -39,7 +41,8 @@ progress { width: 100%; height: 1.2rem; }
 img { width: 100%; display: block; image-rendering: pixelated; }
 svg { width: 100%; height: auto; display: block; border-bottom: 1px solid; }
 polyline { fill: none; stroke: var(--line); stroke-width: 2; stroke-linejoin: round; }
-.right { color: var(--right); font-weight: bold; } .wrong { color: var(--wrong); font-weight: bold; }
+.right, .wrong { font-weight: bold; }
+.right { color: var(--right); } .wrong { color: var(--wrong); }
 table { border-collapse: collapse; } td { padding: .15rem 1rem .15rem 0; vertical-align: top; }
 td + td { font-variant-numeric: tabular-nums; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .6rem; border: 1px solid; }
@@ -128,16 +131,6 @@ class Page:
         return f'<h2>Loss</h2>\n<div class="curves">{"".join(figures)}</div>' if figures else ""
 
 
-def duration(seconds: float) -> str:
-    """A time as people say it: 42 s, 3 min 10 s, 2 h 05 min."""
-    seconds = max(0, round(seconds))
-    if seconds < 60:
-        return f"{seconds} s"
-    minutes, rest = divmod(seconds, 60)
-    hours = minutes // 60
-    return f"{hours} h {minutes % 60:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
 def _figure(image: Float[Tensor, "3 H W"], caption: str, verdict: bool | None) -> str:
     pixels = to_uint8(image.detach().float().cpu()).movedim(0, -1).contiguous()
     Image.fromarray(pixels.numpy()).save(data := io.BytesIO(), "PNG")
@@ -173,11 +166,3 @@ def _curve(name: str, losses: list[float]) -> str:
         f'<figure><svg role="img" aria-label="{caption}" viewBox="0 0 {WIDTH} {HEIGHT}">'
         f'<polyline points="{line}"/></svg><figcaption>{caption}</figcaption></figure>'
     )
-
-
-def stretches(values: list[float], count: int) -> list[tuple[float, float]]:
-    """At most `count` points (last step, mean) of stretches of equal length; a value a step."""
-    length = max(1, math.ceil(len(values) / count))
-    starts = range(0, len(values), length)
-    parts = [(k, values[k : k + length]) for k in starts]
-    return [(k + len(part), sum(part) / len(part)) for k, part in parts]

@@ -32,7 +32,7 @@ from minidiff.methods import inversion, lora
 from minidiff.options.finetuning import FineTuneConfig
 from minidiff.schedules import NoiseSchedule
 from minidiff.train import EMA, LossFn, TrainConfig, train
-from minidiff.training import distributed, optimizers, ranks
+from minidiff.training import distributed, optimizers, ranks, tensorboard
 from minidiff.training.resume import checkpoints, read_log
 
 LR = {"full": 1e-5, "lora": 1e-4, "inversion": 5e-4}  # what is usual for Stable Diffusion
@@ -105,6 +105,7 @@ def finetune(
         observe(0, {}, None)
     cut = partial(in_pieces, whole, training.pieces)
     steps = train(loss_fn, trained, cut, training, average, out / "training", resume)
+    steps = tensorboard.logged(steps, out / "training", config.tensorboard)
     recent: deque[dict[str, float]] = deque(maxlen=20)
     title = f"fine-tuning ({config.method})"
     with closing(steps), tqdm(desc=title, total=config.steps, unit="step") as bar:

@@ -4,6 +4,7 @@ import math
 import re
 import sys
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -19,6 +20,7 @@ Captions = Literal["first", "random"]
 MACHINE = ("checkpointing", "pieces", "background", "save_every", "keep", "validation_prompt")
 MACHINE += ("shard",)
 FITTED = ("method", "dtype", "optimizer", "checkpointing", "pieces", "background")  # fit's choices
+MACHINE += ("tensorboard",)
 ABOVE_0, BELOW_1, FINITE = math.ulp(0.0), math.nextafter(1, 0), sys.float_info.max
 COUNTS = ("rank", "accumulate", "steps", "batch", "every", "probe", "noises", "compared")
 COUNTS += ("pieces", "save_every")
@@ -46,6 +48,13 @@ def check_limits(config: object) -> None:
             raise UserError(f"{name} is a number of {len(str(value))} digits; it must be smaller.")
         if words and value is not None and not least <= value <= most:
             raise UserError(f"{name} is {value:g}; it must be {words}.")
+
+
+def check_tensorboard() -> None:
+    """Raise a UserError where TensorBoard, an optional extra, is not installed."""
+    if find_spec("tensorboard") is None:
+        remedy = "pip install 'minidiff[tensorboard]'"
+        raise UserError(f"TensorBoard is not installed; it comes with {remedy}.")
 
 
 def bytes_of(size: str) -> int | None:
@@ -117,6 +126,8 @@ class TuningConfig:
     background: bool = True
     # a prompt of your own that the report shows beside the others; give it again for more
     validation_prompt: tuple[str, ...] = ()
+    # also write the training's numbers for TensorBoard, beside its log
+    tensorboard: bool = False
     # everything random follows from it
     seed: int = 0
 
@@ -130,6 +141,8 @@ class TuningConfig:
         if self.fit is not None:
             bytes_of(self.fit)
         check_limits(self)
+        if self.tensorboard:
+            check_tensorboard()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The gradients of a step: forward and backward passes of its batches, in turn or in threads."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ def backward_all(
     forward: Forward,
     parameters: list[nn.Parameter],
     batches: list[Any],
-    pool: ThreadPoolExecutor | None = None,
+    pool: Executor | None = None,
     scaler: GradScaler = UNSCALED,
 ) -> list[Loss]:
     """Add the gradients of the mean loss over all batches, scaled, to .grad; returns losses."""

@@ -71,6 +71,38 @@ def _taken(folder: Path) -> BinaryIO:
     return file
 
 
+def tell(folder: Path, status: dict[str, object]) -> None:
+    """Say how the run in a locked folder is doing, in the second line of its lock file; what was
+    told before is replaced, and all of it goes with the lock."""
+    with suppress(OSError):  # it is there to be looked at: no run ends for it
+        with open(folder / LOCK, "r+b") as file:
+            file.readline()
+            file.truncate(file.tell())
+            file.write(json.dumps(status).encode() + b"\n")
+
+
+def told(folder: Path) -> tuple[dict, dict]:
+    """Who holds a folder's lock, and what that process told last; empty where there is nothing, or
+    it is half written. Takes no lock."""
+    lines = []
+    with suppress(OSError, ValueError, RecursionError):
+        for line in (folder / LOCK).read_bytes().splitlines()[:2]:
+            lines.append(json.loads(line))
+    holder, status = (line if isinstance(line, dict) else {} for line in [*lines, {}, {}][:2])
+    return holder, status
+
+
+def is_held(holder: dict) -> bool:
+    """Whether the process that a lock file names is there; of another machine nobody can tell."""
+    if not holder or fcntl is None or holder.get("host") != socket.gethostname():
+        return bool(holder)
+    with suppress(ProcessLookupError, OverflowError, TypeError):
+        with suppress(PermissionError):  # another user's
+            os.kill(holder.get("process"), 0)
+        return True
+    return False
+
+
 def _lock(file: BinaryIO) -> None:
     if fcntl is not None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -82,7 +114,7 @@ def _lock(file: BinaryIO) -> None:
 def _holder(file: BinaryIO) -> str:
     file.seek(0)
     try:
-        holder = json.loads(file.read(1000))
+        holder = json.loads(file.readline(1000))
         number, host, since = int(holder["process"]), holder["host"], holder["since"]
         return f"process {number} on {host!a:.80}, since {since!s:.19},"
     except (ValueError, LookupError, TypeError):  # it is about to say who it is

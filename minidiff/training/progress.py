@@ -1,6 +1,7 @@
 """What a run shows and leaves: a progress bar, the memory it took, results.json."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Generator
@@ -71,3 +72,21 @@ def write_results(out: Path, **figures: object) -> Path:
         whole = {"about": atomic.SIGNATURE, **figures}
         new.write_text(json.dumps(whole, indent=2, default=str) + "\n", encoding="utf-8")
     return path
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: 42 s, 3 min 10 s, 2 h 05 min."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, rest = divmod(seconds, 60)
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def stretches(values: list[float], count: int) -> list[tuple[float, float]]:
+    """At most `count` points (last step, mean) of stretches of equal length; a value a step."""
+    length = max(1, math.ceil(len(values) / count))
+    starts = range(0, len(values), length)
+    parts = [(k, values[k : k + length]) for k in starts]
+    return [(k + len(part), sum(part) / len(part)) for k, part in parts]

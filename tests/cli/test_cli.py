@@ -78,6 +78,7 @@ IDLE = {  # what would do nothing there
     "plot schedules": SEED | DEVICE,
     "data coco": DEVICE,
     "data check": DEVICE,
+    "watch": SEED | DEVICE | {"--out PATH"},
     "inspect": SEED | DEVICE,
     "convert": SEED | DEVICE,
 }

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from minidiff.errors import UserError
-from minidiff.figures.page import POINTS, Page, duration, stretches
+from minidiff.figures.page import POINTS, Page
+from minidiff.training.progress import duration, stretches
 
 VOID = {"meta", "img"}
 
