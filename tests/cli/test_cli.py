@@ -130,8 +130,8 @@ def test_quickstart_passes_its_arguments_on(ran, monkeypatch, tmp_path):
         types.SimpleNamespace(quickstart=lambda *args: calls.append(args)),
     )
     ran("quickstart", "--out", tmp_path, "--seed", 3, "--resume")
-    ran("quickstart", "--out", tmp_path, "--device", "cpu")
-    assert calls == [(tmp_path, 3, "cpu", True), (tmp_path, 0, "cpu", False)]
+    ran("quickstart", "--out", tmp_path, "--device", "cpu", "--minutes", 2.5)
+    assert calls == [(tmp_path, 3, "cpu", True, None), (tmp_path, 0, "cpu", False, 2.5)]
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
