@@ -54,6 +54,7 @@ with install_import_hook(
     import memory
     import pretrain_box
     import sampler_order
+    import scaling
     import sd_generate
     import text_to_image
     import toy_2d
@@ -733,6 +734,38 @@ def test_memory(tmp_path, capsys):
         all(0.05 < case["ratio"] < 1.2 for case in found["measured"].values())
         and "full" in capsys.readouterr().out
     )
+
+
+def test_scaling(tmp_path, capsys):
+    """A tiny network: what grows and what shrinks with devices; one device sends nothing."""
+    scaling.main(batch=2, rate=1e-3, link=1e-3, small=True, out=tmp_path)
+    rows = written(tmp_path, "table.md")["rows"]
+    assert len(rows) == 2 * (4 + 3) and "| FSDP2 | 8 |" in capsys.readouterr().out
+    by = {(row["way"], row["devices"]): row for row in rows if not row["checkpointing"]}
+    alone, copies, shards = by["DDP", 1], by["DDP", 8], by["FSDP2", 8]
+    assert (
+        alone["sent_gb"] == 0 and alone["first_gb"] < copies["first_gb"] == by["DDP", 2]["first_gb"]
+    )
+    assert (
+        shards["others_gb"] < by["FSDP2", 2]["others_gb"] and shards["start_gb"] > alone["start_gb"]
+    )
+    assert shards["sent_gb"] / copies["sent_gb"] == pytest.approx(3 / 2)
+    assert copies["link_s"] == pytest.approx(copies["sent_gb"] / 1e-3)
+    with pytest.raises(UserError, match="above 0"):
+        scaling.main(rate=0.0, small=True, out=tmp_path)
+    assert rows[0]["tflop"] < rows[7]["tflop"] and rows[0]["compute_s"] == rows[0]["tflop"] / 1e-3
+
+
+def test_scaling_counts_one_device():
+    """On one device FSDP2's parts make up what the estimate of one device says, but for what is
+    there only with several; the gathered weights are the root's and a few blocks'."""
+    counted = scaling.count(scaling.TINY, scaling.Settings(2, (32, 32), bf16=True))
+    unet, alone = counted.unet, counted.alone
+    assert alone.moments == 2 * unet and unet < alone.weights
+    assert counted.gathered < 2 * unet
+    assert alone.step <= unet + counted.activations < 2 * alone.step
+    whole = scaling.fsdp2(counted, 1)[2] - counted.gathered
+    assert whole == alone.weights + unet + counted.activations + alone.moments
 
 
 # A GPU.

@@ -78,12 +78,12 @@ def joint(
 def _sharded(objective: _Objective) -> FSDPModule:
     device = next(objective.parameters()).device.type
     mesh = init_device_mesh(device, (ranks.size(),))
-    for block in _blocks(objective.module):
+    for block in blocks(objective.module):
         fully_shard(block, mesh=mesh)
     return fully_shard(objective, mesh=mesh)
 
 
-def _blocks(module: nn.Module) -> list[nn.Module]:
+def blocks(module: nn.Module) -> list[nn.Module]:
     """The repeated blocks of the networks, the inner ones first: each is gathered when it is
     called, and freed afterwards."""
     lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
