@@ -58,10 +58,10 @@ SHAPES = ("circle", "square", "triangle")  # the part of the world that ten minu
 COLOURS = ("red", "yellow", "green", "blue")
 VAE_STEPS, VAE_BATCH, VAE_LR = 750, 32, 4e-3
 TEXT_STEPS, TEXT_BATCH, TEXT_LR = 350, 128, 4e-3
-STEPS, BATCH, LR = 1280, 32, 3e-3
+STEPS, BATCH, LR = 1320, 32, 3e-3
 PARTS = 2  # a step is PARTS batches, on as many cores at once
 MOMENTUM = (0.95, 0.99)  # of Muon, and of Adam's square (training/muon.py)
-TWO_OBJECTS = 0.75  # the share of images that show two
+TWO_OBJECTS = 0.6  # the share of images that show two
 POOL = 12_000  # images of two objects; half as many of one
 T_CENTRE, T_SPREAD = 0.1, 1.1  # of logit(t / 1000)
 GUIDANCE = 2.0
@@ -126,7 +126,7 @@ def vae_act(world: World, seed: int, device: str, steps: int) -> Act:
     torch.manual_seed(seed)
     vae = vae_quickstart().to(device, memory_format=torch.channels_last)
     data = partial(batches, world, f"vae {seed}")
-    config = TrainConfig(steps, VAE_LR, optimizer="muon", betas=MOMENTUM, seed=seed)
+    config = TrainConfig(steps, VAE_LR, 50, optimizer="muon", betas=MOMENTUM, seed=seed)
     return Act(ACTS[0], vae, partial(vae_loss, vae), data, config)
 
 
