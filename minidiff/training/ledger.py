@@ -12,6 +12,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 
+def formulas() -> dict[Any, Any]:
+    """PyTorch's counts of FLOPs by operation, and what they leave out: attention on a CPU."""
+    attention = "_scaled_dot_product_flash_attention"  # on a CPU it has another name
+    same = {f"{attention}_for_cpu{end}": f"{attention}{end}" for end in ("", "_backward")}
+    aten = torch.ops.aten
+    return flop_registry | {
+        getattr(aten, cpu): flop_registry[getattr(aten, gpu)] for cpu, gpu in same.items()
+    }
+
+
 class Ledger(TorchDispatchMode):
     """Counts inside a with block: bytes now and at most, every storage once; and FLOPs."""
 
@@ -19,13 +29,14 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = self.flops = 0
         self.storages: set[int] = set()
+        self.formulas = formulas()
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
         result = operation(*args, **kwargs)
-        if count := flop_registry.get(operation.overloadpacket):
+        if count := self.formulas.get(operation.overloadpacket):
             self.flops += count(*args, **kwargs, out_val=result)
         for value in tree_leaves(result):
             if isinstance(value, Tensor):

@@ -39,13 +39,9 @@ class Operations(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        from torch.utils.flop_counter import flop_registry  # a tenth of a second to import
+        from minidiff.training.ledger import formulas  # a tenth of a second to import
 
-        attention = "_scaled_dot_product_flash_attention"  # on a CPU it has another name
-        same = {f"{attention}_for_cpu{end}": f"{attention}{end}" for end in ("", "_backward")}
-        aten = torch.ops.aten
-        more = {getattr(aten, cpu): flop_registry[getattr(aten, gpu)] for cpu, gpu in same.items()}
-        self.registry, self.count = flop_registry | more, 0
+        self.registry, self.count = formulas(), 0
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
