@@ -280,7 +280,7 @@ class Run:
         *earlier, last = self.ordered() or [None]
         holder = next(filter(is_held, self.holders()), {})
         who = f", process {holder.get('process')} since {holder.get('since')}" if holder else ""
-        lines = [f"{self.folder}: {self.state()}{who}"]
+        lines = [f"{self.state()}{who}: {self.folder}"]  # a long path is cut off
         lines += [f"{log.name}: {log.place()}, loss {log.loss()}" for log in earlier if log.recent]
         if last is None:
             return [*lines, "  no log yet"]
