@@ -64,7 +64,7 @@ RUN = [
     "best_step_1/precious",
 ]
 DRAWN = ["samples.png", "forward.png", "forward.gif", "reverse.png", "reverse.gif", "loss.png"]
-QUICKSTART = ["model/precious", "model", "training/a", *DRAWN, "results.json"]
+QUICKSTART = ["model/precious", "model", "training/a", *DRAWN, "index.html", "results.json"]
 
 
 def content(name: str) -> bytes:
@@ -294,7 +294,7 @@ def test_train_refuses_before_it_reads_an_image(name, tmp_path, capsys):
 def test_quickstart_refuses_before_it_trains(name, tmp_path, capsys, monkeypatch):
     from minidiff.recipes import quickstart
 
-    monkeypatch.setattr(quickstart, "train_vae", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr(quickstart, "measured", lambda *_: pytest.fail("it trains"))
     planted = plant(tmp_path, [name])
     assert code(["quickstart", "--out", tmp_path]) == 2
     assert str(tmp_path) in capsys.readouterr().err
