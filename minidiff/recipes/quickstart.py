@@ -12,6 +12,7 @@ captions say. Every number of the recipe stands in this file. How long it takes 
 """
 
 import random
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -301,7 +302,7 @@ def quickstart(
     )
     acts = dict(zip(ACTS, [*times, 2 * CAPTIONS * verdict.seconds], strict=True))
     live = Live(page, "minidiff quickstart", acts)
-    with live.running(f"minidiff quickstart --out {out} --resume"):
+    with live.running(f"minidiff quickstart --out {shlex.quote(str(out))} --seed {seed} --resume"):
         model = trained(world, training, plan, seed, device, resume, live)
         paths = [model.save(out / "model")]
         live.say(ACTS[3])
@@ -323,7 +324,8 @@ def quickstart(
             },
             "prompts": PROMPTS,
         }
-        command = f'minidiff generate "{PROMPTS[0]}" --model {out / "model"} --n 4 --seed 7'
+        folder = shlex.quote(str(out / "model"))
+        command = f'minidiff generate "{PROMPTS[0]}" --model {folder} --n 4 --seed 7'
         live.notes = {
             "one object, all attributes right": f"{figures['accuracy_one_object']:.3f}",
             "two objects, all attributes right": f"{figures['accuracy_two_objects']:.3f}",
