@@ -3,8 +3,7 @@
 A weight matrix learns along few directions if its gradient's singular values differ by orders of
 magnitude, as they mostly do. Muon takes the gradient's momentum G = U S V^T and steps along
 about U V^T. A few products of matrices give that, without an SVD (Newton-Schulz iteration). What is
-not a matrix (biases, norms) follows AdamW. Here it trains small networks in a third of AdamW's
-steps.
+not a matrix (biases, norms) follows AdamW.
 
 [1] Jordan et al. Muon: An optimizer for hidden layers in neural networks. 2024.
     https://kellerjordan.github.io/posts/muon

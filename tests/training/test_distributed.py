@@ -53,7 +53,8 @@ def trained(count, out, restarts=0, **options):
             count, "-m", "tests.training.together", out, json.dumps(options), restarts=restarts
         )
         assert ended.returncode == 0, ended.stderr[-3000:]
-    weights = [torch.load(out / f"weights-{rank}.pt") for rank in range(count)]
+    files = [out / f"weights-{rank}.pt" for rank in range(count)]
+    weights = [torch.load(file, weights_only=True) for file in files]
     steps = [json.loads((out / f"steps-{rank}.json").read_text()) for rank in range(count)]
     for other in weights[1:]:
         assert distance(weights[0], other) == 0  # every process has the same
