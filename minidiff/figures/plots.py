@@ -78,12 +78,19 @@ def strip(
     path: str | Path,
     title: str | None = None,
 ) -> Path:
-    """Draw named rows of images, which may differ in size, with a label over each column.
+    """Write what `show` returns as a PNG file."""
+    return _write_png(show(rows, labels, title), path)
 
-    Rows with neither 1 nor 3 channels are coloured by `latents_to_rgb`.
+
+def show(
+    rows: dict[str, Float[Tensor, "K _ _ _"]], labels: list[str], title: str | None = None
+) -> Image.Image:
+    """Named rows of images in [-1, 1], which may differ in size, with a label over each column.
+
+    Rows with neither 1 nor 3 channels are coloured by `latents_to_rgb`. A notebook shows it.
     """
     images = {name: _to_pil(row) for name, row in rows.items()}
-    return _write_png(_sheet(images, labels, title, at_least=128), path)
+    return _sheet(images, labels, title, at_least=128)
 
 
 def animate(

@@ -1,0 +1,113 @@
+"""The project's real source in the book: the directive `source`, and a page for every file.
+
+    ```{source} minidiff/ddpm.py DDPM.q_sample
+    ```
+
+shows that function as it stands in the file today, with a link to its line. Ordinary links to
+Python files, such as [ddpm.py](../minidiff/ddpm.py), lead to the same pages.
+"""
+
+import ast
+import html
+from collections.abc import Iterator
+from pathlib import Path
+
+from docutils import nodes
+from docutils.parsers.rst import Directive
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
+from sphinx.addnodes import download_reference
+from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("minidiff", "tests", "experiments")
+
+
+def lines_of(file: str, name: str) -> tuple[int, int]:
+    """First and last line, counted from 1, of the function, class or constant that name is."""
+    path = ROOT / file
+    if not path.is_file():
+        raise ExtensionError(f"{file}: no such file")
+    scope: list[ast.stmt] = ast.parse(path.read_text(encoding="utf-8")).body
+    for part in name.split("."):
+        node = next((each for each in scope if part in _names(each)), None)
+        if node is None:
+            raise ExtensionError(f"{file} has no {name}")
+        scope = getattr(node, "body", [])
+    decorators = getattr(node, "decorator_list", [])
+    return min(each.lineno for each in [node, *decorators]), node.end_lineno
+
+
+def _names(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def source(file: str, name: str | None = None) -> tuple[str, int]:
+    """The text of a file, or of one thing in it without its indentation; and its first line."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    if not name:
+        return text, 1
+    first, last = lines_of(file, name)
+    lines = text.splitlines()[first - 1 : last]
+    indent = len(lines[0]) - len(lines[0].lstrip())
+    return "\n".join(line[indent:] for line in lines) + "\n", first
+
+
+def address(file: str, line: int | None = None) -> str:
+    """The page of a file, from the top of the site."""
+    return f"source/{file.removesuffix('.py')}.html" + (f"#L{line}" if line else "")
+
+
+class SourceDirective(Directive):
+    """`source FILE [NAME]`: real lines, and above them where they stand."""
+
+    required_arguments, optional_arguments = 1, 1
+
+    def run(self) -> list[nodes.Node]:
+        env = self.state.document.settings.env
+        file, name = self.arguments[0], (self.arguments[1:] or [None])[0]
+        env.note_dependency(str(ROOT / file))
+        text, line = source(file, name)
+        up = "../" * env.docname.count("/")
+        label = f"{file}, line {line}" + (f": {name}" if name else "")
+        link = nodes.reference("", label, refuri=up + address(file, line if name else None))
+        caption = nodes.paragraph("", "", link, classes=["source-caption"])
+        block = nodes.literal_block(text, text, language="python", classes=["source"])
+        return [caption, block]
+
+
+def link_to_pages(app: Sphinx, doctree: nodes.document) -> None:
+    """Links to Python files lead to their pages, not to a download."""
+    for node in list(doctree.findall(download_reference)):
+        target = (Path(app.srcdir) / Path(app.env.docname).parent / node["reftarget"]).resolve()
+        if target.suffix != ".py" or not target.is_relative_to(ROOT):
+            continue
+        uri = "../" * app.env.docname.count("/") + address(str(target.relative_to(ROOT)))
+        node.replace_self(nodes.reference("", "", *node.children, refuri=uri))
+
+
+def pages(app: Sphinx) -> Iterator[tuple[str, dict[str, str], str]]:
+    """A page for every source file, each line with an anchor #L<number>."""
+    if app.builder.format != "html":
+        return
+    for path in sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
+        file = str(path.relative_to(ROOT))
+        form = HtmlFormatter(linenos="inline", lineanchors="L", anchorlinenos=True)
+        body = highlight(path.read_text(encoding="utf-8"), PythonLexer(), form)
+        body = body.replace('id="L-', 'id="L').replace('name="L-', 'name="L')
+        body = body.replace('href="#L-', 'href="#L')
+        title = html.escape(file)
+        context = {"title": title, "body": f"<h1><code>{title}</code></h1>{body}"}
+        yield address(file).removesuffix(".html"), context, "page.html"
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.add_directive("source", SourceDirective)
+    app.connect("doctree-read", link_to_pages)
+    app.connect("html-collect-pages", pages)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
