@@ -18,6 +18,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx-mathjax-offline",  # formulas without a network
     "source_pages",  # ours: the project's source beside the text
+    "equations",  # ours: the equation index
 ]
 exclude_patterns = ["_ext", "_build", "notebooks"]
 html_theme = "furo"

@@ -81,6 +81,14 @@ class SourceDirective(Directive):
         return [caption, block]
 
 
+def source_link(name, rawtext, text, lineno, inliner, options=None, content=None):
+    """`{src}`FILE LINE LABEL``: a link to a line of a file."""
+    file, line, label = text.split(maxsplit=2)
+    up = "../" * inliner.document.settings.env.docname.count("/")
+    shown = f"{file.rpartition('/')[2]}: {label}"
+    return [nodes.reference(rawtext, shown, refuri=up + address(file, int(line)))], []
+
+
 def link_to_pages(app: Sphinx, doctree: nodes.document) -> None:
     """Links to Python files lead to their pages, not to a download."""
     for node in list(doctree.findall(download_reference)):
@@ -108,6 +116,7 @@ def pages(app: Sphinx) -> Iterator[tuple[str, dict[str, str], str]]:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("source", SourceDirective)
+    app.add_role("src", source_link)
     app.connect("doctree-read", link_to_pages)
     app.connect("html-collect-pages", pages)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,162 @@
+"""The equation index: each formula of the chapters with its paper, its line of code and its tests.
+
+An equation's id is `paper-number`, such as ddpm-4. It stands once in a chapter, as the label of
+the formula; in the source in a comment `# eq: ddpm-4`, on the line that computes it; and in the
+tests as `@pytest.mark.equation("ddpm-4")`. The page docs/equations.md is made of these three.
+"""
+
+import ast
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from sphinx.application import Sphinx
+
+ROOT = Path(__file__).parents[2]
+PAPERS = {  # an id's first part: how we call the paper, and where it is
+    "ddpm": ("DDPM", "2006.11239"),
+}
+FORMULA = re.compile(r"^\$\$\n(.*?)\n\$\$ \(([\w.-]+)\)$", re.MULTILINE | re.DOTALL)
+COMMENT = re.compile(r"#.*\beq: ([\w., -]+)$")
+
+
+class Place(NamedTuple):
+    """file: from the top of the repository. name: the function or class around the line."""
+
+    file: str
+    line: int
+    name: str
+
+
+class Equation(NamedTuple):
+    """One id, and everywhere it stands."""
+
+    id: str
+    formula: str
+    chapter: str
+    code: list[Place]
+    tests: list[Place]
+
+    @property
+    def paper(self) -> str:
+        return next((p for p in PAPERS if self.id.startswith(f"{p}-")), "")
+
+    @property
+    def number(self) -> str:
+        return self.id.removeprefix(f"{self.paper}-")
+
+
+def chapters(root: Path = ROOT) -> list[Path]:
+    return sorted((root / "docs" / "chapters").glob("*.md"))
+
+
+def formulas() -> dict[str, tuple[str, str]]:
+    """id: the formula and the chapter, in the order of the book."""
+    labelled: dict[str, tuple[str, str]] = {}
+    for page in chapters():
+        for formula, label in FORMULA.findall(page.read_text(encoding="utf-8")):
+            if label in labelled:
+                raise ValueError(f"{page.name}: {label} is also in {labelled[label][1]}")
+            labelled[label] = formula, page.stem
+    return labelled
+
+
+def comments() -> dict[str, list[Place]]:
+    """id: the lines of the package that compute it."""
+    places: dict[str, list[Place]] = {}
+    for path in sorted((ROOT / "minidiff").rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "eq: " not in text:
+            continue
+        file, tree = str(path.relative_to(ROOT)), ast.parse(text)
+        for number, line in enumerate(text.splitlines(), 1):
+            for label in _ids(COMMENT.search(line)):
+                places.setdefault(label, []).append(Place(file, number, _around(tree, number)))
+    return places
+
+
+def _ids(comment: re.Match | None) -> list[str]:
+    return re.split(r",\s*", comment[1].strip()) if comment else []
+
+
+def _around(tree: ast.Module, line: int) -> str:
+    """The dotted name of the innermost function or class around a line."""
+    names, scope = [], tree.body
+    while True:
+        inner = [
+            node for node in scope
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+            and node.lineno <= line <= node.end_lineno
+        ]  # fmt: skip
+        if not inner:
+            return ".".join(names)
+        names.append(inner[0].name)
+        scope = inner[0].body
+
+
+def marks() -> dict[str, list[Place]]:
+    """id: the tests that evaluate it."""
+    places: dict[str, list[Place]] = {}
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "mark.equation" not in text:
+            continue
+        for node in ast.walk(ast.parse(text)):
+            for call in getattr(node, "decorator_list", []):
+                if isinstance(call, ast.Call) and ast.unparse(call.func) == "pytest.mark.equation":
+                    place = Place(str(path.relative_to(ROOT)), node.lineno, node.name)
+                    for label in call.args:
+                        places.setdefault(ast.literal_eval(label), []).append(place)
+    return places
+
+
+def equations() -> list[Equation]:
+    code, tests = comments(), marks()
+    return [
+        Equation(label, formula, chapter, code.get(label, []), tests.get(label, []))
+        for label, (formula, chapter) in formulas().items()
+    ]
+
+
+def text() -> str:
+    """The index, in MyST: a heading for each paper, a formula with three lines of links."""
+    lines = []
+    every = equations()
+    for paper, (name, arxiv) in PAPERS.items():
+        own = [each for each in every if each.paper == paper]
+        if own:
+            lines += [f"## {name}", "", f"[arXiv:{arxiv}](https://arxiv.org/abs/{arxiv})", ""]
+        for each in sorted(own, key=lambda each: _order(each.number)):
+            lines += _entry(each, name)
+    return "\n".join(lines)
+
+
+def _order(number: str) -> tuple[int, str]:
+    digits = re.match(r"\d+", number)
+    return (int(digits[0]) if digits else 10**6, number)
+
+
+def _entry(each: Equation, name: str) -> list[str]:
+    number = f"equation {each.number}" if each.number[0].isdigit() else each.number
+    code = ", ".join(_link(place) for place in each.code) or "a step of the derivation"
+    tests = ", ".join(_link(place) for place in each.tests)
+    return [
+        f"**{name}, {number}** {{eq}}`{each.id}` in [](chapters/{each.chapter}.md)", "",
+        "$$", each.formula, "$$", "",
+        f"code: {code}; tests: {tests}", "",
+    ]  # fmt: skip
+
+
+def _link(place: Place) -> str:
+    return f"{{src}}`{place.file} {place.line} {place.name}`"
+
+
+def fill(app: Sphinx, docname: str, source: list[str]) -> None:
+    if docname == "equations":
+        source[0] += "\n" + text()
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("source-read", fill)
+    app.connect("env-get-outdated", lambda app, env, added, changed, removed: ["equations"])
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
