@@ -39,3 +39,17 @@ nb_execution_timeout = 120  # seconds for a cell
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 nb_render_markdown_format = "myst"
+
+
+def link_notebook(app, docname: str, source: list[str]) -> None:
+    """Under the title of a chapter: the same as a notebook."""
+    if docname.startswith("chapters/"):
+        front, title, rest = source[0].partition("\n# ")
+        heading, _, text = rest.partition("\n")
+        file = f"../notebooks/{Path(docname).name}.ipynb"
+        link = f"{{download}}`This chapter as a notebook <{file}>`"
+        source[0] = f"{front}{title}{heading}\n\n{link}\n{text}"
+
+
+def setup(app) -> None:
+    app.connect("source-read", link_notebook)

@@ -33,12 +33,12 @@ class DDPM:
         self.beta = torch.cat([torch.zeros(1, dtype=torch.float64), betas])
         self.alpha_bar = torch.cumprod(1 - self.beta, dim=0)
 
-    def q_step(self, x: X, t: Int[Tensor, "B"], eps: X) -> X:
+    def q_step(self, x: X, t: Int[Tensor, "B"], eps: X) -> X:  # eq: ddpm-2
         """One step, [1] eq. 2:  q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
         beta = self.beta[t.cpu()]
         return _like((1 - beta).sqrt(), x) * x + _like(beta.sqrt(), x) * eps
 
-    def q_sample(self, x0: X, t: Int[Tensor, "B"], eps: X) -> X:
+    def q_sample(self, x0: X, t: Int[Tensor, "B"], eps: X) -> X:  # eq: ddpm-4
         """t steps, [1] eq. 4:  q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)."""
         alpha_bar = self.alpha_bar[t.cpu()]
         return _like(alpha_bar.sqrt(), x0) * x0 + _like((1 - alpha_bar).sqrt(), x0) * eps

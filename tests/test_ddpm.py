@@ -13,6 +13,7 @@ from .noise import seeded
 EXACT = 1e-10  # float64 algebra over a thousand steps
 
 
+@pytest.mark.equation("ddpm-2", "ddpm-4")
 def test_forward_chain_composed_equals_closed_form():
     """Composing the linear-Gaussian steps of eq. 2 gives eq. 4's mean factor and variance at every t."""
     chain = DDPM(T=1000)

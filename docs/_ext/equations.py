@@ -7,16 +7,19 @@ tests as `@pytest.mark.equation("ddpm-4")`. The page docs/equations.md is made o
 
 import ast
 import re
-from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from sphinx.application import Sphinx
+from quoted import ROOT
 
-ROOT = Path(__file__).parents[2]
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+
 PAPERS = {  # an id's first part: how we call the paper, and where it is
     "ddpm": ("DDPM", "2006.11239"),
 }
-FORMULA = re.compile(r"^\$\$\n(.*?)\n\$\$ \(([\w.-]+)\)$", re.MULTILINE | re.DOTALL)
+FORMULA = re.compile(  # $$ formula $$ (id), on any number of lines
+    r"^\$\$\s*((?:(?!\$\$).)+?)\s*\$\$ \(([\w.-]+)\)$", re.MULTILINE | re.DOTALL
+)
 COMMENT = re.compile(r"#.*\beq: ([\w., -]+)$")
 
 
@@ -46,14 +49,10 @@ class Equation(NamedTuple):
         return self.id.removeprefix(f"{self.paper}-")
 
 
-def chapters(root: Path = ROOT) -> list[Path]:
-    return sorted((root / "docs" / "chapters").glob("*.md"))
-
-
 def formulas() -> dict[str, tuple[str, str]]:
     """id: the formula and the chapter, in the order of the book."""
     labelled: dict[str, tuple[str, str]] = {}
-    for page in chapters():
+    for page in sorted((ROOT / "docs" / "chapters").glob("*.md")):
         for formula, label in FORMULA.findall(page.read_text(encoding="utf-8")):
             if label in labelled:
                 raise ValueError(f"{page.name}: {label} is also in {labelled[label][1]}")
@@ -151,12 +150,12 @@ def _link(place: Place) -> str:
     return f"{{src}}`{place.file} {place.line} {place.name}`"
 
 
-def fill(app: Sphinx, docname: str, source: list[str]) -> None:
+def fill(app: "Sphinx", docname: str, source: list[str]) -> None:
     if docname == "equations":
         source[0] += "\n" + text()
 
 
-def setup(app: Sphinx) -> dict[str, bool]:
+def setup(app: "Sphinx") -> dict[str, bool]:
     app.connect("source-read", fill)
     app.connect("env-get-outdated", lambda app, env, added, changed, removed: ["equations"])
     return {"parallel_read_safe": True, "parallel_write_safe": True}

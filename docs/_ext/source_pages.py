@@ -7,7 +7,6 @@ shows that function as it stands in the file today, with a link to its line. Ord
 Python files, such as [ddpm.py](../minidiff/ddpm.py), lead to the same pages.
 """
 
-import ast
 import html
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,45 +16,11 @@ from docutils.parsers.rst import Directive
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
+from quoted import ROOT, source
 from sphinx.addnodes import download_reference
 from sphinx.application import Sphinx
-from sphinx.errors import ExtensionError
 
-ROOT = Path(__file__).parents[2]
 FOLDERS = ("minidiff", "tests", "experiments")
-
-
-def lines_of(file: str, name: str) -> tuple[int, int]:
-    """First and last line, counted from 1, of the function, class or constant that name is."""
-    path = ROOT / file
-    if not path.is_file():
-        raise ExtensionError(f"{file}: no such file")
-    scope: list[ast.stmt] = ast.parse(path.read_text(encoding="utf-8")).body
-    for part in name.split("."):
-        node = next((each for each in scope if part in _names(each)), None)
-        if node is None:
-            raise ExtensionError(f"{file} has no {name}")
-        scope = getattr(node, "body", [])
-    decorators = getattr(node, "decorator_list", [])
-    return min(each.lineno for each in [node, *decorators]), node.end_lineno
-
-
-def _names(node: ast.stmt) -> list[str]:
-    if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
-        return [node.name]
-    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-    return [target.id for target in targets if isinstance(target, ast.Name)]
-
-
-def source(file: str, name: str | None = None) -> tuple[str, int]:
-    """The text of a file, or of one thing in it without its indentation; and its first line."""
-    text = (ROOT / file).read_text(encoding="utf-8")
-    if not name:
-        return text, 1
-    first, last = lines_of(file, name)
-    lines = text.splitlines()[first - 1 : last]
-    indent = len(lines[0]) - len(lines[0].lstrip())
-    return "\n".join(line[indent:] for line in lines) + "\n", first
 
 
 def address(file: str, line: int | None = None) -> str:
