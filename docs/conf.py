@@ -4,10 +4,12 @@ Sphinx with MyST-NB, not Jupyter Book 2: that one fetches its template from the 
 build. Chapters are notebooks in Markdown; they run when the book is built, and are cached.
 """
 
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # plt.show() draws in cells
 
 project = "minidiff"
 author = "the minidiff authors"
