@@ -27,6 +27,7 @@ def test_forward_chain_composed_equals_closed_form():
         assert torch.allclose(variance, chain.q_sample(zero, t, one) ** 2, atol=EXACT, rtol=0)
 
 
+@pytest.mark.equation("ddpm-6", "ddpm-7")
 @pytest.mark.parametrize("time", [1, 2, 500, 1000])
 def test_posterior_is_bayes(time):
     """q(x_{t-1} | x_t, x_0) from the product of two Gaussians in x_{t-1}: precisions add, means weigh by precision."""
@@ -78,6 +79,7 @@ def test_last_step_adds_no_noise():
     assert torch.equal(chain.p_sample(Toy(), x, t, torch.randn_like(x)), silent)
 
 
+@pytest.mark.equation("ddpm-15")
 def test_predict_x0_inverts_q_sample():
     chain, t = DDPM(), torch.tensor([1, 500, 1000])
     x0, eps = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
@@ -109,6 +111,7 @@ def test_simple_loss_of_the_true_noise_is_zero():
     )  # fp32
 
 
+@pytest.mark.equation("ddpm-14")
 def test_simple_loss_equals_the_general_one():
     x0, eps, t = (
         torch.randn(4, 6, dtype=torch.float64),

@@ -41,6 +41,7 @@ def oracle(target, schedule, x0, eps, t, error=0.0):
     return denoiser, alpha * x0 + sigma * eps
 
 
+@pytest.mark.equation("frame-solve", "vpred-v")
 @pytest.mark.parametrize("target, schedule", PAIRS, ids=name)
 def test_every_row_gives_back_x0_and_eps(target, schedule):
     x0, eps = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
@@ -52,6 +53,7 @@ def test_every_row_gives_back_x0_and_eps(target, schedule):
     )
 
 
+@pytest.mark.equation("edm-7", "edm-8")
 def test_edm_row_is_the_published_preconditioning():
     """D(x) = c_skip x + c_out F, EDM table 1."""
     t, x = (
@@ -83,6 +85,7 @@ def test_edm_row_is_the_same_on_every_schedule():
     assert torch.allclose(here, there, atol=1e-12, rtol=0)
 
 
+@pytest.mark.equation("frame-weight")
 @pytest.mark.parametrize("target", ["eps", "x0", "v", "flow"])
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_weighting_means_the_same_for_every_target(target, weighting):
@@ -113,6 +116,7 @@ def test_default_weighting_is_plain_squared_error(target, schedule):
     assert torch.allclose(denoiser.loss(x0, t=t, eps=eps), error.pow(2).mean(1), rtol=1e-8, atol=0)
 
 
+@pytest.mark.equation("minsnr-weight")
 def test_min_snr_published_forms():
     """Hang et al.: min(SNR, 5)/SNR for eps, min(SNR, 5) for x0, min(SNR, 5)/(SNR + 1) for v, each on the target's own squared error."""
     schedule, t = schedules.linear(), torch.tensor([1, 50, 400, 1000])
@@ -193,6 +197,7 @@ class Linear(torch.nn.Module):
         return x + context.mean(dim=(1, 2)).view(-1, 1)
 
 
+@pytest.mark.equation("cfg-6")
 def test_guidance_formula_and_special_scales():
     denoiser = Denoiser(Linear(), schedules.linear(), "eps")
     x, t, context, null = (

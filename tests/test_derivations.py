@@ -9,6 +9,7 @@ import torch
 
 from minidiff import schedules, steps
 from minidiff.ddpm import DDPM
+from minidiff.methods import distill
 from minidiff.methods.exact import Mixture
 
 EXACT = 1e-10  # float64 algebra
@@ -188,3 +189,54 @@ def test_both_flow_losses_differ_by_a_constant():
         marginal = (weight * (v - velocity(x, t)) ** 2).sum()
         gaps.append((conditional - marginal).item())
     assert gaps == pytest.approx(gaps[:1] * 3, abs=EXACT) and gaps[0] > 0.01
+
+
+@pytest.mark.equation("dpm-solver-2m")
+def test_the_second_step_of_2m():
+    """The line through both estimates, at half the step, by the chapter's formula."""
+    schedule = schedules.cosine()
+    times = torch.tensor([800.0, 600.0, 350.0], dtype=torch.float64)
+    alpha, sigma = schedule.alpha_sigma(times)
+    half_log_snr = (alpha / sigma).log()
+    h_last, h = half_log_snr.diff()
+    denoise, noise = GROUPS.denoiser(schedule), iter(())
+    x = torch.randn(5, 1, dtype=torch.float64)
+    step = steps.dpmpp_2m()
+    y, _, memory = step(denoise, schedule, x, times[0], times[1], noise)
+    ours, _, _ = step(denoise, schedule, y, times[1], times[2], noise, memory)
+    first, second = denoise(x, times[:1].expand(5)).x0, denoise(y, times[1:2].expand(5)).x0
+    line = second + h / (2 * h_last) * (second - first)
+    by_hand = sigma[2] / sigma[1] * y + alpha[2] * (1 - (-h).exp()) * line
+    torch.testing.assert_close(ours, by_hand, rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.equation("edm-5")
+def test_noise_levels_of_edm():
+    """Equal strides in the seventh root, from the largest level to the smallest, then 0."""
+    schedule, n = schedules.Karras(), 8
+    times = schedule.timesteps(n)
+    high, low = times[0].item() ** (1 / 7), times[-2].item() ** (1 / 7)
+    by_hand = [(high + i / (n - 1) * (low - high)) ** 7 for i in range(n)]
+    assert times[:-1].tolist() == pytest.approx(by_hand, rel=EXACT) and times[-1] == 0
+    assert (times[0].item(), times[-2].item()) == pytest.approx((80, 0.002), rel=EXACT)
+
+
+@pytest.mark.equation("lcm-9", "consistency-7")
+def test_the_consistency_loss_by_its_formulas():
+    """c_skip and c_out with tau = 10 (t - 1), sigma_data = 0.5; neighbours on the teacher's walk."""
+    schedule, data = schedules.cosine(), GAUSSIAN.draw(6, seeded(0))
+    teacher, student = GAUSSIAN.denoiser(schedule), GROUPS.denoiser(schedule)
+    times, n = torch.tensor([900, 500, 2, 0]), torch.tensor([0, 0, 1, 1, 2, 2])
+    eps = torch.randn(data.shape, generator=seeded(1), dtype=torch.float64)
+
+    def f(denoise, x, t):
+        tau = 10 * (t.view(-1, 1).double() - 1).clamp(min=0)
+        c_skip, c_out = 0.25 / (tau**2 + 0.25), tau / (tau**2 + 0.25).sqrt()
+        return torch.where(tau > 0, c_skip * x + c_out * denoise(x, t).x0, x)
+
+    t, s = times[n], times[n + 1]
+    x = schedule.mix(data, eps, t)
+    x_s = schedule.mix(*teacher(x, t), s)
+    by_hand = (f(student, x, t) - f(teacher, x_s, s)).pow(2).flatten(1).mean(1)
+    ours = distill.consistency_loss(student, teacher, schedule, data, times, teacher, n_eps=(n, eps))
+    torch.testing.assert_close(ours, by_hand, rtol=EXACT, atol=EXACT)

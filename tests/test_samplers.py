@@ -169,6 +169,7 @@ def test_lcm_is_exact_for_an_exact_consistency_function(schedule, steps):
     )  # c_skip is at most 4e-8 from t = 0.25 on
 
 
+@pytest.mark.equation("ddim-13")
 @pytest.mark.parametrize("schedule", [schedules.Flow(), schedules.Karras()], ids=name)
 def test_ddim_is_eulers_method(schedule):
     """For flow matching x_s = x + (s - t) v with v = eps - x0; in sigma x_s = x + (s - t) (x - x0) / t, EDM algorithm 1."""
@@ -200,6 +201,7 @@ def test_heun_is_heuns_method_in_time_for_a_flow():
         )
 
 
+@pytest.mark.equation("edm-heun")
 @pytest.mark.parametrize("S_churn", [0.0, 5.0, 40.0])
 def test_heun_equals_edm_algorithm_2(S_churn):
     """Karras et al. 2022, written out with their names; gamma reaches its bound sqrt(2) - 1 in the caller's hands."""
@@ -299,6 +301,7 @@ def test_inversion_is_what_ddim_undoes(schedule):
         assert orders([there_and_back(steps, rounds=1) for steps in (100, 200)]).item() > 0.8
 
 
+@pytest.mark.equation("ddim-12", "ddim-16")
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_ddim_step_equals_the_paper(eta):
     """DDIM eq. 12 and 16, with the paper's alpha (= alpha_bar here)."""

@@ -44,6 +44,7 @@ def test_betas_equal_diffusers(ours, theirs):
     )  # their betas are fp32
 
 
+@pytest.mark.equation("lin-rescale")
 def test_zero_terminal_snr_equals_diffusers():
     """Lin et al. algorithm 1, in float64 on both sides; the signal vanishes at T and nothing changes at t = 1."""
     ddim = pytest.importorskip("diffusers.schedulers.scheduling_ddim")
@@ -227,6 +228,7 @@ def curve(formula):
     return torch.tensor([formula(t / 1000) for t in range(1001)], dtype=torch.float64)
 
 
+@pytest.mark.equation("iddpm-17")
 def test_cosine_formula():
     """Nichol & Dhariwal 2021, eq. 17: f(u)/f(0) with f(u) = cos^2((u + s)/(1 + s) pi/2). The very last beta is capped at 0.999."""
     expected = curve(

@@ -16,6 +16,34 @@ if TYPE_CHECKING:
 
 PAPERS = {  # an id's first part: how we call the paper, and where it is
     "ddpm": ("DDPM", "2006.11239"),
+    "iddpm": ("Improved DDPM", "2102.09672"),
+    "score-sde": ("Score-based SDEs", "2011.13456"),
+    "efron": ("Tweedie's formula (Efron 2011)", ""),
+    "flow": ("Flow matching", "2210.02747"),
+    "frame": ("The frame of this book", ""),
+    "vpred": ("Progressive distillation: v", "2202.00512"),
+    "edm": ("EDM", "2206.00364"),
+    "minsnr": ("Min-SNR weighting", "2303.09556"),
+    "lin": ("Zero terminal SNR", "2305.08891"),
+    "ddim": ("DDIM", "2010.02502"),
+    "dpm-solver": ("DPM-Solver++", "2211.01095"),
+    "cfg": ("Classifier-free guidance", "2207.12598"),
+    "timestep": ("Attention is all you need: positions", "1706.03762"),
+    "attention": ("Attention is all you need", "1706.03762"),
+    "groupnorm": ("Group normalization", "1803.08494"),
+    "resnet": ("Residual networks", "1512.03385"),
+    "adagn": ("Adaptive group normalization", "2105.05233"),
+    "vae": ("VAE", "1312.6114"),
+    "ldm": ("Latent diffusion", "2112.10752"),
+    "lora": ("LoRA", "2106.09685"),
+    "dreambooth": ("DreamBooth", "2208.12242"),
+    "textual": ("Textual inversion", "2208.01618"),
+    "pd": ("Progressive distillation", "2202.00512"),
+    "consistency": ("Consistency models", "2303.01469"),
+    "lcm": ("Latent consistency models", "2310.04378"),
+    "fid": ("Fréchet inception distance", "1706.08500"),
+    "kid": ("Kernel inception distance", "1801.01401"),
+    "precision": ("Precision and recall", "1904.06991"),
 }
 FORMULA = re.compile(  # $$ formula $$ (id), on any number of lines
     r"^\$\$\s*((?:(?!\$\$).)+?)\s*\$\$ \(([\w.-]+)\)$", re.MULTILINE | re.DOTALL
@@ -124,7 +152,9 @@ def text() -> str:
     for paper, (name, arxiv) in PAPERS.items():
         own = [each for each in every if each.paper == paper]
         if own:
-            lines += [f"## {name}", "", f"[arXiv:{arxiv}](https://arxiv.org/abs/{arxiv})", ""]
+            lines += [f"## {name}", ""]
+        if own and arxiv:
+            lines += [f"[arXiv:{arxiv}](https://arxiv.org/abs/{arxiv})", ""]
         for each in sorted(own, key=lambda each: _order(each.number)):
             lines += _entry(each, name)
     return "\n".join(lines)

@@ -51,6 +51,7 @@ def test_a_covariance_needs_two():
         _ = Moments().add(features(1)).covariance
 
 
+@pytest.mark.equation("fid-6")
 def test_frechet_of_gaussians_whose_covariances_commute():
     """sum (mean difference)^2 + (std difference)^2 along the shared axes."""
     axes = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64)).Q
@@ -92,6 +93,7 @@ def test_frechet_is_torch_fidelitys_and_torchmetrics(pair):
 # KID.
 
 
+@pytest.mark.equation("kid-4")
 def test_kid_is_torch_fidelitys_and_torchmetrics(small_blocks, pair):
     kid = pytest.importorskip("torch_fidelity.metric_kid")
     other = pytest.importorskip("torchmetrics.image.kid")
@@ -125,6 +127,7 @@ def test_kid_is_unbiased_and_its_interval_is_honest():
 # Neighbours.
 
 
+@pytest.mark.equation("precision-2")
 def test_precision_and_recall_are_torch_fidelitys(small_blocks, pair):
     prc = pytest.importorskip("torch_fidelity.metric_prc")
     real, fake = pair

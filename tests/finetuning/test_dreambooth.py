@@ -189,6 +189,7 @@ def test_one_vector_is_trained_and_nothing_else(box, subject, tmp_path):
     )
 
 
+@pytest.mark.equation("textual-2")
 def test_the_trained_vector_is_what_the_text_encoder_reads():
     text = CLIPText(TextConfig(8, 1, 1))
     word = inversion.Word(text, "sks", like="dog", lr_multiplier=4.0)

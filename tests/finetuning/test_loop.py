@@ -165,6 +165,7 @@ def test_an_image_with_several_captions_is_held_out_with_all_of_them():
 # The loss.
 
 
+@pytest.mark.equation("dreambooth-2")
 def test_loss_of_groups_is_the_sum_it_claims_to_be():
     """To the bit: weight times mean, summed; and each mean is that of the denoiser's own loss on the group alone."""
     model = tiny().double()

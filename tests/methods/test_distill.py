@@ -60,6 +60,7 @@ def saying(schedule, x0_of):
 # Progressive distillation.
 
 
+@pytest.mark.equation("pd-target")
 @pytest.mark.parametrize("stride", [2, 4])
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=name)
 def test_one_step_to_the_progressive_target_is_the_teachers_steps(schedule, stride):

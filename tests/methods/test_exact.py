@@ -30,6 +30,7 @@ def middle(schedule):
     return schedule.timesteps(10)[[3, 5, 8]]
 
 
+@pytest.mark.equation("efron-tweedie")
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=name)
 def test_score_is_the_gradient_of_the_log_likelihood(schedule):
     mixture, t = world((2, 2)), middle(schedule)

@@ -89,6 +89,7 @@ def test_it_begins_as_nothing_and_trains_alone(model):
     assert (output(model) - before).abs().max() > 1e-3
 
 
+@pytest.mark.equation("lora-3")
 @pytest.mark.parametrize(
     "layer, x",
     [
