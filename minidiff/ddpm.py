@@ -48,19 +48,19 @@ class DDPM:
 
         The distribution of the previous, cleaner state of a chain that started at x_0.
         """
-        t = t.cpu()
+        t = t.cpu()  # eq: ddpm-6
         beta, alpha_bar, alpha_bar_prev = self.beta[t], self.alpha_bar[t], self.alpha_bar[t - 1]
-        weight_x0 = alpha_bar_prev.sqrt() * beta / (1 - alpha_bar)
+        weight_x0 = alpha_bar_prev.sqrt() * beta / (1 - alpha_bar)  # eq: ddpm-7
         weight_x_t = (1 - beta).sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
         variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * beta
         return _like(weight_x0, x_t) * x0 + _like(weight_x_t, x_t) * x_t, _like(variance, x_t)
 
-    def predict_x0(self, x_t: X, t: Int[Tensor, "B"], eps: X) -> X:
+    def predict_x0(self, x_t: X, t: Int[Tensor, "B"], eps: X) -> X:  # eq: ddpm-15
         """[1] eq. 15, solving eq. 4:  (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)."""
         alpha_bar = self.alpha_bar[t.cpu()]
         return (x_t - _like((1 - alpha_bar).sqrt(), x_t) * eps) / _like(alpha_bar.sqrt(), x_t)
 
-    def p_sample(self, model: EpsModel, x_t: X, t: Int[Tensor, "B"], z: X) -> X:
+    def p_sample(self, model: EpsModel, x_t: X, t: Int[Tensor, "B"], z: X) -> X:  # eq: ddpm-11
         """One reverse step from t to t-1, [1] algorithm 2: the posterior for the estimated x_0.
 
         The variance is the posterior's (the paper's second choice, section 3.2). It is 0 at t = 1,
@@ -78,7 +78,7 @@ class DDPM:
         The noise z is drawn on the generator's device, by default the CPU; a seed gives one chain.
         """
         x, device = x_T, generator.device if generator else "cpu"
-        for time in range(self.T, 0, -1):
+        for time in range(self.T, 0, -1):  # eq: ddpm-1
             t = torch.full((len(x),), time, device=x.device)
             z = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device)
             x = self.p_sample(model, x, t, z.to(x.device))
@@ -91,7 +91,7 @@ class DDPM:
 
         || eps - eps_theta(sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, t) ||^2
         """
-        return (eps - model(self.q_sample(x0, t, eps), t)).pow(2).flatten(1).mean(1)
+        return (eps - model(self.q_sample(x0, t, eps), t)).pow(2).flatten(1).mean(1)  # eq: ddpm-14
 
 
 def _like(coefficient: Float[Tensor, "B"], x: X) -> Float[Tensor, "B *ones"]:

@@ -32,14 +32,14 @@ def _edm(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     c_skip = (s_d alpha / r)^2 and c_out = s_d sigma / r follow from the 2x2 solve. The target
     is about x0 / s_d where there is much noise, and about -eps where there is little.
     """
-    r = (sigma**2 + (SIGMA_DATA * alpha) ** 2).sqrt()
+    r = (sigma**2 + (SIGMA_DATA * alpha) ** 2).sqrt()  # eq: edm-7, edm-8
     return sigma / (SIGMA_DATA * r), -SIGMA_DATA * alpha / r
 
 
 TARGETS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {  # F is a x0 + b eps
     "eps": lambda alpha, sigma: (torch.zeros_like(alpha), torch.ones_like(alpha)),  # [1] eq. 14
     "x0": lambda alpha, sigma: (torch.ones_like(alpha), torch.zeros_like(alpha)),  # [1] sec. 3.2
-    "v": lambda alpha, sigma: (-sigma, alpha),  # [2] appendix D
+    "v": lambda alpha, sigma: (-sigma, alpha),  # [2] appendix D  # eq: vpred-v
     "flow": lambda alpha, sigma: (-torch.ones_like(alpha), torch.ones_like(alpha)),  # [3] eq. 23
     "edm": _edm,  # [4] table 1
 }
@@ -101,7 +101,7 @@ class Denoiser(nn.Module):
     def solve(self, x: X, t: Time, F: X) -> Prediction:
         """Solve  x = alpha x0 + sigma eps,  F = a x0 + b eps  for (x0, eps)."""
         alpha, sigma, a, b = self._row(t)
-        det = alpha * b - sigma * a
+        det = alpha * b - sigma * a  # eq: frame-solve
         x0 = per_example(b / det, x) * x - per_example(sigma / det, x) * F
         eps = per_example(alpha / det, x) * F - per_example(a / det, x) * x
         return Prediction(x0, eps)
@@ -127,8 +127,8 @@ class Denoiser(nn.Module):
         eps = torch.randn_like(x0) if eps is None else eps
         alpha, sigma, a, b = self._row(t)
         target = per_example(a, x0) * x0 + per_example(b, x0) * eps
-        error = target - self.output(self.schedule.mix(x0, eps, t), t, context)
-        snr_weight = WEIGHTINGS[self.weighting](self.schedule.snr(t))
+        error = target - self.output(self.schedule.mix(x0, eps, t), t, context)  # eq: flow-23
+        snr_weight = WEIGHTINGS[self.weighting](self.schedule.snr(t))  # eq: frame-weight
         weight = snr_weight * (sigma / (alpha * b - sigma * a)) ** 2
         loss = to_device(weight.to(x0.dtype), x0.device) * error.pow(2).flatten(1).mean(1)
         if self.log_error is None:

@@ -73,7 +73,7 @@ class Guided:
         if self.scale == 0 and self.weak is None and inside.all():
             return self.denoiser(x, t, self.null)
         away, towards = self._pair(x, t)
-        g = self.scale
+        g = self.scale  # eq: cfg-6
         if self.interval is not None:
             g = per_example(1 + (self.scale - 1) * inside.double(), x)
         guided = Prediction(*(a + g * (b - a) for a, b in zip(away, towards, strict=True)))

@@ -77,7 +77,7 @@ class LatentDiffusion(nn.Module):
         """The denoiser's loss on the latents of images in [-1, 1]."""
         with torch.no_grad():
             latents = self.vae.encode(images)
-        return self.latent_loss(latents, captions, t)
+        return self.latent_loss(latents, captions, t)  # eq: ldm-2
 
     def latent_loss(
         self, latents: Latents, captions: list[str], t: Time | None = None
@@ -85,7 +85,7 @@ class LatentDiffusion(nn.Module):
         """The same on latents. Captions are dropped with probability `dropout`, [2] algorithm 1."""
         dropped = (torch.rand(len(captions)) < self.dropout).tolist()
         captions = ["" if drop else c for c, drop in zip(captions, dropped, strict=True)]
-        return self.denoiser.loss(latents, self.text.encode(captions), t)
+        return self.denoiser.loss(latents, self.text.encode(captions), t)  # eq: ldm-3
 
     @torch.no_grad()
     def sample(

@@ -22,7 +22,7 @@ Map, Tokens = Float[Tensor, "B _ H W"], Float[Tensor, "B N D"]
 Context = Float[Tensor, "B L _"]
 
 
-def timestep_embedding(
+def timestep_embedding(  # eq: timestep-embedding
     t: Shaped[Tensor, "B"], dim: int, max_period: float = 10_000
 ) -> Float[Tensor, "B {dim}"]:
     """[cos, sin] of t at dim/2 frequencies max_period^(-i / (dim/2)), [1] section 3.5."""
@@ -39,7 +39,7 @@ def run(block: Callable[..., Tensor], *inputs: Tensor | int | None, recompute: b
     return checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
 
 
-def group_norm(groups: int, channels: int, eps: float) -> nn.Module:
+def group_norm(groups: int, channels: int, eps: float) -> nn.Module:  # eq: groupnorm-layer
     """GroupNorm, or with groups = 0 no normalization, so that a shallow network sees brightness."""
     return nn.GroupNorm(groups, channels, eps) if groups else nn.Identity()
 
@@ -79,11 +79,11 @@ class ResBlock(nn.Module):
         time = self.time(F.silu(emb))[:, :, None, None] if self.time is not None else None
         if self.scale_shift:
             scale, shift = time.chunk(2, dim=1)
-            h = self.norm2(h) * (1 + scale) + shift
+            h = self.norm2(h) * (1 + scale) + shift  # eq: adagn-block
         else:
             h = self.norm2(h if time is None else h + time)
         h = self.conv2(self.dropout(F.silu(h)))
-        return self.skip(x) + h
+        return self.skip(x) + h  # eq: resnet-block
 
 
 class Attention(nn.Module):
@@ -95,7 +95,7 @@ class Attention(nn.Module):
             raise ValueError(f"{heads} heads do not divide a width of {dim}")
         self.heads = heads
         self.q = nn.Linear(dim, dim, bias)
-        self.k = nn.Linear(context_dim or dim, dim, bias)
+        self.k = nn.Linear(context_dim or dim, dim, bias)  # eq: ldm-attention
         self.v = nn.Linear(context_dim or dim, dim, bias)
         self.out = nn.Linear(dim, dim)
 
@@ -105,7 +105,7 @@ class Attention(nn.Module):
             rearrange(p, "b n (h d) -> b h n d", h=self.heads)
             for p in (self.q(x), self.k(context), self.v(context))
         )
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # eq: attention-1
         return self.out(rearrange(h, "b h n d -> b n (h d)"))
 
 

@@ -29,7 +29,7 @@ WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "v": lambda snr: snr + 1,  # [2] section 4
     "flow": lambda snr: (1 + snr.sqrt()) ** 2,  # 1 / sigma^2 where alpha + sigma = 1
     "edm": lambda snr: snr + SIGMA_DATA**-2,  # [3] table 1, lambda(sigma)
-    "min-snr": lambda snr: snr.clamp(max=5),  # [4] section 3.4, gamma = 5
+    "min-snr": lambda snr: snr.clamp(max=5),  # [4] section 3.4, gamma = 5  # eq: minsnr-weight
     "p2": lambda snr: snr / (1 + snr),  # [5] eq. 8, gamma = k = 1
     "learned": lambda snr: torch.ones_like(snr),  # balanced() then divides by the mean error
 }

@@ -104,7 +104,7 @@ def _check(steps: int, spacing: str, allowed: tuple[str, ...], most: int | None 
 def _ramp(first: float, last: float, steps: int, spacing: str, rho: float = 7.0) -> Scales:
     """Equal strides in the rho-th root (karras, [5] eq. 5), or in the logarithm (log-snr)."""
     if spacing == "karras":
-        return _line(first ** (1 / rho), last ** (1 / rho), steps) ** rho
+        return _line(first ** (1 / rho), last ** (1 / rho), steps) ** rho  # eq: edm-5
     return _line(math.log(first), math.log(last), steps).exp()
 
 
@@ -139,7 +139,7 @@ BETAS = {  # functions of T, beta_1, beta_T
     "linear": lambda T, first, last: _line(first, last, T),  # [1] section 4
     "scaled_linear": lambda T, first, last: _line(first**0.5, last**0.5, T) ** 2,  # [7]
     "cosine": lambda T, *_: _betas_from(  # [2] eq. 17 with s = 0.008
-        torch.cos((_line(0, 1, T + 1) + 0.008) / 1.008 * math.pi / 2) ** 2
+        torch.cos((_line(0, 1, T + 1) + 0.008) / 1.008 * math.pi / 2) ** 2  # eq: iddpm-17
     ),
     "sigmoid": lambda T, *_: _betas_sigmoid(T),
 }
@@ -180,7 +180,7 @@ class Discrete(NoiseSchedule):
             beta = BETAS[self.betas](self.T, self.beta_1, self.beta_T)
         alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, dim=0)])
         if self.zero_terminal_snr:  # [4] algorithm 1: shift and stretch sqrt(alpha_bar) to end at 0
-            root = alpha_bar[1:].sqrt()
+            root = alpha_bar[1:].sqrt()  # eq: lin-rescale
             alpha_bar[1:] = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
         return alpha_bar
 

@@ -89,9 +89,9 @@ class DDIM(Step):
         s = s.clamp(min=schedule.final) if self.final else s
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
         removed = (sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2).clamp(min=0)
-        up = self.eta * (sigma_s / sigma_t) * removed.sqrt()  # new noise
+        up = self.eta * (sigma_s / sigma_t) * removed.sqrt()  # new noise  # eq: ddim-16
         down = (sigma_s**2 - up**2).clamp(min=0).sqrt()  # predicted noise that stays
-        x_s = alpha_s.item() * x0 + down.item() * eps
+        x_s = alpha_s.item() * x0 + down.item() * eps  # eq: ddim-12, ddim-13
         if self.eta > 0:
             x_s = x_s + up.item() * noise(x)
         return x_s, x0, None
@@ -102,7 +102,7 @@ def ddpm() -> DDIM:
     return DDIM(eta=1.0)
 
 
-def euler() -> DDIM:
+def euler() -> DDIM:  # eq: flow-euler
     """Euler's method for the ODE of [3] eq. 1, or along a flow's straight lines: DDIM to clean
     data."""
     return DDIM(eta=0.0, final=False)
@@ -114,7 +114,7 @@ def euler_ancestral() -> DDIM:
 
 
 @dataclass(frozen=True)
-class Heun(Step):
+class Heun(Step):  # eq: edm-heun
     """Heun's second-order method, two evaluations a step, [3] algorithm 2.
 
     The ODE is dx = x0 d(alpha) + eps d(sigma). Euler's step uses the slope at t for the whole
@@ -237,7 +237,7 @@ class DPMpp2M(Step):
         x0 = denoise(x, t.expand(len(x))).x0
         stride = Stride.between(schedule, t, s)
         r, eta = stride.r, self.eta
-        ahead = x0 + second_order(x0, stride, memory, stride.h)
+        ahead = x0 + second_order(x0, stride, memory, stride.h)  # eq: dpm-solver-2m
         x_s = (stride.shrink * r**eta).item() * x
         x_s = x_s + (stride.alpha * (1 - r ** (1 + eta))).item() * ahead
         if eta > 0:
@@ -318,7 +318,7 @@ def consistent(
     for T = 1000. A few levels above the first it is x0_hat almost exactly.
     """
     tau = 10 * (1000 * schedule.progress(t) - 1).clamp(min=0)
-    c_skip = per_example(0.25 / (tau**2 + 0.25), x)
+    c_skip = per_example(0.25 / (tau**2 + 0.25), x)  # eq: lcm-9
     c_out = per_example(tau / (tau**2 + 0.25).sqrt(), x)
     x0 = denoise(x, t).x0  # NaN at t = 0 if the target is "x0"
     return torch.where(c_out > 0, c_skip * x + c_out * x0, x)

@@ -153,7 +153,7 @@ class VAE(nn.Module):
     def posterior(self, images: Images) -> tuple[Latents, Latents]:
         """Mean and log-variance of q(z | image), [1] section 3, before the latent scale."""
         moments = self.quant(self.encoder(images.to(self.quant.weight.dtype))).to(images.dtype)
-        mean, log_variance = moments.chunk(2, dim=1)
+        mean, log_variance = moments.chunk(2, dim=1)  # eq: vae-9
         return mean, log_variance.clamp(-30, 20)
 
     def encode(self, images: Images, noise: Latents | None = None) -> Latents:
@@ -176,12 +176,12 @@ class VAE(nn.Module):
         z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
         error = (self.decoder(self.post_quant(z)) - images).abs().flatten(1).mean(1)
         kl = 0.5 * (mean.pow(2) + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
-        return error + self.config.kl_weight * kl
+        return error + self.config.kl_weight * kl  # eq: vae-7, vae-kl
 
     @torch.no_grad()
     def measure_scale(self, images: Images) -> float:
         """Set the latent scale to 1 / std of the images' raw latents, [2] appendix G; return it."""
-        self.latent_scale.fill_(1 / self.posterior(images)[0].std())
+        self.latent_scale.fill_(1 / self.posterior(images)[0].std())  # eq: ldm-scale
         return self.latent_scale.item()
 
 

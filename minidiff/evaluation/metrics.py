@@ -81,7 +81,7 @@ def _root(covariance: Float[Tensor, "D D"]) -> Float[Tensor, "D D"]:
     return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
-def frechet(a: Moments, b: Moments) -> float:
+def frechet(a: Moments, b: Moments) -> float:  # eq: fid-6
     """The squared Fréchet distance of two Gaussians with these moments, [1] eq. 6:
 
         |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2))
@@ -127,7 +127,7 @@ def _resample(
     return torch.cat(means)
 
 
-def kid(x: Features, y: Others, generator: torch.Generator | None = None) -> Score:
+def kid(x: Features, y: Others, generator: torch.Generator | None = None) -> Score:  # eq: kid-4
     """Squared maximum mean discrepancy, unbiased, [2] section 3.1 and eq. 4.
 
     The kernel is k(x, y) = (x . y / D + 1)^3. Values below 0 are noise about 0. All pairs count,
@@ -199,7 +199,7 @@ def _balls(x: Features, centres: Others, radius: Float[Tensor, "m"]) -> Float[Te
     ).double()
 
 
-def precision(real: Others, fake: Features, k: int = 3) -> Float[Tensor, "n"]:
+def precision(real: Others, fake: Features, k: int = 3) -> Float[Tensor, "n"]:  # eq: precision-2
     """[3] eq. 2: 1 for each generated image in the ball of a real one; their mean is the precision.
     A ball reaches to the real image's k-th nearest real neighbour."""
     return _balls(fake, real, radii(real, k)).clamp(max=1)

@@ -152,7 +152,7 @@ class GroupLoss:
             progress = self.model.schedule.progress(batch[0].t)
             return {"loss": batch[0].weight * losses[0], "progress": progress, **by_group}
         total = sum(part.weight * loss.mean() for part, loss in zip(batch, losses, strict=True))
-        return {"loss": total[None], **by_group}
+        return {"loss": total[None], **by_group}  # eq: dreambooth-2
 
     def _together(self, parts: list[Part]) -> list[Float[Tensor, "B"]]:
         """The losses of parts of one shape, in one pass of the network."""

@@ -102,7 +102,7 @@ def progressive_target(
             x_s = schedule.mix(*teacher(x_s, t), s)
     alpha_t, sigma_t = schedule.alpha_sigma(times[0])
     alpha_s, sigma_s = schedule.alpha_sigma(times[-1])
-    ratio = sigma_s / sigma_t
+    ratio = sigma_s / sigma_t  # eq: pd-target
     return (x_s - per_example(ratio, x) * x) / per_example(alpha_s - ratio * alpha_t, x)
 
 
@@ -173,7 +173,7 @@ def consistency_loss(
     x = schedule.mix(x0, eps, t)
     with torch.no_grad():
         x_s = schedule.mix(*((x0, eps) if teacher is None else teacher(x, t)), s)
-        end = consistent(target, schedule, x_s, s)
+        end = consistent(target, schedule, x_s, s)  # eq: consistency-7
     return distance(consistent(student, schedule, x, t), end)
 
 

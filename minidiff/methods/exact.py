@@ -73,7 +73,7 @@ class Mixture:
     def score(self, schedule: NoiseSchedule, x: Points, t: Times) -> Points:
         """The gradient of log p_t at x: -eps / sigma_t (Tweedie's formula, [2])."""
         sigma = schedule.alpha_sigma(t)[1].view(-1, *[1] * len(self.shape))
-        return -self.denoiser(schedule)(x, t).eps / sigma.to(x)
+        return -self.denoiser(schedule)(x, t).eps / sigma.to(x)  # eq: efron-tweedie
 
     def log_likelihood(
         self, x: Points, schedule: NoiseSchedule | None = None, t: Times | None = None

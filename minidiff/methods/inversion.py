@@ -73,7 +73,7 @@ class Word(nn.Module):
 
     @property
     def vector(self) -> Float[Tensor, "D"]:
-        return self.start + self.lr_multiplier * self.change
+        return self.start + self.lr_multiplier * self.change  # eq: textual-2
 
     def attach(self, text: CLIPText) -> RemovableHandle:
         """Have the text encoder read this vector for the token, until the handle's remove()."""

@@ -56,7 +56,7 @@ class LoRA(nn.Module):
         A, B = self.A.to(x.dtype), self.B.to(x.dtype)
         if self.convolution:
             return self.factor * F.conv2d(F.conv2d(x, A, **self.convolution), B)
-        return self.factor * F.linear(F.linear(x, A), B)
+        return self.factor * F.linear(F.linear(x, A), B)  # eq: lora-3
 
     @torch.no_grad()
     def merged(self, weight: Float[Tensor, "out *inner"]) -> Float[Tensor, "out *inner"]:
