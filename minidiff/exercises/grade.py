@@ -204,7 +204,7 @@ def judged(exercise: Exercise, function: Function, path: Path) -> Verdict:
             return Verdict(exercise.name, "wrong", [*right, "every number"], wrong, hint)
     values = (value for each in expected for value in each.result.values() if value is not None)
     count = sum(torch.as_tensor(value).numel() for value in values)
-    return tested(exercise, function, path, [f"{count:,} numbers"])
+    return tested(exercise, function, path, [f"{count:,} number{'s' * (count > 1)}"])
 
 
 def tested(exercise: Exercise, function: Function, path: Path, right: list[str]) -> Verdict:
