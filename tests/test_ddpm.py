@@ -1,4 +1,4 @@
-"""The literal chain: its parts against each other, in float64."""
+"""The literal chain: its parts against each other, in float64. Some are checks of the exercises, too."""
 
 import pytest
 import torch
@@ -6,54 +6,22 @@ import torch
 from minidiff import schedules
 from minidiff.ddpm import DDPM
 from minidiff.denoiser import Denoiser
+from minidiff.exercises import checks
+from minidiff.exercises.checks import EXACT
+from minidiff.exercises.models import Toy
 from minidiff.samplers import ddpm, sample
 
 from .noise import seeded
 
-EXACT = 1e-10  # float64 algebra over a thousand steps
-
-
-@pytest.mark.equation("ddpm-2", "ddpm-4")
-def test_forward_chain_composed_equals_closed_form():
-    """Composing the linear-Gaussian steps of eq. 2 gives eq. 4's mean factor and variance at every t."""
-    chain = DDPM(T=1000)
-    one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
-    factor, variance = one, zero
-    for time in range(1, 1001):
-        t = torch.tensor([time])
-        factor = chain.q_step(factor, t, zero)
-        variance = chain.q_step(zero, t, one) ** 2 + chain.q_step(one, t, zero) ** 2 * variance
-        assert torch.allclose(factor, chain.q_sample(one, t, zero), atol=EXACT, rtol=0)
-        assert torch.allclose(variance, chain.q_sample(zero, t, one) ** 2, atol=EXACT, rtol=0)
-
-
-@pytest.mark.equation("ddpm-6", "ddpm-7")
-@pytest.mark.parametrize("time", [1, 2, 500, 1000])
-def test_posterior_is_bayes(time):
-    """q(x_{t-1} | x_t, x_0) from the product of two Gaussians in x_{t-1}: precisions add, means weigh by precision."""
-    chain, t = DDPM(), torch.tensor([time])
-    x0, x_t = torch.randn(1, 5, dtype=torch.float64), torch.randn(1, 5, dtype=torch.float64)
-    mean, variance = chain.q_posterior(x0, x_t, t)
-    beta, before = chain.beta[time], chain.alpha_bar[time - 1]
-    if time == 1:  # the prior is a point: x_0 itself
-        assert torch.allclose(mean, x0, atol=EXACT, rtol=0) and variance.item() == 0
-        return
-    prior, likelihood = (
-        1 / (1 - before),
-        (1 - beta) / beta,
-    )  # precisions of q(x_{t-1} | x_0) and of q(x_t | x_{t-1}) as a function of x_{t-1}
-    expected = (prior * before.sqrt() * x0 + likelihood * x_t / (1 - beta).sqrt()) / (
-        prior + likelihood
-    )
-    assert torch.allclose(mean, expected, atol=EXACT, rtol=0)
-    assert torch.allclose(variance, 1 / (prior + likelihood), atol=EXACT, rtol=0)
-
-
-class Toy(torch.nn.Module):
-    """A fixed nonlinear eps model that takes the chain's own t."""
-
-    def forward(self, x, t, context=None):
-        return torch.tanh(x) * (1 + 0.001 * t.to(x).view(-1, 1))
+test_forward_chain_composed_equals_closed_form = pytest.mark.equation("ddpm-2", "ddpm-4")(
+    checks.forward_chain_composed_equals_closed_form
+)
+test_posterior_is_bayes = pytest.mark.equation("ddpm-6", "ddpm-7")(checks.posterior_is_bayes)
+test_last_step_adds_no_noise = checks.last_step_adds_no_noise
+test_predict_x0_inverts_q_sample = pytest.mark.equation("ddpm-15")(
+    checks.predict_x0_inverts_q_sample
+)
+test_simple_loss_of_the_true_noise_is_zero = checks.simple_loss_of_the_true_noise_is_zero
 
 
 def test_general_sampler_equals_the_literal_chain():
@@ -72,43 +40,11 @@ def test_general_sampler_equals_the_literal_chain():
         assert (a - b).abs().max() / a.abs().max() < EXACT
 
 
-def test_last_step_adds_no_noise():
-    chain, t = DDPM(), torch.ones(2, dtype=torch.long)
-    x = torch.randn(2, 3)
-    silent = chain.p_sample(Toy(), x, t, torch.zeros_like(x))
-    assert torch.equal(chain.p_sample(Toy(), x, t, torch.randn_like(x)), silent)
-
-
-@pytest.mark.equation("ddpm-15")
-def test_predict_x0_inverts_q_sample():
-    chain, t = DDPM(), torch.tensor([1, 500, 1000])
-    x0, eps = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
-    assert torch.allclose(
-        chain.predict_x0(chain.q_sample(x0, t, eps), t, eps), x0, atol=EXACT, rtol=0
-    )
-
-
 def test_the_loop_is_a_generator_that_leaves_the_caller_alone():
     chain = DDPM(T=10, beta_T=0.5)
     states = chain.p_sample_loop(Toy(), torch.randn(2, 3))
     next(states)
     assert torch.is_grad_enabled() and len(list(states)) == 9
-
-
-def test_simple_loss_of_the_true_noise_is_zero():
-    chain, x0, eps, t = (
-        DDPM(),
-        torch.randn(4, 3, 8, 8),
-        torch.randn(4, 3, 8, 8),
-        torch.randint(1, 1001, (4,)),
-    )
-    assert torch.equal(chain.simple_loss(lambda x, t: eps, x0, t, eps), torch.zeros(4))
-    assert torch.allclose(
-        chain.simple_loss(lambda x, t: eps + 2, x0, t, eps),
-        torch.full((4,), 4.0),
-        rtol=1e-6,
-        atol=0,
-    )  # fp32
 
 
 @pytest.mark.equation("ddpm-14")

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from minidiff import schedules
-from minidiff.denoiser import TARGETS, Denoiser, Prediction
+from minidiff.denoiser import TARGETS, Denoiser
 from minidiff.errors import UserError
+from minidiff.exercises import checks
+from minidiff.exercises.models import Knows, Linear, oracle
 from minidiff.guidance import guide
 from minidiff.losses import LEVELS, LR_MULTIPLIER, SIGMA_DATA, WEIGHTINGS
 from minidiff.methods.thresholding import Thresholded
@@ -25,32 +27,10 @@ def name(value):
     return value if isinstance(value, str) else getattr(value, "betas", type(value).__name__)
 
 
-class Knows(torch.nn.Module):
-    """A network that answers a x0 + b eps exactly."""
-
-    def forward(self, x, c_noise, context=None):
-        return self.answer
-
-
-def oracle(target, schedule, x0, eps, t, error=0.0):
-    network = Knows()
-    denoiser = Denoiser(network, schedule, target)
-    alpha, sigma = (s.view(-1, 1) for s in schedule.alpha_sigma(t))
-    a, b = TARGETS[target](alpha, sigma)
-    network.answer = a * x0 + b * eps + error
-    return denoiser, alpha * x0 + sigma * eps
-
-
 @pytest.mark.equation("frame-solve", "vpred-v")
 @pytest.mark.parametrize("target, schedule", PAIRS, ids=name)
 def test_every_row_gives_back_x0_and_eps(target, schedule):
-    x0, eps = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
-    t = schedule.sample_t(5, torch.Generator().manual_seed(0))
-    denoiser, x = oracle(target, schedule, x0, eps, t)
-    found = denoiser(x, t)
-    assert torch.allclose(found.x0, x0, atol=1e-10, rtol=0) and torch.allclose(
-        found.eps, eps, atol=1e-10, rtol=0
-    )
+    checks.row_gives_back_x0_and_eps(target, schedule)
 
 
 @pytest.mark.equation("edm-7", "edm-8")
@@ -116,22 +96,7 @@ def test_default_weighting_is_plain_squared_error(target, schedule):
     assert torch.allclose(denoiser.loss(x0, t=t, eps=eps), error.pow(2).mean(1), rtol=1e-8, atol=0)
 
 
-@pytest.mark.equation("minsnr-weight")
-def test_min_snr_published_forms():
-    """Hang et al.: min(SNR, 5)/SNR for eps, min(SNR, 5) for x0, min(SNR, 5)/(SNR + 1) for v, each on the target's own squared error."""
-    schedule, t = schedules.linear(), torch.tensor([1, 50, 400, 1000])
-    snr = schedule.snr(t)
-    for target, own in (
-        ("eps", snr.clamp(max=5) / snr),
-        ("x0", snr.clamp(max=5)),
-        ("v", snr.clamp(max=5) / (snr + 1)),
-    ):
-        x0, eps, error = (torch.randn(4, 9, dtype=torch.float64) for _ in range(3))
-        denoiser, _ = oracle(target, schedule, x0, eps, t, error=error)
-        denoiser.weighting = "min-snr"
-        assert torch.allclose(
-            denoiser.loss(x0, t=t, eps=eps), own * error.pow(2).mean(1), rtol=1e-8, atol=0
-        )
+test_min_snr_published_forms = pytest.mark.equation("minsnr-weight")(checks.min_snr_published_forms)
 
 
 def test_learned_weighting_makes_every_level_pull_equally():
@@ -190,32 +155,9 @@ def test_unknown_names():
         Denoiser(Knows(), schedules.linear(), "v", "snr")
 
 
-class Linear(torch.nn.Module):
-    """An output that depends on the context."""
-
-    def forward(self, x, c_noise, context=None):
-        return x + context.mean(dim=(1, 2)).view(-1, 1)
-
-
-@pytest.mark.equation("cfg-6")
-def test_guidance_formula_and_special_scales():
-    denoiser = Denoiser(Linear(), schedules.linear(), "eps")
-    x, t, context, null = (
-        torch.randn(2, 3),
-        torch.tensor([10, 900]),
-        torch.ones(2, 1, 4),
-        torch.zeros(2, 1, 4),
-    )
-    with_text, without = denoiser(x, t, context), denoiser(x, t, null)
-    assert isinstance(with_text, Prediction)
-    for scale, expected in (
-        (1, with_text.eps),
-        (0, without.eps),
-        (7.5, without.eps + 7.5 * (with_text.eps - without.eps)),
-    ):
-        assert torch.allclose(
-            guide(denoiser, context, null, scale)(x, t).eps, expected, atol=1e-5, rtol=0
-        )  # fp32
+test_guidance_formula_and_special_scales = pytest.mark.equation("cfg-6")(
+    checks.guidance_formula_and_special_scales
+)
 
 
 def test_guiding_the_output_x0_or_eps_is_the_same():

@@ -238,5 +238,7 @@ def test_the_consistency_loss_by_its_formulas():
     x = schedule.mix(data, eps, t)
     x_s = schedule.mix(*teacher(x, t), s)
     by_hand = (f(student, x, t) - f(teacher, x_s, s)).pow(2).flatten(1).mean(1)
-    ours = distill.consistency_loss(student, teacher, schedule, data, times, teacher, n_eps=(n, eps))
+    ours = distill.consistency_loss(
+        student, teacher, schedule, data, times, teacher, n_eps=(n, eps)
+    )
     torch.testing.assert_close(ours, by_hand, rtol=EXACT, atol=EXACT)

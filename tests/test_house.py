@@ -13,7 +13,7 @@ CORE = (
 ).split()
 ORDER = [
     ["errors"], ["options"], ["training"], CORE, ["methods"], ["pipeline"], ["checkpoints"], ["data"],
-    ["figures"], ["evaluation"], ["finetuning", "recipes"], ["cli"],
+    ["figures"], ["evaluation"], ["finetuning", "recipes"], ["exercises"], ["cli"],
 ]  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 DOORS = {("latent_diffusion", "checkpoints")}  # LatentDiffusion.save and load, opened when called

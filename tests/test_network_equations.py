@@ -16,7 +16,9 @@ EXACT = 1e-12  # float64, a few operations
 
 
 def normal(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)), dtype=torch.float64)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(len(shape)), dtype=torch.float64
+    )
 
 
 def block(**options):

@@ -1,24 +1,19 @@
 """The networks by themselves: sizes, shapes, starts, gradients, and the layers against their formulas. Against other people's code: parity/."""
 
-import math
-
 import pytest
 import torch
-import torch.nn.functional as F
 
+from minidiff.exercises import checks
+from minidiff.exercises.models import randomize
 from minidiff.layers import (
-    GEGLU,
     Attention,
     ResBlock,
     SpatialTransformer,
     TransformerBlock,
-    timestep_embedding,
 )
 from minidiff.text import clip_vit_l14, openclip_vit_h14
 from minidiff.unet import UNet, UNetConfig, unet_cifar10, unet_sd1, unet_sd2
 from minidiff.vae import VAE, Pixels, PixelsConfig, VAEConfig, vae_sd
-
-DOUBLE = dict(rtol=0, atol=1e-12)  # a few hundred roundings in float64
 
 
 def tiny_unet(**numbers):
@@ -39,13 +34,6 @@ def tiny_unet(**numbers):
 def tiny_vae(latent_scale=1.0, **numbers):
     shape = dict(in_channels=3, latent_channels=4, channels=(8, 16, 16), blocks=1, groups=4)
     return VAE(VAEConfig(**shape | numbers), latent_scale)
-
-
-def randomize(module):
-    """Random numbers for every weight, also for those that start at zero."""
-    for p in module.parameters():
-        torch.nn.init.normal_(p, std=1 / math.sqrt(max(p[0].numel(), 4)))
-    return module
 
 
 def count(build):
@@ -266,23 +254,8 @@ def test_channels_last_gives_the_same():
         torch.testing.assert_close(found, before, rtol=0, atol=1e-11 * before.abs().max().item())
 
 
-@torch.no_grad()
-def test_vae_shapes_and_latent_scale():
-    vae = randomize(tiny_vae(latent_scale=0.25)).double()
-    images, noise = (
-        torch.randn(2, 3, 16, 24, dtype=torch.float64),
-        torch.randn(2, 4, 4, 6, dtype=torch.float64),
-    )
-    mean, log_variance = vae.posterior(images)
-    assert vae.factor == 4 and mean.shape == log_variance.shape == (2, 4, 4, 6)
-    torch.testing.assert_close(vae.encode(images), 0.25 * mean, **DOUBLE)
-    torch.testing.assert_close(
-        vae.encode(images, noise), 0.25 * (mean + (log_variance / 2).exp() * noise), **DOUBLE
-    )
-    pictures = vae.decode(mean * 0.25)
-    assert pictures.shape == images.shape
-    vae.latent_scale.fill_(2.0)  # whatever the scale, what encode multiplies decode divides
-    torch.testing.assert_close(vae.decode(vae.encode(images)), pictures, rtol=1e-12, atol=1e-12)
+test_vae_shapes_and_latent_scale = checks.vae_shapes_and_latent_scale
+test_vae_loss_equals_its_formula = checks.vae_loss_equals_its_formula
 
 
 @torch.no_grad()
@@ -292,30 +265,6 @@ def test_measured_scale_gives_latents_of_unit_variance():
     scale = vae.measure_scale(images)
     assert abs(vae.encode(images).std() - 1) < 1e-5  # fp32
     assert vae.latent_scale.item() == scale == vae.state_dict()["latent_scale"].item()
-
-
-def test_vae_loss_equals_its_formula():
-    """Mean absolute error of a posterior sample, plus kl_weight times torch's own KL(q(z|x) || N(0, I)), summed over the latent."""
-    vae, images = (
-        randomize(tiny_vae(kl_weight=0.01)).double(),
-        torch.randn(2, 3, 8, 8, dtype=torch.float64),
-    )
-    mean, log_variance = vae.posterior(images)
-    q, p = (
-        torch.distributions.Normal(mean, (log_variance / 2).exp()),
-        torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean)),
-    )
-    torch.manual_seed(5)
-    found = vae.loss(images)
-    torch.manual_seed(5)
-    z = q.mean + q.stddev * torch.randn_like(mean)
-    error = (vae.decode(z * vae.latent_scale) - images).abs().mean(dim=(1, 2, 3))
-    torch.testing.assert_close(
-        found,
-        error + 0.01 * torch.distributions.kl_divergence(q, p).sum(dim=(1, 2, 3)),
-        rtol=1e-12,
-        atol=0,
-    )
 
 
 @torch.no_grad()
@@ -337,21 +286,8 @@ def test_pixels_are_left_alone():
     assert (pixels.latent_channels, pixels.factor, list(pixels.parameters())) == (1, 1, [])
 
 
-def test_timestep_embedding_formula():
-    """[cos(t f_i), sin(t f_i)] with f_i = 10000^(-i / half), i = 0 .. half - 1."""
-    t = torch.tensor([0.0, 3.0, 999.0], dtype=torch.float64)
-    angles = [[time * 10_000 ** (-i / 5) for i in range(5)] for time in t.tolist()]
-    expected = torch.tensor(
-        [[f(a) for f in (math.cos, math.sin) for a in row] for row in angles], dtype=torch.float64
-    )
-    torch.testing.assert_close(timestep_embedding(t, 10), expected, **DOUBLE)
-    # fp32 and whole numbers: t = 999 has an error of 3e-5 of its own
-    torch.testing.assert_close(
-        timestep_embedding(t.long(), 10).double(), expected, rtol=0, atol=2e-4
-    )
-    assert (
-        timestep_embedding(t.bfloat16(), 10).dtype == torch.float32
-    )  # sines of large numbers are never computed in bfloat16
+test_timestep_embedding_formula = checks.timestep_embedding_formula
+test_geglu_formula = checks.geglu_formula
 
 
 @pytest.mark.parametrize(
@@ -359,40 +295,12 @@ def test_timestep_embedding_formula():
     [(1, False, False), (3, False, False), (3, True, False), (3, False, True)],
 )
 def test_attention_equals_its_formula(heads, causal, cross):
-    """softmax(Q K^T / sqrt(d)) V for every head, Vaswani et al. eq. 1."""
-    dim, d = 12, 12 // heads
-    layer = randomize(Attention(dim, heads, context_dim=7 if cross else None, bias=True)).double()
-    x, context = (
-        torch.randn(2, 5, dim, dtype=torch.float64),
-        torch.randn(2, 4, 7, dtype=torch.float64) if cross else None,
-    )
-    source, out = x if context is None else context, []
-    for h in range(heads):
-        rows = slice(h * d, (h + 1) * d)
-        q, k, v = (
-            F.linear(s, p.weight[rows], p.bias[rows])
-            for s, p in ((x, layer.q), (source, layer.k), (source, layer.v))
-        )
-        scores = q @ k.mT / math.sqrt(d)
-        if causal:
-            scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf)
-        out.append(scores.softmax(-1) @ v)
-    torch.testing.assert_close(
-        layer(x, context, causal=causal), layer.out(torch.cat(out, dim=-1)), **DOUBLE
-    )
+    checks.attention_equals_its_formula(heads, causal, cross)
 
 
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="5 heads do not divide a width of 12"):
         Attention(12, 5)
-
-
-def test_geglu_formula():
-    """The value comes first, then the gate, through the exact gelu x Phi(x)."""
-    layer, x = GEGLU(6).double(), torch.randn(2, 3, 6, dtype=torch.float64)
-    value, gate = layer.up(x)[..., :24], layer.up(x)[..., 24:]
-    expected = layer.down(value * gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2))))
-    torch.testing.assert_close(layer(x), expected, **DOUBLE)
 
 
 def test_transformer_block_without_its_optional_parts():

@@ -9,6 +9,7 @@ import torch
 from minidiff import schedules
 from minidiff.denoiser import Prediction
 from minidiff.errors import UserError
+from minidiff.exercises import checks
 from minidiff.methods.ddim_inversion import invert
 from minidiff.methods.exact import Mixture
 from minidiff.samplers import (
@@ -304,22 +305,10 @@ def test_inversion_is_what_ddim_undoes(schedule):
 @pytest.mark.equation("ddim-12", "ddim-16")
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_ddim_step_equals_the_paper(eta):
-    """DDIM eq. 12 and 16, with the paper's alpha (= alpha_bar here)."""
-    schedule, z = (
-        schedules.linear(),
-        torch.randn(2, 3, generator=torch.Generator().manual_seed(7), dtype=torch.float64),
-    )
-    x, x0, eps = (torch.randn(2, 3, dtype=torch.float64) for _ in range(3))
-    for t, s in pairwise(schedule.timesteps(10)):
-        a_t, a_s = schedule.alpha_bar[t], schedule.alpha_bar[s]
-        sigma = eta * ((1 - a_s) / (1 - a_t)).sqrt() * (1 - a_t / a_s).sqrt()
-        expected = a_s.sqrt() * x0 + (1 - a_s - sigma**2).sqrt() * eps + sigma * z
-        torch.testing.assert_close(
-            ddim(eta)(lambda *_: Prediction(x0, eps), schedule, x, t, s, seeded(7))[0],
-            expected,
-            rtol=0,
-            atol=1e-12,
-        )
+    checks.ddim_step_equals_the_paper(eta)
+
+
+test_dpmpp_2m_is_of_second_order = checks.dpmpp_2m_is_of_second_order
 
 
 def test_the_loop_is_a_generator_that_leaves_the_caller_alone():

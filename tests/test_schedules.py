@@ -1,7 +1,6 @@
 """Schedules against their published formulas and against diffusers."""
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
@@ -9,6 +8,8 @@ import torch
 from minidiff import schedules
 from minidiff.checkpoints.folder import schedule_from_json, schedule_to_json
 from minidiff.errors import UserError
+from minidiff.exercises import checks
+from minidiff.exercises.checks import curve
 
 ALL = [
     schedules.linear(),
@@ -75,20 +76,9 @@ def test_timesteps_equal_diffusers(steps, spacing):
     assert schedules.linear().timesteps(steps, spacing).tolist() == [*expected, 0]
 
 
-def test_timesteps_are_the_nearest_integers_for_every_number_of_steps():
-    """In integer arithmetic, so exact; a tie may go either way. (diffusers' trailing grid has a time too many for 61, 103, ... steps.)"""
-    T = 1000
-    for steps in range(1, T + 1):
-        trailing = schedules.linear().timesteps(steps).tolist()
-        assert len(trailing) == steps + 1
-        assert all(2 * abs(t * steps - T * (steps - i)) <= steps for i, t in enumerate(trailing))
-        linspace = schedules.linear().timesteps(steps, "linspace").tolist()
-        assert all(
-            2 * abs((t - 1) * (steps - 1) - (T - 1) * (steps - 1 - i)) <= steps - 1
-            for i, t in enumerate(linspace[:-1])
-        )
-        for times in (trailing, linspace, schedules.linear().timesteps(steps, "leading").tolist()):
-            assert times[-1] == 0 and times[0] <= T and all(a > b for a, b in pairwise(times))
+test_timesteps_are_the_nearest_integers_for_every_number_of_steps = (
+    checks.timesteps_are_the_nearest_integers_for_every_number_of_steps
+)
 
 
 GRIDS = [(s, spacing) for s in ALL for spacing in ("karras", "log-snr")]
@@ -224,22 +214,7 @@ def test_discrete_is_variance_preserving_and_clean_at_zero(schedule):
     assert schedule.alpha_bar[0] == 1
 
 
-def curve(formula):
-    return torch.tensor([formula(t / 1000) for t in range(1001)], dtype=torch.float64)
-
-
-@pytest.mark.equation("iddpm-17")
-def test_cosine_formula():
-    """Nichol & Dhariwal 2021, eq. 17: f(u)/f(0) with f(u) = cos^2((u + s)/(1 + s) pi/2). The very last beta is capped at 0.999."""
-    expected = curve(
-        lambda u: (
-            math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-            / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
-        )
-    )
-    found = schedules.cosine().alpha_bar
-    torch.testing.assert_close(found[:-1], expected[:-1], rtol=0, atol=1e-12)
-    torch.testing.assert_close(found[-1], found[-2] * 0.001, rtol=1e-12, atol=0)
+test_cosine_formula = pytest.mark.equation("iddpm-17")(checks.cosine_formula)
 
 
 def test_sigmoid_formula():

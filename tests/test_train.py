@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from minidiff.errors import UserError
+from minidiff.exercises import checks
 from minidiff.train import EMA, NonFiniteError, TrainConfig, by_bin, seed_of, train
 from minidiff.training.resume import checkpoints
 
@@ -253,17 +254,7 @@ def test_threads_pass_errors_on():
         next(go(loss_fn, module, batches, 10, 1e-2, accumulate=2, threads=2))
 
 
-def test_ema_formula():
-    """average <- d average + (1 - d) weight, d = min(decay, step / (step + 9)): 0.1 at first, the full decay from step 81 on."""
-    module = nn.Linear(1, 1, bias=False, dtype=torch.float64)
-    ema, expected = EMA(module, 0.9), module.weight.item()
-    for step in range(1, 101):
-        module.weight.data.fill_(math.sin(step))
-        ema.update(step)
-        d = min(0.9, step / (step + 9))
-        expected = d * expected + (1 - d) * math.sin(step)
-        assert abs(ema.average.weight.item() - expected) < 1e-14
-    assert d == 0.9 and not ema.average.weight.requires_grad and not ema.average.training
+test_ema_formula = checks.ema_formula
 
 
 def test_learning_rate_curve(tmp_path):

@@ -129,12 +129,21 @@ def marks() -> dict[str, list[Place]]:
         if "mark.equation" not in text:
             continue
         for node in ast.walk(ast.parse(text)):
-            for call in getattr(node, "decorator_list", []):
-                if isinstance(call, ast.Call) and ast.unparse(call.func) == "pytest.mark.equation":
-                    place = Place(str(path.relative_to(ROOT)), node.lineno, node.name)
-                    for label in call.args:
-                        places.setdefault(ast.literal_eval(label), []).append(place)
+            name, calls = _marked(node)
+            for call in calls:
+                place = Place(str(path.relative_to(ROOT)), node.lineno, name)
+                for label in call.args:
+                    places.setdefault(ast.literal_eval(label), []).append(place)
     return places
+
+
+def _marked(node: ast.AST) -> tuple[str, list[ast.Call]]:
+    """A test's name and its marks: a decorated function, or test_x = pytest.mark.equation(...)(x)."""
+    name, calls = getattr(node, "name", ""), getattr(node, "decorator_list", [])
+    if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+        name, calls = ast.unparse(node.targets[0]), [node.value.func]
+    calls = [call for call in calls if isinstance(call, ast.Call)]
+    return name, [call for call in calls if ast.unparse(call.func) == "pytest.mark.equation"]
 
 
 def equations() -> list[Equation]:

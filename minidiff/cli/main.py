@@ -7,7 +7,7 @@ code 2; the library says so by raising UserError.
 import sys
 from collections.abc import Callable
 
-from minidiff.cli import console, data, plot
+from minidiff.cli import console, data, exercises, plot
 from minidiff.cli.convert import convert
 from minidiff.cli.dreambooth import dreambooth
 from minidiff.cli.evaluate import evaluate
@@ -33,6 +33,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "watch": watch,
     "inspect": inspect,
     "convert": convert,
+    "exercises start": exercises.start,
+    "exercises check": exercises.check,
 }
 
 

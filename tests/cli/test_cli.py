@@ -81,6 +81,8 @@ IDLE = {  # what would do nothing there
     "watch": SEED | DEVICE | {"--out PATH"},
     "inspect": SEED | DEVICE,
     "convert": SEED | DEVICE,
+    "exercises start": SEED | DEVICE | {"--out PATH"},
+    "exercises check": SEED | DEVICE | {"--out PATH"},
 }
 
 

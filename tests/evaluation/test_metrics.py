@@ -8,6 +8,8 @@ import torch
 from minidiff.errors import UserError
 from minidiff.evaluation import metrics
 from minidiff.evaluation.metrics import Moments
+from minidiff.exercises import checks
+from minidiff.exercises.checks import moments
 
 
 def features(n, dims=16, shift=0.0, seed=0):
@@ -28,12 +30,6 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(metrics, "ENTRIES", 7000)
 
 
-def moments(mean, root, n=64):
-    """Moments that are exactly these: points at mean + and - the columns of the root."""
-    points = root.T * math.sqrt((2 * len(root) - 1) / 2)
-    return Moments().add(torch.cat([mean + points, mean - points]))
-
-
 # Moments and the Fréchet distance.
 
 
@@ -51,13 +47,9 @@ def test_a_covariance_needs_two():
         _ = Moments().add(features(1)).covariance
 
 
-@pytest.mark.equation("fid-6")
-def test_frechet_of_gaussians_whose_covariances_commute():
-    """sum (mean difference)^2 + (std difference)^2 along the shared axes."""
-    axes = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64)).Q
-    a, b, gap = (torch.rand(5, dtype=torch.float64) for _ in range(3))
-    found = metrics.frechet(moments(torch.zeros(5).double(), axes * a), moments(gap, axes * b))
-    assert found == pytest.approx((gap.square() + (a - b).square()).sum().item(), rel=1e-12)
+test_frechet_of_gaussians_whose_covariances_commute = pytest.mark.equation("fid-6")(
+    checks.frechet_of_gaussians_whose_covariances_commute
+)
 
 
 def test_frechet_of_singular_covariances():

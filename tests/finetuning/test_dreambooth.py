@@ -17,6 +17,7 @@ from minidiff.data.folder import CaptionedImages, load_image
 from minidiff.data.latents import fingerprint
 from minidiff.data.world import World
 from minidiff.errors import UserError
+from minidiff.exercises import checks
 from minidiff.figures.plots import save_png
 from minidiff.finetuning import dreambooth
 from minidiff.finetuning.groups import Group
@@ -189,27 +190,9 @@ def test_one_vector_is_trained_and_nothing_else(box, subject, tmp_path):
     )
 
 
-@pytest.mark.equation("textual-2")
-def test_the_trained_vector_is_what_the_text_encoder_reads():
-    text = CLIPText(TextConfig(8, 1, 1))
-    word = inversion.Word(text, "sks", like="dog", lr_multiplier=4.0)
-    hook = word.attach(text)
-    text.requires_grad_(False)
-    assert torch.equal(word.vector, text.token_embedding.weight[inversion.token_of("dog")])
-    text.encode(
-        ["a sks dog"]
-    ).square().sum().backward()  # the LayerNorm's output: not constant in the vector, since its gain is one per channel
-    assert word.change.grad.abs().sum() > 0
-    said, meant = text.encode(["a dog"]), text.encode(["a sks dog"])
-    with torch.no_grad():
-        word.change[0] += 1
-    assert torch.equal(text.encode(["a dog"]), said)
-    assert (word.vector - word.start)[0].item() == pytest.approx(4.0)
-    changed = text.encode(["a sks dog"])
-    assert not torch.equal(changed, meant)
-    hook.remove()
-    inversion.put_in(text, "sks", word.vector.detach())
-    assert torch.equal(text.encode(["a sks dog"]), changed)
+test_the_trained_vector_is_what_the_text_encoder_reads = pytest.mark.equation("textual-2")(
+    checks.the_trained_vector_is_what_the_text_encoder_reads
+)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from minidiff.checkpoints import lora as lora_files
 from minidiff.data.latents import Example
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
+from minidiff.exercises import checks
 from minidiff.finetuning import estimate
 from minidiff.finetuning.estimate import Settings
 from minidiff.finetuning.groups import Group, GroupLoss, batches, pieces, split
@@ -167,7 +168,6 @@ def test_an_image_with_several_captions_is_held_out_with_all_of_them():
 
 @pytest.mark.equation("dreambooth-2")
 def test_loss_of_groups_is_the_sum_it_claims_to_be():
-    """To the bit: weight times mean, summed; and each mean is that of the denoiser's own loss on the group alone."""
     model = tiny().double()
     groups = [
         Group(g.name, [Example(e.latents.double(), e.caption) for e in g.examples], g.weight)
@@ -175,19 +175,7 @@ def test_loss_of_groups_is_the_sum_it_claims_to_be():
     ]
     for batch in islice(batches(groups, model.schedule, 2, 0.2, 0, 0), 5):
         batch = [part._replace(eps=part.eps.double()) for part in batch]
-        found = GroupLoss(model)(batch)
-        assert list(found) == ["loss", "subject", "class"] and found["subject"].shape == found[
-            "class"
-        ].shape == (2,)
-        subject, of_class = found["subject"].mean(), found["class"].mean()
-        assert torch.equal(found["loss"], (1.0 * subject + 0.7 * of_class)[None])
-        for part, mean in zip(batch, (subject, of_class), strict=True):
-            alone = model.denoiser.loss(
-                part.latents, model.text.encode(part.captions), part.t, part.eps
-            ).mean()
-            assert (
-                abs(alone - mean) < 1e-13 * alone
-            )  # a batch of four is not summed in the order of two of two
+        checks.loss_of_groups_is_the_sum_it_claims_to_be(model, batch)
 
 
 def test_groups_of_different_shapes_take_a_pass_each():

@@ -16,6 +16,7 @@ from minidiff.checkpoints import lora as lora_files
 from minidiff.checkpoints import names, write
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
+from minidiff.exercises import checks
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods import lora
 from minidiff.text import ClassLabels, LabelsConfig
@@ -116,6 +117,9 @@ def test_the_equation(layer, x):
         if x.ndim == 4
         else nn.functional.linear(x.double(), layer.weight, layer.bias),
     )
+
+
+test_lora_is_the_product_of_its_matrices = checks.lora_is_the_product_of_its_matrices
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
