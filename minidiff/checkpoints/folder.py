@@ -200,9 +200,13 @@ def fill(
     state, parameters = dict(state), dict(module.named_parameters())
     for name, value in state.items():
         _check(value, expected[name].shape, f'{where}: "{name}"')
-        if dtype not in (None, value.dtype) and name in parameters:
+        if dtype in (None, value.dtype):
+            continue
+        if name in parameters:
             state[name] = value.to(dtype)
             _forget(value)
+        else:  # the latent scale: measured anew, it must not round to half precision
+            state[name] = value.to(torch.promote_types(value.dtype, torch.float32))
     module.load_state_dict(state, assign=True)
     return module.eval()
 

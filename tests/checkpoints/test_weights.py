@@ -5,6 +5,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
+import minidiff
 from minidiff.checkpoints import names, sizes
 from minidiff.checkpoints.inspect import COMPLETE, _differences, _hash
 from minidiff.checkpoints.layouts import Part
@@ -112,3 +113,10 @@ def test_what_cannot_be_read_is_named():
         sizes.unet_config({**some, "conv_in.weight": (8,)})
     with pytest.raises(UserError, match=r'"encoder" is numbered \[1\]'):
         sizes.unet_config({k: v for k, v in some.items() if not k.startswith("encoder.0")})
+
+
+def test_a_scale_that_is_stored_in_half_precision_can_be_measured_anew():
+    vae = minidiff.load().vae  # its weights are stored in float16
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    exact = 1 / vae.posterior(images)[0].std().item()
+    assert vae.measure_scale(images) == pytest.approx(exact, rel=1e-6)
