@@ -26,6 +26,15 @@ def test_forward_chain_composed_equals_closed_form():
         assert torch.allclose(variance, chain.q_sample(zero, t, one) ** 2, atol=EXACT, rtol=0)
 
 
+def test_one_step_is_equation_2():
+    """x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps: signal and noise add, in this sign."""
+    x, eps = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    t = torch.tensor([1, 2, 500, 1000])
+    beta = (1e-4 + (t.double() - 1) / 999 * (0.02 - 1e-4))[:, None]  # section 4
+    expected = (1 - beta).sqrt() * x + beta.sqrt() * eps
+    assert torch.allclose(DDPM().q_step(x, t, eps), expected, atol=EXACT, rtol=0)
+
+
 @pytest.mark.parametrize("time", [1, 2, 500, 1000])
 def test_posterior_is_bayes(time):
     """q(x_{t-1} | x_t, x_0) from the product of two Gaussians in x_{t-1}: precisions add, means weigh by precision."""

@@ -68,6 +68,27 @@ def test_edm_row_is_the_published_preconditioning():
     )
 
 
+@pytest.mark.parametrize("schedule", [schedules.Karras(), schedules.cosine()], ids=name)
+def test_edm_shows_the_network_unit_variance(schedule):
+    """EDM table 1: c_in = 1 / sqrt(sigma^2 + 0.5^2), for x / alpha at the level sigma / alpha. So
+    for data of standard deviation 0.5, what the network is shown has variance 1 at every t."""
+
+    class Sees(torch.nn.Module):
+        def forward(self, x, c_noise, context=None):
+            self.input = x
+            return x
+
+    network, t = Sees(), schedule.timesteps(10)[:-1]
+    alpha, sigma = (scale[:, None] for scale in schedule.alpha_sigma(t))
+    x = torch.randn(10, 4, dtype=torch.float64)
+    Denoiser(network, schedule, "edm")(alpha * x, t)
+    expected = x / ((sigma / alpha) ** 2 + 0.5**2).sqrt()
+    assert torch.allclose(network.input, expected, rtol=1e-9, atol=0)
+    variance = (0.5 * alpha) ** 2 + sigma**2
+    Denoiser(network, schedule, "edm")(variance.sqrt().expand(10, 4), t)
+    assert torch.allclose(network.input, torch.ones(10, 4, dtype=torch.float64), rtol=1e-12)
+
+
 def test_edm_row_is_the_same_on_every_schedule():
     """The same network says the same of x0 at one sigma / alpha, whether x is scaled by alpha or not: c_in, c_skip and c_out agree."""
 
@@ -94,6 +115,25 @@ def test_weighting_means_the_same_for_every_target(target, weighting):
     denoiser.weighting = weighting
     expected = WEIGHTINGS[weighting](schedule.snr(t)) * (x0 - denoiser(x, t).x0).pow(2).mean(1)
     assert torch.allclose(denoiser.loss(x0, t=t, eps=eps), expected, rtol=1e-8, atol=0)
+
+
+def test_weightings_are_the_published_ones():
+    """As functions of SNR = (alpha / sigma)^2, each from its paper's own formula at alpha = 1."""
+    sigma = torch.tensor([0.01, 0.3, 1.0, 7.0, 80.0], dtype=torch.float64)
+    snr = sigma**-2
+    published = {
+        "eps": 1 / sigma**2,  # || eps - eps_hat ||^2 = || x0 - x0_hat ||^2 / sigma^2
+        "x0": torch.ones(5, dtype=torch.float64),
+        "v": 1 / sigma**2 + 1,  # Salimans & Ho, section 4: SNR + 1
+        "flow": (1 + 1 / sigma) ** 2,  # 1 / t^2 at the t with (1 - t) / t = 1 / sigma
+        "edm": (sigma**2 + 0.5**2) / (sigma * 0.5) ** 2,  # Karras et al., table 1, lambda(sigma)
+        "min-snr": (1 / sigma**2).minimum(torch.tensor(5.0)),  # Hang et al., section 3.4
+        "p2": 1 / (1 + snr) * snr,  # Choi et al. eq. 8: 1 / (1 + SNR) times the weight of eps
+        "learned": torch.ones(5, dtype=torch.float64),
+    }
+    assert published.keys() == WEIGHTINGS.keys() and SIGMA_DATA == 0.5
+    for weighting, expected in published.items():
+        assert torch.allclose(WEIGHTINGS[weighting](snr), expected, rtol=1e-12, atol=0), weighting
 
 
 @pytest.mark.parametrize(
