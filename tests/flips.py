@@ -30,6 +30,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -222,7 +223,10 @@ class Changed:
     """An importer of one module, from the changed source; all else is as the hooks would have it."""
 
     def __init__(self, flip: Flip):
-        self.name, self.source = f"minidiff.{flip.file[:-3].replace('/', '.')}", flip.source.encode()
+        self.name, self.source = (
+            f"minidiff.{flip.file[:-3].replace('/', '.')}",
+            flip.source.encode(),
+        )
 
     def find_spec(self, name, path=None, target=None):
         if name != self.name:
@@ -230,9 +234,11 @@ class Changed:
         for finder in sys.meta_path:
             spec = finder.find_spec(name, path, target) if finder is not self else None
             if spec is not None:
-                make = spec.loader.source_to_code
-                spec.loader.get_code = lambda _: make(self.source, spec.origin)
+                spec.loader.get_code = partial(self.code, spec)
                 return spec
+
+    def code(self, spec, _):
+        return spec.loader.source_to_code(self.source, spec.origin)
 
 
 def child(flip: Flip | None, files: list[str], watch: Watch, folder: Path) -> None:
@@ -316,7 +322,9 @@ class Tests:
 
 def outcomes(chosen: list[Flip], results: Path, again: bool = False) -> dict[str, tuple[str, str]]:
     """Outcome and killer by place, of these flips; those in the results file are not run again."""
-    rows = map(json.loads, results.read_text(encoding="utf-8").splitlines() if results.exists() else ())
+    rows = map(
+        json.loads, results.read_text(encoding="utf-8").splitlines() if results.exists() else ()
+    )
     known = {place: (outcome, by) for place, outcome, by in rows}
     for name in LIBRARIES:
         try:
@@ -340,7 +348,10 @@ def outcomes(chosen: list[Flip], results: Path, again: bool = False) -> dict[str
 
 
 def table(chosen: list[Flip], ended: dict[str, tuple[str, str]], reasons: dict[str, str]) -> str:
-    lines = ["| file | places | tried | killed | survived | timed out | equivalent |", "|" + " --- |" * 7]
+    lines = [
+        "| file | places | tried | killed | survived | timed out | equivalent |",
+        "|" + " --- |" * 7,
+    ]
     total: Counter[str] = Counter()
     for file in TESTS:
         counts = Counter(ended[flip.place][0] for flip in chosen if flip.file == file)
@@ -364,12 +375,16 @@ def learn(ended: dict[str, tuple[str, str]]) -> None:
     for place, (_, by) in ended.items():
         if "::" in by and not by.startswith("import"):
             killers[": ".join(place.split(": ")[:2])][by] += 1
-    first = {key: [by for by, _ in counts.most_common(8)] for key, counts in sorted(killers.items())}
+    first = {
+        key: [by for by, _ in counts.most_common(8)] for key, counts in sorted(killers.items())
+    }
     FIRST.write_text(json.dumps(first, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    parse = argparse.ArgumentParser(prog="python -m tests.flips", description=__doc__.split("\n")[0])
+    parse = argparse.ArgumentParser(
+        prog="python -m tests.flips", description=__doc__.split("\n")[0]
+    )
     parse.add_argument("files", nargs="*", help=f"of {', '.join(TESTS)}; default: all")
     parse.add_argument("--sample", type=int, help="so many of each file; default: all")
     parse.add_argument("--results", type=Path, default=Path(tempfile.gettempdir()) / "flips.jsonl")

@@ -7,7 +7,14 @@ from minidiff import schedules
 from minidiff.denoiser import TARGETS, Denoiser, Prediction
 from minidiff.errors import UserError
 from minidiff.guidance import guide
-from minidiff.losses import LEVELS, LR_MULTIPLIER, SIGMA_DATA, WEIGHTINGS
+from minidiff.losses import (
+    LEVELS,
+    LR_MULTIPLIER,
+    SIGMA_DATA,
+    WEIGHTINGS,
+    balanced,
+    log_error,
+)
 from minidiff.methods.thresholding import Thresholded
 
 ALL_SCHEDULES = [
@@ -200,6 +207,17 @@ def test_learned_weighting_makes_every_level_pull_equally():
     assert Denoiser(Knows(), schedule, "x0").log_error is None
 
 
+def test_learned_weighting_by_its_equation():
+    """error / e^u + u, with u = 20 theta of the level: 20 levels of equal width, from data (0) to
+    noise (1), whose ends belong to the first and the last."""
+    theta = torch.linspace(-0.1, 0.1, 20, dtype=torch.float64)
+    assert log_error().shape == (20,) and not log_error().any()
+    progress = torch.tensor([0.0, 0.049, 0.051, 0.5, 0.951, 1.0], dtype=torch.float64)
+    u = 20 * theta[torch.tensor([0, 0, 1, 10, 19, 19])]
+    error = torch.rand(6, dtype=torch.float64)
+    torch.testing.assert_close(balanced(error, progress, theta), error / u.exp() + u)
+
+
 def test_zero_terminal_snr_needs_a_target_that_sees_x0():
     schedule = schedules.Discrete("linear", zero_terminal_snr=True)
     assert schedule.alpha_bar[-1] == 0
@@ -374,6 +392,31 @@ def test_guidance_in_an_interval():
         torch.testing.assert_close(found.x0, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_guidance_by_its_equation_in_a_batch_of_three():
+    """null + scale (context - null), at scales on both sides of 1; rescale 0 is off, as it must be
+    for one number, which has no standard deviation."""
+    denoiser = Denoiser(Linear(), schedules.linear(), "eps")
+    x, t = torch.randn(3, 1, dtype=torch.float64), torch.tensor([10, 500, 900])
+    context = torch.rand(3, 1, 4, dtype=torch.float64)
+    with_text, without = denoiser(x, t, context), denoiser(x, t, 0 * context)
+    for scale in (0.5, 2.0, 7.5):
+        found = guide(denoiser, context, 0 * context, scale)(x, t)
+        for a, b, ours in zip(without, with_text, found, strict=True):
+            torch.testing.assert_close(ours, a + scale * (b - a), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.0, 0.0), (1.0, 1.0), (0.4, 0.4)])
+def test_an_interval_may_be_all_or_a_point(interval):
+    """0 <= low <= high <= 1, and both ends belong to it."""
+    denoiser, _, x, _, context, null = pictures()
+    limited, always = (guide(denoiser, context, null, 3.0, interval=i) for i in (interval, None))
+    t = torch.tensor([round(1000 * max(edge, 0.001)) for edge in interval])
+    if interval[1] > 0:
+        torch.testing.assert_close(limited(x, t).x0[1], always(x, t).x0[1])
+    else:  # no noise level is clean data
+        torch.testing.assert_close(limited(x, t).x0, denoiser(x, t, context).x0)
+
+
 def test_dynamic_thresholding_equals_diffusers():
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DDIMScheduler(
@@ -429,6 +472,8 @@ def test_autoguidance_steers_away_from_a_weak_denoiser():
         ({"rescale": 1.5}, "rescale is 1.5; it must be from 0"),
         ({"interval": (0.6, 0.2)}, "smaller one first"),
         ({"interval": (0.0, 600)}, "from 0 .data. to 1"),
+        ({"interval": (0.0, 1.5)}, "from 0 .data. to 1"),
+        ({"interval": (-0.1, 0.5)}, "from 0 .data. to 1"),
     ],
 )
 def test_bad_guidance(how, complaint):
@@ -445,7 +490,7 @@ def test_bad_thresholds(share, complaint):
         Thresholded(lambda x, t: None, schedules.linear(), share)
 
 
-@pytest.mark.parametrize("scale", [7.5, 0.0])
+@pytest.mark.parametrize("scale", [7.5, 2.0, 0.0])
 def test_guidance_needs_something_to_steer_away_from(scale):
     denoiser, _, _, _, context, _ = pictures()
     with pytest.raises(UserError, match="needs null or weak, to steer away from"):
