@@ -41,29 +41,27 @@ SEED = "minidiff"
 EQUIVALENT, FIRST = (
     Path(__file__).with_name(f"flips_{name}.json") for name in ("equivalent", "first")
 )
-SAMPLERS = ["test_samplers.py", "parity/test_samplers.py"]
-NETWORKS = ["test_networks.py", "parity/test_networks.py"]
 TESTS = {  # the mathematical files, and the tests that belong to each
     "ddpm.py": ["test_ddpm.py"],
-    "schedules.py": ["test_schedules.py", "parity/test_schedulers.py"],
+    "schedules.py": ["test_schedules.py"],
     "denoiser.py": ["test_denoiser.py"],
     "losses.py": ["test_denoiser.py"],
-    "guidance.py": ["test_denoiser.py", "options/test_sampling.py"],
-    "steps.py": SAMPLERS,
-    "samplers.py": [*SAMPLERS, "test_pipeline.py"],
-    "layers.py": NETWORKS,
-    "unet.py": NETWORKS,
-    "vae.py": NETWORKS,
-    "text.py": ["test_text.py", "parity/test_towers.py"],
+    "guidance.py": ["test_denoiser.py"],
+    "steps.py": ["test_samplers.py"],
+    "samplers.py": ["test_samplers.py"],
+    "layers.py": ["test_networks.py"],
+    "unet.py": ["test_networks.py"],
+    "vae.py": ["test_networks.py"],
+    "text.py": ["test_text.py"],
     "latent_diffusion.py": ["test_latent_diffusion.py"],
-    "methods/ddim_inversion.py": SAMPLERS,
+    "methods/ddim_inversion.py": ["test_samplers.py"],
     "methods/distill.py": ["methods/test_distill.py"],
     "methods/editing.py": ["methods/test_editing.py"],
     "methods/exact.py": ["methods/test_exact.py"],
     "methods/inversion.py": ["finetuning/test_dreambooth.py", "parity/test_inversion.py"],
     "methods/likelihood.py": ["methods/test_likelihood.py"],
-    "methods/lora.py": ["methods/test_lora.py", "parity/test_lora.py"],
-    "methods/thresholding.py": ["test_denoiser.py", "parity/test_schedulers.py"],
+    "methods/lora.py": ["methods/test_lora.py"],
+    "methods/thresholding.py": ["test_denoiser.py"],
     "evaluation/metrics.py": ["evaluation/test_metrics.py"],
     "training/muon.py": ["training/test_muon.py"],
 }
@@ -84,12 +82,11 @@ OPERATORS = {
 
 
 class Flip(NamedTuple):
-    """One change of one file: its place, free of line numbers, and the whole changed source."""
+    """One change of one file; its place is free of line numbers."""
 
     file: str
     function: str
     change: str  # "a + b -> a - b"; a change that comes again in a function ends in "#2"
-    source: str
 
     @property
     def place(self) -> str:
@@ -99,18 +96,35 @@ class Flip(NamedTuple):
 # The list of flips.
 
 
-def flips(file: str) -> Iterator[Flip]:
-    tree = ast.parse((ROOT / "minidiff" / file).read_text(encoding="utf-8"))
+def parsed(file: str) -> ast.Module:
+    return ast.parse((ROOT / "minidiff" / file).read_text(encoding="utf-8"))
+
+
+def flips(file: str) -> list[Flip]:
+    return [Flip(file, function, change) for function, change in flipped(parsed(file))]
+
+
+def source(flip: Flip) -> str:
+    """The whole file with this change."""
+    tree = parsed(flip.file)
+    for function, change in flipped(tree):
+        if (function, change) == (flip.function, flip.change):
+            return ast.unparse(tree)
+    raise ValueError(f"no such flip: {flip.place}")
+
+
+def flipped(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Flip the tree in every way, one at a time; yields function and change while it is flipped."""
     times: Counter[tuple[str, str]] = Counter()
     for function, shown, node in nodes(tree, "", tree):
         for field, index, old, new in changes(node):
             before = ast.unparse(shown)
             put(node, field, index, new)
-            change, source = f"{before} -> {ast.unparse(shown)}", ast.unparse(tree)
-            put(node, field, index, old)
+            change = f"{before} -> {ast.unparse(shown)}"
             times[function, change] += 1
             again = times[function, change]
-            yield Flip(file, function, f"{change} #{again}" if again > 1 else change, source)
+            yield function, f"{change} #{again}" if again > 1 else change
+            put(node, field, index, old)
 
 
 def nodes(node: ast.AST, function: str, shown: ast.AST) -> Iterator[tuple[str, ast.AST, ast.AST]]:
@@ -225,7 +239,7 @@ class Changed:
     def __init__(self, flip: Flip):
         self.name, self.source = (
             f"minidiff.{flip.file[:-3].replace('/', '.')}",
-            flip.source.encode(),
+            source(flip).encode(),
         )
 
     def find_spec(self, name, path=None, target=None):
@@ -386,20 +400,20 @@ def main() -> None:
         prog="python -m tests.flips", description=__doc__.split("\n")[0]
     )
     parse.add_argument("files", nargs="*", help=f"of {', '.join(TESTS)}; default: all")
-    parse.add_argument("--sample", type=int, help="so many of each file; default: all")
+    parse.add_argument("--sample", type=int, help="so many of them all; default: all")
     parse.add_argument("--results", type=Path, default=Path(tempfile.gettempdir()) / "flips.jsonl")
     parse.add_argument("--again", action="store_true", help="run survivors and time-outs again")
     parse.add_argument("--learn", action="store_true", help=f"write {FIRST.name} from the results")
     args = parse.parse_args()
     os.chdir(ROOT)
-    reasons, chosen = equivalent(), []
-    for file in args.files or TESTS:
-        open_ = [flip for flip in flips(file) if flip.place not in reasons]
-        chosen += drawn(open_, args.sample) if args.sample else open_
+    reasons, chosen = equivalent(), [flip for file in args.files or TESTS for flip in flips(file)]
+    chosen = [flip for flip in chosen if flip.place not in reasons]
+    if args.sample:
+        chosen = drawn(chosen, args.sample)
     ended = outcomes(chosen, args.results, args.again)
     for place, (outcome, by) in ended.items():
         if outcome != "killed":
-            print(f"{outcome}: {place} {by}")
+            print(f"{outcome}: {place}  {by}")
     print(table(chosen, ended, reasons))
     if args.learn:
         learn(ended)

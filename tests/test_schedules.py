@@ -152,6 +152,45 @@ def test_times_between_levels(schedule):
     )
 
 
+@pytest.mark.parametrize("schedule", ALL, ids=name)
+def test_mix_is_the_one_equation(schedule):
+    """x_t = alpha_t x0 + sigma_t eps, in this sign: at a time for each example, and at one for
+    all."""
+    x0, eps = torch.randn(3, 2, 4, dtype=torch.float64), torch.randn(3, 2, 4, dtype=torch.float64)
+    times = schedule.timesteps(4)[:3]
+    alpha, sigma = (scale.view(3, 1, 1) for scale in schedule.alpha_sigma(times))
+    expected = alpha * x0 + sigma * eps
+    torch.testing.assert_close(schedule.mix(x0, eps, times), expected, rtol=0, atol=1e-12)
+    for k, t in enumerate(times):
+        torch.testing.assert_close(schedule.mix(x0, eps, t)[k], expected[k], rtol=0, atol=1e-12)
+
+
+def test_limits_of_discrete():
+    """From one level to 100,000, betas in (0, 1], a beta for each level."""
+    for T in (1, 100_000):
+        assert len(schedules.Discrete("linear", T=T).alpha_bar) == T + 1
+    for T in (0, 100_001):
+        with pytest.raises(UserError, match=f"T is {T}; it must be from 1 to 100,000"):
+            schedules.Discrete("linear", T=T)
+    torch.testing.assert_close(
+        schedules.Discrete((0.5, 1.0), T=2).alpha_bar, torch.tensor([1, 0.5, 0]).double()
+    )
+    for betas in ((0.0, 0.5), (0.5, 1.001), (0.5,), (0.5, 0.5, 0.5)):
+        with pytest.raises(UserError, match="T = 2 numbers above 0 and at most 1"):
+            schedules.Discrete(betas, T=2)
+
+
+def test_the_scale_of_heuns_method():
+    """EDM table 1: s(t) = alpha for a variance-preserving schedule, at least sigma / 80; 1 for the
+    others."""
+    t = torch.tensor([1, 500, 999, 1000])
+    alpha, sigma = ZERO_SNR.alpha_sigma(t)
+    torch.testing.assert_close(ZERO_SNR.unit(t), alpha.maximum(sigma / 80), rtol=1e-14, atol=0)
+    assert ZERO_SNR.unit(t)[-1] == 1 / 80 and ZERO_SNR.unit(t)[0] == alpha[0]
+    for schedule in (schedules.Flow(), schedules.Karras()):
+        assert schedule.unit(torch.tensor([0.1, 0.9])).tolist() == [1, 1]
+
+
 def test_whole_times_are_the_table_itself():
     schedule, t = schedules.linear(), torch.arange(1001)
     for ours, theirs in zip(schedule.alpha_sigma(t), schedule.alpha_sigma(t.double()), strict=True):
@@ -188,6 +227,8 @@ def test_align_your_steps_is_the_published_table():
     torch.testing.assert_close(
         noise[1:-1:2], (noise[:-2:2] * noise[2::2]).sqrt(), rtol=1e-9, atol=0
     )  # geometric means
+    cleanest = schedule.snr(torch.tensor([25, 1])).rsqrt().prod().sqrt()
+    torch.testing.assert_close(noise[-1], cleanest, rtol=1e-9, atol=0)  # the list ends at level 1
     torch.testing.assert_close(
         schedules.cosine().snr(schedules.cosine().timesteps(20, "ays")[:-1]).rsqrt(),
         noise,

@@ -9,7 +9,6 @@ from minidiff.errors import UserError
 from minidiff.evaluation import metrics
 from minidiff.evaluation.metrics import Moments
 
-
 MIDDLE = torch.tensor([0.025, 0.975], dtype=torch.float64)  # 95 % lie between
 
 
