@@ -180,6 +180,51 @@ def test_limits_of_discrete():
             schedules.Discrete(betas, T=2)
 
 
+def test_defaults_are_the_published_ones():
+    """DDPM's betas; the logit-normal(0, 1) of Esser et al., unshifted; EDM table 1. Clean data is
+    the last time of all but the models that say otherwise."""
+    assert schedules.Discrete("linear") == schedules.linear()
+    assert schedules.linear() == schedules.Discrete("linear", 1000, 1e-4, 0.02, mean=None, std=1.0)
+    assert schedules.Flow() == schedules.Flow(mean=0.0, std=1.0, shift=1.0)
+    assert schedules.Karras() == schedules.Karras(0.002, 80.0, 7.0, -1.2, 1.2)
+    assert [schedule.final for schedule in ALL] == [0] * len(ALL)
+
+
+def test_training_times_by_their_equations():
+    """t = sigmoid(mean + std n), of a flow; sigma = exp(P_mean + P_std n); and of a discrete
+    schedule ceil(T sigmoid(mean + std n)), from 1 to T at any mean."""
+    n = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def times(schedule):
+        return schedule.sample_t(50, torch.Generator().manual_seed(0))
+
+    expected = torch.sigmoid(0.3 + 0.8 * n)
+    torch.testing.assert_close(times(schedules.Flow(mean=0.3, std=0.8)), expected)
+    torch.testing.assert_close(times(schedules.Karras()), torch.exp(-1.2 + 1.2 * n))
+    discrete = times(schedules.Discrete("cosine", mean=0.3, std=0.8))
+    assert torch.equal(discrete, (1000 * expected).ceil().long())
+    for mean, level in ((-9.0, 1), (9.0, 1000), (-800.0, 1)):
+        found = times(schedules.Discrete("cosine", mean=mean, std=0.1))
+        assert (found == level).all(), mean
+
+
+def test_ends_of_a_flows_grids():
+    """karras from pure noise, t = 1; log-snr from 1 - 1/1000; both to 1/1000, then clean data."""
+    for spacing, first in (("karras", 1), ("log-snr", 0.999)):
+        times = schedules.Flow().timesteps(9, spacing)[[0, -2, -1]]
+        expected = torch.tensor([first, 0.001, 0], dtype=torch.float64)
+        torch.testing.assert_close(times, expected, rtol=1e-12, atol=0)
+
+
+def test_clean_data_count_as_little_noise_between_levels():
+    """log SNR is infinite at t = 0. There alpha_bar counts as 1 - 1e-12, so that half way from
+    data to level 1 log SNR is the mean of the two."""
+    schedule = schedules.cosine()
+    clean, first = math.log(1e12 - 1), schedule.snr(torch.tensor(1)).log()
+    half = schedule.snr(torch.tensor(0.5, dtype=torch.float64)).log()
+    torch.testing.assert_close(half, (clean + first) / 2, rtol=1e-5, atol=0)  # 1 - alpha_bar
+
+
 def test_the_scale_of_heuns_method():
     """EDM table 1: s(t) = alpha for a variance-preserving schedule, at least sigma / 80; 1 for the
     others."""
