@@ -23,6 +23,7 @@ from minidiff.samplers import (
     heun,
     lcm,
     sample,
+    times_of,
     unipc,
 )
 
@@ -404,6 +405,69 @@ def test_final_with_every_grid(sampler, spacing):
     assert all(frame.x.isfinite().all() for frame in frames)
     if frames[-2].t == pytest.approx(1):
         torch.testing.assert_close(frames[-1].x, frames[-2].x, rtol=1e-9, atol=1e-9)
+
+
+def test_where_each_sampler_lays_its_times():
+    """linspace: Euler and Heun do not round, the multistep solvers lay out one time more and leave
+    out the last level (in as many steps as levels there is none more); leading alike, but for Euler
+    and Heun; every other spacing is the schedule's. None is the sampler's own."""
+    schedule = schedules.cosine()
+
+    def times(sampler, spacing, steps=5):
+        return times_of(schedule, steps, spacing, by_name(sampler)).tolist()
+
+    even = [1000, 750.25, 500.5, 250.75, 1, 0]
+    assert [times(each, "linspace") for each in ("euler", "heun")] == [even, even]
+    for sampler in ("dpmpp_2m", "dpmpp_2m_sde", "unipc"):
+        assert times(sampler, "linspace") == [1000, 800, 600, 401, 201, 0]
+        assert times(sampler, "leading") == [832, 666, 500, 334, 168, 0]  # of 6 strides of 166
+        for spacing in ("linspace", "leading"):
+            assert times(sampler, spacing, 1000) == list(range(1000, -1, -1))
+            assert times(sampler, spacing, 999)[-2:] == [2, 0]
+    for sampler in SAMPLERS:
+        assert times(sampler, "trailing") == [1000, 800, 600, 400, 200, 0]
+        assert times(sampler, None) == times(sampler, by_name(sampler).spacing)
+    for sampler in ("ddim", "ddpm", "pndm", "euler", "heun"):
+        assert times(sampler, "leading") == [802, 602, 402, 202, 2, 0]
+    assert times("ddim", "linspace") == [1000, 750, 501, 251, 1, 0]
+    assert times_of(schedule, 5).tolist() == [1000, 800, 600, 400, 200, 0]
+
+
+def test_defaults_are_the_published_ones():
+    """DDIM's and DPM-Solver++'s own are without new noise; Heun's churn is off, and where it is on
+    its noise has unit variance at every level; UniPC's B(h) is the second."""
+    assert ddim() == ddim(eta=0.0, final=True) and dpmpp_2m() == dpmpp_2m(eta=0.0)
+    assert heun() == heun(churn=0.0, noise_scale=1.0, between=(0.0, math.inf))
+    assert unipc() == unipc("bh2") and dpmpp_2m_sde() == dpmpp_2m(eta=1.0)
+    assert (ddpm(), euler_ancestral()) == (ddim(1.0), ddim(1.0, final=False))
+
+
+def test_which_spacings_a_sampler_follows():
+    """Those that its class in diffusers reads: LCM none, and Karras's only those with
+    use_karras_sigmas."""
+    karras = {"euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"}
+    assert {name for name, step in SAMPLERS.items() if step.follows("karras")} == karras
+    assert {name for name, step in SAMPLERS.items() if step.follows("leading")} == {*SAMPLERS} - {
+        "lcm"
+    }
+
+
+def test_noise_by_its_definition():
+    """Row k comes from a generator of its own; split draws their seeds from one generator, each
+    below 2^63 - 1; seeded makes them of (seed, index)."""
+    seeds = torch.randint(2**63 - 1, (16,), generator=torch.Generator().manual_seed(5)).tolist()
+    x = torch.zeros(16, 2, 3, dtype=torch.float64)
+    expected = [
+        torch.randn(2, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for seed in seeds
+    ]
+    found = Normal.split(torch.Generator().manual_seed(5), 16)(x)
+    assert torch.equal(found, torch.stack(expected))
+    both, alone = Normal.seeded(7, [0, 3]), Normal.seeded(7, [3])
+    assert torch.equal(both(x[:2])[1:], alone(x[:1]))
+    with pytest.raises(UserError, match="noise for 2 examples, asked for 3"):
+        both(x[:3])
+    assert both(x[:2].bfloat16()).dtype == torch.bfloat16
 
 
 def test_times_replace_the_spacing():
