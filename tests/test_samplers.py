@@ -255,6 +255,41 @@ def test_churn_between_its_bounds():
         assert len(calls) == drawn, (t, bounds)
 
 
+def test_churn_leaves_pure_noise_as_it_is():
+    """Where alpha = 0 there is nothing to drown: no factor, and no noise added."""
+    schedule, x, asked = schedules.Flow(), torch.randn(3, 1, dtype=torch.float64), []
+
+    def denoise(x, t):
+        asked.append((x, t))
+        return exact_gaussian(schedule)(x, t)
+
+    t, s = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    heun(0.3)(denoise, schedule, x, t, s, torch.ones_like)
+    assert torch.equal(asked[0][0], x) and (asked[0][1] == 1).all()
+
+
+@pytest.mark.parametrize(
+    "schedule, t, s, evaluations",
+    [
+        (schedules.Karras(), 80.0, 0.5, 2),
+        (schedules.Karras(), 80.1, 0.5, 1),  # sigma / alpha above 80: almost no data
+        (schedules.Flow(), 0.9, 0.4, 2),
+        (schedules.Flow(), 0.9, 0.0, 1),  # eps is not defined at clean data
+        (schedules.cosine(), 900.0, 1.0, 2),
+    ],
+)
+def test_pndms_first_step_looks_at_its_end(schedule, t, s, evaluations):
+    asked = []
+
+    def denoise(x, t):
+        asked.append(t)
+        return Prediction(x, x)
+
+    t, s = torch.tensor([t, s], dtype=torch.float64)
+    pndm()(denoise, schedule, torch.ones(2, 1, dtype=torch.float64), t, s, None)
+    assert len(asked) == evaluations
+
+
 @pytest.mark.parametrize("terms", [1, 2, 3, 4])
 def test_adams_bashforth_weights(terms):
     """They integrate over the next unit of time, exactly, every polynomial of degree below their
@@ -367,6 +402,20 @@ def test_unipc_by_its_equations(variant):
         expected = sigma_s / sigma_t * x + alpha_s * ahead
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
         x = found
+
+
+@pytest.mark.parametrize("variant, weight", [("bh1", 0.0), ("bh2", 0.5)])
+def test_unipc_corrects_a_step_from_pure_noise(variant, weight):
+    """There h is infinite: x_s = sigma_s x + alpha_s (x0 + B / 2 (x0_s - x0)), with B = 1 - e^-h =
+    1; of the variant with B = h no finite correction exists, and none is made."""
+    schedule, (t, s, end) = schedules.Flow(), torch.tensor([1.0, 0.6, 0.3], dtype=torch.float64)
+    start, first, second = torch.randn(3, 2, 3, dtype=torch.float64)
+    denoise = told(Prediction(first, start), Prediction(second, start))
+    x, _, memory = unipc(variant)(denoise, schedule, start, t, s, None)
+    torch.testing.assert_close(x, 0.6 * start + 0.4 * first)
+    *_, memory = unipc(variant)(denoise, schedule, x, s, end, None, memory)
+    expected = 0.6 * start + 0.4 * (first + weight * (second - first))
+    torch.testing.assert_close(memory.x, expected)
 
 
 def test_the_consistency_function_by_its_equation():
