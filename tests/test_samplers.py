@@ -428,6 +428,9 @@ def test_the_consistency_function_by_its_equation():
     found = consistent(lambda *_: Prediction(x0, x), schedule, x, t)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     assert torch.equal(found[:2], x[:2])
+    x0[:2] = math.nan  # as a solve at clean data may be
+    found = consistent(lambda *_: Prediction(x0, x), schedule, x, t)
+    assert torch.equal(found[:2], x[:2]) and found.isfinite().all()
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
