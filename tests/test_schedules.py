@@ -225,6 +225,15 @@ def test_clean_data_count_as_little_noise_between_levels():
     torch.testing.assert_close(half, (clean + first) / 2, rtol=1e-5, atol=0)  # 1 - alpha_bar
 
 
+def test_progress_of_karras_is_in_log_sigma():
+    """From 0 at sigma_min to 1 at sigma_max; training times may lie outside, and count as the
+    end."""
+    schedule = schedules.Karras()
+    t = torch.tensor([0.0, 0.001, 0.002, 0.4, 80.0, 200.0], dtype=torch.float64)
+    expected = torch.tensor([0, 0, 0, 0.5, 1, 1], dtype=torch.float64)  # 0.4^2 = 0.002 * 80
+    torch.testing.assert_close(schedule.progress(t), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_the_scale_of_heuns_method():
     """EDM table 1: s(t) = alpha for a variance-preserving schedule, at least sigma / 80; 1 for the
     others."""
