@@ -483,7 +483,8 @@ def test_bad_guidance(how, complaint):
 
 
 @pytest.mark.parametrize(
-    "share, complaint", [(0.0, "0.0; it must be above 0"), (99.5, "as in 0.995")]
+    "share, complaint",
+    [(0.0, "0.0; it must be above 0"), (1.5, "it must be above 0"), (99.5, "as in 0.995")],
 )
 def test_bad_thresholds(share, complaint):
     with pytest.raises(UserError, match=complaint):
