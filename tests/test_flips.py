@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from . import flips
+from . import flips, places
 
 SAMPLE, SHARE, EQUIVALENT = 60, 0.95, 0.03
 
@@ -24,7 +24,7 @@ class A:
         return f"{x + 8}" if x is None else -x @ x ** 2.5
 """)
     before = ast.unparse(tree)
-    assert list(flips.flipped(tree)) == [
+    assert list(places.flipped(tree)) == [
         ("", "LEVELS = 20 -> LEVELS = 21"),
         ("A", "rate: float = 0.5 -> rate: float = 1.0"),
         ("A.f", "k=1 -> k=2"),
@@ -42,10 +42,10 @@ class A:
 
 def test_places_are_told_apart_and_few_are_called_equivalent():
     """Every entry of flips_equivalent.json is the place of a flip, and has a reason."""
-    places = [flip.place for file in flips.TESTS for flip in flips.flips(file)]
+    all_places = [flip.place for file in flips.TESTS for flip in places.flips(file)]
     reasons = flips.equivalent()  # raises for a place that is none
-    assert len(set(places)) == len(places) > 1000
-    assert len(reasons) <= EQUIVALENT * len(places)
+    assert len(set(all_places)) == len(all_places) > 1000
+    assert len(reasons) <= EQUIVALENT * len(all_places)
     assert all(len(reason.split()) > 3 for reason in reasons.values())
 
 
