@@ -24,6 +24,16 @@ test_predict_x0_inverts_q_sample = pytest.mark.equation("ddpm-15")(
 test_simple_loss_of_the_true_noise_is_zero = checks.simple_loss_of_the_true_noise_is_zero
 
 
+@pytest.mark.equation("ddpm-2")
+def test_one_step_is_equation_2():
+    """x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps: signal and noise add, in this sign."""
+    x, eps = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    t = torch.tensor([1, 2, 500, 1000])
+    beta = (1e-4 + (t.double() - 1) / 999 * (0.02 - 1e-4))[:, None]  # section 4
+    expected = (1 - beta).sqrt() * x + beta.sqrt() * eps
+    assert torch.allclose(DDPM().q_step(x, t, eps), expected, atol=EXACT, rtol=0)
+
+
 def test_general_sampler_equals_the_literal_chain():
     """eta = 1 over all T steps of the linear schedule is algorithm 2, given the same noise."""
     x_T = torch.randn(3, 4, dtype=torch.float64)

@@ -9,7 +9,14 @@ from minidiff.errors import UserError
 from minidiff.exercises import checks
 from minidiff.exercises.models import Knows, Linear, oracle
 from minidiff.guidance import guide
-from minidiff.losses import LEVELS, LR_MULTIPLIER, SIGMA_DATA, WEIGHTINGS
+from minidiff.losses import (
+    LEVELS,
+    LR_MULTIPLIER,
+    SIGMA_DATA,
+    WEIGHTINGS,
+    balanced,
+    log_error,
+)
 from minidiff.methods.thresholding import Thresholded
 
 ALL_SCHEDULES = [
@@ -50,6 +57,27 @@ def test_edm_row_is_the_published_preconditioning():
     )
 
 
+@pytest.mark.parametrize("schedule", [schedules.Karras(), schedules.cosine()], ids=name)
+def test_edm_shows_the_network_unit_variance(schedule):
+    """EDM table 1: c_in = 1 / sqrt(sigma^2 + 0.5^2), for x / alpha at the level sigma / alpha. So
+    for data of standard deviation 0.5, what the network is shown has variance 1 at every t."""
+
+    class Sees(torch.nn.Module):
+        def forward(self, x, c_noise, context=None):
+            self.input = x
+            return x
+
+    network, t = Sees(), schedule.timesteps(10)[:-1]
+    alpha, sigma = (scale[:, None] for scale in schedule.alpha_sigma(t))
+    x = torch.randn(10, 4, dtype=torch.float64)
+    Denoiser(network, schedule, "edm")(alpha * x, t)
+    expected = x / ((sigma / alpha) ** 2 + 0.5**2).sqrt()
+    assert torch.allclose(network.input, expected, rtol=1e-9, atol=0)
+    variance = (0.5 * alpha) ** 2 + sigma**2
+    Denoiser(network, schedule, "edm")(variance.sqrt().expand(10, 4), t)
+    assert torch.allclose(network.input, torch.ones(10, 4, dtype=torch.float64), rtol=1e-12)
+
+
 def test_edm_row_is_the_same_on_every_schedule():
     """The same network says the same of x0 at one sigma / alpha, whether x is scaled by alpha or not: c_in, c_skip and c_out agree."""
 
@@ -77,6 +105,25 @@ def test_weighting_means_the_same_for_every_target(target, weighting):
     denoiser.weighting = weighting
     expected = WEIGHTINGS[weighting](schedule.snr(t)) * (x0 - denoiser(x, t).x0).pow(2).mean(1)
     assert torch.allclose(denoiser.loss(x0, t=t, eps=eps), expected, rtol=1e-8, atol=0)
+
+
+def test_weightings_are_the_published_ones():
+    """As functions of SNR = (alpha / sigma)^2, each from its paper's own formula at alpha = 1."""
+    sigma = torch.tensor([0.01, 0.3, 1.0, 7.0, 80.0], dtype=torch.float64)
+    snr = sigma**-2
+    published = {
+        "eps": 1 / sigma**2,  # || eps - eps_hat ||^2 = || x0 - x0_hat ||^2 / sigma^2
+        "x0": torch.ones(5, dtype=torch.float64),
+        "v": 1 / sigma**2 + 1,  # Salimans & Ho, section 4: SNR + 1
+        "flow": (1 + 1 / sigma) ** 2,  # 1 / t^2 at the t with (1 - t) / t = 1 / sigma
+        "edm": (sigma**2 + 0.5**2) / (sigma * 0.5) ** 2,  # Karras et al., table 1, lambda(sigma)
+        "min-snr": (1 / sigma**2).minimum(torch.tensor(5.0)),  # Hang et al., section 3.4
+        "p2": 1 / (1 + snr) * snr,  # Choi et al. eq. 8: 1 / (1 + SNR) times the weight of eps
+        "learned": torch.ones(5, dtype=torch.float64),
+    }
+    assert published.keys() == WEIGHTINGS.keys() and SIGMA_DATA == 0.5
+    for weighting, expected in published.items():
+        assert torch.allclose(WEIGHTINGS[weighting](snr), expected, rtol=1e-12, atol=0), weighting
 
 
 @pytest.mark.parametrize(
@@ -127,6 +174,17 @@ def test_learned_weighting_makes_every_level_pull_equally():
         torch.autograd.grad(loss.sum(), answer)[0], (2 / 50 / u.exp())[:, None].expand(-1, 50)
     )
     assert Denoiser(Knows(), schedule, "x0").log_error is None
+
+
+def test_learned_weighting_by_its_equation():
+    """error / e^u + u, with u = 20 theta of the level: 20 levels of equal width, from data (0) to
+    noise (1), whose ends belong to the first and the last."""
+    theta = torch.linspace(-0.1, 0.1, 20, dtype=torch.float64)
+    assert log_error().shape == (20,) and not log_error().any()
+    progress = torch.tensor([0.0, 0.049, 0.051, 0.5, 0.951, 1.0], dtype=torch.float64)
+    u = 20 * theta[torch.tensor([0, 0, 1, 10, 19, 19])]
+    error = torch.rand(6, dtype=torch.float64)
+    torch.testing.assert_close(balanced(error, progress, theta), error / u.exp() + u)
 
 
 def test_zero_terminal_snr_needs_a_target_that_sees_x0():
@@ -281,6 +339,31 @@ def test_guidance_in_an_interval():
         torch.testing.assert_close(found.x0, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_guidance_by_its_equation_in_a_batch_of_three():
+    """null + scale (context - null), at scales on both sides of 1; rescale 0 is off, as it must be
+    for one number, which has no standard deviation."""
+    denoiser = Denoiser(Linear(), schedules.linear(), "eps")
+    x, t = torch.randn(3, 1, dtype=torch.float64), torch.tensor([10, 500, 900])
+    context = torch.rand(3, 1, 4, dtype=torch.float64)
+    with_text, without = denoiser(x, t, context), denoiser(x, t, 0 * context)
+    for scale in (0.5, 2.0, 7.5):
+        found = guide(denoiser, context, 0 * context, scale)(x, t)
+        for a, b, ours in zip(without, with_text, found, strict=True):
+            torch.testing.assert_close(ours, a + scale * (b - a), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.0, 0.0), (1.0, 1.0), (0.4, 0.4)])
+def test_an_interval_may_be_all_or_a_point(interval):
+    """0 <= low <= high <= 1, and both ends belong to it."""
+    denoiser, _, x, _, context, null = pictures()
+    limited, always = (guide(denoiser, context, null, 3.0, interval=i) for i in (interval, None))
+    t = torch.tensor([round(1000 * max(edge, 0.001)) for edge in interval])
+    if interval[1] > 0:
+        torch.testing.assert_close(limited(x, t).x0[1], always(x, t).x0[1])
+    else:  # no noise level is clean data
+        torch.testing.assert_close(limited(x, t).x0, denoiser(x, t, context).x0)
+
+
 def test_dynamic_thresholding_equals_diffusers():
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DDIMScheduler(
@@ -336,6 +419,8 @@ def test_autoguidance_steers_away_from_a_weak_denoiser():
         ({"rescale": 1.5}, "rescale is 1.5; it must be from 0"),
         ({"interval": (0.6, 0.2)}, "smaller one first"),
         ({"interval": (0.0, 600)}, "from 0 .data. to 1"),
+        ({"interval": (0.0, 1.5)}, "from 0 .data. to 1"),
+        ({"interval": (-0.1, 0.5)}, "from 0 .data. to 1"),
     ],
 )
 def test_bad_guidance(how, complaint):
@@ -345,14 +430,15 @@ def test_bad_guidance(how, complaint):
 
 
 @pytest.mark.parametrize(
-    "share, complaint", [(0.0, "0.0; it must be above 0"), (99.5, "as in 0.995")]
+    "share, complaint",
+    [(0.0, "0.0; it must be above 0"), (1.5, "it must be above 0"), (99.5, "as in 0.995")],
 )
 def test_bad_thresholds(share, complaint):
     with pytest.raises(UserError, match=complaint):
         Thresholded(lambda x, t: None, schedules.linear(), share)
 
 
-@pytest.mark.parametrize("scale", [7.5, 0.0])
+@pytest.mark.parametrize("scale", [7.5, 2.0, 0.0])
 def test_guidance_needs_something_to_steer_away_from(scale):
     denoiser, _, _, _, context, _ = pictures()
     with pytest.raises(UserError, match="needs null or weak, to steer away from"):

@@ -303,6 +303,26 @@ def test_heads_must_divide_the_width():
         Attention(12, 5)
 
 
+def test_scale_shift_formula():
+    """AdaGN, Dhariwal & Nichol section 3: GroupNorm(h) (1 + scale) + shift, both from time, which
+    gives scale first; so time that says nothing changes nothing."""
+    block = ResBlock(4, 6, time_dim=5, groups=2, scale_shift=True).double()
+    x, emb = torch.randn(2, 4, 8, 8).double(), torch.randn(2, 5).double()
+    scale, shift = block.time(F.silu(emb))[:, :, None, None].split(6, dim=1)
+    h = block.norm2(block.conv1(F.silu(block.norm1(x)))) * (1 + scale) + shift
+    expected = block.skip(x) + block.conv2(F.silu(h))
+    torch.testing.assert_close(block(x, emb), expected, **DOUBLE)
+
+
+def test_published_small_numbers():
+    """Stable Diffusion's: GroupNorm's eps is 1e-5 in residual blocks and 1e-6 in transformers, of 32
+    groups, and latents are scaled by 0.18215."""
+    block, transformer = ResBlock(32, 32), SpatialTransformer(32, 2, None)
+    assert [norm.eps for norm in (block.norm1, block.norm2, transformer.norm)] == [1e-5, 1e-5, 1e-6]
+    assert [norm.num_groups for norm in (block.norm1, block.norm2, transformer.norm)] == [32] * 3
+    assert vae_sd().latent_scale.item() == pytest.approx(0.18215, rel=1e-6)  # float32
+
+
 def test_transformer_block_without_its_optional_parts():
     names = {
         name.split(".")[0]

@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 
+import numpy
 import pytest
 import torch
 
@@ -23,9 +24,12 @@ from minidiff.samplers import (
     euler_ancestral,
     heun,
     lcm,
+    pndm,
     sample,
+    times_of,
     unipc,
 )
+from minidiff.steps import ADAMS_BASHFORTH, consistent
 
 from .noise import seeded
 
@@ -231,6 +235,207 @@ def test_heun_equals_edm_algorithm_2(S_churn):
     assert (last.x - x).abs().max() < 1e-12
 
 
+def test_churn_between_its_bounds():
+    """EDM algorithm 2: noise is added where S_tmin <= sigma / alpha <= S_tmax, both included."""
+    edm, cosine, calls = schedules.Karras(), schedules.cosine(), []
+    level = cosine.at_log_snr(torch.tensor(2.0).double().log() * -2)  # of sigma / alpha = 2
+
+    def noise(x):
+        calls.append(len(x))
+        return torch.zeros_like(x)
+
+    for schedule, t, bounds, drawn in (
+        (edm, 2.0, (2.0, 2.0), 1),
+        (edm, 1.999, (2.0, 2.0), 0),
+        (edm, 2.001, (2.0, 2.0), 0),
+        (cosine, level, (1.99, 2.01), 1),
+        (cosine, level, (2.01, 3.0), 0),
+    ):
+        calls.clear()
+        t = torch.as_tensor(t, dtype=torch.float64)
+        x = torch.ones(3, 1, dtype=torch.float64)
+        heun(0.3, between=bounds)(exact_gaussian(schedule), schedule, x, t, t / 2, noise)
+        assert len(calls) == drawn, (t, bounds)
+
+
+def test_churn_leaves_pure_noise_as_it_is():
+    """Where alpha = 0 there is nothing to drown: no factor, and no noise added."""
+    schedule, x, asked = schedules.Flow(), torch.randn(3, 1, dtype=torch.float64), []
+
+    def denoise(x, t):
+        asked.append((x, t))
+        return exact_gaussian(schedule)(x, t)
+
+    t, s = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    heun(0.3)(denoise, schedule, x, t, s, torch.ones_like)
+    assert torch.equal(asked[0][0], x) and (asked[0][1] == 1).all()
+
+
+@pytest.mark.parametrize(
+    "schedule, t, s, evaluations",
+    [
+        (schedules.Karras(), 80.0, 0.5, 2),
+        (schedules.Karras(), 80.1, 0.5, 1),  # sigma / alpha above 80: almost no data
+        (schedules.Flow(), 0.9, 0.4, 2),
+        (schedules.Flow(), 0.9, 0.0, 1),  # eps is not defined at clean data
+        (schedules.cosine(), 900.0, 1.0, 2),
+    ],
+)
+def test_pndms_first_step_looks_at_its_end(schedule, t, s, evaluations):
+    asked = []
+
+    def denoise(x, t):
+        asked.append(t)
+        return Prediction(x, x)
+
+    t, s = torch.tensor([t, s], dtype=torch.float64)
+    pndm()(denoise, schedule, torch.ones(2, 1, dtype=torch.float64), t, s, None)
+    assert len(asked) == evaluations
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3, 4])
+def test_adams_bashforth_weights(terms):
+    """They integrate over the next unit of time, exactly, every polynomial of degree below their
+    number, from its values at 0, -1, -2, ...: sum_k w_k (-k)^p = 1 / (p + 1)."""
+    weights = torch.tensor(ADAMS_BASHFORTH[terms], dtype=torch.float64)
+    assert len(weights) == terms
+    places = -torch.arange(terms, dtype=torch.float64)
+    for power in range(terms):
+        assert abs((weights * places**power).sum() - 1 / (power + 1)) < 1e-14
+
+
+def stretch(schedule, t, s):
+    """alpha and sigma at both ends, and h = lambda_s - lambda_t of lambda = log(alpha / sigma)."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
+    return alpha_t, sigma_t, alpha_s, sigma_s, ((alpha_s * sigma_t) / (sigma_s * alpha_t)).log()
+
+
+def told(*predictions):
+    """A denoiser that answers with these, one at a call."""
+    answers = iter(predictions)
+    return lambda x, t: next(answers)
+
+
+def test_pndm_by_its_equations():
+    """Liu et al. 2022, eq. 11: DDIM's transfer along a sum of the last four eps. The first step
+    takes the mean of eps at its two ends."""
+    schedule, times = schedules.cosine(), torch.tensor([900, 750, 600, 450, 300, 150])
+    eps = torch.randn(7, 2, 3, dtype=torch.float64)
+    start = x = torch.randn(2, 3, dtype=torch.float64)
+    memory = None
+    for k, (t, s) in enumerate(pairwise(times)):
+        alpha_t, sigma_t, alpha_s, sigma_s, _ = stretch(schedule, t, s)
+        predictions = [
+            Prediction(
+                (x - sigma_t * eps[0 if k == 0 else k + 1]) / alpha_t, eps[k + 1 if k else 0]
+            ),
+            Prediction(x, eps[1]),  # of the first step's end
+        ]
+        found, _, memory = pndm()(told(*predictions), schedule, x, t, s, None, memory)
+        last = [eps[0], *eps[2 : k + 2]][::-1][:4]  # newest first
+        mean = sum(w * e for w, e in zip(ADAMS_BASHFORTH[len(last)], last, strict=True))
+        mean = (eps[0] + eps[1]) / 2 if k == 0 else mean
+        expected = alpha_s * (x - sigma_t * mean) / alpha_t + sigma_s * mean
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+        assert len(memory) == min(k + 1, 4)
+        x = found
+    assert not torch.equal(x, start)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_dpmpp_2m_by_its_equations(eta):
+    """Lu et al. 2022 (DPM-Solver++), algorithm 2, and k-diffusion's eta: with r = h_last / h,
+    x_s = (sigma_s / sigma_t) e^(-eta h) x + alpha_s (1 - e^(-h - eta h)) D + noise of variance
+    sigma_s^2 (1 - e^(-2 eta h)), where D = x0 + (x0 - x0_last) / (2 r)."""
+    schedule, times = schedules.cosine(), torch.tensor([900, 700, 600])
+    x, z, *x0 = torch.randn(4, 2, 3, dtype=torch.float64)
+    memory = h_last = None
+    for k, (t, s) in enumerate(pairwise(times)):
+        _, sigma_t, alpha_s, sigma_s, h = stretch(schedule, t, s)
+        denoise = told(Prediction(x0[k], x))
+        found, _, memory = dpmpp_2m(eta)(denoise, schedule, x, t, s, lambda x: z, memory)
+        D = x0[k] if k == 0 else x0[k] + (x0[k] - x0[k - 1]) / (2 * h_last / h)
+        expected = sigma_s / sigma_t * (-eta * h).exp() * x
+        expected = expected + alpha_s * (1 - (-h - eta * h).exp()) * D
+        expected = expected + sigma_s * (1 - (-2 * eta * h).exp()).sqrt() * z
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+        x, h_last = found, h
+
+
+def integral(function, h):
+    """Of e^(u - h) function(u) over u = 0..h, by Gauss and Legendre: exact but for roundings."""
+    places, weights = map(torch.from_numpy, numpy.polynomial.legendre.leggauss(20))
+    u = (h * (places + 1) / 2)[:, None, None]
+    return (weights[:, None, None] * (u - h).exp() * function(u)).sum(0) * h / 2
+
+
+@pytest.mark.parametrize("variant", ["bh1", "bh2"])
+def test_unipc_by_its_equations(variant):
+    """Zhao et al. 2023, section 3. The predictor is x_s = (sigma_s / sigma_t) x + alpha_s ((1 -
+    e^-h) x0 + B(h) / 2 (x0 - x0_last) h / h_last); the first has no second-order term. The
+    corrector integrates e^(u - h) x0(u) along the parabola through the last three x0; the first
+    has two of them, and x_s = ... + alpha_s B(h) / 2 (x0_s - x0)."""
+    schedule, times = schedules.cosine(), torch.tensor([900, 700, 600, 520])
+    x, *x0 = torch.randn(4, 2, 3, dtype=torch.float64)
+    memory, steps = None, []  # of (x, h, factor of x, alpha_s) before each step
+    for k, (t, s) in enumerate(pairwise(times)):
+        _, sigma_t, alpha_s, sigma_s, h = stretch(schedule, t, s)
+        denoise = told(Prediction(x0[k], x))
+        found, _, memory = unipc(variant)(denoise, schedule, x, t, s, None, memory)
+        if k == 1:
+            start, h1, shrink, alpha = steps[0]
+            B = h1 if variant == "bh1" else 1 - (-h1).exp()
+            x = shrink * start + alpha * ((1 - (-h1).exp()) * x0[0] + B / 2 * (x0[1] - x0[0]))
+        if k == 2:
+            (_, h0, _, _), (start, h1, shrink, alpha) = steps
+
+            def parabola(u, h0=h0, h1=h1):
+                return (
+                    x0[0] * u * (u - h1) / (h0 * (h0 + h1))
+                    - x0[1] * (u + h0) * (u - h1) / (h0 * h1)
+                    + x0[2] * (u + h0) * u / ((h0 + h1) * h1)
+                )
+
+            x = shrink * start + alpha * integral(parabola, h1)
+        steps.append((x, h, sigma_s / sigma_t, alpha_s))
+        ahead = (1 - (-h).exp()) * x0[k]
+        if k > 0:
+            B = h if variant == "bh1" else 1 - (-h).exp()
+            ahead = ahead + B / 2 * (x0[k] - x0[k - 1]) * h / steps[k - 1][1]
+        expected = sigma_s / sigma_t * x + alpha_s * ahead
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        x = found
+
+
+@pytest.mark.parametrize("variant, weight", [("bh1", 0.0), ("bh2", 0.5)])
+def test_unipc_corrects_a_step_from_pure_noise(variant, weight):
+    """There h is infinite: x_s = sigma_s x + alpha_s (x0 + B / 2 (x0_s - x0)), with B = 1 - e^-h =
+    1; of the variant with B = h no finite correction exists, and none is made."""
+    schedule, (t, s, end) = schedules.Flow(), torch.tensor([1.0, 0.6, 0.3], dtype=torch.float64)
+    start, first, second = torch.randn(3, 2, 3, dtype=torch.float64)
+    denoise = told(Prediction(first, start), Prediction(second, start))
+    x, _, memory = unipc(variant)(denoise, schedule, start, t, s, None)
+    torch.testing.assert_close(x, 0.6 * start + 0.4 * first)
+    *_, memory = unipc(variant)(denoise, schedule, x, s, end, None, memory)
+    expected = 0.6 * start + 0.4 * (first + weight * (second - first))
+    torch.testing.assert_close(memory.x, expected)
+
+
+def test_the_consistency_function_by_its_equation():
+    """Luo et al. 2023, eq. 9 as published with Stable Diffusion: c_skip = 0.25 / (tau^2 + 0.25) and
+    c_out = tau / sqrt(tau^2 + 0.25) at tau = 10 (t - 1); x itself at the first level and below."""
+    schedule, x, x0 = schedules.cosine(), *torch.randn(2, 5, 3, dtype=torch.float64)
+    t = torch.tensor([0.0, 1.0, 1.02, 1.5, 40.0], dtype=torch.float64)
+    tau = (10 * (t - 1)).clamp(min=0)[:, None]
+    expected = 0.25 / (tau**2 + 0.25) * x + tau / (tau**2 + 0.25).sqrt() * x0
+    found = consistent(lambda *_: Prediction(x0, x), schedule, x, t)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    assert torch.equal(found[:2], x[:2])
+    x0[:2] = math.nan  # as a solve at clean data may be
+    found = consistent(lambda *_: Prediction(x0, x), schedule, x, t)
+    assert torch.equal(found[:2], x[:2]) and found.isfinite().all()
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize(
     "schedule",
@@ -396,6 +601,69 @@ def test_final_with_every_grid(sampler, spacing):
     assert all(frame.x.isfinite().all() for frame in frames)
     if frames[-2].t == pytest.approx(1):
         torch.testing.assert_close(frames[-1].x, frames[-2].x, rtol=1e-9, atol=1e-9)
+
+
+def test_where_each_sampler_lays_its_times():
+    """linspace: Euler and Heun do not round, the multistep solvers lay out one time more and leave
+    out the last level (in as many steps as levels there is none more); leading alike, but for Euler
+    and Heun; every other spacing is the schedule's. None is the sampler's own."""
+    schedule = schedules.cosine()
+
+    def times(sampler, spacing, steps=5):
+        return times_of(schedule, steps, spacing, by_name(sampler)).tolist()
+
+    even = [1000, 750.25, 500.5, 250.75, 1, 0]
+    assert [times(each, "linspace") for each in ("euler", "heun")] == [even, even]
+    for sampler in ("dpmpp_2m", "dpmpp_2m_sde", "unipc"):
+        assert times(sampler, "linspace") == [1000, 800, 600, 401, 201, 0]
+        assert times(sampler, "leading") == [832, 666, 500, 334, 168, 0]  # of 6 strides of 166
+        for spacing in ("linspace", "leading"):
+            assert times(sampler, spacing, 1000) == list(range(1000, -1, -1))
+            assert times(sampler, spacing, 999)[-2:] == [2, 0]
+    for sampler in SAMPLERS:
+        assert times(sampler, "trailing") == [1000, 800, 600, 400, 200, 0]
+        assert times(sampler, None) == times(sampler, by_name(sampler).spacing)
+    for sampler in ("ddim", "ddpm", "pndm", "euler", "heun"):
+        assert times(sampler, "leading") == [802, 602, 402, 202, 2, 0]
+    assert times("ddim", "linspace") == [1000, 750, 501, 251, 1, 0]
+    assert times_of(schedule, 5).tolist() == [1000, 800, 600, 400, 200, 0]
+
+
+def test_defaults_are_the_published_ones():
+    """DDIM's and DPM-Solver++'s own are without new noise; Heun's churn is off, and where it is on
+    its noise has unit variance at every level; UniPC's B(h) is the second."""
+    assert ddim() == ddim(eta=0.0, final=True) and dpmpp_2m() == dpmpp_2m(eta=0.0)
+    assert heun() == heun(churn=0.0, noise_scale=1.0, between=(0.0, math.inf))
+    assert unipc() == unipc("bh2") and dpmpp_2m_sde() == dpmpp_2m(eta=1.0)
+    assert (ddpm(), euler_ancestral()) == (ddim(1.0), ddim(1.0, final=False))
+
+
+def test_which_spacings_a_sampler_follows():
+    """Those that its class in diffusers reads: LCM none, and Karras's only those with
+    use_karras_sigmas."""
+    karras = {"euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"}
+    assert {name for name, step in SAMPLERS.items() if step.follows("karras")} == karras
+    assert {name for name, step in SAMPLERS.items() if step.follows("leading")} == {*SAMPLERS} - {
+        "lcm"
+    }
+
+
+def test_noise_by_its_definition():
+    """Row k comes from a generator of its own; split draws their seeds from one generator, each
+    below 2^63 - 1; seeded makes them of (seed, index)."""
+    seeds = torch.randint(2**63 - 1, (16,), generator=torch.Generator().manual_seed(5)).tolist()
+    x = torch.zeros(16, 2, 3, dtype=torch.float64)
+    expected = [
+        torch.randn(2, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for seed in seeds
+    ]
+    found = Normal.split(torch.Generator().manual_seed(5), 16)(x)
+    assert torch.equal(found, torch.stack(expected))
+    both, alone = Normal.seeded(7, [0, 3]), Normal.seeded(7, [3])
+    assert torch.equal(both(x[:2])[1:], alone(x[:1]))
+    with pytest.raises(UserError, match="noise for 2 examples, asked for 3"):
+        both(x[:3])
+    assert both(x[:2].bfloat16()).dtype == torch.bfloat16
 
 
 def test_times_replace_the_spacing():

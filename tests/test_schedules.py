@@ -143,6 +143,99 @@ def test_times_between_levels(schedule):
     )
 
 
+@pytest.mark.parametrize("schedule", ALL, ids=name)
+def test_mix_is_the_one_equation(schedule):
+    """x_t = alpha_t x0 + sigma_t eps, in this sign: at a time for each example, and at one for
+    all."""
+    x0, eps = torch.randn(3, 2, 4, dtype=torch.float64), torch.randn(3, 2, 4, dtype=torch.float64)
+    times = schedule.timesteps(4)[:3]
+    alpha, sigma = (scale.view(3, 1, 1) for scale in schedule.alpha_sigma(times))
+    expected = alpha * x0 + sigma * eps
+    torch.testing.assert_close(schedule.mix(x0, eps, times), expected, rtol=0, atol=1e-12)
+    for k, t in enumerate(times):
+        torch.testing.assert_close(schedule.mix(x0, eps, t)[k], expected[k], rtol=0, atol=1e-12)
+
+
+def test_limits_of_discrete():
+    """From one level to 100,000, betas in (0, 1], a beta for each level."""
+    for T in (1, 100_000):
+        assert len(schedules.Discrete("linear", T=T).alpha_bar) == T + 1
+    for T in (0, 100_001):
+        with pytest.raises(UserError, match=f"T is {T}; it must be from 1 to 100,000"):
+            schedules.Discrete("linear", T=T)
+    torch.testing.assert_close(
+        schedules.Discrete((0.5, 1.0), T=2).alpha_bar, torch.tensor([1, 0.5, 0]).double()
+    )
+    for betas in ((0.0, 0.5), (0.5, 1.001), (0.5,), (0.5, 0.5, 0.5)):
+        with pytest.raises(UserError, match="T = 2 numbers above 0 and at most 1"):
+            schedules.Discrete(betas, T=2)
+
+
+def test_defaults_are_the_published_ones():
+    """DDPM's betas; the logit-normal(0, 1) of Esser et al., unshifted; EDM table 1. Clean data is
+    the last time of all but the models that say otherwise."""
+    assert schedules.Discrete("linear") == schedules.linear()
+    assert schedules.linear() == schedules.Discrete("linear", 1000, 1e-4, 0.02, mean=None, std=1.0)
+    assert schedules.Flow() == schedules.Flow(mean=0.0, std=1.0, shift=1.0)
+    assert schedules.Karras() == schedules.Karras(0.002, 80.0, 7.0, -1.2, 1.2)
+    assert [schedule.final for schedule in ALL] == [0] * len(ALL)
+
+
+def test_training_times_by_their_equations():
+    """t = sigmoid(mean + std n), of a flow; sigma = exp(P_mean + P_std n); and of a discrete
+    schedule ceil(T sigmoid(mean + std n)), from 1 to T at any mean."""
+    n = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def times(schedule):
+        return schedule.sample_t(50, torch.Generator().manual_seed(0))
+
+    expected = torch.sigmoid(0.3 + 0.8 * n)
+    torch.testing.assert_close(times(schedules.Flow(mean=0.3, std=0.8)), expected)
+    torch.testing.assert_close(times(schedules.Karras()), torch.exp(-1.2 + 1.2 * n))
+    discrete = times(schedules.Discrete("cosine", mean=0.3, std=0.8))
+    assert torch.equal(discrete, (1000 * expected).ceil().long())
+    for mean, level in ((-9.0, 1), (9.0, 1000), (-800.0, 1)):
+        found = times(schedules.Discrete("cosine", mean=mean, std=0.1))
+        assert (found == level).all(), mean
+
+
+def test_ends_of_a_flows_grids():
+    """karras from pure noise, t = 1; log-snr from 1 - 1/1000; both to 1/1000, then clean data."""
+    for spacing, first in (("karras", 1), ("log-snr", 0.999)):
+        times = schedules.Flow().timesteps(9, spacing)[[0, -2, -1]]
+        expected = torch.tensor([first, 0.001, 0], dtype=torch.float64)
+        torch.testing.assert_close(times, expected, rtol=1e-12, atol=0)
+
+
+def test_clean_data_count_as_little_noise_between_levels():
+    """log SNR is infinite at t = 0. There alpha_bar counts as 1 - 1e-12, so that half way from
+    data to level 1 log SNR is the mean of the two."""
+    schedule = schedules.cosine()
+    clean, first = math.log(1e12 - 1), schedule.snr(torch.tensor(1)).log()
+    half = schedule.snr(torch.tensor(0.5, dtype=torch.float64)).log()
+    torch.testing.assert_close(half, (clean + first) / 2, rtol=1e-5, atol=0)  # 1 - alpha_bar
+
+
+def test_progress_of_karras_is_in_log_sigma():
+    """From 0 at sigma_min to 1 at sigma_max; training times may lie outside, and count as the
+    end."""
+    schedule = schedules.Karras()
+    t = torch.tensor([0.0, 0.001, 0.002, 0.4, 80.0, 200.0], dtype=torch.float64)
+    expected = torch.tensor([0, 0, 0, 0.5, 1, 1], dtype=torch.float64)  # 0.4^2 = 0.002 * 80
+    torch.testing.assert_close(schedule.progress(t), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_scale_of_heuns_method():
+    """EDM table 1: s(t) = alpha for a variance-preserving schedule, at least sigma / 80; 1 for the
+    others."""
+    t = torch.tensor([1, 500, 999, 1000])
+    alpha, sigma = ZERO_SNR.alpha_sigma(t)
+    torch.testing.assert_close(ZERO_SNR.unit(t), alpha.maximum(sigma / 80), rtol=1e-14, atol=0)
+    assert ZERO_SNR.unit(t)[-1] == 1 / 80 and ZERO_SNR.unit(t)[0] == alpha[0]
+    for schedule in (schedules.Flow(), schedules.Karras()):
+        assert schedule.unit(torch.tensor([0.1, 0.9])).tolist() == [1, 1]
+
+
 def test_whole_times_are_the_table_itself():
     schedule, t = schedules.linear(), torch.arange(1001)
     for ours, theirs in zip(schedule.alpha_sigma(t), schedule.alpha_sigma(t.double()), strict=True):
@@ -179,6 +272,8 @@ def test_align_your_steps_is_the_published_table():
     torch.testing.assert_close(
         noise[1:-1:2], (noise[:-2:2] * noise[2::2]).sqrt(), rtol=1e-9, atol=0
     )  # geometric means
+    cleanest = schedule.snr(torch.tensor([25, 1])).rsqrt().prod().sqrt()
+    torch.testing.assert_close(noise[-1], cleanest, rtol=1e-9, atol=0)  # the list ends at level 1
     torch.testing.assert_close(
         schedules.cosine().snr(schedules.cosine().timesteps(20, "ays")[:-1]).rsqrt(),
         noise,

@@ -11,6 +11,8 @@ from minidiff.evaluation.metrics import Moments
 from minidiff.exercises import checks
 from minidiff.exercises.checks import moments
 
+MIDDLE = torch.tensor([0.025, 0.975], dtype=torch.float64)  # 95 % lie between
+
 
 def features(n, dims=16, shift=0.0, seed=0):
     """Correlated, of unequal spread, far from 0."""
@@ -45,6 +47,13 @@ def test_running_moments_are_those_of_all_at_once():
 def test_a_covariance_needs_two():
     with pytest.raises(UserError, match="at least 2 images; there are 1"):
         _ = Moments().add(features(1)).covariance
+
+
+def test_a_covariance_of_two_points():
+    """sum (x - mean)(x - mean)^T / (n - 1) with n = 2: d d^T / 2, where d is their difference."""
+    x = features(2)
+    d = x[1] - x[0]
+    torch.testing.assert_close(Moments().add(x).covariance, torch.outer(d, d) / 2)
 
 
 test_frechet_of_gaussians_whose_covariances_commute = pytest.mark.equation("fid-6")(
@@ -116,7 +125,83 @@ def test_kid_is_unbiased_and_its_interval_is_honest():
     )  # 0.95 and its own three deviations, cut where 0.95 would no longer be a fair thing to say
 
 
+def kernels(x, y):
+    """(x . y / D + 1)^3 of all pairs."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def mean_over_others(x):
+    return (kernels(x, x).sum(1) - kernels(x, x).diagonal()) / (len(x) - 1)
+
+
+def test_kid_of_two_images_each():
+    """[2] eq. 4 with m = n = 2: k(x1, x2) + k(y1, y2) - the mean of the four k(x, y)."""
+    x, y = features(2), features(2, seed=1)
+    expected = kernels(x, x)[0, 1] + kernels(y, y)[0, 1] - kernels(x, y).mean()
+    expected -= kernels(x, y).mean()
+    assert metrics.kid(x, y).value == pytest.approx(expected.item(), rel=1e-10)
+    with pytest.raises(UserError, match="at least 2 images of each kind"):
+        metrics.kid(x, y[:1])
+
+
+def test_the_interval_of_kid_by_its_definition(small_blocks):
+    """Each image's term is its mean kernel to its own set minus that to the other; twice the mean
+    of the terms, drawn again 1000 times about its own value, is how KID would have varied.
+    """
+    x, y = features(40, 3) / 4, features(30, 3, seed=1) / 4 + 0.2
+    found = metrics.kid(x, y, torch.Generator().manual_seed(2))
+    draw, total = torch.Generator().manual_seed(2), torch.zeros(1000, dtype=torch.float64)
+    for own, other in ((x, y), (y, x)):
+        term = mean_over_others(own) - kernels(own, other).mean(1)
+        rows = torch.randint(len(own), (1000, len(own)), generator=draw)
+        total += (term[rows] - term.mean()).mean(1)
+    expected = torch.quantile(found.value + 2 * total, MIDDLE)
+    assert (found.low, found.high) == pytest.approx(tuple(expected.tolist()), rel=1e-9)
+
+
 # Neighbours.
+
+
+def test_a_ball_includes_its_rim():
+    """[3] eq. 2 says "at most". k = 1: the ball of 0 reaches to 3, so -3 lies on its rim."""
+    real, fake = torch.tensor([[0.0], [3.0], [20.0]]), torch.tensor([[-3.0], [-3.5]])
+    assert metrics.precision(real, fake, k=1).tolist() == [1, 0]
+    assert metrics.density(real, fake, k=1).tolist() == [1, 0]
+    assert metrics.coverage(real, fake[:1], k=1).tolist() == [1, 0, 0]
+
+
+def test_nearest_of_all():
+    """As many neighbours as there are images; one of them, where k is not given."""
+    distance, place = metrics.nearest(torch.zeros(1, 1), torch.tensor([[2.0], [-1.0], [3.0]]), 3)
+    assert distance.tolist() == [[1, 2, 3]] and place.tolist() == [[1, 0, 2]]
+    assert metrics.nearest(features(5), features(4))[0].shape == (5, 1)
+
+
+def test_a_copy_is_more_than_three_times_nearer():
+    """[5] section 3; and a distance of 0 is a copy, even if the training image is there twice."""
+    training = torch.tensor([[0.0], [4.0], [50.0], [50.0]])
+    fake = torch.tensor([[1.0], [0.9], [-2.0], [50.0], [50.1]])
+    assert metrics.memorised(fake, training).tolist() == [0, 1, 0, 1, 0]
+
+
+def test_no_block_of_distances_is_larger_than_entries(monkeypatch, pair):
+    """Rows times columns, and as many rows as fit; one row, where none fits. ENTRIES are 40 MB."""
+    assert metrics.ENTRIES * 8 == 40 * 2**20
+    monkeypatch.setattr(metrics, "ENTRIES", 12)
+    for columns, rows in ((0, 10), (1, 10), (2, 6), (3, 4), (12, 1), (13, 1)):
+        sizes = [len(block) for block in metrics._blocks(features(10), columns)]
+        assert max(sizes) == rows and sum(sizes) == 10, columns
+    monkeypatch.setattr(metrics, "ENTRIES", 700)
+    columns, blocks = [], metrics._blocks
+
+    def spy(x, count):
+        columns.append(count)
+        return blocks(x, count)
+
+    monkeypatch.setattr(metrics, "_blocks", spy)
+    metrics.nearest(*pair, k=20)  # 260 distances a row, and differences of 20 neighbours in 16 dims
+    metrics.nearest(*pair, k=2)
+    assert columns == [320, 260]
 
 
 @pytest.mark.equation("precision-2")
@@ -177,6 +262,7 @@ WANTED = {"precision": [1, 0.5], "recall": [0.5, 1], "coverage": [0.5, 1]}
 def test_diversity_is_the_mean_distance_of_pairs():
     points = torch.tensor([[[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]], [[1.0, 1.0]] * 3])
     assert metrics.diversity(points).tolist() == [pytest.approx(20 / 3), 0]
+    assert metrics.diversity(points[:, :2]).tolist() == [5, 0]
     with pytest.raises(UserError, match="2 images of each prompt"):
         metrics.diversity(points[:, :1])
 
@@ -217,3 +303,24 @@ def test_bootstrap_interval_of_a_share(small_blocks):
     half = 1.96 * math.sqrt(0.3 * 0.7 / 400)
     assert value == pytest.approx(0.3)
     assert (0.3 - low, high - 0.3) == pytest.approx((half, half), rel=0.2)
+
+
+@pytest.mark.parametrize("entries", [7000, 50])
+def test_the_bootstrap_by_its_definition(monkeypatch, entries):
+    """[7] chapter 13: the 2.5 and 97.5 percentiles of the means of 1000 samples of n terms, drawn
+    with replacement. They are drawn in blocks of at most ENTRIES, but at least one sample.
+    """
+    terms, sizes, draw = features(60, 1)[:, 0] ** 3, [], torch.randint
+    rows = draw(60, (1000, 60), generator=torch.Generator().manual_seed(3))
+    expected = terms[rows].mean(1).quantile(MIDDLE).tolist()
+
+    def spy(high, size, **options):
+        sizes.append(size[0])
+        return draw(high, size, **options)
+
+    monkeypatch.setattr(metrics, "ENTRIES", entries)
+    monkeypatch.setattr(torch, "randint", spy)
+    value, low, high = metrics.bootstrap(terms, torch.Generator().manual_seed(3))
+    assert value == pytest.approx(terms.mean().item(), rel=1e-12)
+    assert (low, high) == pytest.approx(tuple(expected), rel=1e-12)
+    assert max(sizes) == max(1, entries // 60) and sum(sizes) == 1000

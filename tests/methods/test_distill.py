@@ -371,6 +371,7 @@ def test_intervals_double_and_levels_are_lognormal():
         1280,
     ]
     assert [intervals(k, 3, 2, 4) for k in range(3)] == [2, 4, 4]
+    assert [intervals(k, 8) for k in range(8)] == [10 * 2**k for k in range(8)]
     with pytest.raises(UserError, match="10 to 1280 intervals take at least 8"):
         intervals(0, 7)
     sigma = schedules.Karras().timesteps(20)[:-1]

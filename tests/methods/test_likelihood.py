@@ -8,7 +8,7 @@ import torch
 from minidiff import schedules
 from minidiff.denoiser import Denoiser
 from minidiff.methods.exact import Mixture
-from minidiff.methods.likelihood import bits_per_dim, log_likelihood
+from minidiff.methods.likelihood import _trace, bits_per_dim, log_likelihood
 
 SCHEDULES = [schedules.linear(), schedules.cosine(), schedules.Flow(), schedules.Karras()]
 
@@ -68,6 +68,53 @@ def test_the_probes_are_unbiased():
     torch.testing.assert_close(one, exact, rtol=1e-12, atol=0)
 
 
+def test_the_trace_by_its_definition():
+    """Of eps = A y: the sum of A's diagonal, or Hutchinson's mean of v . A v over the probes."""
+    A = torch.randn(4, 4, dtype=torch.float64)
+    y = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    eps = (y.flatten(1) @ A.T).view(3, 2, 2)
+    torch.testing.assert_close(_trace(eps, y, None), A.trace().expand(3))
+    signs = (torch.randint(2, (5, 3, 2, 2)) * 2 - 1).double()
+    v = signs.flatten(2)
+    torch.testing.assert_close(_trace(eps, y, signs), ((v @ A.T) * v).sum(-1).mean(0))
+
+
+def test_runge_kutta_by_its_equations():
+    """One step of the classical method in u = log(sigma / alpha), for data about 0 of deviation 1,
+    whose eps is s y / (1 + s^2) in y = x / alpha: the same four slopes, of y and of log p; then the
+    prior N(0, 1 + s^2) at the upper end."""
+    schedule, x0 = schedules.Flow(), torch.tensor([[0.7], [-2.0]], dtype=torch.float64)
+    normal = Mixture(torch.zeros(1, 1, dtype=torch.float64), 1.0)
+    low, high = 0.5, 1.5
+    h, u = math.log(high / low), math.log(low)
+
+    def slope(u, y):
+        s = math.exp(u)
+        return s * s * y / (1 + s * s), -s * s / (1 + s * s)
+
+    y_1, p_1 = slope(u, x0)
+    y_2, p_2 = slope(u + h / 2, x0 + h / 2 * y_1)
+    y_3, p_3 = slope(u + h / 2, x0 + h / 2 * y_2)
+    y_4, p_4 = slope(u + h, x0 + h * y_3)
+    y = x0 + h / 6 * (y_1 + 2 * y_2 + 2 * y_3 + y_4)
+    gained = h / 6 * (p_1 + 2 * p_2 + 2 * p_3 + p_4)
+    prior = -(y[:, 0] ** 2 / (1 + high**2) + math.log(2 * math.pi * (1 + high**2))) / 2
+    found = log_likelihood(normal.denoiser(schedule), schedule, x0, 1, between=(low, high))
+    torch.testing.assert_close(found, prior - gained, rtol=1e-11, atol=0)
+
+
+def test_defaults_of_the_likelihood():
+    """100 steps between sigma / alpha = 0.002 and 80, the exact trace; a schedule that ends below
+    80 ends there."""
+    mixture, x0 = world(), world().draw(2, torch.Generator().manual_seed(0))
+    for schedule, most in ((schedules.Flow(), 80), (schedules.scaled_linear(), 80)):
+        alpha, sigma = schedule.alpha_sigma(schedule.timesteps(1)[0])
+        most = min(most, (sigma / alpha).item())
+        denoise = mixture.denoiser(schedule)
+        expected = log_likelihood(denoise, schedule, x0, 100, None, None, (0.002, most))
+        assert torch.equal(log_likelihood(denoise, schedule, x0), expected)
+
+
 def test_the_order_of_the_method():
     """Runge-Kutta's fourth: half the stride, a sixteenth of the error."""
     mixture, schedule = world(), schedules.Karras()
@@ -96,3 +143,4 @@ def test_bits_of_bytes():
     assert bits_per_dim(
         torch.tensor([dims * math.log(density)]), dims, 2 / 255
     ).item() == pytest.approx(8, rel=1e-6)
+    assert bits_per_dim(torch.tensor([-2 * math.log(2)]), 2).item() == pytest.approx(1)  # cell 1

@@ -62,6 +62,16 @@ def output(model, seed=0, dtype=torch.float32):
         )
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(48, 5), nn.Conv2d(6, 5, 3)], ids=["linear", "conv"])
+def test_A_begins_as_torchs_own_layers(layer):
+    """Uniform in +-1 / sqrt(fan in), and B is 0."""
+    bound = layer.weight[0].numel() ** -0.5
+    for ours in (lora.LoRA(layer, 200, 1.0).A, layer.weight):
+        assert 0.9 * bound < ours.abs().max() <= bound
+    assert lora.LoRA(layer, 200, 1.0).A.abs().max() > 0.995 * bound
+    assert not lora.LoRA(layer, 2, 1.0).B.any()
+
+
 def test_it_begins_as_nothing_and_trains_alone(model):
     before, weights = output(model), copy.deepcopy(model.unet.state_dict())
     layers = lora.add(model.unet, rank=2, targets=["q"]) + lora.add(
