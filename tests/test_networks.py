@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from minidiff.exercises import checks
 from minidiff.exercises.models import randomize
