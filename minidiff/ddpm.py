@@ -84,7 +84,7 @@ class DDPM:
             x = self.p_sample(model, x, t, z.to(x.device))
             yield x
 
-    def simple_loss(
+    def simple_loss(  # eq: ddpm-12
         self, model: EpsModel, x0: X, t: Int[Tensor, "B"], eps: X
     ) -> Float[Tensor, "B"]:
         """The training loss of each example, [1] eq. 14 (mean over dims):

@@ -173,7 +173,7 @@ class VAE(nn.Module):
         |error| is the mean over pixels and channels, KL ([1] appendix B) the sum over latents.
         """
         mean, log_variance = self.posterior(images)
-        z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)  # eq: vae-sample
         error = (self.decoder(self.post_quant(z)) - images).abs().flatten(1).mean(1)
         kl = 0.5 * (mean.pow(2) + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
         return error + self.config.kl_weight * kl  # eq: vae-7, vae-kl

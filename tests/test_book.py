@@ -8,6 +8,7 @@ import pytest
 DOCS = Path(__file__).parents[1] / "docs"
 sys.path.insert(0, str(DOCS / "_ext"))
 sys.path.insert(0, str(DOCS))
+import check_links  # noqa: E402
 import equations  # noqa: E402
 import notebooks  # noqa: E402
 import quoted  # noqa: E402
@@ -50,3 +51,20 @@ def test_a_quotation_of_what_moved_is_an_error():
         quoted.source("minidiff/ddpm.py", "DDPM.gone")
     with pytest.raises(ValueError, match="no such file"):
         quoted.source("minidiff/gone.py", "DDPM")
+
+
+def test_dead_links_of_the_site_are_told(tmp_path):
+    pages = {
+        "index.html": '<a href="other.html#there">x</a><a href="https://example.org">x</a>',
+        "other.html": '<h1 id="there">x</h1><img src="data:image/png;base64,AA">',
+    }
+    for name, text in pages.items():
+        (tmp_path / name).write_text(text)
+    assert check_links.faults(tmp_path) == []
+    bad = '<a href="gone.html">x</a><a href="other.html#gone">x</a><script src="https://cdn.io/x">'
+    (tmp_path / "index.html").write_text(bad)
+    assert check_links.faults(tmp_path) == [
+        "index.html: no file for gone.html",
+        "index.html: no anchor for other.html#gone",
+        "index.html loads https://cdn.io/x",
+    ]

@@ -77,7 +77,7 @@ def vae():
     return vae
 
 
-@pytest.mark.equation("vae-9", "vae-reparameterization")
+@pytest.mark.equation("vae-9", "vae-sample")
 def test_posterior_draws(vae):
     images = normal(2, 3, 8, 8)
     (mean, log_variance), noise = vae.posterior(images), normal(2, 4, 4, 4)

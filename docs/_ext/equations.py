@@ -9,7 +9,7 @@ import ast
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-from quoted import ROOT
+from quoted import ROOT, names_of
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -107,18 +107,16 @@ def _ids(comment: re.Match | None) -> list[str]:
 
 
 def _around(tree: ast.Module, line: int) -> str:
-    """The dotted name of the innermost function or class around a line."""
+    """The dotted name of the innermost function, class or constant around a line."""
     names, scope = [], tree.body
-    while True:
-        inner = [
-            node for node in scope
-            if isinstance(node, ast.FunctionDef | ast.ClassDef)
-            and node.lineno <= line <= node.end_lineno
-        ]  # fmt: skip
-        if not inner:
-            return ".".join(names)
-        names.append(inner[0].name)
-        scope = inner[0].body
+    while inner := next(
+        (n for n in scope if n.lineno <= line <= n.end_lineno and names_of(n)), None
+    ):
+        names += names_of(inner)[:1]
+        scope = getattr(inner, "body", [])
+        if not isinstance(inner, ast.ClassDef):
+            break
+    return ".".join(names)
 
 
 def marks() -> dict[str, list[Place]]:

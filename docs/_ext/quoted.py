@@ -10,7 +10,7 @@ def lines_of(file: str, name: str) -> tuple[int, int]:
     """First and last line, counted from 1, of the function, class or constant that name is."""
     scope: list[ast.stmt] = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
     for part in name.split("."):
-        node = next((each for each in scope if part in _names(each)), None)
+        node = next((each for each in scope if part in names_of(each)), None)
         if node is None:
             raise ValueError(f"{file} has no {name}")
         scope = getattr(node, "body", [])
@@ -18,7 +18,8 @@ def lines_of(file: str, name: str) -> tuple[int, int]:
     return min(each.lineno for each in [node, *decorators]), node.end_lineno
 
 
-def _names(node: ast.stmt) -> list[str]:
+def names_of(node: ast.stmt) -> list[str]:
+    """What a statement defines: a function, a class, constants."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
