@@ -84,8 +84,9 @@ def test_blocks_print_what_the_page_says(page, tmp_path):
 
 def commands():
     for page in PAGES:
-        for command in COMMAND.findall(page.read_text(encoding="utf-8")):
-            yield pytest.param(command.strip(), id=f"{page.stem}: {command.strip()}")
+        for line in COMMAND.findall(page.read_text(encoding="utf-8")):
+            for command in map(str.strip, line.split("&&")):
+                yield pytest.param(command, id=f"{page.stem}: {command}")
 
 
 @pytest.mark.parametrize("command", commands())
