@@ -1,6 +1,8 @@
 """While the tests run, every shape written in a signature of minidiff is checked by beartype."""
 
+import importlib.util
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -53,6 +55,24 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no real pictures here; set MINIDIFF_DATA to their folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, by playwright. MINIDIFF_BROWSER names its executable; then one that is missing is a
+    failure. Without it, tests use the Chromium on PATH, or skip."""
+    path = os.environ.get("MINIDIFF_BROWSER")
+    if not path:
+        names = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+        path = next(filter(None, names), None)
+        if not path or not importlib.util.find_spec("playwright"):
+            pytest.skip("needs Chromium and playwright; MINIDIFF_BROWSER makes this a failure")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture
