@@ -73,10 +73,11 @@ class Guided:
         if self.scale == 0 and self.weak is None and inside.all():
             return self.denoiser(x, t, self.null)
         away, towards = self._pair(x, t)
-        g = self.scale  # eq: cfg-6
+        g = self.scale
         if self.interval is not None:
             g = per_example(1 + (self.scale - 1) * inside.double(), x)
-        guided = Prediction(*(a + g * (b - a) for a, b in zip(away, towards, strict=True)))
+        pairs = zip(away, towards, strict=True)
+        guided = Prediction(*(a + g * (b - a) for a, b in pairs))  # eq: cfg-6
         return self._rescaled(x, t, guided, towards) if self.rescale > 0 else guided
 
     def _inside(self, t: Time) -> Shaped[Tensor, "B"]:

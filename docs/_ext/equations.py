@@ -9,7 +9,7 @@ import ast
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-from quoted import ROOT, names_of
+from quoted import ROOT, lines_of, names_of
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -131,7 +131,7 @@ def marks() -> dict[str, list[Place]]:
             for call in calls:
                 place = Place(str(path.relative_to(ROOT)), node.lineno, name)
                 for label in call.args:
-                    places.setdefault(ast.literal_eval(label), []).append(place)
+                    places.setdefault(ast.literal_eval(label), []).extend([place, *_shared(node)])
     return places
 
 
@@ -142,6 +142,13 @@ def _marked(node: ast.AST) -> tuple[str, list[ast.Call]]:
         name, calls = ast.unparse(node.targets[0]), [node.value.func]
     calls = [call for call in calls if isinstance(call, ast.Call)]
     return name, [call for call in calls if ast.unparse(call.func) == "pytest.mark.equation"]
+
+
+def _shared(test: ast.AST) -> list[Place]:
+    """Where the check stands, if a test calls one that the exercises use too."""
+    file = "minidiff/exercises/checks.py"
+    names = re.findall(r"\bchecks\.(\w+)", ast.unparse(test))
+    return [Place(file, lines_of(file, name)[0], name) for name in dict.fromkeys(names)]
 
 
 def equations() -> list[Equation]:
@@ -174,10 +181,11 @@ def _order(number: str) -> tuple[int, str]:
 
 def _entry(each: Equation, name: str) -> list[str]:
     number = f"equation {each.number}" if each.number[0].isdigit() else each.number
+    number = "" if name.endswith(f": {number}") else f", {number}"
     code = ", ".join(_link(place) for place in each.code) or "a step of the derivation"
     tests = ", ".join(_link(place) for place in each.tests)
     return [
-        f"**{name}, {number}** {{eq}}`{each.id}` in [](chapters/{each.chapter}.md)", "",
+        f"**{name}{number}** {{eq}}`{each.id}` in [](chapters/{each.chapter}.md)", "",
         "$$", each.formula, "$$", "",
         f"code: {code}; tests: {tests}", "",
     ]  # fmt: skip
