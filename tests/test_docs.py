@@ -15,7 +15,7 @@ from . import house
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CHAPTERS = sorted((ROOT / "docs" / "chapters").glob("*.md"))
-FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+FENCED = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PYTHON_FILE = re.compile(r"[\w./-]*\w\.py\b")
 FOLDERS = (ROOT, ROOT / "minidiff", ROOT / "experiments", ROOT / "tests")
