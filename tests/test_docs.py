@@ -14,7 +14,8 @@ from . import house
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+CHAPTERS = sorted((ROOT / "docs" / "chapters").glob("*.md"))
+FENCED = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PYTHON_FILE = re.compile(r"[\w./-]*\w\.py\b")
 FOLDERS = (ROOT, ROOT / "minidiff", ROOT / "experiments", ROOT / "tests")
@@ -25,11 +26,9 @@ def prose(page):
 
 
 def anchors(page):
-    """GitHub's names of a page's headings, and MyST's own, which stand as (name)= before them."""
-    text = prose(page)
-    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    slugs = (re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings)
-    return {*slugs, *re.findall(r"^\((.*)\)=$", text, re.MULTILINE)}
+    """GitHub's names of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def blocks():
@@ -48,6 +47,12 @@ def test_links_lead_somewhere(page):
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), f"{page.name}: {link}"
         assert not anchor or anchor in anchors(target), f"{page.name}: no heading for {link}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, *CHAPTERS], ids=lambda page: page.stem)
+def test_no_labels(page):
+    """MyST's (name)= before a heading is literal text on GitHub; links use the heading's name."""
+    assert not re.search(r"^\([\w-]+\)=$", prose(page), re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
