@@ -146,15 +146,16 @@ const TARGETS = {
 // c[0] x[0] + c[1] x[1] + ..., number by number.
 const sum = (c, x) => x[0].map((_, k) => c.reduce((total, scale, i) => total + scale * x[i][k], 0));
 
-export class Model {
+class Model {
   static async load() {
     const model = new Model();
     const source = new Blob([await part("javascript")], { type: "text/javascript" });
     const ort = await import(URL.createObjectURL(source));
     ort.env.wasm.numThreads = 1;
     ort.env.wasm.wasmBinary = (await part("wasm")).buffer;
+    const options = { graphOptimizationLevel: "disabled" };  // it takes longer than it saves
     for (const name of ["text", "unet", "decoder"]) {
-      model[name] = await ort.InferenceSession.create(await part(name));
+      model[name] = await ort.InferenceSession.create(await part(name), options);
     }
     model.Tensor = ort.Tensor;
     model.settings = JSON.parse(await partAsText("settings"));
@@ -235,9 +236,17 @@ export class Model {
     return image;
   }
 
-  // The words of a prompt that the model never read; none where nobody knows.
-  unknown(prompt) {
-    const { words } = this.settings, asked = prompt.toLowerCase().match(/[\p{L}\p{N}_]+/gu) ?? [];
-    return words ? [...new Set(asked)].filter(word => !words.includes(word)).sort() : [];
+  // What the model does not read of a prompt: words that it never saw, where they are known, and
+  // what comes after its last token.
+  complaints(prompt) {
+    const { words, tokens } = this.settings, room = tokens.length - 2;
+    const asked = new Set(prompt.toLowerCase().match(/[\p{L}\p{N}_]+/gu));
+    const unknown = [...asked].filter(word => words && !words.includes(word)).sort();
+    const all = `All that it knows: ${words?.join(", ")}.`;
+    return [
+      unknown.length ? `The model does not know ${unknown.join(", ")}. ${all}` : "",
+      this.tokenizer.encode(prompt).length > room
+        ? `The prompt is too long: the model reads the first ${room} tokens.` : "",
+    ].join(" ").trim();
   }
 }

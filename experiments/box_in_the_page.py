@@ -52,7 +52,7 @@ RUNTIME, RUNTIME_SHA256 = (
 # of the package: the JavaScript with everything in it, and the smallest WebAssembly
 JAVASCRIPT, WASM = "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"
 SAMPLERS = ("ddpm", "ddim")  # what box_in_the_page.js has: DDIM's step with eta 1 and 0
-MOST_STEPS = 100
+MOST_STEPS, MOST_PARAMETERS = 100, 100_000_000
 OUTPUTS = ("box_in_the_page.html",)  # beside results.json
 
 
@@ -86,7 +86,7 @@ def main(
             }
             print(f"{name}: {len(parts[name]) / 1e6:.2f} MB, differs from torch by {error:.1e}")
     parts["merges"] = merges()
-    parts["settings"] = json.dumps(settings(loaded, model == MODEL)).encode()
+    parts["settings"] = json.dumps(settings(loaded, model)).encode()
     path = out / OUTPUTS[0]
     text = page(parts, loaded, model)
     results["page_megabytes"] = round(len(text) / 1e6, 2)
@@ -108,6 +108,10 @@ def check(model: LatentDiffusion) -> None:
     schedule = model.schedule
     if not (isinstance(model.text, CLIPText) and isinstance(model.vae, VAE)):
         raise UserError("the page draws with models that have a text encoder and a VAE.")
+    count = sum(p.numel() for p in model.parameters())
+    if count > MOST_PARAMETERS:
+        most = f"a page holds at most {MOST_PARAMETERS / 1e6:.0f} M"
+        raise UserError(f"this model has {count / 1e6:.0f} M parameters; {most}.")
     if model.text.config.added:
         raise UserError("this model has words of its own, which the page's tokenizer does not.")
     if not isinstance(schedule, Discrete) or model.denoiser.target not in ("eps", "x0", "v"):
@@ -239,17 +243,18 @@ def merges() -> bytes:
     return "\n".join(" ".join(pair) for pair in sorted(ranks, key=ranks.get)).encode()
 
 
-def settings(model: LatentDiffusion, is_box: bool) -> dict[str, object]:
+def settings(model: LatentDiffusion, path: Path) -> dict[str, object]:
     """What box_in_the_page.js has to know of a model, and the words that the box knows."""
     text, schedule = model.text.config, model.schedule
     config, step = SampleConfig(), by_name(model.sampler)
-    spacing = model.spacing_of(step, config)
+    spacing, is_box = model.spacing_of(step, config), path == MODEL
     times = [
         times_of(schedule, steps, spacing, step).tolist() for steps in range(1, MOST_STEPS + 1)
     ]
     if any(t != int(t) for t in times[-1]):
         raise UserError(f'the page steps at whole times; the spacing "{spacing}" has others.')
     return {
+        "model": None if is_box else path.name,
         "tokens": {"length": text.context_length, "pad": text.pad},
         "latents": list(model.blank(1, config)[0].shape),
         "target": model.denoiser.target,
