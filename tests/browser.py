@@ -6,6 +6,7 @@ over two pipes, so that no port is open.
 """
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -41,15 +42,14 @@ class Browser:
     the addresses that were asked for."""
 
     def __init__(self, profile: Path):
-        (theirs_in, self._write), (self._read, theirs_out) = os.pipe(), os.pipe()
+        (reads, self._write), (self._read, writes) = os.pipe(), os.pipe()
         command = [browser_path(), *FLAGS, f"--user-data-dir={profile}", "about:blank"]
-        # the protocol's ends of the pipes are descriptors 3 and 4 of the browser
-        shell = ["sh", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "sh", *command]
-        self._process = subprocess.Popen(
-            shell, pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL
-        )
-        os.close(theirs_in)
-        os.close(theirs_out)
+        # the protocol's ends of the pipes are to be descriptors 3 and 4 of the browser
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (reads, writes)]
+        shell = ["bash", "-c", 'exec "$@" 3<&{} 4>&{}'.format(*ends), "bash", *command]
+        self._process = subprocess.Popen(shell, pass_fds=ends, stderr=subprocess.DEVNULL)
+        for end in (reads, writes, *ends):
+            os.close(end)
         self._buffer, self._count, self._session = b"", 0, None
         self.errors: list[str] = []
         self.requests: list[str] = []
