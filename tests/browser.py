@@ -71,7 +71,7 @@ class Browser:
         assert "error" not in answer, f"{method}: {answer['error']}"
         return answer["result"]
 
-    def _next(self, seconds: float = 120) -> dict[str, Any]:
+    def _next(self, seconds: float = 60) -> dict[str, Any]:
         while b"\0" not in self._buffer:
             ready = select.select([self._read], [], [], seconds)[0]
             part = os.read(self._read, 1 << 20) if ready else b""
@@ -102,14 +102,18 @@ class Browser:
         self.call("Page.navigate", url=page.resolve().as_uri())
         self.wait("document.readyState === 'complete' && location.protocol === 'file:'")
 
-    def run(self, script: str) -> Any:
+    def run(self, script: str, by_value: bool = True) -> Any:
         """The value of a JavaScript expression in the page."""
-        how = {"returnByValue": True, "awaitPromise": True, "userGesture": True}
+        how = {"returnByValue": by_value, "awaitPromise": True, "userGesture": True}
         result = self.call("Runtime.evaluate", expression=script, **how)
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    def wait(self, script: str, seconds: float = 120) -> None:
+    def act(self, script: str) -> None:
+        """The same without its value, which may be large."""
+        self.run(script, by_value=False)
+
+    def wait(self, script: str, seconds: float = 60) -> None:
         """Until the expression is true."""
         end = time.monotonic() + seconds
         while not self.run(script):

@@ -117,7 +117,7 @@ def test_the_truth_is_the_mixtures(page, curve):
 def test_the_least_loss(page, target):
     """At the page's own points it is the mean of minidiff's least errors there; and these points
     stand for what minidiff trains on: its optimal loss, over its times."""
-    page.run(f"found = probes(mixture('moons'), '{target}', 16384)")
+    page.act(f"found = probes(mixture('moons'), '{target}', 16384)")
     x, best = points(page.run("[...found.x]")), points(page.run("[...found.best]"))
     t = torch.tensor(page.run("[...found.t]"), dtype=torch.float64)
     data, denoiser = mixture(page, "moons"), Denoiser(torch.nn.Identity(), Flow(), target)
@@ -144,7 +144,7 @@ def test_the_network_its_gradient_and_adam(page, target):
     x, goal = torch.randn(21, 2).double(), torch.randn(21, 2).double()
     t = 0.05 + 0.9 * torch.rand(21).double()
     adam = torch.optim.Adam(parts, lr=0.01)
-    page.run(f"[x, t, goal] = [{flat(x)}, {flat(t)}, {flat(goal)}]")
+    page.act(f"[x, t, goal] = [{flat(x)}, {flat(t)}, {flat(goal)}]")
     for _ in range(3):
         loss = (output(parts, x, t) - goal).pow(2).mean()
         adam.zero_grad()
@@ -156,7 +156,7 @@ def test_the_network_its_gradient_and_adam(page, target):
             gradient, torch.tensor(page.run("[...net.gradient]")).double(), atol=1e-6
         )
         adam.step()
-        page.run("net.adam(0.01)")
+        page.act("net.adam(0.01)")
     F_out, time = output(parts, x, torch.full((21,), 0.3).double()), torch.full((21,), 0.3)
     solved = Denoiser(torch.nn.Identity(), Flow(), target).solve(x, time, F_out)
     got = points(page.run("[...net.velocity(x, 0.3)]"))
@@ -164,8 +164,8 @@ def test_the_network_its_gradient_and_adam(page, target):
 
 
 def test_the_gradient_is_that_of_finite_differences(page):
-    page.run("net = new Network('flow', uniforms(1)); x = Float64Array.of(1, -0.5, 0.3, 2)")
-    page.run("[t, goal] = [Float64Array.of(0.2, 0.9), Float64Array.of(0, 1, -1, 0.5)]")
+    page.act("net = new Network('flow', uniforms(1)); x = Float64Array.of(1, -0.5, 0.3, 2)")
+    page.act("[t, goal] = [Float64Array.of(0.2, 0.9), Float64Array.of(0, 1, -1, 0.5)]")
     worst = page.run(
         "(() => { const loss = () => { net.forward(x, t, 2); return net.backward(goal, 2) };"
         "loss(); const gradient = net.gradient.slice(); let worst = 0;"
@@ -182,8 +182,8 @@ def test_the_gradient_is_that_of_finite_differences(page):
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_sampler_is_euler(page, target, steps):
     data, noise = mixture(page, "ring"), torch.randn(30, 2).double()
-    page.run(f"times = timesteps({steps}, '{target}'); data = mixture('ring')")
-    page.run(f"path = samplePath((x, t) => exactVelocity(data, x, t), {flat(noise)}, times)")
+    page.act(f"times = timesteps({steps}, '{target}'); data = mixture('ring')")
+    page.act(f"path = samplePath((x, t) => exactVelocity(data, x, t), {flat(noise)}, times)")
     times = torch.tensor(page.run("times"), dtype=torch.float64)
     if target != "eps":
         assert torch.allclose(times, Flow().timesteps(steps), rtol=0, atol=1e-12)
@@ -200,7 +200,7 @@ def test_the_sampler_is_euler(page, target, steps):
 @pytest.mark.parametrize("target, share", [("flow", 0.04), ("eps", 0.08), ("x0", 0.04)])
 def test_training_comes_near_the_least_loss(page, target, share):
     """A fifth of the page's training; and the same seed is the same run."""
-    page.run(f"run2 = () => {{ const r = new Training('moons', '{target}', 5, 400);"
+    page.act(f"run2 = () => {{ const r = new Training('moons', '{target}', 5, 400);"
              "while (r.step < r.steps) r.advance(); return r }")  # fmt: skip
     first, again = (page.run("(r => [r.losses.at(-1), r.gap(probes(r.data, r.target, 2048))])(run2())")
                     for _ in range(2))  # fmt: skip
@@ -272,7 +272,7 @@ def test_training_by_keyboard(page):
 
 
 def test_training_to_its_end(page):
-    page.run("run.steps = 60; toggle()")
+    page.act("run.steps = 60; toggle()")
     page.wait("run.step === run.steps && !running")
     assert re.fullmatch(
         r"Trained: 60 steps in [\d.]+ s of computing\.", page.run("$('status').textContent")
@@ -282,7 +282,7 @@ def test_training_to_its_end(page):
         float(page.run(f"$('loss-{name}').textContent")) for name in ("exact", "learnt")
     )
     assert least < learnt < 1.15 * least
-    page.run("toggle()")
+    page.act("toggle()")
     page.wait("run.steps === 2000 && run.step > 0")
 
 
