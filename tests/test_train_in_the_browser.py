@@ -110,7 +110,7 @@ def test_the_truth_is_the_mixtures(page, curve):
         ],
         dim=1,
     )
-    assert torch.allclose(torch.tensor(got).double(), expected, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(torch.tensor(got, dtype=torch.float64), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -129,7 +129,7 @@ def test_the_least_loss(page, target):
     least = page.run("found.least")
     assert least == pytest.approx(left.mean().item(), rel=1e-9)
 
-    x0, t = data.draw(200_000), Flow().sample_t(200_000)
+    x0, t = data.draw(40_000), Flow().sample_t(40_000)
     x = Flow().mix(x0, torch.randn_like(x0), t)
     left = factor[target](t) * data.posterior_variance(Flow(), x, t)
     error = left.std().item() / len(left) ** 0.5
@@ -153,11 +153,11 @@ def test_the_network_its_gradient_and_adam(page, target):
         assert got == pytest.approx(loss.item(), rel=1e-10)
         gradient = torch.cat([part.grad.flatten() for part in parts])
         assert torch.allclose(
-            gradient, torch.tensor(page.run("[...net.gradient]")).double(), atol=1e-6
+            gradient, torch.tensor(page.run("[...net.gradient]"), dtype=torch.float64), atol=1e-6
         )
         adam.step()
         page.act("net.adam(0.01)")
-    F_out, time = output(parts, x, torch.full((21,), 0.3).double()), torch.full((21,), 0.3)
+    F_out, time = output(parts, x, torch.full((21,), 0.3).double()), torch.full((21,), 0.3, dtype=torch.float64)
     solved = Denoiser(torch.nn.Identity(), Flow(), target).solve(x, time, F_out)
     got = points(page.run("[...net.velocity(x, 0.3)]"))
     assert torch.allclose(got, solved.eps - solved.x0, rtol=1e-8, atol=1e-8)
@@ -214,9 +214,9 @@ def pictures(page):
 
 
 CHANGES = {
-    "data": ("value = 'ring'", "change", {"exact", "learnt", "loss", "gap"}),
-    "target": ("value = 'eps'", "change", {"learnt", "loss", "gap"}),
-    "seed": ("value = '7'", "change", {"learnt", "loss", "gap"}),
+    "data": ("value = 'spiral'", "change", {"exact", "learnt", "loss"}),
+    "target": ("value = 'eps'", "change", {"learnt", "loss"}),
+    "seed": ("value = '7'", "change", {"learnt"}),
     "t": ("value = 0.6", "input", {"exact", "learnt"}),
     "steps": ("value = 3", "input", {"exact", "learnt"}),
 }
@@ -281,7 +281,7 @@ def test_training_to_its_end(page):
     least, learnt = (
         float(page.run(f"$('loss-{name}').textContent")) for name in ("exact", "learnt")
     )
-    assert least < learnt < 1.15 * least
+    assert least < learnt < 1.25 * least
     page.act("toggle()")
     page.wait("run.steps === 2000 && run.step > 0")
 
