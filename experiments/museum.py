@@ -112,14 +112,10 @@ BUGS = {
     "mask_on_white": Bug(
         "A mask read on white",
         "The transparent part of a mask is filled with white, and white means: draw anew.",
-        "The whole image changes, not what was painted over. Print `mask.mean()`: it is 1.",
+        "The whole image changes, not only what was painted over. Print `mask.mean()`: it is 1.",
         "tests/methods/test_editing.py::test_masks_on_transparency",
         pictures.inpainted,
-        (
-            Change(
-                "minidiff.cli.generate:mask_of", 'background="black"', 'background="white"'
-            ),
-        ),
+        (Change("minidiff.cli.generate:mask_of", 'background="black"', 'background="white"'),),
     ),
     "padding": Bug(
         "The wrong padding token",
@@ -136,9 +132,7 @@ BUGS = {
         "You do not see it. Compare the encoder's output with the published one's in float64.",
         "tests/test_text.py::test_quick_gelu_formula",
         pictures.activation,
-        (
-            Change("minidiff.text:quick_gelu", "x * torch.sigmoid(1.702 * x)", "F.gelu(x)"),
-        ),
+        (Change("minidiff.text:quick_gelu", "x * torch.sigmoid(1.702 * x)", "F.gelu(x)"),),
     ),
     "causal": Bug(
         "No causal mask",
@@ -217,9 +211,9 @@ BUGS = {
         "Samples are drawn with the moving average of the weights, and nothing ever updates it.",
         "The loss falls and the samples stay noise. Compare the average with the weights of "
         "step 0: they must differ.",
-        "tests/test_train.py::test_ema_formula",
+        "tests/test_train.py::test_every_step_of_a_run_moves_the_average",
         pictures.guided_points,
-        (Change("minidiff.train:EMA.update", "torch._foreach_lerp_(", "("),),
+        (Change("minidiff.train:train", "ema.update(step + 1)", "pass"),),
     ),
     "v_as_eps": Bug(
         "v read as eps",
@@ -228,11 +222,7 @@ BUGS = {
         "target from the model's settings, never from its name.",
         "tests/test_denoiser.py::test_every_row_gives_back_x0_and_eps",
         pictures.predicts_v,
-        (
-            Change(
-                "minidiff.denoiser:Denoiser._row", "TARGETS[self.target]", 'TARGETS["eps"]'
-            ),
-        ),
+        (Change("minidiff.denoiser:Denoiser._row", "TARGETS[self.target]", 'TARGETS["eps"]'),),
     ),
     "other_schedule": Bug(
         "Another schedule than in training",
@@ -279,12 +269,12 @@ BUGS = {
         "Raising the guidance changes less than it should, or shifts colours. Here the classes "
         "move apart along one channel only. Compare each channel with and without guidance.",
         "tests/test_latent_diffusion.py::test_guidance",
-        pictures.guided_points,
+        pictures.strongly_guided_points,
         (
             Change(
                 "minidiff.guidance:Guided.__call__",
                 "*(a + g * (b - a) for",
-                "*(torch.cat([(a + g * (b - a))[:, :3], a[:, 3:]], 1) for",
+                "*(torch.cat([(a + g * (b - a))[:, :3], b[:, 3:]], 1) for",
             ),
         ),
     ),

@@ -98,9 +98,7 @@ def few_steps() -> Picture:
 
 def one_seed() -> Picture:
     """One prompt and one seed, four times."""
-    images = [
-        pipeline.generate(box(), [PROMPTS[1]], SampleConfig(seed=SEED)) for _ in range(4)
-    ]
+    images = [pipeline.generate(box(), [PROMPTS[1]], SampleConfig(seed=SEED)) for _ in range(4)]
     return tiled(torch.cat(images))
 
 
@@ -142,7 +140,7 @@ def large_activations() -> Picture:
 
 @cache
 def scenes() -> Images:
-    rng, world = random.Random(5), World(32, quickstart.SHAPES, quickstart.COLOURS)
+    rng, world = random.Random(6), World(32, quickstart.SHAPES, quickstart.COLOURS)
     return world.draw([world.scene(rng, objects=1) for _ in range(4)], rng)
 
 
@@ -168,9 +166,9 @@ def through_vae() -> Picture:
 
 
 def inpainted() -> Picture:
-    """A blue circle drawn inside a mask: white strokes on a transparent layer, top left."""
+    """A blue circle drawn inside a mask, whose file has white strokes on a transparent layer."""
     strokes = Image.new("RGBA", (32, 32), (255, 255, 255, 0))
-    strokes.paste((255, 255, 255, 255), (0, 0, 15, 15))
+    strokes.paste((255, 255, 255, 255), (0, 0, 32, 14))  # the upper part
     with tempfile.TemporaryDirectory() as out, warnings.catch_warnings(action="ignore"):
         strokes.save(Path(out, "mask.png"))
         mask = mask_of(Path(out, "mask.png"), 32, 32)
@@ -193,7 +191,7 @@ def noised() -> Picture:
 
 def reverse_chain() -> Picture:
     """The reverse chain of 50 steps, with the exact denoiser of four images."""
-    chain, generator = DDPM(T=50, beta_1=0.002, beta_T=0.35), torch.Generator().manual_seed(2)
+    chain, generator = DDPM(T=50, beta_1=0.002, beta_T=0.35), torch.Generator().manual_seed(7)
     schedule = schedules.Discrete(tuple(chain.beta[1:].tolist()), T=50)
     denoise = Mixture(scenes()).denoiser(schedule)
     x_T = torch.randn(4, 3, 32, 32, generator=generator)
@@ -253,8 +251,9 @@ class Points(nn.Module):
     def forward(
         self, x: Float[Tensor, "B 4 1 1"], t: Tensor, context: Float[Tensor, "B 1 2"]
     ) -> Float[Tensor, "B 4 1 1"]:
-        out = self.mlp(x[:, ::3, 0, 0] + 3 * context[:, 0], t)
-        return nn.functional.pad(out[:, :, None], (0, 1)).reshape(len(x), 4)[:, [0, 1, 3, 2], None, None]
+        out = torch.zeros_like(x)
+        out[:, ::3, 0, 0] = self.mlp(x[:, ::3, 0, 0] + 3 * context[:, 0], t)
+        return out
 
 
 def moons_from(start: int) -> Iterator[Batch]:
@@ -276,8 +275,8 @@ def latent_loss(model: LatentDiffusion, batch: Batch) -> dict[str, Tensor]:
     return {"loss": loss, "progress": model.schedule.progress(t)}
 
 
-def guided_points(steps: int = 400) -> Picture:
-    """Two moons, each a class, learnt in 400 steps, and drawn with guidance 2 by the average."""
+def guided_points(guidance: float = 2.0, steps: int = 400) -> Picture:
+    """Two moons, each a class, learnt in 400 steps, and drawn with guidance by the average."""
     torch.manual_seed(0)
     text = ClassLabels(LabelsConfig(("upper", "lower"), 2))
     denoiser = Denoiser(Points(), schedules.cosine(), "v")
@@ -287,7 +286,7 @@ def guided_points(steps: int = 400) -> Picture:
         pass
 
     names = ["upper"] * 300 + ["lower"] * 300
-    *_, last = ema.average.sample(names, 30, 2.0, torch.Generator().manual_seed(0))
+    *_, last = ema.average.sample(names, 30, guidance, torch.Generator().manual_seed(0))
     x = last.x[:, ::3, 0, 0].clamp(-3.4, 3.4)
     with style():
         figure, (axis,) = new_figure(1, 2, 2)
@@ -296,6 +295,10 @@ def guided_points(steps: int = 400) -> Picture:
         axis.set(xlim=(-3.5, 3.5), ylim=(-3.5, 3.5), xticks=[], yticks=[])
         axis.set(xlabel="channel 1", ylabel="channel 4")
         return rendered(figure)
+
+
+def strongly_guided_points() -> Picture:
+    return guided_points(3.0)
 
 
 def hearts_from(model: LatentDiffusion, start: int) -> Iterator[Batch]:
