@@ -212,15 +212,18 @@ def activation() -> Picture:
         return rendered(figure)
 
 
-def zero(x: Tensor, t: Tensor, context: None) -> Tensor:
-    return torch.zeros_like(x)
+class Zero(nn.Module):
+    """A network that predicts 0."""
+
+    def forward(self, x: Tensor, t: Tensor, context: None) -> Tensor:
+        return torch.zeros_like(x)
 
 
 def min_snr_weights() -> Picture:
     """What an error of 1 in v counts at each t under min-SNR."""
     schedule, t = schedules.cosine(), torch.arange(1, 1000)
     alpha = schedule.alpha_sigma(t)[0][:, None]
-    denoiser = Denoiser(zero, schedule, "v", "min-snr")
+    denoiser = Denoiser(Zero(), schedule, "v", "min-snr")
     loss = denoiser.loss(torch.zeros_like(alpha), t=t, eps=1 / alpha)  # so that v is 1
     with style():
         figure, (axis,) = new_figure(1, 2, 2)
