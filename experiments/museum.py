@@ -266,8 +266,8 @@ BUGS = {
     "three_channels": Bug(
         "Guidance on three channels",
         "Guidance is applied to the first three channels, as if latents were RGB; they have four.",
-        "Raising the guidance changes less than it should, or shifts colours. Here the classes "
-        "move apart along one channel only. Compare each channel with and without guidance.",
+        "Raising the guidance changes less than it should, or shifts colours. Compare each channel "
+        "with and without guidance.",
         "tests/test_latent_diffusion.py::test_guidance",
         pictures.strongly_guided_points,
         (
