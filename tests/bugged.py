@@ -1,0 +1,24 @@
+"""A plugin of pytest: a test that a bug of the museum names runs with this bug, and must fail.
+
+    python -m pytest -p tests.bugged tests/test_text.py::test_padding
+"""
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    import museum  # not before conftest.py: it imports minidiff
+
+    node = item.nodeid.partition("[")[0]
+    with ExitStack() as stack:
+        for bug in museum.BUGS.values():
+            if bug.test == node:
+                stack.enter_context(museum.switched_on(bug))
+        return (yield)
