@@ -20,7 +20,7 @@ from tqdm import tqdm
 import minidiff
 from minidiff.cli.script import run
 from minidiff.figures import plots
-from minidiff.figures.trace import table, trace_half, trace_unet
+from minidiff.figures.trace import trace
 from minidiff.guidance import guide
 from minidiff.samplers import Normal, by_name, times_of
 from minidiff.text import clip_vit_l14
@@ -127,22 +127,31 @@ def main(
 
 def traces(vae, text, unet, side: int) -> str:
     """Encoder, U-Net and decoder, on networks of the same numbers without memory."""
+    z, small = vae.latent_channels, side // vae.factor
+    words, width, n = text.context_length, text.dim, unet.config
     with torch.device("meta"):
         vae, unet = type(vae)(vae.config), type(unet)(unet.config)
-    z, small = vae.latent_channels, side // vae.factor
-    words, width = text.context_length, text.dim
+        images, latents = torch.empty(1, 3, side, side), torch.empty(1, z, small, small)
+        x_t, t = torch.empty(1, n.in_channels, small, small), torch.empty(1)
+        context = torch.empty(1, words, n.context_dim)
     parameters = sum(p.numel() for p in text.parameters())
     return "\n\n".join(
         [
-            f"VAE encoder, from 3 x {side} x {side}\n{table(trace_half(vae.encoder, 3, side))}",
+            f"VAE encoder, from 3 x {side} x {side}\n{table(vae.encoder, images)}",
             f"U-Net, from {z} x {small} x {small} and {words} x {width} of words\n"
-            f"{table(trace_unet(unet, small, words))}",
-            f"VAE decoder, from {z} x {small} x {small}\n"
-            f"{table(trace_half(vae.decoder, z, small))}",
+            f"{table(unet, x_t, t, context)}",
+            f"VAE decoder, from {z} x {small} x {small}\n{table(vae.decoder, latents)}",
             f"text encoder: {words} tokens to {words} x {width}, "
             f"{parameters / 1e6:.2f} M parameters",
         ]
     )
+
+
+def table(network: torch.nn.Module, *inputs: torch.Tensor) -> str:
+    """What runs in a network, level by level."""
+    with trace(network) as rows, torch.no_grad():
+        network(*inputs)
+    return rows.table(depth=2)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # for editors and type checkers; __getattr__ below imports th
     from minidiff.ddpm import DDPM
     from minidiff.denoiser import Denoiser
     from minidiff.figures import plots
+    from minidiff.figures.trace import trace
     from minidiff.latent_diffusion import LatentDiffusion
     from minidiff.methods import lora
     from minidiff.text import CLIPText
@@ -25,11 +26,12 @@ __all__ = [
     "DDPM", "VAE", "CLIPText", "Denoiser", "LatentDiffusion", "UNet", "World", "checkpoints",
     "data", "ddpm", "denoiser", "errors", "evaluation", "figures", "finetuning", "guidance",
     "latent_diffusion", "layers", "load", "lora", "losses", "methods", "options", "pipeline",
-    "plots", "recipes", "samplers", "schedules", "steps", "text", "train", "training", "unet",
-    "vae",
+    "plots", "recipes", "samplers", "schedules", "steps", "text", "trace", "train", "training",
+    "unet", "vae",
 ]  # fmt: skip
-_CLASSES = {"UNet": "unet", "VAE": "vae", "CLIPText": "text", "World": "data.world"}
-_CLASSES |= {"LatentDiffusion": "latent_diffusion", "Denoiser": "denoiser", "DDPM": "ddpm"}
+_NAMES = {"UNet": "unet", "VAE": "vae", "CLIPText": "text", "World": "data.world"}
+_NAMES |= {"LatentDiffusion": "latent_diffusion", "Denoiser": "denoiser", "DDPM": "ddpm"}
+_NAMES["trace"] = "figures.trace"
 _SHORT = {"plots": "figures.plots", "lora": "methods.lora"}
 
 
@@ -58,9 +60,9 @@ def __getattr__(name: str):
         return importlib.import_module("importlib.metadata").version("minidiff")
     if name not in __all__:
         raise AttributeError(f"module 'minidiff' has no attribute '{name}'")
-    home = _CLASSES.get(name) or _SHORT.get(name, name)
+    home = _NAMES.get(name) or _SHORT.get(name, name)
     module = importlib.import_module(f"minidiff.{home}")
-    return getattr(module, name) if name in _CLASSES else module
+    return getattr(module, name) if name in _NAMES else module
 
 
 def __dir__() -> list[str]:

@@ -148,6 +148,11 @@ def verbs(place: Path, out: Path) -> dict[str, tuple[list, list[str]]]:
             ["forward.png", "forward.gif"],
         ),
         "plot reverse": (["plot", "reverse", "x", *small], ["reverse.png", "reverse.gif"]),
+        "plot attention": (
+            ["plot", "attention", "x", *small],
+            ["attention.png", "attention_steps.png"],
+        ),
+        "step": (["step", "x", *small], ["step.png"]),
         "plot schedules": (["plot", "schedules", "--out", out], ["schedules.png"]),
         "data check": (
             ["data", "check", place / "data", "--size", 16, "--out", out],

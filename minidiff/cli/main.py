@@ -15,6 +15,7 @@ from minidiff.cli.finetune import finetune
 from minidiff.cli.generate import generate
 from minidiff.cli.inspect import inspect
 from minidiff.cli.quickstart import quickstart
+from minidiff.cli.step import step
 from minidiff.cli.train import train
 from minidiff.cli.watch import watch
 
@@ -23,7 +24,9 @@ VERBS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "plot forward": plot.forward,
     "plot reverse": plot.reverse,
+    "plot attention": plot.attention,
     "plot schedules": plot.schedules,
+    "step": step,
     "data coco": data.coco,
     "data check": data.check,
     "train": train,

@@ -1,4 +1,4 @@
-"""The verbs that plot chains and schedules."""
+"""The verbs that plot chains, attention and schedules."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from minidiff.cli import options
 from minidiff.cli.options import EXAMPLE, MODEL, SAMPLE, Device, Prompts
+from minidiff.errors import UserError
 from minidiff.options.sampling import SampleConfig
 
 if TYPE_CHECKING:
@@ -84,6 +85,37 @@ def reverse(
     chain = loaded.sample(captions, generator=noise, config=config)
     frames = list(tqdm(chain, "sampling", config.steps + 1, unit="frame", delay=0.01))
     print(*chains.plot_reverse(loaded, frames, captions, out), sep="\n")
+
+
+def attention(
+    prompts: Prompts = (EXAMPLE,),
+    model: Path = MODEL,
+    config: SampleConfig = SAMPLE,
+    device: Device = "auto",
+    out: Path = Path("out/plot"),
+) -> None:
+    """Where each word of a prompt looks: cross-attention over the image, by level and by step.
+
+    Example: minidiff plot attention "a small blue circle" --seed 7
+
+    Args:
+        prompts: what to show: one prompt, in quotes.
+        model: box, the small model that ships with minidiff; or our folder, a diffusers folder, one
+            .safetensors or .ckpt file of Stable Diffusion.
+        device: where to compute; auto takes a GPU if there is one.
+        out: folder for attention.png and attention_steps.png.
+    """
+    options.check_out(out, "attention.png", "attention_steps.png")
+    if len(prompts) != 1:
+        raise UserError(f"attention takes one prompt, not {len(prompts)}; put it in quotes.")
+    device = options.pick_device(device)
+    from minidiff import load
+    from minidiff.figures.attention import plot_attention
+    from minidiff.methods.attention_maps import attention_maps
+
+    loaded = load(model, device)
+    maps = attention_maps(loaded, prompts[0], options.completed(config, loaded))
+    print(*plot_attention(maps, out, prompts[0]), sep="\n")
 
 
 def schedules(

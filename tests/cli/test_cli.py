@@ -245,6 +245,16 @@ def test_plot_reverse(ran, tiny, tmp_path):
         assert film.n_frames == 4
 
 
+def test_plot_attention(ran, refused, tiny, tmp_path):
+    settings = ["--model", tiny, "--steps", 2, "--out", tmp_path]
+    files = [str(tmp_path / name) for name in ("attention.png", "attention_steps.png")]
+    assert ran("plot", "attention", PROMPT, *settings).out.splitlines() == files
+    assert "attention takes one prompt, not 2;" in refused("plot", "attention", "a", "b", *settings)
+    assert "--guidance is 0, which ignores the prompt" in refused(
+        "plot", "attention", PROMPT, *settings, "--guidance", 0
+    )
+
+
 def test_plot_schedules(ran, tmp_path):
     for names in ([], ["karras", "flow"]):
         assert ran("plot", "schedules", *names, "--out", tmp_path).out.splitlines() == [
@@ -270,7 +280,7 @@ def test_a_long_prompt_says_in_one_line_which_words_fell_off(ran, tiny, tmp_path
     (["genrate", PROMPT],
      'no verb "genrate"; perhaps you meant generate; there is quickstart, generate, plot forward,'),
     (["--seed", "3"], 'no verb "--seed"; there is quickstart,'),
-    (["plot"], "plot what? There is plot forward, plot reverse, plot schedules."),
+    (["plot"], "plot what? There is plot forward, plot reverse, plot attention, plot schedules."),
     (["plot", "forwards"], 'no verb "plot forwards"; perhaps you meant plot forward;'),
     (["plot", "--out", "x"], 'no verb "plot --out"; there is plot forward,'),
     (["generate", PROMPT, "--seeed", "3"],
