@@ -44,9 +44,7 @@ class Against:
         if self.against_lora is not None:
             Parts(lora=(self.against_lora,))  # its check
 
-    def other(
-        self, prompt: str, config: SampleConfig, model: "LatentDiffusion"
-    ) -> "Other | None":
+    def other(self, prompt: str, config: SampleConfig, model: "LatentDiffusion") -> "Other | None":
         """The second run, of the first one's prompt and config."""
         from minidiff.figures.explored import Other
 
@@ -57,7 +55,9 @@ class Against:
                 raise UserError(f"against_{name} is {value}, as in the first run; take another.")
             if value is not None:
                 changed = options.completed(replace(config, **{name: value}), model)
-                return Other(*(f"{name} {getattr(c, name)}" for c in (own, changed)), prompt, changed)
+                return Other(
+                    *(f"{name} {getattr(c, name)}" for c in (own, changed)), prompt, changed
+                )
         if self.against is not None:
             return Other(prompt, self.against, self.against, own)
         if self.against_lora is not None:

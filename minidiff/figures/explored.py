@@ -97,7 +97,7 @@ class Step:
     x: Float[Tensor, "1 C H W"]
     x0: Float[Tensor, "1 C H W"]
     eps: Float[Tensor, "1 C H W"]
-    maps: list[Float[Tensor, "channels h w"]]
+    maps: list[Float[Tensor, "_ _ _"]]
     map_values: list[tuple[float, float]]
     source: tuple[Ran, ...]
 
@@ -107,7 +107,7 @@ class Run:
     """A whole run in images in [-1, 1]; x_t and x0 are of the steps that are shown."""
 
     label: str
-    image: Float[Tensor, "3 H W"]
+    image: Float[Tensor, "3 height width"]
     x_t: Images
     x0: Images
     times: list[float]
