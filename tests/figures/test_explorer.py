@@ -36,7 +36,9 @@ PROMPT = "a red circle"
 @pytest.fixture(scope="module")
 def model(sd):
     model = sd()
-    torch.nn.init.normal_(model.unet.conv_out.weight, std=0.1)
+    for weight in model.unet.parameters():
+        if not weight.any():  # the ends of residual branches
+            torch.nn.init.normal_(weight, std=0.1)
     return model
 
 
@@ -68,7 +70,7 @@ def drawn(model, prompt=PROMPT, **options):
     return to_uint8(image).movedim(0, -1).numpy()
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "heun", "dpmpp_2m", "unipc", "lcm"])
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "dpmpp_2m"])
 def test_the_images_are_generates(model, tmp_path, sampler):
     page, _, _ = explored(model, tmp_path, sampler=sampler, guidance=2.0)
     assert np.array_equal(pixels(page["image"]), drawn(model, sampler=sampler, guidance=2.0))
@@ -237,9 +239,9 @@ def test_a_page_that_is_too_large_shows_fewer_steps(model, tmp_path, monkeypatch
 
 
 def test_long_runs_show_some_steps(model, tmp_path):
-    page, _, _ = explored(model, tmp_path, steps=60, sampler="ddpm", scales=())
+    page, _, _ = explored(model, tmp_path, steps=42, sampler="ddpm", scales=())
     steps = [moment["step"] for moment in page["moments"]]
-    assert (steps[0], steps[-1], len(steps)) == (1, 60, 40) and steps == sorted(set(steps))
+    assert (steps[0], steps[-1], len(steps)) == (1, 42, 40) and steps == sorted(set(steps))
 
 
 def small(text, schedule, vae=None):
