@@ -153,6 +153,7 @@ def verbs(place: Path, out: Path) -> dict[str, tuple[list, list[str]]]:
             ["attention.png", "attention_steps.png"],
         ),
         "step": (["step", "x", *small], ["step.png"]),
+        "explore": (["explore", "x", *small, "--scales", "1"], ["explore.html"]),
         "plot schedules": (["plot", "schedules", "--out", out], ["schedules.png"]),
         "data check": (
             ["data", "check", place / "data", "--size", 16, "--out", out],

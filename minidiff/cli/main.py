@@ -11,6 +11,7 @@ from minidiff.cli import console, data, exercises, plot
 from minidiff.cli.convert import convert
 from minidiff.cli.dreambooth import dreambooth
 from minidiff.cli.evaluate import evaluate
+from minidiff.cli.explore import explore
 from minidiff.cli.finetune import finetune
 from minidiff.cli.generate import generate
 from minidiff.cli.inspect import inspect
@@ -27,6 +28,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "plot attention": plot.attention,
     "plot schedules": plot.schedules,
     "step": step,
+    "explore": explore,
     "data coco": data.coco,
     "data check": data.check,
     "train": train,
