@@ -157,7 +157,10 @@ def test_the_network_its_gradient_and_adam(page, target):
         )
         adam.step()
         page.act("net.adam(0.01)")
-    F_out, time = output(parts, x, torch.full((21,), 0.3).double()), torch.full((21,), 0.3, dtype=torch.float64)
+    F_out, time = (
+        output(parts, x, torch.full((21,), 0.3).double()),
+        torch.full((21,), 0.3, dtype=torch.float64),
+    )
     solved = Denoiser(torch.nn.Identity(), Flow(), target).solve(x, time, F_out)
     got = points(page.run("[...net.velocity(x, 0.3)]"))
     assert torch.allclose(got, solved.eps - solved.x0, rtol=1e-8, atol=1e-8)

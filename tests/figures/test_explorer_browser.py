@@ -1,17 +1,13 @@
 """The explorer's page in a browser, from the disk: no error, no network, and every control changes what it should.
 
-MINIDIFF_BROWSER names Chromium's executable; then a browser that is missing, or playwright, is a failure. Without it,
-these tests use the Chromium on PATH, or skip.
+MINIDIFF_BROWSER: see the fixture `browser`.
 """
 
 import base64
-import importlib.util
 import inspect
 import io
 import json
-import os
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -25,23 +21,6 @@ OTHER = "a red square {{data}}"
 NAMES = """[...document.querySelectorAll("button, input, canvas, img, svg, [role=region]")].filter(
   e => !e.closest("[aria-hidden=true], [hidden]")).map(e => [e.outerHTML.slice(0, 99),
   (e.ariaLabel || e.alt || e.labels?.[0]?.textContent || e.textContent).trim()])"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = os.environ.get("MINIDIFF_BROWSER")
-    if not path:
-        path = next(
-            filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-        )
-        if not path or not importlib.util.find_spec("playwright"):
-            pytest.skip("needs Chromium and playwright; MINIDIFF_BROWSER makes this a failure")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
