@@ -37,8 +37,7 @@ with install_import_hook(
 ):
     import box_in_the_page
 
-RUNTIME, BROWSER = os.environ.get("MINIDIFF_ONNXRUNTIME_WEB"), os.environ.get("MINIDIFF_BROWSER")
-NAMES = ("chromium", "chromium-browser", "google-chrome")
+RUNTIME = os.environ.get("MINIDIFF_ONNXRUNTIME_WEB")
 PIXELS = """() => { const c = document.getElementById("picture");
   return [...c.getContext("2d").getImageData(0, 0, c.width, c.height).data]; }"""
 NAMELESS = """() => [...document.querySelectorAll("input, select, button, canvas")].map(e =>
@@ -140,19 +139,6 @@ def file(tmp_path_factory):
     command = [EXPERIMENTS / "box_in_the_page.py", "--runtime", RUNTIME, "--out", out]
     subprocess.run([sys.executable, *map(str, command)], check=True)
     return out / "box_in_the_page.html"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = shutil.which(BROWSER) if BROWSER else next(filter(None, map(shutil.which, NAMES)), None)
-    need(path is not None, "Chromium", BROWSER)
-    need(importlib.util.find_spec("playwright") is not None, "playwright", BROWSER)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 def wait(tab) -> None:
