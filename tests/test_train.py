@@ -272,7 +272,9 @@ def test_every_step_of_a_run_moves_the_average():
     ema, expected = EMA(module, 0.9), [p.detach().clone() for p in module.parameters()]
     for done in go(noisy_loss(module), module, batches, 5, 1e-2, ema=ema, warmup=0):
         d = min(0.9, done.step / (done.step + 9))
-        expected = [d * e + (1 - d) * p.detach() for e, p in zip(expected, module.parameters(), strict=True)]
+        expected = [
+            d * e + (1 - d) * p.detach() for e, p in zip(expected, module.parameters(), strict=True)
+        ]
         for average, value in zip(ema.average.parameters(), expected, strict=True):
             torch.testing.assert_close(average, value, rtol=1e-5, atol=1e-7)  # fp32
 
