@@ -1,6 +1,6 @@
 """A plugin of pytest: a test that a bug of the museum names runs with this bug, and must fail.
 
-python -m pytest -p tests.bugged tests/test_text.py::test_padding
+Run it so: `python -m pytest -p tests.bugged tests/test_text.py::test_padding`.
 """
 
 import sys
