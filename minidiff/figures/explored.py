@@ -1,4 +1,4 @@
-"""What the explorer shows of a run, collected as it runs: trace, chain, maps, other runs."""
+"""What the explorer shows of a run, collected while it runs: trace, chain, maps, other runs."""
 
 import inspect
 import time
@@ -270,7 +270,7 @@ def _visible(model: LatentDiffusion, times: Tensor, xs: Sequence, x0s: Sequence)
 
 
 def source_of(model: LatentDiffusion, name: str) -> tuple[str, Path, int, str]:
-    """Name, file, line and text of a module's class; of a class of torch's, the U-Net's forward."""
+    """Name, file, line and text of a module's class; where that is torch's, of UNet.forward."""
     kind = type(model.unet.get_submodule(name))
     thing = kind if kind.__module__.startswith("minidiff.") else type(model.unet).forward
     thing = inspect.unwrap(thing)
