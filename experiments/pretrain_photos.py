@@ -70,7 +70,7 @@ from minidiff.unet import UNet, UNetConfig
 Stage = Literal["vae", "text", "unet"]
 
 GUIDANCE = 3.0
-POINTS = 4  # rows of the curve in a stretch
+POINTS = 6  # rows of the curve in a stretch
 
 
 def unet_photos() -> UNet:
@@ -148,7 +148,8 @@ def trained(act: Act, folder: Path, resume: bool) -> float:
 
 
 class Watch:
-    """Measures the average of the weights a few times in a stretch; called after every step."""
+    """Measures the average of the weights a few times in a stretch, and writes the model folder;
+    called after every step."""
 
     def __init__(
         self,
@@ -179,14 +180,15 @@ class Watch:
             held_out_loss(average, self.held_out),
             verdicts,
         )
+        copy.deepcopy(average).half().save(self.curve.file.parent / "model")
         tqdm.write(f"step {step}: {row}")
 
 
 def stretch(
     model: LatentDiffusion, train_set: Stored, held_out: Stored, curve: Curve, options: Options
-) -> tuple[LatentDiffusion, dict[str, object], Samples | None]:
-    """The U-Net learns for some minutes: a short warm-up, then half a cosine to 0. Returns the
-    average of the weights."""
+) -> tuple[dict[str, object], Samples | None]:
+    """The U-Net learns for some minutes: a short warm-up, then half a cosine to 0. The average of
+    its weights is measured and saved."""
     folder, seed = curve.file.parent / "training", seed_of(options.seed, curve.stretch)
     model.vae.requires_grad_(False)
     model.text.requires_grad_(False)
@@ -215,7 +217,7 @@ def stretch(
     training = train(act.loss, model, data, config, ema, folder / "unet", options.resume)
     speed = follow(observed(training, watch), "U-Net", steps, options.batch)
     results = {"steps": steps, "gflop_a_step": round(step_cost.flops / 1e9, 2), **speed}
-    return ema.average, results, watch.samples
+    return results, watch.samples
 
 
 def attention_kernel(device: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
@@ -244,9 +246,8 @@ def work(data: Path, out: Path, model: Path | None, pictures: int | None, option
     ]
     tflop = sum(value for name, value in figures.items() if name.endswith("tflop"))
     curve = Curve(before, out / "curve.csv", tflop)
-    average, results, drawn = stretch(network, *both, curve, options)
+    results, drawn = stretch(network, *both, curve, options)
 
-    average.half().save(out / "model")
     if drawn is not None:
         chosen = list(range(min(24, len(drawn.captions))))
         marks = [drawn.verdicts[k] for k in chosen]
