@@ -4,8 +4,11 @@ edges, without anybody's weights; a text encoder that tells the things apart.
 [1] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. arXiv:2112.10752
 [2] Mathieu, Couprie, LeCun. Deep Multi-Scale Video Prediction beyond Mean Square Error. 2016.
     arXiv:1511.05440 (section 3.2: the gradient difference loss)
+[3] Zhang et al. The Unreasonable Effectiveness of Deep Features as a Perceptual Metric. 2018.
+    arXiv:1801.03924
 """
 
+import copy
 import random
 from collections.abc import Iterator
 from functools import partial
@@ -21,6 +24,8 @@ from torch import Tensor, nn
 
 from minidiff.data import buckets
 from minidiff.data.folder import CaptionedFolder, load_all, to_model
+from minidiff.evaluation import features
+from minidiff.evaluation.features import Classifier
 from minidiff.recipes import reading
 from minidiff.recipes.plan import Act
 from minidiff.recipes.reading import Lesson
@@ -34,7 +39,9 @@ Images = Float[Tensor, "B 3 H W"]
 SIZE = 64
 VAE_BATCH, VAE_LR, WINDOW = 32, 4e-3, 32  # windows of 32x32 in a step
 WHOLE = 0.7  # from this share of the steps on, the VAE sees whole pictures, a quarter as many
-SCALES, EDGES = 3, 0.5  # sizes at which edges are compared, and the weight of each
+SCALES, EDGES = 3, 0.25  # sizes at which edges are compared, and the weight of each
+TEXTURE = 0.25  # weight of the difference in features, after each stage of their network
+LATENT_CHANNELS = 8
 TEXT_BATCH, TEXT_LR = 64, 4e-3
 MOMENTUM = (0.95, 0.99)  # of Muon, and of Adam's square (training/muon.py)
 # what a caption that names a thing is read as, one of them at a time
@@ -86,8 +93,9 @@ def photos(data: Path, part: str, limit: int | None = None) -> Photos:
 
 
 def vae_photos() -> VAE:
-    """64x64x3 images to 16x16x4 latents."""
-    return VAE(VAEConfig(3, 4, channels=(24, 48, 64), blocks=1, groups=0))
+    """64x64x3 images to 16x16x8 latents. Through 4 channels, 22 dB, the judge knew 0.35 of pictures of
+    which it knows 0.66: photographs this small have little that is smooth."""
+    return VAE(VAEConfig(3, LATENT_CHANNELS, channels=(24, 48, 64), blocks=1, groups=0))
 
 
 def windows(
@@ -125,15 +133,28 @@ def difference(a: Images, b: Images) -> Float[Tensor, "B"]:
     return total
 
 
-def vae_loss(vae: VAE, images: Images) -> Loss:
-    """The `difference` of images and what the VAE makes of them, with the KL term of [1]."""
+def texture(network: Classifier, a: Images, b: Images) -> Float[Tensor, "B"]:
+    """The squared distance of features, of unit length at each place, after each stage of a
+    classifier ([3] eq. 1 without its learned weights)."""
+    total = torch.zeros(len(a), device=a.device)
+    for stage in network.stages:
+        a, b = stage(a), stage(b)
+        apart = F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)
+        total = total + apart.square().sum(1).flatten(1).mean(1)
+    return total
+
+
+def vae_loss(vae: VAE, classifier: Classifier, images: Images) -> Loss:
+    """The differences of images and what the VAE makes of them, with the KL term of [1].
+    classifier: of CIFAR-10, minidiff's own, which is not the judge."""
     images = images.to(vae.latent_scale.device)
     mean, log_variance = vae.posterior(images)
     z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
     again = vae.decoder(vae.post_quant(z))
     kl = 0.5 * (mean.pow(2) + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
     size = images[0].numel() / (3 * SIZE**2)  # a window has fewer latents
-    return {"loss": difference(again, images) + vae.config.kl_weight / size * kl}
+    error = difference(again, images) + TEXTURE * texture(classifier, again, images)
+    return {"loss": error + vae.config.kl_weight / size * kl}
 
 
 def vae_act(
@@ -142,17 +163,27 @@ def vae_act(
     torch.manual_seed(seed)
     vae = vae_photos().to(device, memory_format=torch.channels_last)
     data = partial(windows, train_set.pixels, VAE_BATCH, round(WHOLE * steps), seed)
-    return Act("VAE", vae, partial(vae_loss, vae), data, config_of(steps, VAE_LR, seed, dtype))
+    classifier = copy.deepcopy(features.cifar10_classifier()).requires_grad_(False).to(device)
+    return Act(
+        "VAE", vae, partial(vae_loss, vae, classifier), data, config_of(steps, VAE_LR, seed, dtype)
+    )
 
 
-def psnr(vae: VAE, images: UInt8[Tensor, "N 3 S S"]) -> float:
-    """Decibels of the pictures that come back from latents."""
-    errors = []
-    for some in images.split(64):
-        x = to_model(some).to(vae.latent_scale.device)
-        with torch.no_grad():
-            errors.append((vae.decode(vae.encode(x)).clamp(-1, 1) - x).square().flatten(1).mean(1))
-    return round(-10 * (torch.cat(errors) / 4).mean().log10().item(), 2)
+@torch.no_grad()
+def through(vae: VAE, of: Photos) -> dict[str, float]:
+    """Decibels of the pictures that come back from latents, and the share of them that the judge
+    takes for what they show: no model of these latents is worth more."""
+    errors, guesses = [], []
+    for some in of.pixels.split(64):
+        x = to_model(some)
+        again = vae.decode(vae.encode(x.to(vae.latent_scale.device))).clamp(-1, 1).cpu()
+        errors.append((again - x).square().flatten(1).mean(1))
+        guesses += features.photo_things(again) if of.labels else []
+    figures = {"vae_psnr_db": round(-10 * (torch.cat(errors) / 4).mean().log10().item(), 2)}
+    if of.labels:
+        right = [a == b for (a,), b in zip(guesses, of.labels, strict=True)]
+        figures["vae_accuracy"] = round(sum(right) / len(right), 4)
+    return figures
 
 
 # The text encoder.

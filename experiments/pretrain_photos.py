@@ -37,12 +37,13 @@ from photo_latents import (
     stored,
 )
 from photo_parts import (
+    LATENT_CHANNELS,
     SIZE,
     Photos,
     config_of,
     photos,
-    psnr,
     text_act,
+    through,
     vae_act,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -77,8 +78,8 @@ def unet_photos() -> UNet:
     """Three levels, 16x16 to 4x4; attention at 4x4 alone, for a CPU's hours go further without that at
     8x8."""
     levels = {"channels": (48, 96, 144), "depth": (0, 0, 1), "heads": (1, 2, 3)}
-    text = {"context_dim": 64, "pooled": True, "scale_shift": True}
-    return UNet(UNetConfig(4, 4, blocks=1, ff_mult=2, groups=16, **levels, **text))
+    z, text = LATENT_CHANNELS, {"context_dim": 64, "pooled": True, "scale_shift": True}
+    return UNet(UNetConfig(z, z, blocks=1, ff_mult=2, groups=16, **levels, **text))
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ def first_parts(
     figures = {"vae_tflop": trained(act, out / "training" / "vae", options.resume)}
     vae = act.module.requires_grad_(False).eval()
     vae.measure_scale(to_model(train_set.pixels[:512]).to(device))
-    figures["vae_psnr_db"] = psnr(vae, held_out.pixels[:256])
-    print(f"VAE: {figures['vae_psnr_db']} dB on held-out pictures", flush=True)
+    figures |= through(vae, held_out)
+    print(f"VAE, on held-out pictures: {figures}", flush=True)
     if options.stage == "vae":
         return None, figures
 

@@ -283,7 +283,7 @@ def test_the_feature_network_that_ships_sees_distortions(real_data):
             .permute(1, 3, 0, 2, 4)
             .flatten(0, 1)
         )
-    found = cifar_features.distances(features._cifar10(), tiles["train"], tiles["test"], 500)
+    found = cifar_features.distances(features.cifar10_classifier(), tiles["train"], tiles["test"], 500)
     for name, (_, levels) in cifar_features.DISTORTIONS.items():
         along = [found["floor"], *(found[f"{name} {level}"] for level in levels)]
         assert along == sorted(along), name

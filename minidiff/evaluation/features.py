@@ -113,11 +113,12 @@ class Classifier(nn.Module):
 @torch.no_grad()
 def cifar10(images: Images) -> Float[Tensor, "B 128"]:
     """Features of a `Classifier` of CIFAR-10, for small photographs; see networks/README.md."""
-    return _cifar10().features(F.adaptive_avg_pool2d(images.cpu(), SIDE))
+    return cifar10_classifier().features(F.adaptive_avg_pool2d(images.cpu(), SIDE))
 
 
 @cache
-def _cifar10() -> Classifier:
+def cifar10_classifier() -> Classifier:
+    """The classifier itself; see networks/README.md."""
     network = Classifier(10)
     network.load_state_dict(load_file(FOLDER / "cifar10_resnet.safetensors"))
     return network.float().eval()
