@@ -32,6 +32,7 @@ from minidiff.training.seeds import generator_of
 
 Latents = Float[Tensor, "B Z h w"]
 DRAWN_STEPS = 25
+T_CENTRE = 0.4  # of logit(t): what a picture shows is decided where there is much noise
 COLUMNS = ("stretch", "step", "images", "tflop", "held_out_loss", "accuracy", "n")
 
 
@@ -68,7 +69,7 @@ class Stored:
             captions = ["" if d else text for d, text in zip(dropped, captions, strict=True)]
             u = torch.arange(len(rows)) + torch.rand(len(rows), generator=generator)
             u = (u / len(rows)).double().clamp(1e-6, 1 - 1e-6)
-            t = torch.sigmoid(torch.special.ndtri(u)).float()
+            t = torch.sigmoid(T_CENTRE + torch.special.ndtri(u)).float()
             yield LatentBatch(x0, captions, t, torch.randn(x0.shape, generator=generator))
 
 

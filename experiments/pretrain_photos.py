@@ -27,6 +27,7 @@ from typing import Literal
 
 import torch
 from photo_latents import (
+    T_CENTRE,
     Curve,
     ModelLoss,
     Samples,
@@ -127,7 +128,7 @@ def first_parts(
         return None, figures
 
     torch.manual_seed(options.seed + 1)
-    denoiser = Denoiser(unet_photos(), schedules.Flow(), target="flow")
+    denoiser = Denoiser(unet_photos(), schedules.Flow(mean=T_CENTRE), target="flow")
     text = act.module.requires_grad_(False).eval()
     model = LatentDiffusion(vae, text, denoiser, SIZE, guidance=GUIDANCE, sampler="ddim")
     return model.to(device), figures
