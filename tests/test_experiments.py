@@ -57,6 +57,7 @@ with install_import_hook(
     import photo_judge
     import photo_latents
     import photo_parts
+    import photo_report
     import pretrain_box
     import pretrain_photos
     import sampler_order
@@ -283,7 +284,9 @@ def test_the_feature_network_that_ships_sees_distortions(real_data):
             .permute(1, 3, 0, 2, 4)
             .flatten(0, 1)
         )
-    found = cifar_features.distances(features.cifar10_classifier(), tiles["train"], tiles["test"], 500)
+    found = cifar_features.distances(
+        features.cifar10_classifier(), tiles["train"], tiles["test"], 500
+    )
     for name, (_, levels) in cifar_features.DISTORTIONS.items():
         along = [found["floor"], *(found[f"{name} {level}"] for level in levels)]
         assert along == sorted(along), name
@@ -594,6 +597,18 @@ def test_pretrain_photos(photo_shards, tmp_path, monkeypatch):
         assert all(torch.equal(weight, other[name]) for name, weight in one.items())
     with pytest.raises(UserError, match="has its VAE and text encoder"):
         pretrain_photos.main(**settings, stage="vae", model=package, out=tmp_path / "other")
+
+
+def test_photo_report(photo_shards, tmp_path, monkeypatch):
+    judge_of(THINGS, tmp_path, monkeypatch)
+    settings = dict(steps=1, vae_steps=1, text_steps=1, batch=2, each=0)
+    pretrain_photos.main(photo_shards, tmp_path / "made", **settings)
+    photo_report.main(photo_shards, tmp_path / "made" / "model", tmp_path, each=2, steps=2)
+    results = written(tmp_path, "samples.png", "nearest.png")
+    assert results["n"] == 6 and results["model"].keys() == results["training_pictures"].keys()
+    for measured in (results["model"], results["training_pictures"]):
+        share, low, high = measured["copies"]
+        assert 0 <= low <= share <= high <= 1 and measured["frechet"] > 0
 
 
 def judge_of(things, folder, monkeypatch):
