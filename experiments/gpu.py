@@ -3,6 +3,7 @@
     python experiments/gpu.py --out OUT --minutes 6
     python experiments/gpu.py --parts ceiling,train
     python experiments/gpu.py --parts cifar --data cifar10 --minutes 5
+    python experiments/gpu.py --parts photos --data photos --minutes 8
     python experiments/gpu.py --tiny --device cpu              # everything at its smallest
 
 A part is a function that yields rows. It runs in a process of its own, in a share of the minutes
@@ -185,7 +186,8 @@ def main(
         minutes: for all parts together.
         tiny: everything at its smallest, to try this file out.
         device: auto, cuda or cpu.
-        data: a folder with CIFAR-10 as mosaics, train_0.webp and so on; for the part cifar.
+        data: for the part cifar, a folder with CIFAR-10 as mosaics, train_0.webp and so on; for
+            photos, one with shards.
         seed: of the random weights.
         out: folder for results.json and what parts write.
     """

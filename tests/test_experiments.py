@@ -3,8 +3,10 @@ in one line."""
 
 import json
 import random
+import shutil
 import signal
 import sys
+import tarfile
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +54,12 @@ with install_import_hook(
     import gpu_training
     import measuring
     import memory
+    import photo_judge
+    import photo_latents
+    import photo_parts
+    import photo_report
     import pretrain_box
+    import pretrain_photos
     import sampler_order
     import scaling
     import sd_generate
@@ -277,7 +284,9 @@ def test_the_feature_network_that_ships_sees_distortions(real_data):
             .permute(1, 3, 0, 2, 4)
             .flatten(0, 1)
         )
-    found = cifar_features.distances(features._cifar10(), tiles["train"], tiles["test"], 500)
+    found = cifar_features.distances(
+        features.cifar10_classifier(), tiles["train"], tiles["test"], 500
+    )
     for name, (_, levels) in cifar_features.DISTORTIONS.items():
         along = [found["floor"], *(found[f"{name} {level}"] for level in levels)]
         assert along == sorted(along), name
@@ -491,6 +500,145 @@ def test_pretrain_box(tmp_path, monkeypatch):
             pretrain_box.main(**settings, out=halves, resume=step > 1)
     pretrain_box.main(**settings, out=halves, resume=True)
     same(whole, halves, "box")
+
+
+# Photographs.
+
+
+THINGS = ("lemon", "orange", "Persian cat")
+
+
+@pytest.fixture
+def photo_shards(tmp_path):
+    """Shards as of photographs: three things, twelve pictures to train on and six held out."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for part, n in (("train", 12), ("held_out", 6)):
+        with tarfile.open(folder / f"{part}-000000.tar", "w") as shard:
+            for k in range(n):
+                picture(tmp_path / "one.png", seed=n * 100 + k, size=64)
+                text = {"text": f"a photo of a {THINGS[k % 3]}", "label": THINGS[k % 3]}
+                (tmp_path / "one.json").write_text(json.dumps(text))
+                for suffix in ("png", "json"):
+                    shard.add(tmp_path / f"one.{suffix}", f"{k:06d}.{suffix}")
+    return folder
+
+
+def test_photo_judge(photo_shards, tmp_path, monkeypatch):
+    settings = dict(data=photo_shards, steps=3, batch=4)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    photo_judge.main(**settings, out=whole)
+    results = written(whole, "photos_resnet.safetensors", "loss.png")
+    assert results["n"] == 6 and results["pictures"] == 12 and results["classes"] == 3
+    assert 0 <= results["top_1"] <= results["top_5"] == 1  # of three things
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(photo_judge, "follow", stop_at(1))
+        photo_judge.main(**settings, out=halves)
+    photo_judge.main(**settings, out=halves, resume=True)
+    ours, theirs = (load_file(out / "photos_resnet.safetensors") for out in (whole, halves))
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+
+    # the file is all that its features and verdicts need
+    monkeypatch.setattr(features, "FOLDER", whole)
+    features._photos.cache_clear()
+    images = World(32).batch(2, "photos", objects=2)[0]
+    assert features.features(features.PHOTOS, images).shape == (2, 256)
+    assert all(set(guesses) == set(THINGS) for guesses in features.photo_things(images, best=3))
+    features._photos.cache_clear()
+
+
+def test_photographs_come_in_the_order_of_their_shards(photo_shards, tmp_path):
+    pictures, again = (photo_judge.pictures(photo_shards, "train") for _ in range(2))
+    assert torch.equal(pictures.pixels, again.pixels)
+    assert pictures.labels == again.labels == list(THINGS) * 4
+    stream = photo_judge.batches(pictures, 4, 2, seed=0, start=0)
+    first = [next(stream) for _ in range(4)]
+    assert [batch.images.shape[-1] for batch in first] == [48, 48, 64, 64]
+    third = next(photo_judge.batches(pictures, 4, 2, seed=0, start=2))
+    assert torch.equal(third.images, first[2].images) and third.labels == first[2].labels
+    with pytest.raises(UserError, match=r"no test-\*.tar there"):
+        photo_judge.pictures(photo_shards, "test")
+
+
+def test_pretrain_photos(photo_shards, tmp_path, monkeypatch):
+    settings = dict(data=photo_shards, steps=4, vae_steps=3, text_steps=3, batch=4, each=1)
+    monkeypatch.setattr(photo_latents, "DRAWN_STEPS", 2)
+    judge_of(THINGS, tmp_path / "judge", monkeypatch)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    pretrain_photos.main(**settings, out=whole)
+    results = written(whole, "model/model.json", "samples.png", "loss.png", "curve.csv")
+    assert results["megabytes"] <= 20 and results["n"] == 3 and results["stretch"] == 1
+
+    pretrain_photos.main(**settings, stage="vae", out=halves)  # stage by stage, with a Ctrl-C
+    pretrain_photos.main(**settings, stage="text", out=halves, resume=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pretrain_photos, "follow", stop_at(1))
+        pretrain_photos.main(**settings, out=halves, resume=True)
+    pretrain_photos.main(**settings, out=halves, resume=True)
+    same(whole, halves)
+    assert (whole / "curve.csv").read_text() == (halves / "curve.csv").read_text()
+
+    # The next stretch begins where this one ended, but for what half precision rounds.
+    package = tmp_path / "package"
+    shutil.copytree(whole / "model", package)
+    shutil.copy(whole / "curve.csv", package)
+    before = [load_file(package / f"{part}.safetensors") for part in ("vae", "text")]
+    again = settings | {"steps": 2, "lr": 1e-9}
+    pretrain_photos.main(**again, model=package, out=tmp_path / "more")
+    rows = photo_latents.read_curve(tmp_path / "more" / "curve.csv")
+    assert rows[: len(rows) - 2] == photo_latents.read_curve(package / "curve.csv")
+    last, new = rows[-3], rows[-1]
+    assert (last["stretch"], new["stretch"]) == ("1", "2")
+    assert int(new["images"]) == int(last["images"]) + 8
+    assert float(new["tflop"]) > float(last["tflop"])
+    assert float(new["held_out_loss"]) == pytest.approx(float(last["held_out_loss"]), rel=1e-3)
+    after = [load_file(tmp_path / "more/model" / f"{part}.safetensors") for part in ("vae", "text")]
+    for one, other in zip(before, after, strict=True):
+        assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+    with pytest.raises(UserError, match="has its VAE and text encoder"):
+        pretrain_photos.main(**settings, stage="vae", model=package, out=tmp_path / "other")
+
+
+def test_photo_report(photo_shards, tmp_path, monkeypatch):
+    judge_of(THINGS, tmp_path, monkeypatch)
+    settings = dict(steps=1, vae_steps=1, text_steps=1, batch=2, each=0)
+    pretrain_photos.main(photo_shards, tmp_path / "made", **settings)
+    photo_report.main(photo_shards, tmp_path / "made" / "model", tmp_path, each=2, steps=2)
+    results = written(tmp_path, "samples.png", "nearest.png")
+    assert results["n"] == 6 and results["model"].keys() == results["training_pictures"].keys()
+    for measured in (results["model"], results["training_pictures"]):
+        share, low, high = measured["copies"]
+        assert 0 <= low <= share <= high <= 1 and measured["frechet"] > 0
+
+
+def judge_of(things, folder, monkeypatch):
+    """A judge of these things that has learnt nothing, in place of the one that ships."""
+    network = features.Classifier(len(things), features.PHOTOS_WIDTHS).eval()
+    monkeypatch.setattr(features, "_photos", lambda: (network, list(things)))
+
+
+def test_pretrain_photos_takes_a_captioned_folder(tmp_path):
+    for k in range(20):
+        picture(tmp_path / "mine" / f"{k}.png", seed=k, size=64)
+        (tmp_path / "mine" / f"{k}.txt").write_text(f"picture {k}")
+    train_set, held_out = (photo_parts.photos(tmp_path / "mine", p) for p in ("train", "held_out"))
+    assert len(train_set.pixels) == 19 and held_out.captions == [["picture 9"]]  # 0, 1, 10, 11, ...
+    settings = dict(steps=1, vae_steps=1, text_steps=1, batch=2, pictures=4)
+    pretrain_photos.main(tmp_path / "mine", tmp_path / "out", **settings)
+    assert written(tmp_path / "out", "model/model.json")["n"] == 0
+
+
+def test_photo_codes_and_phrasings():
+    codes = photo_parts.codes([str(k) for k in range(67)], 64)
+    vectors = torch.stack(list(codes.values()))
+    torch.testing.assert_close(vectors.norm(dim=1), torch.full((67,), 8.0))
+    cosines = vectors @ vectors.T / 64 - torch.eye(67)
+    assert cosines.abs().max() < 0.5 and cosines.square().mean().sqrt() < 0.05
+    assert "a photo of an orange" in photo_parts.phrasings("orange")
+    a = torch.rand(2, 3, 16, 16)
+    assert photo_parts.difference(a, a).tolist() == [0, 0]
+    brighter = photo_parts.difference(a + 0.1, a)  # pixels differ, edges do not
+    torch.testing.assert_close(brighter, torch.full((2,), 0.1))
 
 
 def test_dreambooth(tmp_path):
@@ -849,15 +997,23 @@ def test_gpu_smaller_cards(tmp_path):
     assert len(notes) == 16 and set(notes) == {"said to fit: fits"}
 
 
-def test_gpu_cifar_and_photos(tmp_path):
+def test_gpu_cifar(tmp_path):
     for k in range(2):
         picture(tmp_path / f"train_{k}.webp", seed=k, size=160)
     paper, fast = gpu_long.cifar(gpu_setup(tmp_path, data=tmp_path))
     assert (
         "paper" in paper.what and "floor" in fast.note and (tmp_path / "cifar_small.png").exists()
     )
-    (photos,) = gpu_long.photos(gpu_setup(tmp_path))
-    assert photos.error == "there is no experiments/pretrain_photos.py"
+
+
+def test_gpu_photos(photo_shards, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="needs shards"):
+        next(gpu_long.photos(gpu_setup(tmp_path)))
+    monkeypatch.setenv("PYTHONPATH", str(EXPERIMENTS.parent))
+    (row,) = gpu_long.photos(gpu_setup(tmp_path, data=photo_shards))
+    assert "2 steps" in row.note and row.batch == 2
+    assert minidiff.load(tmp_path / "photos" / "model").size == 64
+    assert not (tmp_path / "photos" / "training").exists()
 
 
 def test_synchronisations_by_place_and_a_trace(tmp_path):

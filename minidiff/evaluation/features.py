@@ -1,8 +1,9 @@
 """From images to features: the networks in which distances between images are measured.
 
 A distance shows only what its features show. Small pixels show where colours are, a random network
-texture, the critic attributes, a classifier of CIFAR-10 what tells its ten classes apart. All but
-Inception's and CLIP's are always there, offline. Images are (B, 3, H, W) in [-1, 1], of any size.
+texture, the critic attributes, a classifier of CIFAR-10 or of photographs what tells its classes
+apart. All but Inception's and CLIP's are always there, offline. Images are (B, 3, H, W) in [-1, 1],
+of any size.
 
 [1] Naeem et al. Reliable Fidelity and Diversity Metrics for Generative Models. 2020.
     arXiv:2002.09797 (section 5: random networks)
@@ -13,6 +14,7 @@ Inception's and CLIP's are always there, offline. Images are (B, 3, H, W) in [-1
 [4] He et al. Deep Residual Learning for Image Recognition. 2016. arXiv:1512.03385
 """
 
+import json
 import math
 from collections.abc import Callable
 from functools import cache
@@ -22,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -33,8 +36,10 @@ from minidiff.layers import ResBlock
 Images = Float[Tensor, "B 3 H W"]
 SIDE = 32  # the side that the random network and the classifier see
 WIDTHS = (3, 32, 64, 64)
+FOLDER = Path(__file__).parents[1] / "networks"
 GROUPS = 8  # group norm: an image's features do not depend on its batch
-INCEPTION, CIFAR10 = "inception-v3-compat", "cifar10-resnet"
+INCEPTION, CIFAR10, PHOTOS = "inception-v3-compat", "cifar10-resnet", "photos-resnet"
+PHOTOS_SIDE, PHOTOS_WIDTHS = 64, (32, 64, 128, 256)
 
 
 def pixels(images: Images) -> Float[Tensor, "B 192"]:
@@ -81,8 +86,9 @@ def critic_attributes(images: Images) -> Float[Tensor, "B D"]:
 
 
 class Classifier(nn.Module):
-    """A classifier of 32x32 images, used for its features: a residual block ([4]) at each of 16x16,
-    8x8 and 4x4. The mean over places gives the features, and one linear layer the logits."""
+    """A classifier of small images, used for its features: a residual block ([4]) at each size, of
+    32x32 images at 16x16, 8x8 and 4x4. The mean over places gives the features, and one linear
+    layer the logits."""
 
     def __init__(self, classes: int, channels: tuple[int, ...] = (32, 64, 128)):
         super().__init__()
@@ -107,15 +113,40 @@ class Classifier(nn.Module):
 @torch.no_grad()
 def cifar10(images: Images) -> Float[Tensor, "B 128"]:
     """Features of a `Classifier` of CIFAR-10, for small photographs; see networks/README.md."""
-    return _cifar10().features(F.adaptive_avg_pool2d(images.cpu(), SIDE))
+    return cifar10_classifier().features(F.adaptive_avg_pool2d(images.cpu(), SIDE))
 
 
 @cache
-def _cifar10() -> Classifier:
+def cifar10_classifier() -> Classifier:
+    """The classifier itself; see networks/README.md."""
     network = Classifier(10)
-    file = Path(__file__).parents[1] / "networks" / "cifar10_resnet.safetensors"
-    network.load_state_dict(load_file(file))
+    network.load_state_dict(load_file(FOLDER / "cifar10_resnet.safetensors"))
     return network.float().eval()
+
+
+@torch.no_grad()
+def photos(images: Images) -> Float[Tensor, "B 256"]:
+    """Features of a `Classifier` of 67 things in 64x64 photographs; see networks/README.md."""
+    return _photos()[0].features(F.adaptive_avg_pool2d(images.cpu(), PHOTOS_SIDE))
+
+
+@torch.no_grad()
+def photo_things(images: Images, best: int = 1) -> list[list[str]]:
+    """The first guesses of that classifier: names of the things that each image shows."""
+    network, classes = _photos()
+    logits = network(F.adaptive_avg_pool2d(images.cpu(), PHOTOS_SIDE))
+    return [[classes[k] for k in row] for row in logits.topk(best).indices.tolist()]
+
+
+@cache
+def _photos() -> tuple[Classifier, list[str]]:
+    """The classifier, and the names of its classes from the header of its file."""
+    with safe_open(FOLDER / "photos_resnet.safetensors", "pt") as file:
+        classes = json.loads(file.metadata()["classes"])
+        weights = {name: file.get_tensor(name) for name in file.keys()}
+    network = Classifier(len(classes), PHOTOS_WIDTHS)
+    network.load_state_dict(weights)
+    return network.float().eval(), classes
 
 
 def inception(images: Images) -> Float[Tensor, "B 2048"]:
@@ -148,6 +179,7 @@ NETWORKS: dict[str, Callable[[Tensor], Tensor]] = {
     "random-conv-0": random_conv,
     "critic-attributes": critic_attributes,
     CIFAR10: cifar10,
+    PHOTOS: photos,
     INCEPTION: inception,
 }
 # Measured by default; the last one only on the built-in world.
