@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # plt.show() draws in cells
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small networks: a second thread costs more
 
 project = "minidiff"
 author = "the minidiff authors"
@@ -38,7 +39,7 @@ numfig = False
 mathjax3_config = {"chtml": {"displayAlign": "left", "displayIndent": "1.5em"}}
 
 nb_execution_mode = "cache"
-nb_execution_timeout = 120  # seconds for a cell
+nb_execution_timeout = 900  # seconds for a cell: machines differ threefold
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 nb_render_markdown_format = "myst"
