@@ -267,7 +267,7 @@ def work(data: Path, out: Path, model: Path | None, pictures: int | None, option
     print(f"the judge takes {last['accuracy']} of {last['n']} samples for what was asked for")
 
 
-OUTPUTS = ("model", "samples.png", "loss.png")  # beside results.json
+OUTPUTS = ("model", "curve.csv", "samples.png", "loss.png")  # beside results.json
 
 
 def main(
