@@ -20,6 +20,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from minidiff import losses
+from minidiff.condition import Context
 from minidiff.errors import UserError, choice
 from minidiff.losses import SIGMA_DATA, WEIGHTINGS
 from minidiff.schedules import NoiseSchedule, per_example
@@ -46,7 +47,6 @@ TARGETS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {  # F i
 
 
 X, Time = Float[Tensor, "B *dims"], Shaped[Tensor, "B"]
-Context = Float[Tensor, "B L D"]
 
 
 class Prediction(NamedTuple):

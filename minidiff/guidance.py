@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from minidiff.condition import Context, join
 from minidiff.denoiser import Denoise, Denoiser, Prediction
 from minidiff.errors import UserError
 from minidiff.schedules import per_example
 
 X = Float[Tensor, "B *dims"]
 Time = Shaped[Tensor, "B"]
-Context = Float[Tensor, "B L D"]
 
 
 def guide(
@@ -90,8 +90,7 @@ class Guided:
         """What to steer away from, and towards; null and context are evaluated as one batch."""
         if self.weak is not None:
             return self.weak(x, t, self.context), self.denoiser(x, t, self.context)
-        contexts = torch.cat([self.null, self.context])
-        both = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), contexts)
+        both = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), join(self.null, self.context))
         away, towards = zip(*(half.chunk(2) for half in both), strict=True)
         return Prediction(*away), Prediction(*towards)
 

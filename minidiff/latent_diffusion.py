@@ -12,6 +12,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from minidiff import schedules
+from minidiff.condition import repeat
 from minidiff.denoiser import Denoise, Denoiser
 from minidiff.errors import UserError, choice
 from minidiff.guidance import guide
@@ -154,7 +155,7 @@ class LatentDiffusion(nn.Module):
         if config.negative and null is None:
             raise UserError("negative needs a model with a text encoder.")
         if config.negative:
-            null = self.text.encode([config.negative]).expand(len(prompts), -1, -1)
+            null = repeat(self.text.encode([config.negative]), len(prompts))
         guidance = config.guidance if guidance is None else guidance
         scale = self.guidance if guidance is None else guidance
         interval = None if config.interval == (0, 1) else config.interval

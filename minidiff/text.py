@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from minidiff.condition import repeat
 from minidiff.errors import UserError
 from minidiff.layers import Attention, run
 from minidiff.training.device import to_device
@@ -165,7 +166,7 @@ class CLIPText(nn.Module):
 
     def null(self, batch: int) -> Float[Tensor, "B L D"]:
         """The empty prompt: what guidance steers away from."""
-        return self.encode([""]).expand(batch, -1, -1)
+        return repeat(self.encode([""]), batch)
 
 
 def _pattern(word: str) -> str:

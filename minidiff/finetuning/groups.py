@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Generator, Tensor
 
+from minidiff.condition import apply
 from minidiff.data import buckets
 from minidiff.data.folder import CaptionedImages, upright_size
 from minidiff.data.latents import Example, encode_images
@@ -161,8 +162,8 @@ class GroupLoss:
         if self.contexts is None:
             context = self.model.text.encode(captions)
         else:
-            context = torch.stack([self.contexts[caption] for caption in captions])
-            context = to_device(context, device)
+            rows = [self.contexts[caption] for caption in captions]
+            context = apply(lambda *each: to_device(torch.stack(each), device), *rows)
         latents = to_device(torch.cat([part.latents for part in parts]), device)
         t = torch.cat([part.t for part in parts])
         eps = to_device(torch.cat([part.eps for part in parts]), device)

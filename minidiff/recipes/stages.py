@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minidiff.checkpoints.folder import DTYPES
+from minidiff.condition import apply
 from minidiff.data import buckets
 from minidiff.data.folder import to_model
 from minidiff.latent_diffusion import LatentDiffusion
@@ -97,7 +98,8 @@ class ModelLoss:
         if self.contexts is None:
             context = self.model.text.encode(batch.captions)
         else:
-            context = torch.stack([self.contexts[caption] for caption in batch.captions]).to(x0)
+            rows = [self.contexts[caption] for caption in batch.captions]
+            context = apply(lambda *each: torch.stack(each).to(x0), *rows)
         x0 = x0.contiguous(memory_format=torch.channels_last)
         each = self.model.denoiser.loss(x0, context, batch.t, eps)
         return {"loss": each, "progress": self.model.schedule.progress(batch.t)}
