@@ -1,4 +1,4 @@
-"""DDPM on CIFAR-10: the paper's recipe, or one for two CPU cores and half an hour.
+"""DDPM on CIFAR-10: the paper's recipe, or one for two CPU cores and an hour.
 
     python experiments/cifar_ddpm.py                         # downloads CIFAR-10; small, 10 classes
     python experiments/cifar_ddpm.py --data cifar10/train    # or cifar10/train/<class>/<name>.png
@@ -6,151 +6,42 @@
 
 The preset paper trains and samples with minidiff/ddpm.py itself: equation 14, algorithm 2. Ctrl-C
 saves; --resume goes on, bit for bit. Writes model/ (the averaged weights), samples.png,
-forward.png, reverse.png and .gif, loss.png and results.json. --sample-only draws again from model/.
+forward.png, reverse.png and .gif, loss.png and results.json: with the Fréchet distance of --n
+samples. --sample-only draws again from model/.
 
 [1] Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. arXiv:2006.11239
 """
 
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
+from cifar_distance import Distance
+from cifar_recipes import PRESETS, Preset, new_model
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from minidiff import pipeline, samplers, schedules
+from minidiff import pipeline, samplers
 from minidiff.cli.script import run
 from minidiff.data.cifar10 import cifar10
 from minidiff.data.folder import ClassFolder, load_all, to_model
 from minidiff.ddpm import DDPM
-from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.figures import chains, plots
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.sampling import SampleConfig
-from minidiff.text import ClassLabels, LabelsConfig, Unconditional
-from minidiff.train import EMA, TrainConfig, train
-from minidiff.training.device import pick_device, to_device
+from minidiff.train import EMA, LossFn, TrainConfig, train
+from minidiff.training.device import pick_device, plain_attention, to_device
 from minidiff.training.progress import follow, last_loss, write_results
 from minidiff.training.resume import read_log
 from minidiff.training.seeds import generator_of, seed_of
 from minidiff.training.tensorboard import logged
-from minidiff.unet import UNet, UNetConfig, unet_cifar10
-from minidiff.vae import Pixels
 
 Images = Float[Tensor, "B 3 H W"]
-CLASS_DIM = 128  # width of a class as a vector
-
-
-def unet_small(context_dim: int | None) -> UNet:
-    """Narrow where maps are large and costly, wide where they are small; every residual block is
-    told the class."""
-    config = UNetConfig(
-        3,
-        3,
-        channels=(32, 64, 128, 256),
-        blocks=1,
-        depth=(0, 1, 1, 1),
-        heads=(1, 2, 4, 8),
-        ff_mult=0,
-        context_dim=context_dim,
-        pooled=context_dim is not None,
-    )
-    return UNet(config)
-
-
-def unet_tiny(context_dim: int | None) -> UNet:
-    """For tests."""
-    config = UNetConfig(
-        3,
-        3,
-        channels=(8, 16),
-        blocks=1,
-        depth=(0, 1),
-        heads=(1, 2),
-        context_dim=context_dim,
-        ff_mult=0,
-        groups=4,
-    )
-    return UNet(config)
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A recipe. chain: the paper's own chain trains and samples ([1], minidiff/ddpm.py); without
-    one, the library's denoiser and samplers do."""
-
-    unet: Callable[[int | None], UNet]
-    schedule: schedules.NoiseSchedule
-    target: str
-    conditional: bool
-    steps: int
-    batch: int
-    lr: float
-    warmup: int
-    betas: tuple[float, float]
-    ema: float
-    sampler: str
-    sampling_steps: int
-    guidance: float
-    chain: DDPM | None = None
-
-
-PRESETS = {
-    # [1] section 4 and appendix B. One departure: the learning rate falls along half a cosine, the
-    # paper holds it.
-    "paper": Preset(
-        unet=unet_cifar10,
-        schedule=schedules.linear(),
-        target="eps",
-        conditional=False,
-        steps=800_000,
-        batch=128,
-        lr=2e-4,
-        warmup=5000,
-        betas=(0.9, 0.999),
-        ema=0.9999,
-        sampler="ddpm",
-        sampling_steps=1000,
-        guidance=1.0,
-        chain=DDPM(T=1000, beta_1=1e-4, beta_T=0.02),
-    ),
-    "small": Preset(
-        unet=unet_small,
-        schedule=schedules.cosine(),
-        target="v",
-        conditional=True,
-        steps=3500,
-        batch=32,
-        lr=1e-3,
-        warmup=100,
-        betas=(0.9, 0.99),
-        ema=0.999,
-        sampler="ddim",
-        sampling_steps=50,
-        guidance=2.0,
-    ),
-    "tiny": Preset(
-        unet=unet_tiny,
-        schedule=schedules.cosine(),
-        target="v",
-        conditional=True,
-        steps=4,
-        batch=4,
-        lr=1e-3,
-        warmup=1,
-        betas=(0.9, 0.99),
-        ema=0.9,
-        sampler="ddim",
-        sampling_steps=2,
-        guidance=2.0,
-    ),
-}
 
 
 def batches(
@@ -191,6 +82,10 @@ def loss(
     return {"loss": each, "progress": model.schedule.progress(t)}
 
 
+def objective_of(model: LatentDiffusion, recipe: Preset) -> LossFn:
+    return partial(loss, model, recipe.chain)
+
+
 @torch.no_grad()
 def chain_frames(
     model: LatentDiffusion, chain: DDPM, batch: int, seed: int, every: int
@@ -218,21 +113,39 @@ def chain_images(model: LatentDiffusion, chain: DDPM, count: int, seed: int) -> 
     return torch.cat(batches)
 
 
+def images_of(
+    model: LatentDiffusion, preset: Preset, conditions: list[str], steps: int, seed: int
+) -> Images:
+    """An image of each condition, as the preset samples."""
+    if preset.chain is not None:
+        return chain_images(model, preset.chain, len(conditions), seed)
+    config = SampleConfig(steps, sampler=preset.sampler, seed=seed)
+    return pipeline.generate(model, conditions, config, batch=250, progress=True)
+
+
+def spread(model: LatentDiffusion, n: int) -> list[str]:
+    """n conditions, of all classes alike."""
+    return list(itertools.islice(itertools.cycle(classes_of(model) or [""]), n))
+
+
+def classes_of(model: LatentDiffusion) -> list[str]:
+    return [name for name in getattr(model.text, "index", {}) if name]
+
+
 def draw(
     model: LatentDiffusion, preset: Preset, each: int, steps: int, seed: int, out: Path
 ) -> None:
     """samples.png, with a row for each class where there are classes, and the reverse chain of a
     few."""
-    classes = [name for name in getattr(model.text, "index", {}) if name]
+    classes = classes_of(model)
     conditions = [name for name in classes or [""] * 10 for _ in range(each)]
     few = classes[:8] or [""] * 8
+    images = images_of(model, preset, conditions, steps, seed)
     if preset.chain is not None:
-        images = chain_images(model, preset.chain, len(conditions), seed)
         every = max(1, preset.chain.T // 50)
         frames = list(chain_frames(model, preset.chain, len(few), seed, every))
     else:
         config = SampleConfig(steps, sampler=preset.sampler, seed=seed)
-        images = pipeline.generate(model, conditions, config, progress=True)
         noise = samplers.Normal.seeded(seed, range(len(few)))
         frames = list(model.sample(few, generator=noise, config=config))
     if classes:
@@ -272,6 +185,7 @@ def main(
     pictures: int | None = None,
     each: int = 8,
     sampling_steps: int | None = None,
+    n: int = 2000,
     device: str = "auto",
     bf16: bool | None = None,
     compile: bool = False,
@@ -284,7 +198,7 @@ def main(
 
     Args:
         data: a folder of class folders; left out, CIFAR-10 is downloaded into ./data.
-        preset: paper, small (two CPU cores, half an hour) or tiny (for tests).
+        preset: paper, small (two CPU cores, an hour) or tiny (for tests).
         out: folder for everything written.
         steps: training steps.
         batch: pictures a step.
@@ -293,6 +207,7 @@ def main(
         pictures: use only so many, spread evenly over the classes.
         each: samples of each class, or in each of ten rows.
         sampling_steps: steps from noise to a picture.
+        n: samples whose distance from the training pictures is measured; 0 for none.
         device: auto, cpu, cuda or mps.
         bf16: compute in bfloat16; left out, on CUDA only.
         compile: compile the U-Net first: minutes, repaid on long runs on a GPU.
@@ -313,22 +228,29 @@ def main(
     # Hold all images in memory, as bytes.
     images, labels = load_all(ClassFolder(data), 32, pictures) if data else cifar10("data")
     torch.manual_seed(seed)
-    text = ClassLabels(LabelsConfig(sorted(set(labels)), CLASS_DIM))
-    text = text if conditional else Unconditional()
-    denoiser = Denoiser(recipe.unet(text.dim), recipe.schedule, recipe.target)
-    model = LatentDiffusion(Pixels(), text, denoiser, size=32, guidance=recipe.guidance)
-    model.to(device, memory_format=torch.channels_last)
+    distance = Distance(images, n) if n else None
+    model = new_model(recipe, sorted(set(labels)) if conditional else [], device)
     ema = EMA(model, recipe.ema)
     if compile:
         model.unet.compile()
 
     autocast = torch.bfloat16 if (device == "cuda" if bf16 is None else bf16) else None
-    config = TrainConfig(steps, lr, recipe.warmup, betas=recipe.betas, autocast=autocast, seed=seed)
+    config = TrainConfig(
+        steps,
+        lr,
+        recipe.warmup,
+        betas=recipe.betas,
+        optimizer=recipe.optimizer,
+        autocast=autocast,
+        seed=seed,
+    )
     stream = partial(batches, images, labels, batch, seed)
-    objective = partial(loss, model, recipe.chain)
-    training = train(objective, model, stream, config, ema, out / "training", resume)
+    training = train(
+        objective_of(model, recipe), model, stream, config, ema, out / "training", resume
+    )
     training = logged(training, out / "training", tensorboard)
-    speed = follow(training, "training", steps, batch)
+    with plain_attention(device, autocast):
+        speed = follow(training, "training", steps, batch)
     log = read_log(out / "training")
 
     print(ema.average.save(out / "model"))
@@ -337,6 +259,11 @@ def main(
     print(*chains.plot_forward(x0, recipe.schedule, out, generator, title), sep="\n")
     draw(ema.average, recipe, each, sampling_steps, seed, out)
     print(plots.loss(log, out / "loss.png"))
+    measured = {}
+    if distance is not None:
+        drawn = images_of(ema.average, recipe, spread(ema.average, n), sampling_steps, seed)
+        away, floor = distance.of(drawn.float().cpu()), distance.floor
+        measured = {"n": n, "frechet": round(away, 3), "floor": round(floor, 3)}
     size = round(sum(p.numel() for p in model.unet.parameters()) / 1e6, 2)
     results = {
         "preset": preset,
@@ -350,6 +277,7 @@ def main(
         "pictures": len(images),
         "unet_million_parameters": size,
         "loss": last_loss(log),
+        **measured,
         **speed,
     }
     print(write_results(out, **results))

@@ -15,17 +15,13 @@ from pathlib import Path
 import torch
 from measuring import Row, Setup, row
 
-from minidiff import pipeline, schedules
+from minidiff import pipeline
 from minidiff.data.folder import load_image, to_model
-from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.evaluation import features, metrics
 from minidiff.figures import plots
-from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.sampling import SampleConfig
-from minidiff.text import Unconditional
 from minidiff.train import EMA, TrainConfig, train
-from minidiff.vae import Pixels
 
 ROOT = Path(__file__).parents[1]
 STARTING = 90  # seconds in which photographs are read and encoded, and samples drawn
@@ -36,6 +32,7 @@ PHOTOS_TINY = {"batch": 2, "steps": 2, "vae-steps": 1, "text-steps": 1, "each": 
 def cifar(setup: Setup) -> Iterator[Row]:
     """The paper's network and a fast one from nothing in half of the time each; DDIM samples."""
     import cifar_ddpm
+    import cifar_recipes
 
     if setup.data is None:
         raise UserError("the part cifar needs CIFAR-10's mosaics; pass --data.")
@@ -48,11 +45,9 @@ def cifar(setup: Setup) -> Iterator[Row]:
     ]
     networks = {"paper's": "paper", "fast": "small"}
     for k, (name, preset) in enumerate(networks.items()):
-        recipe = cifar_ddpm.PRESETS["tiny" if setup.tiny else preset]
+        recipe = cifar_recipes.PRESETS["tiny" if setup.tiny else preset]
         torch.manual_seed(setup.seed)
-        denoiser = Denoiser(recipe.unet(None), schedules.cosine(), "v")
-        model = LatentDiffusion(Pixels(), Unconditional(), denoiser, size=32)
-        model.to(setup.device, memory_format=torch.channels_last)
+        model = cifar_recipes.new_model(recipe, [], setup.device)
         batch, end = 4 if setup.tiny else 128, setup.left / (len(networks) - k) * 0.7 + time.time()
         config = TrainConfig(10**6, 2e-4, 2, "constant", autocast=torch.bfloat16, seed=setup.seed)
         stream = partial(cifar_ddpm.batches, images, [""] * len(images), batch, setup.seed)

@@ -22,7 +22,6 @@ from jaxtyping import Float, UInt8
 from photo_judge import pictures as pictures_of
 from photo_parts import phrasings
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minidiff import pipeline
 from minidiff.cli.script import run
@@ -33,6 +32,7 @@ from minidiff.figures import plots
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.finetuning import Precision
 from minidiff.options.sampling import SampleConfig
+from minidiff.training.device import plain_attention
 from minidiff.training.progress import write_results
 from minidiff.training.seeds import generator_of
 
@@ -123,7 +123,7 @@ def main(
     with contextlib.ExitStack() as stack:
         if dtype == "bf16":
             stack.enter_context(torch.autocast("cpu", torch.bfloat16))
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # see pretrain_photos.py
+            stack.enter_context(plain_attention("cpu", torch.bfloat16))
         images = pipeline.generate(drawer, prompts, config, progress=True).float().cpu()
 
     right = right_of(images, labels)

@@ -18,7 +18,6 @@ samples.png, loss.png and results.json. Ctrl-C saves; --resume goes on.
     arXiv:2403.03206
 """
 
-import contextlib
 import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,7 +46,6 @@ from photo_parts import (
     through,
     vae_act,
 )
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from minidiff import schedules
@@ -63,7 +61,7 @@ from minidiff.recipes import plan as plans
 from minidiff.recipes.plan import Act, Plan, cost
 from minidiff.recipes.stages import observed
 from minidiff.train import EMA, train
-from minidiff.training.device import pick_device
+from minidiff.training.device import pick_device, plain_attention
 from minidiff.training.progress import duration, follow, last_loss, write_results
 from minidiff.training.resume import read_log
 from minidiff.training.seeds import seed_of
@@ -222,13 +220,6 @@ def stretch(
     return results, watch.samples
 
 
-def attention_kernel(device: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    """PyTorch's attention as plain products of matrices, where it is trained in bf16 on a CPU: its
-    fused kernel takes ten times as long there for sequences as short as these."""
-    plain = device == "cpu" and dtype is not None
-    return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
-
-
 def work(data: Path, out: Path, model: Path | None, pictures: int | None, options: Options) -> None:
     """All acts, and what they leave."""
     train_set, held_out = (photos(data, part, pictures) for part in ("train", "held_out"))
@@ -325,7 +316,7 @@ def main(
         seed,
         resume,
     )
-    with attention_kernel(options.device, autocast):
+    with plain_attention(options.device, autocast):
         work(data, out, model, pictures, options)
 
 

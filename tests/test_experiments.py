@@ -21,7 +21,7 @@ import minidiff
 from minidiff import pipeline, schedules
 from minidiff.cli import script
 from minidiff.data import critic
-from minidiff.data.folder import load_image, to_uint8
+from minidiff.data.folder import load_image, to_model, to_uint8
 from minidiff.data.world import World
 from minidiff.ddpm import DDPM
 from minidiff.denoiser import Denoiser
@@ -42,8 +42,11 @@ with install_import_hook(
 ):
     import bench
     import bench_files
+    import cifar_board
     import cifar_ddpm
+    import cifar_distance
     import cifar_features
+    import cifar_recipes
     import distill
     import dreambooth
     import finetune_coco100
@@ -190,7 +193,7 @@ def classes(tmp_path):
 
 
 def test_cifar_ddpm(classes, tmp_path, monkeypatch, capsys):
-    settings = dict(data=classes / "train", preset="tiny", each=2)
+    settings = dict(data=classes / "train", preset="tiny", each=2, n=3)
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     cifar_ddpm.main(**settings, out=whole)
     results = written(
@@ -203,6 +206,7 @@ def test_cifar_ddpm(classes, tmp_path, monkeypatch, capsys):
         "model/model.json",
     )
     assert {"images_per_second", "steps", "loss", "seconds", "seed"} <= results.keys()
+    assert results["n"] == 3 and results["frechet"] > 0 and results["floor"] > 0
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(cifar_ddpm, "follow", stop_at(1))
@@ -226,9 +230,46 @@ def test_cifar_ddpm_unconditional(classes, tmp_path):
         conditional=False,
         steps=1,
         each=1,
+        n=2,
         pictures=4,
     )
     assert written(tmp_path / "out", "samples.png")["conditional"] is False
+
+
+def test_cifar_distance():
+    noise = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (40, 3, 32, 32), generator=noise, dtype=torch.uint8)
+    distance = cifar_distance.Distance(pixels, 10)
+    aside = to_model(distance.aside)
+    assert distance.of(aside) == pytest.approx(distance.floor, rel=1e-6)
+    assert len({tuple(p.flatten()[:9].tolist()) for p in (*distance.real, *distance.aside)}) == 40
+    assert distance.of(torch.zeros(10, 3, 32, 32)) > 3 * distance.floor
+    with pytest.raises(UserError, match="n is 39; it must be from 2 to 38"):
+        cifar_distance.Distance(pixels, 39)
+    with pytest.raises(UserError, match="9 samples"):
+        distance.of(aside[:9])
+
+
+def test_cifar_board(classes, tmp_path, monkeypatch, capsys):
+    settings = dict(data=classes / "train", preset="tiny", n=2, steps=2, batch=2, counts=(2, 3))
+    cifar_board.main(**settings, out=tmp_path)
+    results = written(tmp_path, "targets.png", "targets.csv", "v/model.json")
+    assert [row["target"] for row in results["rows"]] == ["eps", "x0", "v", "flow"]
+    first = (tmp_path / "targets.csv").read_bytes()
+    monkeypatch.setattr(cifar_board, "learn", lambda *_: {}["every row is there"])
+    cifar_board.main(**settings, out=tmp_path)
+    assert (tmp_path / "targets.csv").read_bytes() == first
+    cifar_board.main(**settings, study="steps", model=tmp_path / "v", out=tmp_path)
+    rows = written(tmp_path, "steps.png", "steps.csv")["rows"]
+    assert [(r["sampler"], r["steps"]) for r in rows] == [
+        ("ddpm", "2"), ("ddim", "2"), ("ddpm", "3"), ("ddim", "3")
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="--model"):
+        cifar_board.main(**settings, study="steps", out=tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "targets.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="another table"):
+        cifar_board.main(**settings, out=tmp_path / "other")
 
 
 def test_cifar_batches_see_every_picture_once_an_epoch():
@@ -297,15 +338,15 @@ def test_cifar_paper_trains_and_draws_with_the_papers_chain(classes, tmp_path, m
     """The loss is DDPM's equation 14, the images come out of DDPM's loop, and main uses both."""
     chain = DDPM(6, 0.05, 0.4)
     preset = replace(
-        cifar_ddpm.PRESETS["paper"],
-        unet=cifar_ddpm.unet_tiny,
+        cifar_recipes.PRESETS["paper"],
+        unet=cifar_recipes.unet_tiny,
         chain=chain,
         schedule=schedules.Discrete("linear", T=6, beta_1=0.05, beta_T=0.4),
         steps=2,
         batch=2,
         sampling_steps=6,
     )
-    torch.nn.init.normal_((unet := cifar_ddpm.unet_tiny(None)).conv_out.weight, std=0.1)
+    torch.nn.init.normal_((unet := cifar_recipes.unet_tiny(None)).conv_out.weight, std=0.1)
     model = LatentDiffusion(Pixels(), Unconditional(), Denoiser(unet, preset.schedule, "eps"), 32)
 
     def network(x, t):
@@ -327,8 +368,8 @@ def test_cifar_paper_trains_and_draws_with_the_papers_chain(classes, tmp_path, m
     monkeypatch.setattr(
         DDPM, "simple_loss", lambda self, *a: calls.append(1) or simple_loss(self, *a)
     )
-    monkeypatch.setitem(cifar_ddpm.PRESETS, "paper", preset)
-    cifar_ddpm.main(data=classes / "train", preset="paper", each=1, out=tmp_path / "out")
+    monkeypatch.setitem(cifar_recipes.PRESETS, "paper", preset)
+    cifar_ddpm.main(data=classes / "train", preset="paper", each=1, n=2, out=tmp_path / "out")
     written(tmp_path / "out", "samples.png", "reverse.gif", "loss.png", "model/model.json")
     assert len(calls) == 2
     for wrong, message in (
@@ -340,7 +381,7 @@ def test_cifar_paper_trains_and_draws_with_the_papers_chain(classes, tmp_path, m
 
 
 def test_cifar_paper_preset_is_the_paper():
-    paper = cifar_ddpm.PRESETS["paper"]
+    paper = cifar_recipes.PRESETS["paper"]
     assert torch.equal(paper.chain.alpha_bar, DDPM().alpha_bar)
     unet = paper.unet(None)
     assert sum(p.numel() for p in unet.parameters()) == pytest.approx(

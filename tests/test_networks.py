@@ -287,6 +287,14 @@ def test_pixels_are_left_alone():
     assert (pixels.latent_channels, pixels.factor, list(pixels.parameters())) == (1, 1, [])
 
 
+def test_patches_of_pixels_lose_nothing():
+    patches, images = Pixels(PixelsConfig(3, patch=2)), torch.randn(2, 3, 6, 8)
+    latents = patches.encode(images)
+    assert latents.shape == (2, patches.latent_channels, 3, 4) and patches.factor == 2
+    assert torch.equal(patches.decode(latents), images)
+    assert torch.equal(latents[:, :4, 1, 2], images[:, 0, 2:4, 4:6].flatten(1))
+
+
 test_timestep_embedding_formula = checks.timestep_embedding_formula
 test_geglu_formula = checks.geglu_formula
 

@@ -1,5 +1,6 @@
 """Which device to compute on; its name, its work and its memory; copies that do not wait for it."""
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minidiff.errors import UserError, choice
 
@@ -50,6 +52,16 @@ def warn_of_imitation(dtype: torch.dtype | None, device: str) -> None:
             "faster",
             stacklevel=3,
         )
+
+
+def plain_attention(
+    device: str, dtype: torch.dtype | None
+) -> contextlib.AbstractContextManager[None]:
+    """PyTorch's attention as plain products of matrices, where a CPU computes in bf16: its fused
+    kernel takes ten times as long there for a few dozen positions. For long sequences it needs
+    memory."""
+    plain = device == "cpu" and dtype == torch.bfloat16
+    return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
 
 
 def overlaps(device: torch.device) -> bool:

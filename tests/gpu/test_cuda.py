@@ -88,11 +88,12 @@ def test_cifar_ddpm_draws(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "experiments")
     sys.modules.pop("cifar_ddpm", None)
     import cifar_ddpm
+    import cifar_recipes
 
     short = schedules.Discrete("linear", T=5, beta_1=0.1, beta_T=0.5)
-    paper = cifar_ddpm.PRESETS["paper"]
+    paper = cifar_recipes.PRESETS["paper"]
     preset = dataclasses.replace(paper, chain=DDPM(5, 0.1, 0.5), schedule=short)
-    unet = cifar_ddpm.unet_tiny(None)
+    unet = cifar_recipes.unet_tiny(None)
     torch.nn.init.normal_(unet.conv_out.weight, std=0.1)
     tiny = LatentDiffusion(
         Pixels(PixelsConfig(3)),

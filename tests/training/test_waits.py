@@ -1,16 +1,16 @@
 """How often a step waits for a GPU, for which the device meta stands in."""
 
+import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from experiments import cifar_ddpm
 from minidiff import samplers
-from minidiff.denoiser import Denoiser
 from minidiff.finetuning import groups, loop
-from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.finetuning import FineTuneConfig
 from minidiff.options.sampling import SampleConfig
 from minidiff.text import CLIPText, TextConfig
@@ -18,9 +18,12 @@ from minidiff.train import EMA, TrainConfig, train
 from minidiff.training import device
 from minidiff.training.ahead import Ahead
 from minidiff.training.waits import Waits
-from minidiff.vae import Pixels
 
 from ..finetuning.test_loop import NAMES, examples, tiny, two_groups
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
+import cifar_ddpm
+import cifar_recipes
 
 STEPS = 3
 
@@ -141,11 +144,9 @@ def test_a_step_of_a_fine_tune(case, parts):
 
 @pytest.mark.parametrize("preset", ("small", "paper"))
 def test_a_step_on_cifar(preset):
-    recipe = cifar_ddpm.PRESETS[preset]
-    text = cifar_ddpm.ClassLabels(cifar_ddpm.LabelsConfig(NAMES, 8))
-    text = text if recipe.conditional else cifar_ddpm.Unconditional()
-    denoiser = Denoiser(cifar_ddpm.unet_tiny(text.dim), recipe.schedule, recipe.target)
-    model = LatentDiffusion(Pixels(), text, denoiser, size=32).to("meta")
+    recipe = cifar_recipes.PRESETS[preset]
+    recipe = replace(recipe, unet=cifar_recipes.unet_tiny, patch=1)
+    model = cifar_recipes.new_model(recipe, NAMES if recipe.conditional else [], "meta")
     images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
     data = partial(cifar_ddpm.batches, images, [*NAMES, *NAMES] * 2, 4, 0)
     loss = partial(cifar_ddpm.loss, model, recipe.chain)
