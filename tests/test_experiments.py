@@ -29,6 +29,7 @@ from minidiff.errors import Terminated, UserError
 from minidiff.evaluation import features, sweep
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.sampling import SampleConfig
+from minidiff.recipes import quickstart
 from minidiff.text import Unconditional
 from minidiff.training import device, progress, waits
 from minidiff.vae import Pixels
@@ -69,6 +70,7 @@ with install_import_hook(
     import text_to_image
     import toy_2d
     import trilemma
+    import unet_or_dit
 
 
 def written(out, *names):
@@ -1072,3 +1074,26 @@ def test_synchronisations_by_place_and_a_trace(tmp_path):
     busy = waits.busy_in(tmp_path / "trace.json")
     assert (busy.events, busy.share, busy.longest) == (3, 0.25, 0.003)
     assert (busy.gaps_above_a_millisecond, busy.synchronising) == (1, {"cudaStreamSynchronize": 1})
+
+
+def test_unet_or_dit(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    parts = quickstart.vae_quickstart(), quickstart.text_quickstart()
+    unet = Denoiser(quickstart.unet_quickstart(), schedules.cosine(), "x0")
+    LatentDiffusion(*parts, unet, 32, guidance=2.0).save(tmp_path / "model")
+    settings = dict(model=tmp_path / "model", steps=2, captions=1, pool=64)
+    monkeypatch.setattr(quickstart, "BATCH", 4)
+    unet_or_dit.main(**settings, out=tmp_path / "out")
+    results = written(tmp_path / "out", "samples.png", "table.csv")
+    runs = [(row["equal"], row["network"], row["target"]) for row in results["rows"]]
+    networks = [("U-Net", "x0"), ("U-Net", "flow"), ("transformer", "x0"), ("transformer", "flow")]
+    expected = [("operations", *each) for each in networks]
+    assert runs == [*expected, ("time", "transformer", "x0"), ("time", "transformer", "flow")]
+    tflop = [float(row["tflop"]) for row in results["rows"][:4]]
+    assert max(tflop) <= 1.3 * min(tflop) + 0.02  # whole steps, and there are two
+    first = (tmp_path / "out" / "table.csv").read_bytes()
+    monkeypatch.setattr(unet_or_dit, "follow", lambda *_: {}["every row is there"])
+    unet_or_dit.main(**settings, out=tmp_path / "out")
+    assert (tmp_path / "out" / "table.csv").read_bytes() == first
+    with pytest.raises(UserError, match="no model of the quickstart"):
+        unet_or_dit.main(Path("box"), out=tmp_path / "other")
