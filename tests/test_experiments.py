@@ -56,6 +56,7 @@ with install_import_hook(
     import gpu_long
     import gpu_sampling
     import gpu_training
+    import meanflow
     import measuring
     import memory
     import photo_judge
@@ -798,6 +799,37 @@ def test_distill(tmp_path, monkeypatch):
     same(whole, halves, "guided")
     ours, theirs = (load_file(folder / "lcm_lora.safetensors") for folder in (whole, halves))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_meanflow(tmp_path, monkeypatch):
+    settings = dict(steps=3, batch=4, pool=4, captions=2)
+    monkeypatch.setattr(meanflow, "STEPS", (1, 2))
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    meanflow.main(**settings, out=whole)
+    results = written(whole, "meanflow.png")
+    assert [row["evaluations"] for row in results["rows"]] == [1, 2, 1, 2]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(meanflow, "follow", stop_at(1))
+        meanflow.main(**settings, out=halves)
+    meanflow.main(**settings, out=halves, resume=True)
+    timeless = [json.loads((f / "results.json").read_text()) for f in (whole, halves)]
+    assert timeless[0]["rows"] == timeless[1]["rows"] and timeless[0]["error"] > 0
+    assert timeless[0]["error"] == timeless[1]["error"]
+    meanflow.main(**settings, improved=False, out=tmp_path / "plain")
+
+
+def test_the_box_on_a_flow_is_the_box():
+    """The same prediction at the same noise level; the schedules differ by 1e-4 at most."""
+    box = minidiff.load()
+    model, g = meanflow.model_of(box), torch.Generator().manual_seed(0)
+    context = box.text.encode(["a red circle"] * 3).detach()
+    t = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+    x0, eps = torch.randn(2, 3, 4, 16, 16, generator=g)
+    theirs = box.schedule.at_log_snr(2 * ((1 - t) / t).log())
+    with torch.no_grad():
+        ours = model.denoiser(model.schedule.mix(x0, eps, t), t, context).x0
+        expected = box.denoiser(box.schedule.mix(x0, eps, theirs), theirs, context).x0
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-3)
 
 
 # As commands.

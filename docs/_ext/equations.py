@@ -41,6 +41,8 @@ PAPERS = {  # an id's first part: how we call the paper, and where it is
     "pd": ("Progressive distillation", "2202.00512"),
     "consistency": ("Consistency models", "2303.01469"),
     "lcm": ("Latent consistency models", "2310.04378"),
+    "meanflow": ("MeanFlow", "2505.13447"),
+    "imf": ("Improved MeanFlow", "2512.02012"),
     "fid": ("Fréchet inception distance", "1706.08500"),
     "kid": ("Kernel inception distance", "1801.01401"),
     "precision": ("Precision and recall", "1904.06991"),
