@@ -45,7 +45,7 @@ def load(
     unet: "str | Path | None" = None,
 ) -> "LatentDiffusion":
     """The model at a path, ready to sample: a folder of ours or of diffusers, a single file of
-    Stable Diffusion, a name on the Hugging Face Hub, or "box", the small model that ships with us.
+    Stable Diffusion, a name on the Hugging Face Hub, or "box" or "photos", which ship with us.
 
     dtype: torch's, or fp32, bf16, fp16; None keeps what is stored. target: what the U-Net predicts
     ("eps", "v"), where the file does not say. vae, text, unet: other checkpoints' parts.

@@ -36,7 +36,7 @@ def test_it_comes_with_its_card_terms_and_curve():
 
 def test_a_caption_steers_it():
     """Two things give other pictures from the same noise, and a phrasing hardly does."""
-    model = minidiff.load(FOLDER)
+    model = minidiff.load("photos")  # by its name, whatever else is called so here
     prompts = ["a photo of a school bus", "there is a school bus", "a photo of a koala"]
     x = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(0)).expand(3, -1, -1, -1)
     with torch.no_grad():

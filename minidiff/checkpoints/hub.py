@@ -10,6 +10,7 @@ from minidiff.checkpoints.files import SUFFIXES
 from minidiff.checkpoints.layouts import weight_files
 from minidiff.errors import UserError
 
+SHIPPED = ("box", "photos")
 HOST = "https://huggingface.co/"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 PARTS = dict(unet="diffusion_pytorch_model", vae="diffusion_pytorch_model", text_encoder="model")
@@ -19,11 +20,11 @@ SETTINGS = ["model_index.json", *(f"*/{name}.json" for name in SETTINGS.split())
 
 def resolve(path: str | Path) -> Path:
     """The path itself, or the folder of a repository such as
-    stable-diffusion-v1-5/stable-diffusion-v1-5 in the cache. "box" is the model that ships with
-    minidiff; a folder of that name is meant by its whole path. What looks like a mistyped path is
-    not asked for there; a whole address, https://huggingface.co/owner/name, always is."""
-    if str(path) == "box":
-        return Path(__file__).parents[1] / "box"
+    stable-diffusion-v1-5/stable-diffusion-v1-5 in the cache. "box" and "photos" are the models that
+    ship with minidiff; a folder of that name is meant by its whole path. What looks like a mistyped
+    path is not asked for there; a whole address, https://huggingface.co/owner/name, always is."""
+    if str(path) in SHIPPED:
+        return Path(__file__).parents[1] / path
     name = re.sub("^https:/+huggingface.co/", HOST, str(path))  # Path takes one of the two slashes
     if name.startswith(HOST) and REPOSITORY.fullmatch(name := name.removeprefix(HOST)):
         return fetched(name)

@@ -12,7 +12,7 @@ from minidiff.errors import UserError, choice
 
 Method = Literal["full", "lora", "inversion"]
 Precision = Literal["fp32", "bf16", "fp16"]
-OptimizerName = Literal["adamw", "adamw8bit"]
+OptimizerName = Literal["adamw", "adamw8bit", "muon"]
 TrainText = Literal["auto", "yes", "no", "word"]
 Schedule = Literal["cosine", "constant"]
 Captions = Literal["first", "random"]
@@ -110,7 +110,8 @@ class TuningConfig:
     dtype: Precision = "fp32"
     # compute activations again in the backward pass: far less memory, a third more time
     checkpointing: bool = False
-    # adamw8bit takes a quarter of AdamW's memory, and needs bitsandbytes
+    # adamw8bit takes a quarter of AdamW's memory, and needs bitsandbytes; muon learns a small model
+    # in fewer steps
     optimizer: OptimizerName = "adamw"
     # cut each batch into this many pieces, computed one after another: the same in less memory.
     # Default: what suits the machine

@@ -14,7 +14,7 @@ from minidiff.errors import UserError
 from minidiff.options.finetuning import OptimizerName
 from minidiff.training.muon import Muon
 
-OPTIMIZERS = (*get_args(OptimizerName), "muon")
+OPTIMIZERS = get_args(OptimizerName)
 
 
 def grouped(parameters: list[nn.Parameter], weight_decay: float) -> list[dict]:
@@ -34,11 +34,11 @@ def multiplier_of(parameter: nn.Parameter) -> float:
 
 
 def moments(weight: Tensor, optimizer: str) -> int:
-    """Bytes of Adam's two moments. In 8 bits, as bitsandbytes has them, each block of 256 has a
-    scale, and tensors below 4,096 numbers stay in 32 bits."""
+    """Bytes of Adam's two moments; Muon has one of a matrix. In 8 bits, as bitsandbytes has them,
+    each block of 256 has a scale, and tensors below 4,096 numbers stay in 32 bits."""
     if optimizer == "adamw8bit" and weight.numel() >= 4096:
         return 2 * (weight.numel() + 4 * -(-weight.numel() // 256))
-    return 2 * weight.nbytes
+    return (1 if optimizer == "muon" and weight.ndim > 1 else 2) * weight.nbytes
 
 
 def named(

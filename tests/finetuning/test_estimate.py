@@ -139,6 +139,8 @@ def test_every_switch_saves_what_it_should(model, plain):
         0.25 * plain.moments < eight.moments < 0.4 * plain.moments
         and eight.step == pytest.approx(plain.step, rel=1e-2)
     )
+    muon = estimate(model, HOW._replace(optimizer="muon"))  # a number for each weight of a matrix
+    assert 0.5 * plain.moments < muon.moments < 0.55 * plain.moments
     more = estimate(model, HOW._replace(text=True, cached=False))
     assert (
         more.trained == plain.trained + sum(p.numel() for p in model.text.parameters())
