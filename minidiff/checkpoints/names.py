@@ -173,6 +173,19 @@ CLIP_OPEN = _table("""
     ln_1 norm1,  ln_2 norm2,  mlp.c_fc up,  mlp.c_proj down,  ln_final norm_out
 """)
 
+# T5EncoderModel, in folders and single files alike. Its embeddings have two names.
+T5 = _table("""
+    encoder.embed_tokens -,  shared token_embedding,
+    encoder.block.0.layer.0.SelfAttention.relative_attention_bias distance_bias,
+    encoder.block blocks,    encoder.final_layer_norm norm_out,
+    layer.0.layer_norm norm1,
+    layer.0.SelfAttention.q q,  layer.0.SelfAttention.k k,
+    layer.0.SelfAttention.v v,  layer.0.SelfAttention.o out,
+    layer.1.layer_norm norm2,
+    layer.1.DenseReluDense.wi_0 gate,  layer.1.DenseReluDense.wi_1 up,
+    layer.1.DenseReluDense.wo   down
+""")
+
 # Beside the three networks: the noise schedule as buffers, averages (see layouts), and what only
 # training needs.
 _BUFFERS = """
