@@ -26,7 +26,7 @@ LORA = Kind("a LoRA", "add it to a model with `lora={}`")
 EMBEDDING = Kind("a textual inversion", "give it to a model with `embedding={}`")
 OTHERS = (  # the first that fits
     Kind("a relative of LoRA (LoHa, LoKr)", "only LoRA is read", r".*\.(hada_w1|lokr_w1)"),
-    Kind("FLUX", NOT_READ, r"(.*\.)?(double_blocks|single_blocks|single_transformer_blocks)\.\d"),
+    Kind("FLUX.1", NOT_READ, r"(.*\.)?(double_blocks|single_blocks|single_transformer_blocks)\.\d"),
     Kind("Stable Diffusion 3", NOT_READ, r"(.*\.)?(joint_blocks\.\d|.*\.attn\.add_q_proj\.)"),
     Kind(
         "Stable Diffusion XL",

@@ -16,6 +16,7 @@ from minidiff.checkpoints.layouts import STABLE_DIFFUSION
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods.lora import merged_state
+from minidiff.mmdit import MMDiT
 from minidiff.text import END, CLIPText, tokenizer
 from minidiff.training import atomic
 from minidiff.unet import UNet
@@ -139,9 +140,9 @@ def vae_config(model: LatentDiffusion) -> dict:
     )
 
 
-def text_config(model: LatentDiffusion) -> dict:
+def text_config(text: CLIPText) -> dict:
     """config.json of CLIPTextModel."""
-    config = model.text.config
+    config = text.config
     return (
         dict(architectures=["CLIPTextModel"], model_type="clip_text_model", layer_norm_eps=1e-05)
         | dict(hidden_size=config.width, intermediate_size=4 * config.width)
@@ -194,13 +195,17 @@ def model_index(model: LatentDiffusion) -> dict:
 def save_diffusers(model: LatentDiffusion, folder: str | Path) -> Path:
     """A folder that StableDiffusionPipeline.from_pretrained opens. Written beside its place, then
     renamed; it must not exist."""
+    if isinstance(model.unet, MMDiT):
+        from minidiff.checkpoints import flow_write
+
+        return flow_write.save_diffusers(model, folder)
     check(model)
     unet = names.to_published(merged_state(model.unet), names.UNET_DIFFUSERS)
     vae = names.to_published(_vae_state(model), names.VAE_DIFFUSERS)
     configs = {
         "unet/config.json": unet_config(model),
         "vae/config.json": vae_config(model),
-        "text_encoder/config.json": text_config(model),
+        "text_encoder/config.json": text_config(model.text),
         "scheduler/scheduler_config.json": schedulers.written(model),
         "model_index.json": model_index(model),
     }
@@ -239,6 +244,10 @@ def _transformers_text(model: LatentDiffusion) -> State:
 def save_compvis(model: LatentDiffusion, file: str | Path) -> Path:
     """One file with CompVis's names, as the single-file tools open it. Written beside its place,
     then renamed; it must not exist."""
+    if isinstance(model.unet, MMDiT):
+        from minidiff.checkpoints import flow_write
+
+        return flow_write.save_single_file(model, file)
     check(model)
     check_single_file(model)
     file = Path(file)
@@ -246,12 +255,7 @@ def save_compvis(model: LatentDiffusion, file: str | Path) -> Path:
         raise UserError(f"{file} should end in .safetensors; pickles are not written.")
     config, target = model.unet.config, model.denoiser.target
     unet_table = names.unet_compvis([depth > 0 for depth in config.depth], config.blocks)
-    vae_table = names.vae_compvis(len(model.vae.config.channels))
-    vae = names.to_published(_vae_state(model), vae_table)
-    for name, value in vae.items():
-        if ".attn_1." in name and value.ndim == 2:
-            vae[name] = value[..., None, None]
-    unet = names.to_published(merged_state(model.unet), unet_table)
+    vae, unet = _compvis_vae(model), names.to_published(merged_state(model.unet), unet_table)
     whole = _prefixed("model.diffusion_model", unet) | _prefixed("first_stage_model", vae)
     if model.text.config.activation == "gelu":  # SD 2.x
         whole |= _prefixed("cond_stage_model.model", _openclip_text(model))
@@ -265,6 +269,15 @@ def save_compvis(model: LatentDiffusion, file: str | Path) -> Path:
     with atomic.write(file) as new:
         _save(whole, new, metadata)
     return file
+
+
+def _compvis_vae(model: LatentDiffusion) -> State:
+    """Its attention is made of 1x1 convolutions."""
+    vae = names.to_published(_vae_state(model), names.vae_compvis(len(model.vae.config.channels)))
+    for name, value in vae.items():
+        if ".attn_1." in name and value.ndim == 2:
+            vae[name] = value[..., None, None]
+    return vae
 
 
 def _prefixed(prefix: str, state: State) -> State:
