@@ -27,8 +27,9 @@ from minidiff.unet import UNet, UNetConfig
 from minidiff.vae import VAE, Pixels, VAEConfig
 
 FORMAT = "minidiff 1"
-KINDS = (VAE, Pixels, CLIPText, SD3Text, FluxText, ClassLabels, Unconditional, UNet, MMDiT)
-KINDS = {cls.__name__: cls for cls in KINDS}
+PART_CLASSES = (VAE, Pixels, CLIPText, SD3Text, FluxText)
+PART_CLASSES += (ClassLabels, Unconditional, UNet, MMDiT)
+KINDS = {cls.__name__: cls for cls in PART_CLASSES}
 PARTS = ("vae", "text", "unet")
 SCHEDULES = {"discrete": Discrete, "flow": Flow, "karras": Karras}
 SETTINGS = ("size", "dropout", "guidance", "sampler", "spacing")

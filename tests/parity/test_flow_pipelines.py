@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import minidiff
+from minidiff.options.sampling import SampleConfig, Size
 
 from . import flow_pipelines
 
@@ -42,7 +43,7 @@ def theirs(pipeline, guidance: float, steps: int = 20) -> torch.Tensor:
 
 @torch.no_grad()
 def ours(model, guidance: float, steps: int = 20) -> torch.Tensor:
-    config = minidiff.options.sampling.SampleConfig(size=(SIZE, SIZE))
+    config = SampleConfig(size=Size(SIZE, SIZE))
     *_, last = model.sample([PROMPT], steps, guidance, x_T=latents(), config=config)
     return model.decode(last.x0).clamp(-1, 1)
 
