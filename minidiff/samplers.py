@@ -139,8 +139,6 @@ def times_of(
     if isinstance(steps, int):
         spacing = spacing or step.spacing
         times = schedule.timesteps(steps, spacing)
-        if times.is_floating_point():  # laid out as published already
-            return times
         if step.grid == "real" and spacing == "linspace":
             visited = torch.linspace(times[0], times[-2], steps, dtype=torch.float64)
             return torch.cat([visited, times[-1:]])

@@ -90,7 +90,7 @@ def load(
         dropout=0.1 if is_sd3 else 0.0,  # FLUX.1 was distilled: it has no unconditional prediction
         guidance=7.0 if is_sd3 else 3.5 if network.config.guidance else 1.0,
         sampler="euler",
-        spacing="linspace" if is_sd3 else "trailing",
+        spacing="shifted" if is_sd3 else "trailing",
     )
 
 

@@ -6,6 +6,7 @@ names. Without torch; read from tensors or from headers alone, as in layouts.
     single file   each network behind a prefix; files of FLUX.1 hold the transformer alone
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -188,7 +189,8 @@ def _add_text(checkpoint: Checkpoint, encoders: dict[str, Part]) -> None:
     dim = encoders["t5"].config["width"] if "t5" in encoders else 4096
     config = dict.fromkeys(("clip_l", "clip_g", "t5"))
     config |= {name: part.config for name, part in encoders.items()}
-    config |= dict(length=family.length, dim=network.config["context_dim"] if network else dim)
+    is_schnell = family is FLUX and network is not None and not checkpoint.guided
+    config |= dict(length=256 if is_schnell else family.length, dim=network.config["context_dim"] if network else dim)
     state = {
         f"{n}.{key}": value for n, part in encoders.items() for key, value in part.state.items()
     }
@@ -259,9 +261,21 @@ def _vocabulary(folder: Path, notes: list[str]) -> str:
 
 
 def _file(file: Path, family: Family, reader: Read) -> Checkpoint:
-    state, checkpoint = reader(file), Checkpoint(family, "single file")
+    state, notes = reader(file), []
     if (why := unreadable(state)) is not None:
         raise UserError(f"{file}: {why}.")
+    places = (file.parent / f"tokenizer{family.encoders['t5']}", file.parent)
+    vocabulary = next(filter(None, (_vocabulary(place, notes) for place in places)), "")
+    checkpoint = of_names(state, str(file), family, vocabulary)
+    checkpoint.notes = notes + checkpoint.notes
+    size = re.fullmatch(r"(\d{2,4})x\d{2,4}", str(files.metadata(file).get("modelspec.resolution")))
+    checkpoint.size = int(size[1]) if size else checkpoint.size
+    return checkpoint
+
+
+def of_names(state: State, where: str, family: Family, vocabulary: str) -> Checkpoint:
+    """What the tensors of a single file are, by their names and shapes alone."""
+    checkpoint = Checkpoint(family, "single file", vocabulary=vocabulary)
     groups: dict[str, State] = {}
     rest = dict(state)
     for name, prefixes in PREFIXES.items():
@@ -273,19 +287,16 @@ def _file(file: Path, family: Family, reader: Read) -> Checkpoint:
     if "unet" not in groups:  # a transformer alone
         groups, rest = {"unet": rest}, {}
     checkpoint.unknown = sorted(names.to_ours(rest, names.COMPVIS_DROPPED))
-    checkpoint.parts["unet"] = transformer(groups["unet"], str(file))
+    checkpoint.parts["unet"] = transformer(groups["unet"], where)
     if "vae" in groups:
-        checkpoint.parts["vae"] = vae(groups["vae"], str(file), family)
+        checkpoint.parts["vae"] = vae(groups["vae"], where, family)
     encoders = {
-        name: clip(groups[name], str(file), name, family)
+        name: clip(groups[name], where, name, family)
         for name in ("clip_l", "clip_g")
         if name in groups
     }
     if "t5" in groups:
-        encoders["t5"] = t5(groups["t5"], str(file))
-        places = (f"tokenizer{family.encoders['t5']}", "")
-        texts = (_vocabulary(file.parent / place, checkpoint.notes) for place in places)
-        checkpoint.vocabulary = next(filter(None, texts), "")
+        encoders["t5"] = t5(groups["t5"], where)
     _add_text(checkpoint, encoders)
     return checkpoint
 

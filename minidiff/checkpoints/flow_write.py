@@ -3,12 +3,13 @@ the same tensors, in the same precision."""
 
 import json
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minidiff.checkpoints import names, names_flow, write
+from minidiff.checkpoints import flow_models, names, names_flow, write
 from minidiff.checkpoints.flow_models import FLUX, PREFIXES, SD3, Family
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
@@ -144,6 +145,21 @@ def save_diffusers(model: LatentDiffusion, folder: str | Path) -> Path:
     return Path(folder)
 
 
+def check_names(model: LatentDiffusion, whole: State, of: Family) -> None:
+    """That a reader of the names and shapes alone would build the same networks."""
+    vocabulary = model.text.t5.vocabulary if model.text.t5 else ""
+    for name, part in flow_models.of_names(whole, "it", of, vocabulary).parts.items():
+        network, strange = getattr(model, name), []
+        implied, own = asdict(type(network.config)(**part.config)), asdict(network.config)
+        own |= dict(latent_scale=round(model.vae.latent_scale.item(), 5)) if name == "vae" else {}
+        implied |= dict(latent_scale=part.latent_scale) if name == "vae" else {}
+        strange += [key for key in own if own[key] != implied[key] and key != "kl_weight"]
+        if strange:
+            kind = type(network).__name__
+            what = f"{strange[0]}={own[strange[0]]!r:.60} of the {kind}"
+            raise UserError(f"a single file cannot say {what}; write it for diffusers.")
+
+
 def save_single_file(model: LatentDiffusion, file: str | Path) -> Path:
     """One file in Stability's or Black Forest Labs' names; of FLUX.1 the transformer alone. Written
     beside its place, then renamed; it must not exist."""
@@ -163,6 +179,7 @@ def save_single_file(model: LatentDiffusion, file: str | Path) -> Path:
             what = "T5's vocabulary is not in it; keep tokenizer_3/tokenizer.json beside it"
             warnings.warn(f"{file.name}: {what}", stacklevel=3)
         whole = {PREFIXES[n][0] + key: v for n, group in groups.items() for key, v in group.items()}
+    check_names(model, whole, of)
     atomic.check_new(file)
     with atomic.write(file) as new:
         write._save(whole, new, {"modelspec.resolution": f"{model.size}x{model.size}"})

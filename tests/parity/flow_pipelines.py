@@ -9,7 +9,7 @@ from minidiff.checkpoints import write
 
 from .test_networks import randomized
 
-WIDTH_T5 = 96
+WIDTH_T5 = 224
 
 
 def small_vocabulary() -> str:
@@ -34,7 +34,7 @@ def clip(width: int, projected: bool, activation: str) -> torch.nn.Module:
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=2,
-        num_attention_heads=width // 16,
+        num_attention_heads=width // 64,
         projection_dim=width,
         hidden_act=activation,
         bos_token_id=49406,
@@ -78,7 +78,7 @@ def vae(scale: float, shift: float) -> torch.nn.Module:
         block_out_channels=(32, 32, 64, 64),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
+        layers_per_block=2,
         latent_channels=16,
         sample_size=64,
         scaling_factor=scale,
@@ -99,21 +99,21 @@ def sd3(folder, t5: bool = False, medium35: bool = False) -> diffusers.StableDif
         num_attention_heads=2,
         joint_attention_dim=WIDTH_T5,
         caption_projection_dim=128,
-        pooled_projection_dim=32 + 48,
+        pooled_projection_dim=64 + 128,
         out_channels=16,
         pos_embed_max_size=12,
         dual_attention_layers=(0, 1) if medium35 else (),
         qk_norm="rms_norm" if medium35 else None,
     )
-    clip_l = clip(32, True, "quick_gelu")
-    clip_l.text_projection.weight.data = torch.eye(32)  # as published
+    clip_l = clip(64, True, "quick_gelu")
+    clip_l.text_projection.weight.data = torch.eye(64)  # as published
     found = diffusers.StableDiffusion3Pipeline(
         transformer=randomized(transformer, torch.float32),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae(1.5305, 0.0609),
         text_encoder=clip_l,
         tokenizer=clip_tokenizer(folder / "l", 49407),
-        text_encoder_2=clip(48, True, "gelu"),
+        text_encoder_2=clip(128, True, "gelu"),
         tokenizer_2=clip_tokenizer(folder / "g", 0),
         text_encoder_3=t5_encoder() if t5 else None,
         tokenizer_3=t5_tokenizer() if t5 else None,
@@ -130,7 +130,7 @@ def flux(folder, dev: bool = True) -> diffusers.FluxPipeline:
         attention_head_dim=32,
         num_attention_heads=2,
         joint_attention_dim=WIDTH_T5,
-        pooled_projection_dim=32,
+        pooled_projection_dim=64,
         guidance_embeds=dev,
         axes_dims_rope=(4, 14, 14),
     )
@@ -139,7 +139,7 @@ def flux(folder, dev: bool = True) -> diffusers.FluxPipeline:
         transformer=randomized(transformer, torch.float32),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**dynamic),
         vae=vae(0.3611, 0.1159),
-        text_encoder=clip(32, False, "quick_gelu"),
+        text_encoder=clip(64, False, "quick_gelu"),
         tokenizer=clip_tokenizer(folder / "l", 49407),
         text_encoder_2=t5_encoder(),
         tokenizer_2=t5_tokenizer(),
