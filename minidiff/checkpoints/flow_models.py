@@ -1,8 +1,8 @@
 """Checkpoints of Stable Diffusion 3, 3.5 and FLUX.1: which they are, and their parts under our
 names. Without torch; read from tensors or from headers alone, as in layouts.
 
-    diffusers     a folder: transformer, vae, text_encoder (CLIP-L), of SD 3 text_encoder_2 (CLIP-G),
-                  T5 in the last text encoder's folder; each text encoder has a tokenizer
+    diffusers     a folder: transformer, vae, text_encoder (CLIP-L), text_encoder_2 (CLIP-G, SD 3);
+                  T5 is in the last text encoder's folder; each text encoder has a tokenizer
     single file   each network behind a prefix; files of FLUX.1 hold the transformer alone
 """
 
@@ -110,7 +110,7 @@ def read(path: Path, reader: Read) -> Checkpoint:
 
 
 def transformer(state: State, where: str, settings: Mapping = NONE) -> Part:
-    """settings: config.json, of which the number of heads and the axes leave no trace in tensors."""
+    """settings: config.json. The number of heads and the axes leave no trace in tensors."""
     try:
         state = names_flow.read(state, names_flow.layout_of(state))
         config = names_flow.config(state)
@@ -190,7 +190,10 @@ def _add_text(checkpoint: Checkpoint, encoders: dict[str, Part]) -> None:
     config = dict.fromkeys(("clip_l", "clip_g", "t5"))
     config |= {name: part.config for name, part in encoders.items()}
     is_schnell = family is FLUX and network is not None and not checkpoint.guided
-    config |= dict(length=256 if is_schnell else family.length, dim=network.config["context_dim"] if network else dim)
+    config |= dict(
+        length=256 if is_schnell else family.length,
+        dim=network.config["context_dim"] if network else dim,
+    )
     state = {
         f"{n}.{key}": value for n, part in encoders.items() for key, value in part.state.items()
     }
