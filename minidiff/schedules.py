@@ -22,6 +22,7 @@ CPU, because some devices have no float64. `per_example` moves them to the tenso
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -265,7 +266,7 @@ class Flow(NoiseSchedule):
     mean: float = 0.0
     std: float = 1.0
     shift: float = 1.0
-    mu: tuple[float, float] | None = None
+    mu: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mu", self.mu and tuple(self.mu))  # JSON has lists

@@ -52,7 +52,7 @@ def vae_config(shapes: Shapes) -> dict:
         latent_channels=_shape(shapes, "decoder.conv_in.weight", 4)[1],
         channels=_widths(shapes, "encoder.levels", levels),
         blocks=_count(shapes, "encoder.levels.0.residual"),
-        quant="quant.weight" in shapes,
+        quant="post_quant.weight" in shapes,
     )
 
 
