@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from minidiff.checkpoints import files, kinds, layouts, names, names_flow, sizes
-from minidiff.checkpoints.layouts import Part, Read, State
+from minidiff.checkpoints import files, kinds, layouts, names, names_flow, parts, sizes
+from minidiff.checkpoints.parts import Part, Read, State
 from minidiff.errors import UserError
 
 
@@ -133,17 +133,12 @@ def vae(state: State, where: str, family: Family, settings: Mapping = NONE) -> P
 
 def clip(state: State, where: str, name: str, family: Family, settings: Mapping = NONE) -> Part:
     """Text encoders as transformers names them. CLIP-G has gelu, and pads with 0."""
-    state = {key.removeprefix("text_model."): value for key, value in state.items()}
-    projection = state.get("text_projection.weight") if family is SD3 else None
-    part = layouts.text(state, where, names.CLIP_TRANSFORMERS)
+    part = parts.text(state, where, names.CLIP_TRANSFORMERS, projection=family is SD3)
     if name == "clip_g":
         part.config.update(activation="gelu", pad=0)
     part.config["activation"] = settings.get("hidden_act", part.config["activation"])
     part.config["heads"] = settings.get("num_attention_heads", part.config["heads"])
     part.config["penultimate"] = family is SD3
-    if projection is not None:
-        part.state["projection.weight"] = projection
-        part.config["projection"] = projection.shape[0]
     return part
 
 
@@ -286,7 +281,7 @@ def of_names(state: State, where: str, family: Family, vocabulary: str) -> Check
             group = {n.removeprefix(prefix): v for n, v in rest.items() if n.startswith(prefix)}
             if name not in groups and group:
                 groups[name] = group
-                rest = layouts._without(rest, (prefix,))
+                rest = parts.without(rest, (prefix,))
     if "unet" not in groups:  # a transformer alone
         groups, rest = {"unet": rest}, {}
     checkpoint.unknown = sorted(names.to_ours(rest, names.COMPVIS_DROPPED))

@@ -53,13 +53,6 @@ def transformer_config(config: MMDiTConfig, sample_size: int) -> dict:
     return own | dict(qk_norm="rms_norm" if config.qk_norm else None)
 
 
-def vae_config(model: LatentDiffusion) -> dict:
-    """config.json of AutoencoderKL."""
-    quant = model.vae.config.quant
-    own = dict(use_quant_conv=quant, use_post_quant_conv=quant)
-    return write.vae_config(model) | own | dict(shift_factor=model.vae.config.latent_shift)
-
-
 def scheduler_config(schedule: Flow) -> dict:
     """scheduler_config.json of FlowMatchEulerDiscreteScheduler."""
     own = dict(_class_name="FlowMatchEulerDiscreteScheduler", num_train_timesteps=1000)
@@ -83,13 +76,10 @@ def t5_config(t5: T5) -> dict:
 
 def clip_state(clip: CLIPText, projected: bool) -> State:
     """As CLIPTextModel, or CLIPTextModelWithProjection, which has one in any case."""
-    state = merged_state(clip)
-    projection = state.pop("projection.weight", None)
-    state = write._prefixed("text_model", names.to_published(state, names.CLIP_TRANSFORMERS))
-    if projected:
-        like = state["text_model.final_layer_norm.weight"]
-        identity = torch.eye(len(like), dtype=like.dtype, device=like.device)
-        state["text_projection.weight"] = identity if projection is None else projection
+    state = write._transformers_text(clip)
+    if projected and clip.projection is None:
+        like = clip.norm_out.weight
+        state["text_projection.weight"] = torch.eye(clip.dim, dtype=like.dtype, device=like.device)
     return state
 
 
@@ -109,7 +99,7 @@ def save_diffusers(model: LatentDiffusion, folder: str | Path) -> Path:
     index["scheduler"] = ("diffusers", "FlowMatchEulerDiscreteScheduler")
     config = transformer_config(model.unet.config, model.size // model.vae.factor)
     configs = {
-        "vae/config": vae_config(model),
+        "vae/config": write.vae_config(model),
         "transformer/config": config,
         "scheduler/scheduler_config": scheduler_config(model.schedule),
     }

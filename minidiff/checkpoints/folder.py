@@ -21,13 +21,13 @@ from minidiff.methods.lora import merged_state
 from minidiff.mmdit import MMDiT, MMDiTConfig
 from minidiff.schedules import Discrete, Flow, Karras, NoiseSchedule
 from minidiff.t5 import FluxText, SD3Text, T5TextConfig
-from minidiff.text import ClassLabels, CLIPText, TextConfig, Unconditional
+from minidiff.text import ClassLabels, CLIPPair, CLIPText, PairConfig, TextConfig, Unconditional
 from minidiff.training import atomic
 from minidiff.unet import UNet, UNetConfig
 from minidiff.vae import VAE, Pixels, VAEConfig
 
 FORMAT = "minidiff 1"
-PART_CLASSES = (VAE, Pixels, CLIPText, SD3Text, FluxText)
+PART_CLASSES = (VAE, Pixels, CLIPText, CLIPPair, SD3Text, FluxText)
 PART_CLASSES += (ClassLabels, Unconditional, UNet, MMDiT)
 KINDS = {cls.__name__: cls for cls in PART_CLASSES}
 PARTS = ("vae", "text", "unet")
@@ -190,8 +190,9 @@ def _blocks(config: object) -> int:
     if isinstance(config, UNetConfig | VAEConfig):
         depth = max(getattr(config, "depth", (0,)))
         return len(config.channels) * config.blocks * (1 + depth)
-    if isinstance(config, T5TextConfig):
-        return sum(each.layers for each in (config.clip_l, config.clip_g, config.t5) if each)
+    if isinstance(config, PairConfig | T5TextConfig):
+        encoders = (config.clip_l, config.clip_g, getattr(config, "t5", None))
+        return sum(each.layers for each in encoders if each)
     if isinstance(config, MMDiTConfig):
         return config.joint + config.single
     return config.layers if isinstance(config, TextConfig) else 1
