@@ -5,6 +5,7 @@ from pathlib import Path
 from minidiff.checkpoints import files, flow_models
 from minidiff.checkpoints.flow_models import FLUX, Checkpoint
 from minidiff.checkpoints.inspect import Rows, _counts, _some
+from minidiff.errors import UserError
 
 # width, joint blocks, of them dual, single blocks
 MEMBERS = {
@@ -17,10 +18,11 @@ MEMBERS = {
 
 def rows(path: Path) -> Rows:
     """All that inspect says of such a checkpoint, but the file's name."""
-    if path.is_file() and (why := flow_models.unreadable(files.stored(path))) is not None:
+    try:
+        checkpoint = flow_models.read(path, files.stored)
+    except UserError as error:
         family = flow_models.family_of(path)
-        return [("version", f"{family.name}, quantized"), ("cannot", f"be loaded: {why}")]
-    checkpoint = flow_models.read(path, files.stored)
+        return [("version", family.name), ("cannot", f"be loaded: {error}")]
     from minidiff.checkpoints.flow_load import KINDS, outline
 
     found: Rows = [("layout", checkpoint.layout), ("version", version(checkpoint))]
