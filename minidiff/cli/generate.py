@@ -89,6 +89,9 @@ def generate(
     batch = request.batch or max(1, min(64, 2**20 // (height * width)))
     wanted = [prompt for prompt in prompts for _ in range(request.n)]
     settings = settings_of(config, request, parts, edit) | {"model": model.resolve().name}
+    if hasattr(loaded.text, "t5"):  # of SD 3 and FLUX.1
+        length = loaded.text.config.length
+        settings["t5"] = "zeros" if loaded.text.t5 is None else f"{length} tokens"
     print(*write_images(loaded, wanted, config, request, batch, edit, out, settings), sep="\n")
 
 
@@ -133,12 +136,16 @@ def settings_of(
         "steps": config.steps,
         "guidance": config.guidance,
         "sampler": config.sampler,
-        "size": f"{config.size.width}x{config.size.height}",
+        "size": options.size_text(config.size),
         "spacing": config.spacing,
         "dtype": request.dtype,
         "negative": config.negative,
         "rescale": config.rescale or None,
         "interval": f"{low:g},{high:g}" if (low, high) != (0, 1) else None,
+        "original_size": options.size_text(config.original_size),
+        "crop": config.crop and f"{config.crop.top},{config.crop.left}",
+        "target_size": options.size_text(config.target_size),
+        "empty": config.empty,
         "strength": edit and edit.strength,
         "image": request.image and request.image.name,
         "mask": request.mask and request.mask.name,

@@ -1,4 +1,4 @@
-"""Files that are no Stable Diffusion 1.x or 2.x: inspect and load name them, and say what takes them.
+"""Files that are no Stable Diffusion 1.x, 2.x or XL: inspect and load name them, and say what takes them.
 The names of tensors are those of the published files."""
 
 import json
@@ -12,16 +12,8 @@ from minidiff.checkpoints import write
 from minidiff.checkpoints.inspect import inspect
 from minidiff.errors import UserError
 
-XL = ("conditioner.embedders.0.transformer.text_model.final_layer_norm.bias",)
-XL += ("model.diffusion_model.label_emb.0.0.weight", "model.diffusion_model.out.0.bias")
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 PUBLISHED = {
-    "Stable Diffusion XL": XL,
-    "Stable Diffusion XL ": ("add_embedding.linear_1.weight", f"{ATTENTION}.to_q.weight"),
-    "Stable Diffusion 3": ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",),
-    "Stable Diffusion 3 ": ("transformer_blocks.0.attn.add_q_proj.weight",),
-    "FLUX": ("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"),
-    "FLUX ": ("single_transformer_blocks.0.proj_mlp.bias", "transformer_blocks.0.attn.add_q_proj.bias"),
     "a ControlNet": ("control_model.input_blocks.0.0.weight", "control_model.zero_convs.0.0.weight"),
     "a ControlNet ": ("controlnet_cond_embedding.conv_in.weight", "conv_in.weight"),
     "a motion module (AnimateDiff)": ("down_blocks.0.motion_modules.0.temporal_transformer.norm.bias",),
@@ -32,6 +24,12 @@ PUBLISHED = {
     "a textual inversion": ("emb_params",),
     "a textual inversion ": ("<cat-toy>",),
     "a textual inversion  ": ("clip_l", "clip_g"),
+}  # fmt: skip
+INCOMPLETE = {
+    "Stable Diffusion 3": ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",),
+    "Stable Diffusion 3 ": ("transformer_blocks.0.attn.add_q_proj.weight",),
+    "FLUX.1": ("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"),
+    "FLUX.1 ": ("single_transformer_blocks.0.proj_mlp.bias", "transformer_blocks.0.attn.add_q_proj.bias"),
 }  # fmt: skip
 TAKEN = {"a LoRA": "lora", "a textual inversion": "embedding"}
 
@@ -46,10 +44,21 @@ def test_what_is_no_model_is_named(refused, ran, tmp_path, kind):
     answer = refused("generate", "x", "--model", file)
     assert answer.startswith(f"{file} is {kind}; ")
     option = TAKEN.get(kind)
-    words = f"--{option} {file}" if option else "LoRA is read" if "LoHa" in kind else "1.x and 2.x"
+    words = (
+        f"--{option} {file}" if option else "LoRA is read" if "LoHa" in kind else "1.x, 2.x and XL"
+    )
     assert words in answer and words in ran("inspect", file).out
     with pytest.raises(UserError, match=f"`{option}=" if option else "read"):
         minidiff.load(file)
+
+
+@pytest.mark.parametrize("kind", INCOMPLETE)
+def test_a_flow_model_that_is_not_whole_is_named(refused, tmp_path, kind):
+    file = tmp_path / "m.safetensors"
+    save_file({name: torch.ones(4, 768) for name in INCOMPLETE[kind]}, file)
+    rows = dict(inspect(file))
+    assert rows["version"] == kind.strip() and rows["cannot"].startswith(f"be loaded: {file}: ")
+    assert refused("generate", "x", "--model", file).startswith(f"{file}: ")
 
 
 def test_a_lora_of_kohya_says_its_trigger_words(ran, tmp_path):
