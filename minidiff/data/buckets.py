@@ -5,6 +5,8 @@ nearest its own shape, among sizes of about equal area, which cost about equal m
 
 [1] NovelAI. NovelAI Improvements on Stable Diffusion: Aspect Ratio Bucketing. 2022.
     github.com/NovelAI/novelai-aspect-ratio-bucketing
+[2] Podell et al. SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis. 2023.
+    arXiv:2307.01952
 """
 
 import math
@@ -43,6 +45,14 @@ def cut(width: int, height: int, size: tuple[int, int]) -> float:
     """The share of an image lost when it is scaled to cover a size (height, width) and cut."""
     ratio = (width / height) / (size[1] / size[0])
     return 1 - min(ratio, 1 / ratio)
+
+
+def framing(width: int, height: int, size: tuple[int, int]) -> tuple[int, ...]:
+    """Six numbers that SDXL is told of an image scaled to cover a size and cut in the centre ([2]
+    section 2.2): original height and width, top and left of the cut in scaled pixels, the size."""
+    scale = max(size[0] / height, size[1] / width)
+    top, left = ((scale * height - size[0]) / 2, (scale * width - size[1]) / 2)
+    return height, width, round(top), round(left), *size
 
 
 def batches(sizes: list[tuple[int, int]], batch: int, seed: int, start: int) -> Iterator[list[int]]:

@@ -50,10 +50,11 @@ def identity(
 
 
 def fingerprint(example: Example) -> str:
-    """Sixteen letters that change with the latents, then the caption, or captions."""
-    content = example.latents.contiguous().view(torch.uint8).numpy()
+    """Sixteen letters that change with the latents and framing, then the caption, or captions."""
+    content = hashlib.sha256(example.latents.contiguous().view(torch.uint8).numpy())
+    content.update(bytes(str(example.framing or ""), "ascii"))
     captions = " | ".join((example.caption, *example.others))
-    return f"{hashlib.sha256(content).hexdigest()[:16]} {captions}"
+    return f"{content.hexdigest()[:16]} {captions}"
 
 
 def upgraded(run: dict[str, dict]) -> dict[str, dict]:
