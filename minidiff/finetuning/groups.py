@@ -66,12 +66,13 @@ def encoded(
     """Captioned images as examples: squares of this side, or with shapes each in the bucket nearest
     to its shape. With flip mirrored copies follow. folder: where the latents are cached."""
     sizes, framings, copies = [(size, size)] * len(data), [()] * len(data), 2 if flip else 1
-    if shapes or framed(model):
+    reads = framed(model)
+    if shapes or reads:
         own = [upright_size(path) for path in data.paths]
     if shapes:
         multiple = model.vae.factor * model.unet.multiple
         sizes = [buckets.bucket(w, h, size**2, multiple) for h, w in own]
-    if framed(model):
+    if reads:
         framings = [buckets.framing(w, h, cut) for (h, w), cut in zip(own, sizes, strict=True)]
     latents = encode_images(model.vae, data.paths, sizes, folder, flip)
     rows = zip(latents, data.alternatives * copies, framings * copies, strict=True)
@@ -80,7 +81,7 @@ def encoded(
 
 def framed(model: LatentDiffusion) -> bool:
     """Whether the network reads how an image was cut, as SDXL's does."""
-    return bool(getattr(model.unet.config, "added", None))
+    return bool(getattr(model.text, "numbers", ()))
 
 
 def split(images: Sequence[Hashable], share: float, seed: int) -> tuple[list[int], list[int]]:

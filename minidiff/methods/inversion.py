@@ -118,3 +118,5 @@ def add_word(text: nn.Module, word: str, vectors: Float[Tensor, "N D"]) -> None:
         each.token_embedding = nn.Embedding.from_pretrained(table, freeze=not old.requires_grad)
         added = {**each.config.added, word.lower(): range(len(old), len(table))}
         each.config = replace(each.config, vocabulary=len(table), added=added)
+    names = [name for name, each in text.named_children() if isinstance(each, CLIPText)]
+    text.config = replace(text.config, **{name: getattr(text, name).config for name in names})

@@ -49,8 +49,8 @@ from minidiff.training import atomic
 from minidiff.training.progress import peak_memory_gb
 from minidiff.training.seeds import generator_of
 
-# latents, and their context; a caption in its place is encoded at every measurement
-Pairing = tuple[Float[Tensor, "Z _ _"], Float[Tensor, "L D"] | str]
+# latents, their context (a caption in its place is encoded at every measurement), their framing
+Pairing = tuple[Float[Tensor, "Z _ _"], Float[Tensor, "L D"] | str, tuple[int, ...]]
 PIXELS = 2**14  # of latents that are measured at once; a fourth of them are decoded at once
 Grid = dict[str, UInt8[Tensor, "n 3 H W"]]  # images by label
 CHUNK = 64  # images whose features are computed at once
@@ -68,6 +68,10 @@ class Thumbnails(Sequence):
 
     def __getitem__(self, i: int) -> Float[Tensor, "3 H W"]:
         return to_model(load_image(self.paths[i], self.size))
+
+
+def pairing(example: tuple) -> Pairing:
+    return *example[:2], getattr(example, "framing", ())
 
 
 def rows_at_once(sides: Sequence[int]) -> int:
@@ -99,9 +103,9 @@ class Recorder:
         if len(training) < 1:
             raise UserError("no training images to compare with; the recorder needs at least one.")
         self.model, self.folder, self.prompts, self.config = model, Path(folder), prompts, config
-        self.validation = list(validation[: config.probe])
+        self.validation = [pairing(example) for example in validation[: config.probe]]
         count = len(self.validation) or config.probe
-        self.examples = list(examples[:count])
+        self.examples = [pairing(example) for example in examples[:count]]
         self.training, self.settings = training, settings or {}
         count = min(len(training), config.compared)
         self.compared = [i * len(training) // count for i in range(count)]
@@ -224,12 +228,10 @@ class Recorder:
         model, device = self.model, self.model.device
         plain = Denoiser(model.unet, model.schedule, model.denoiser.target)
         count, losses = len(self.t), []
-        for k, example in enumerate(examples):
-            latents, context = example[:2]
+        for k, (latents, context, framing) in enumerate(examples):
             is_text = isinstance(context, str)
             context = model.text.encode([context]) if is_text else context[None].to(device)
-            framing = torch.tensor([getattr(example, "framing", ())], dtype=torch.float32)
-            context = with_framing(context, framing)
+            context = with_framing(context, torch.tensor([framing], dtype=torch.float32))
             generator = generator_of(self.config.seed, k + 1)
             eps = torch.randn(count, *latents.shape, generator=generator)
             x0 = latents.to(device).expand(count, *latents.shape)
