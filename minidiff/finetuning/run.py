@@ -214,7 +214,7 @@ def write(model: LatentDiffusion, method: str, out: Path, word: Word | None) -> 
             with atomic.write(path, atomic.unsigned) as new:
                 lora_files.save(model, new)
         if word is not None:
-            path = embedding.save(word.word, word.vector, out / EMBEDDING)
+            path = embedding.save(word.word, word.vector, out / EMBEDDING, word.widths)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path} could not be written ({str(error).splitlines()[0]}). The training is kept: "
