@@ -19,7 +19,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +134,10 @@ class Level(nn.Module):
         return self.attention[i](x, context) if self.attention else x
 
 
+def embedding(width: int, out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, out), nn.SiLU(), nn.Linear(out, out))
+
+
 class UNet(nn.Module):
     """[1] with attention, as in [2] and [3]; conditioned on time and a sequence of vectors."""
 
@@ -147,15 +151,9 @@ class UNet(nn.Module):
         channels, blocks, depth = config.channels, config.blocks, config.depth
         time_dim = 4 * channels[0]
 
-        self.time = nn.Sequential(
-            nn.Linear(channels[0], time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
-        )
+        self.time = embedding(channels[0], time_dim)
         self.pool = nn.Linear(config.context_dim, time_dim) if config.pooled else None
-        self.add = None
-        if config.added:
-            self.add = nn.Sequential(
-                nn.Linear(config.added, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
-            )
+        self.add = embedding(config.added, time_dim) if config.added else None
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
 
         skips, width, last = [channels[0]], channels[0], len(channels) - 1
@@ -254,67 +252,31 @@ def unet_cifar10(context_dim: int | None = None) -> UNet:
     )
 
 
+SD1 = UNetConfig(
+    4, 4, (320, 640, 1280, 1280), blocks=2, depth=(1, 1, 1, 0), heads=(8,) * 4, context_dim=768
+)
+SD2 = replace(SD1, heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True)
+LARGE = replace(SD2, channels=(320, 640, 1280), depth=(0, 2, 10), heads=(5, 10, 20))
+SDXL = replace(LARGE, context_dim=2048, added=1280 + 6 * SINES)
+REFINER = replace(SD2, channels=(384, 768, 1536, 1536), depth=(0, 4, 4, 0), heads=(6, 12, 24, 24))
+SDXL_REFINER = replace(REFINER, context_dim=1280, middle_depth=4, added=1280 + 5 * SINES)
+
+
 def unet_sd1(in_channels: int = 4) -> UNet:
     """Stable Diffusion 1.x: 859.52 M parameters; 9 input channels for inpainting."""
-    return UNet(
-        UNetConfig(
-            in_channels,
-            4,
-            channels=(320, 640, 1280, 1280),
-            blocks=2,
-            depth=(1, 1, 1, 0),
-            heads=(8, 8, 8, 8),
-            context_dim=768,
-        )
-    )
+    return UNet(replace(SD1, in_channels=in_channels))
 
 
 def unet_sd2(in_channels: int = 4) -> UNet:
     """Stable Diffusion 2.x: heads of size 64 at every level, linear projections."""
-    return UNet(
-        UNetConfig(
-            in_channels,
-            4,
-            channels=(320, 640, 1280, 1280),
-            blocks=2,
-            depth=(1, 1, 1, 0),
-            heads=(5, 10, 20, 20),
-            context_dim=1024,
-            linear_projection=True,
-        )
-    )
+    return UNet(replace(SD2, in_channels=in_channels))
 
 
 def unet_sdxl(in_channels: int = 4) -> UNet:
     """Stable Diffusion XL ([4]): 2,567.46 M parameters, most of them in deep transformers."""
-    return UNet(
-        UNetConfig(
-            in_channels,
-            4,
-            channels=(320, 640, 1280),
-            blocks=2,
-            depth=(0, 2, 10),
-            heads=(5, 10, 20),
-            context_dim=2048,
-            linear_projection=True,
-            added=1280 + 6 * SINES,
-        )
-    )
+    return UNet(replace(SDXL, in_channels=in_channels))
 
 
 def unet_sdxl_refiner() -> UNet:
     """SDXL's refiner, for the last steps ([4] section 2.5): 2,259.53 M parameters."""
-    return UNet(
-        UNetConfig(
-            4,
-            4,
-            channels=(384, 768, 1536, 1536),
-            blocks=2,
-            depth=(0, 4, 4, 0),
-            heads=(6, 12, 24, 24),
-            context_dim=1280,
-            linear_projection=True,
-            middle_depth=4,
-            added=1280 + 5 * SINES,
-        )
-    )
+    return UNet(SDXL_REFINER)

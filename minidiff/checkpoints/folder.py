@@ -19,13 +19,14 @@ from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods.lora import merged_state
 from minidiff.schedules import Discrete, Flow, Karras, NoiseSchedule
-from minidiff.text import ClassLabels, CLIPText, TextConfig, Unconditional
+from minidiff.text import ClassLabels, CLIPPair, CLIPText, PairConfig, TextConfig, Unconditional
 from minidiff.training import atomic
 from minidiff.unet import UNet, UNetConfig
 from minidiff.vae import VAE, Pixels, VAEConfig
 
 FORMAT = "minidiff 1"
-KINDS = {cls.__name__: cls for cls in (VAE, Pixels, CLIPText, ClassLabels, Unconditional, UNet)}
+KINDS = (VAE, Pixels, CLIPText, CLIPPair, ClassLabels, Unconditional, UNet)
+KINDS = {cls.__name__: cls for cls in KINDS}
 PARTS = ("vae", "text", "unet")
 SCHEDULES = {"discrete": Discrete, "flow": Flow, "karras": Karras}
 SETTINGS = ("size", "dropout", "guidance", "sampler", "spacing")
@@ -179,6 +180,8 @@ def _blocks(config: object) -> int:
     if isinstance(config, UNetConfig | VAEConfig):
         depth = max(getattr(config, "depth", (0,)))
         return len(config.channels) * config.blocks * (1 + depth)
+    if isinstance(config, PairConfig):
+        return sum(_blocks(each) for each in (config.clip_l, config.clip_g) if each)
     return config.layers if isinstance(config, TextConfig) else 1
 
 

@@ -90,7 +90,7 @@ VAE_DIFFUSERS = _ATTENTION + _table("""
 """)
 VAE_OLD_ATTENTION = _table("query to_q, key to_k, value to_v, proj_attn to_out.0")
 # CLIPTextModel, with and without its prefix "text_model". Only the contrastive loss uses the scale;
-# the positions are 0, 1, ..., 76. Of all but SDXL's second the projection is left out (see layouts).
+# the positions are 0, 1, ..., 76. Only SDXL's second keeps its projection (see parts).
 CLIP_TRANSFORMERS = _table("""
     position_ids -,  logit_scale -,  text_projection projection,
     embeddings.token_embedding    token_embedding,
@@ -165,7 +165,7 @@ def vae_compvis(levels: int = 4) -> Table:
 
 
 # open_clip's text encoder, also in SD 2.x's and SDXL's single files. q, k and v are one matrix, and
-# the projection is transposed (see layouts).
+# the projection is transposed (see parts).
 CLIP_OPEN = _table("""
     attn_mask -,  logit_scale -,  text_projection projection.weight,
     positional_embedding   position_embedding.weight,
@@ -182,7 +182,7 @@ _BUFFERS = """
     betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod
     log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod logvar
     posterior_variance posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2
-    lvlb_weights model_ema loss scale_factor cond_stage_model.logit_scale
+    lvlb_weights model_ema loss scale_factor cond_stage_model.logit_scale denoiser v_pred ztsnr
 """
 COMPVIS_DROPPED: Table = [(piece, None) for piece in _BUFFERS.split()]
 

@@ -1,14 +1,21 @@
 """SDXL's networks against diffusers', transformers' and open_clip's, built tiny and with random weights; and at their true shapes."""
 
+from dataclasses import asdict
+from pathlib import Path
+
 import pytest
 import torch
 
+from minidiff.checkpoints import files, layouts, names, write
+from minidiff.checkpoints.folder import empty, fill
+from minidiff.checkpoints.load import outline
 from minidiff.checkpoints.names import CLIP_OPEN, CLIP_TRANSFORMERS, UNET_DIFFUSERS, to_ours
 from minidiff.condition import Condition
 from minidiff.errors import UserError
 from minidiff.layers import timestep_embedding
 from minidiff.text import CLIPText, TextConfig, clip_bigg14
 from minidiff.unet import UNet, UNetConfig, unet_sdxl, unet_sdxl_refiner
+from minidiff.vae import vae_sd
 
 from .test_networks import gap, randomized
 
@@ -232,3 +239,74 @@ def test_true_shapes_of_clip_g():
     shapes = {name: value.shape for name, value in to_ours(theirs, CLIP_TRANSFORMERS).items()}
     assert len(shapes) == 517
     assert shapes == {name: value.shape for name, value in ours.items()}
+
+
+def shapes(state):
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+@pytest.mark.parametrize("is_refiner", [False, True], ids=["base", "refiner"])
+def test_true_shapes_of_a_single_file(monkeypatch, is_refiner):
+    """Every tensor of a whole file finds its place and is written back; names of the text encoders are the libraries' own."""
+    monkeypatch.setattr(files, "metadata", lambda file: {})
+    words = transformers.CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+    )
+    with torch.device("meta"):
+        unet = (unet_sdxl_refiner if is_refiner else unet_sdxl)().state_dict()
+        g = open_clip.transformer.TextTransformer(
+            context_length=77, vocab_size=49408, width=1280, heads=20, layers=32, output_dim=1280
+        ).state_dict()
+        l = transformers.CLIPTextModel(words).state_dict()
+        vae = vae_sd().state_dict()
+    levels = (False, True, True, False)[: 4 if is_refiner else 3]
+    prefix = "conditioner.embedders"
+    text = {f"{prefix}.{int(not is_refiner)}.model.{name}": value for name, value in g.items()}
+    if not is_refiner:
+        l = {name.removeprefix("text_model."): value for name, value in l.items()}
+        l["embeddings.position_ids"] = torch.arange(77)[None]
+        text |= {f"{prefix}.0.transformer.text_model.{name}": value for name, value in l.items()}
+    del vae["latent_scale"]
+    whole = text | {
+        f"model.diffusion_model.{name}": value
+        for name, value in names.to_published(unet, names.unet_compvis(levels)).items()
+    }
+    whole |= {
+        f"first_stage_model.{name}": value
+        for name, value in names.to_published(vae, names.vae_compvis()).items()
+    }
+    checkpoint = layouts.read(Path("xl.safetensors"), lambda file: dict(whole))
+    assert not checkpoint.unknown and checkpoint.target is None and checkpoint.size == 1024
+    for name, part in checkpoint.parts.items():
+        expected = shapes(outline(name, part).state_dict())
+        expected.pop("latent_scale", None)
+        assert shapes(part.state) == expected
+    assert len(checkpoint.parts["unet"].state) == (1220 if is_refiner else 1680)
+    pair = outline("text", checkpoint.parts["text"])
+    assert pair.dim == (1280 if is_refiner else 2048) and pair.clip_g.pad == 0
+    assert pair.clip_g.config.activation == "gelu" and pair.clip_g.config.penultimate
+    back = write._compvis_text(pair)
+    lost = {f"{prefix}.{int(not is_refiner)}.model.attn_mask"}
+    assert shapes(back) == {k: v for k, v in shapes(text).items() if k not in lost}
+
+
+@pytest.mark.nightly
+@torch.no_grad()
+def test_the_full_unet_equals_diffusers():
+    """2,567 M random weights in fp32, 10.3 GB: theirs, then ours on the same tensors."""
+    with torch.device("meta"):
+        theirs = diffusers.UNet2DConditionModel(**BASE)
+    theirs = theirs.to_empty(device="cpu").eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, p in theirs.named_parameters():
+        p.normal_(generator=generator).mul_(0.1 if p.ndim == 1 else p[0].numel() ** -0.5)
+        if p.ndim == 1 and "norm" in name and name.endswith("weight"):
+            p.add_(1)
+    x, t = torch.randn(1, 4, 32, 32, generator=generator), torch.tensor([321])
+    context, pooled = torch.randn(1, 77, 2048), torch.randn(1, 1280)
+    c = Condition(context, pooled, TALL[:1])
+    expected = their_output(theirs, x, t, c)
+    with torch.device("meta"):
+        config = asdict(unet_sdxl().config)
+    ours = fill(empty(UNet, config), to_ours(theirs.state_dict(), UNET_DIFFUSERS), "theirs")
+    assert gap(ours(x, t.float(), c), expected) < 1e-5
