@@ -47,12 +47,11 @@ def cut(width: int, height: int, size: tuple[int, int]) -> float:
     return 1 - min(ratio, 1 / ratio)
 
 
-def framing(width: int, height: int, size: tuple[int, int]) -> tuple[int, ...]:
-    """Six numbers that SDXL is told of an image scaled to cover a size and cut in the centre ([2]
-    section 2.2): original height and width, top and left of the cut in scaled pixels, the size."""
+def corner(width: int, height: int, size: tuple[int, int]) -> tuple[int, int]:
+    """How much is cut off at the top and at the left of an image that is scaled to cover a size
+    (height, width) and cut in the centre; in scaled pixels, as [2] section 2.2."""
     scale = max(size[0] / height, size[1] / width)
-    top, left = ((scale * height - size[0]) / 2, (scale * width - size[1]) / 2)
-    return height, width, round(top), round(left), *size
+    return round((scale * height - size[0]) / 2), round((scale * width - size[1]) / 2)
 
 
 def batches(sizes: list[tuple[int, int]], batch: int, seed: int, start: int) -> Iterator[list[int]]:

@@ -40,7 +40,7 @@ class Example(NamedTuple):
     latents: Float[Tensor, "Z h w"]
     caption: str
     others: tuple[str, ...] = ()  # captions that are as good: any of them all is taken
-    framing: tuple[int, ...] = ()  # original size and cut (buckets.framing), where a model reads it
+    numbers: tuple[float, ...] = ()  # of a Condition: its size and cut, where the network reads it
 
 
 @torch.no_grad()

@@ -28,7 +28,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minidiff import pipeline
-from minidiff.data import buckets
 from minidiff.data.captions import OTHER_FORMATS, captions_file, check_folder, images_in
 from minidiff.data.folder import (
     CaptionedFolder,
@@ -42,7 +41,7 @@ from minidiff.errors import UserError
 from minidiff.figures import plots
 from minidiff.finetuning.estimate import images_at_once
 from minidiff.finetuning.fit import Choice, applied
-from minidiff.finetuning.groups import encoded, framed
+from minidiff.finetuning.groups import encoded, numbers_of
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods import inversion
 from minidiff.options.finetuning import (
@@ -340,9 +339,8 @@ def moved_about(
         if flip:
             copies[::2] = copies[::2].flip(-1)
         latents = model.vae.encode(copies.to(model.device)).cpu()
-        height, width = upright_size(path)
-        framing = buckets.framing(width, height, (size, size)) if framed(model) else ()
-        examples += [Example(z, caption, framing=framing) for z in latents]
+        numbers = numbers_of(model, *upright_size(path), (size, size))
+        examples += [Example(z, caption, numbers=numbers) for z in latents]
     return examples
 
 

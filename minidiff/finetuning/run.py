@@ -50,9 +50,9 @@ def identity(
 
 
 def fingerprint(example: Example) -> str:
-    """Sixteen letters that change with the latents and framing, then the caption, or captions."""
+    """Sixteen letters that change with the latents and numbers, then the caption, or captions."""
     content = hashlib.sha256(example.latents.contiguous().view(torch.uint8).numpy())
-    content.update(bytes(str(example.framing or ""), "ascii"))
+    content.update(bytes(str(example.numbers or ""), "ascii"))
     captions = " | ".join((example.caption, *example.others))
     return f"{content.hexdigest()[:16]} {captions}"
 

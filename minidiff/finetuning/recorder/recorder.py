@@ -38,7 +38,7 @@ from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.evaluation import features, metrics
 from minidiff.figures import plots
-from minidiff.finetuning.groups import with_framing
+from minidiff.finetuning.groups import with_numbers
 from minidiff.finetuning.recorder.advice import Record, advise, are_whole, best
 from minidiff.finetuning.recorder.report import Pair, page, steps_shown
 from minidiff.latent_diffusion import LatentDiffusion
@@ -49,8 +49,8 @@ from minidiff.training import atomic
 from minidiff.training.progress import peak_memory_gb
 from minidiff.training.seeds import generator_of
 
-# latents, their context (a caption in its place is encoded at every measurement), their framing
-Pairing = tuple[Float[Tensor, "Z _ _"], Float[Tensor, "L D"] | str, tuple[int, ...]]
+# latents, their context (a caption in its place is encoded at every measurement), their numbers
+Pairing = tuple[Float[Tensor, "Z _ _"], Float[Tensor, "L D"] | str, tuple[float, ...]]
 PIXELS = 2**14  # of latents that are measured at once; a fourth of them are decoded at once
 Grid = dict[str, UInt8[Tensor, "n 3 H W"]]  # images by label
 CHUNK = 64  # images whose features are computed at once
@@ -71,7 +71,7 @@ class Thumbnails(Sequence):
 
 
 def pairing(example: tuple) -> Pairing:
-    return *example[:2], getattr(example, "framing", ())
+    return *example[:2], getattr(example, "numbers", ())
 
 
 def rows_at_once(sides: Sequence[int]) -> int:
@@ -228,10 +228,10 @@ class Recorder:
         model, device = self.model, self.model.device
         plain = Denoiser(model.unet, model.schedule, model.denoiser.target)
         count, losses = len(self.t), []
-        for k, (latents, context, framing) in enumerate(examples):
+        for k, (latents, context, numbers) in enumerate(examples):
             is_text = isinstance(context, str)
             context = model.text.encode([context]) if is_text else context[None].to(device)
-            context = with_framing(context, torch.tensor([framing], dtype=torch.float32))
+            context = with_numbers(context, torch.tensor([numbers], dtype=torch.float32))
             generator = generator_of(self.config.seed, k + 1)
             eps = torch.randn(count, *latents.shape, generator=generator)
             x0 = latents.to(device).expand(count, *latents.shape)
