@@ -82,6 +82,8 @@ class TextConfig:
     context_length: int = 77
     vocabulary: int = 49408
     words_only: bool = False  # set the vectors of start, end and padding to zero
+    penultimate: bool = False  # the context is what the last block reads, without final LayerNorm
+    projection: int | None = None  # width of the linear map of the pooled vector; None: no map
     # words beyond CLIP's vocabulary, in lower case, and the tokens of each
     added: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
@@ -113,7 +115,8 @@ class CLIPText(nn.Module):
         self.blocks = nn.ModuleList(
             Block(width, config.heads, config.activation) for _ in range(config.layers)
         )
-        self.norm_out = nn.LayerNorm(width)
+        self.norm_out, projection = nn.LayerNorm(width), config.projection
+        self.projection = nn.Linear(width, projection, bias=False) if projection else None
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -150,15 +153,26 @@ class CLIPText(nn.Module):
         return to_device(torch.tensor(rows, dtype=torch.long), self.token_embedding.weight.device)
 
     def forward(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
-        h = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
-        for block in self.blocks:
-            h = run(block, h, recompute=self.checkpointing)
-        h = self.norm_out(h)
-        return (
-            h * ((tokens != START) & (tokens != END) & (tokens != self.pad))[..., None]
-            if self.config.words_only
-            else h
+        return self.both(tokens)[0]
+
+    def both(
+        self, tokens: Int[Tensor, "B L"]
+    ) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "B P"]]:
+        """The context, and one vector of the whole prompt: that of the first end token, the only
+        one that has seen all words."""
+        h = before = (
+            self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
         )
+        for block in self.blocks:
+            before, h = h, run(block, h, recompute=self.checkpointing)
+        h = self.norm_out(h)
+        pooled = h[torch.arange(len(h), device=h.device), (tokens == END).int().argmax(dim=1)]
+        pooled = pooled if self.projection is None else self.projection(pooled)
+        context = before if self.config.penultimate else h
+        if self.config.words_only:
+            words = (tokens != START) & (tokens != END) & (tokens != self.pad)
+            context = context * words[..., None]
+        return context, pooled
 
     def encode(self, prompts: list[str]) -> Float[Tensor, "B L D"]:
         """One sequence of vectors for each prompt."""
@@ -238,3 +252,10 @@ def clip_vit_l14() -> CLIPText:
 def openclip_vit_h14() -> CLIPText:
     """That of OpenCLIP's ViT-H/14 ([2]), used by SD 2.x: 23 of 24 blocks, 340.39 M parameters."""
     return CLIPText(TextConfig(width=1024, layers=23, heads=16, activation="gelu", pad=0))
+
+
+def clip_bigg14() -> CLIPText:
+    """That of OpenCLIP's ViT-bigG/14 ([2]), SDXL's second: 694.66 M parameters."""
+    return CLIPText(
+        TextConfig(1280, 32, heads=20, activation="gelu", pad=0, penultimate=True, projection=1280)
+    )

@@ -14,6 +14,8 @@
 [1] Ronneberger, Fischer, Brox. U-Net. 2015. arXiv:1505.04597
 [2] Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. arXiv:2006.11239
 [3] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. arXiv:2112.10752
+[4] Podell et al. SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis. 2023.
+    arXiv:2307.01952
 """
 
 from collections.abc import Sequence
@@ -24,12 +26,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from minidiff.condition import Condition
 from minidiff.errors import UserError
 from minidiff.layers import ResBlock, SpatialTransformer, group_norm, run, timestep_embedding
 
 Map, Context = Float[Tensor, "B _ H W"], Float[Tensor, "B L D"]
-Maps = Sequence[Map] | None
 Embedding, Time = Float[Tensor, "B E"], Shaped[Tensor, "B"]  # an embedding is one of time
+Conditions, Maps = Context | Condition | None, Sequence[Map] | None
+SINES = 256  # of each of SDXL's numbers
 
 
 class Downsample(nn.Module):
@@ -76,6 +80,9 @@ class UNetConfig:
     pooled: bool = False  # add a linear map of the context's sum to the time embedding
     scale_shift: bool = False  # time also scales, rather than only shifts, in the residual blocks
     middle: bool = True  # False: no middle, as in pruned networks
+    middle_depth: int | None = None  # transformer blocks in the middle; None: as the last level's
+    # SDXL: add pooled and the sines of the numbers, together so wide, to the time embedding
+    added: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("channels", "depth", "heads"):  # JSON has lists
@@ -145,6 +152,11 @@ class UNet(nn.Module):
             nn.Linear(channels[0], time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
         )
         self.pool = nn.Linear(config.context_dim, time_dim) if config.pooled else None
+        self.add = None
+        if config.added:
+            self.add = nn.Sequential(
+                nn.Linear(config.added, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
+            )
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
 
         skips, width, last = [channels[0]], channels[0], len(channels) - 1
@@ -158,7 +170,8 @@ class UNet(nn.Module):
 
         self.middle = None
         if config.middle:
-            self.middle = Level(config, last, [width, width], max(depth[last], 1), attentions=1)
+            deep = config.middle_depth or max(depth[last], 1)
+            self.middle = Level(config, last, [width, width], deep, attentions=1)
 
         self.decoder = nn.ModuleList()
         for level, c in reversed(list(enumerate(channels))):
@@ -180,7 +193,7 @@ class UNet(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def encode(
-        self, x: Map, t: Time, context: Context | None, hint: Map | None = None
+        self, x: Map, t: Time, context: Conditions, hint: Map | None = None
     ) -> tuple[list[Map], Embedding, Context | None]:
         """The skips and the middle's output, and what the decoder takes beside them. hint: added
         after conv_in, in a ControlNet."""
@@ -188,10 +201,18 @@ class UNet(nn.Module):
             raise UserError("this U-Net needs a context.")
         if context is not None and self.context_dim is None:
             raise UserError("this U-Net takes no context; it has no context_dim.")
+        if isinstance(context, Condition) != (self.add is not None):
+            raise UserError(
+                "a U-Net with `added`, and no other, takes a Condition, as of CLIPPair."
+            )
 
         dtype = self.conv_in.weight.dtype
-        context = None if context is None else context.to(dtype)
         emb = self.time(timestep_embedding(t, self.conv_in.out_channels).to(dtype))
+        if self.add is not None:  # [4] section 2.2
+            sines = timestep_embedding(context.numbers.flatten(), SINES).view(len(x), -1)
+            emb = emb + self.add(torch.cat([context.pooled.to(dtype), sines.to(dtype)], dim=1))
+            context = context.context
+        context = None if context is None else context.to(dtype)
         if self.pool is not None:  # a sum: a word weighs the same in long and in short prompts
             emb = emb + self.pool(context.sum(dim=1))
 
@@ -210,11 +231,11 @@ class UNet(nn.Module):
             h = run(self.middle.residual[1], h, emb, recompute=self.checkpointing)
         return [*skips, h], emb, context
 
-    def forward(self, x: Map, t: Time, context: Context | None = None, add: Maps = None) -> Map:
-        """t: the schedule's c_noise(t). add: to the skips and the middle's output, of a ControlNet.
-        Computed in the weights' precision, returned in x's."""
+    def forward(self, x: Map, t: Time, context: Conditions = None, residuals: Maps = None) -> Map:
+        """t: the schedule's c_noise(t). residuals: of a ControlNet, added to the skips and to the
+        middle's output. Computed in the weights' precision, returned in x's."""
         maps, emb, context = self.encode(x, t, context)
-        *skips, h = maps if add is None else map(torch.add, maps, add)
+        *skips, h = maps if residuals is None else map(torch.add, maps, residuals)
         for level in self.decoder:
             for i in range(len(level.residual)):
                 h = run(level.block, i, h, emb, context, skips.pop(), recompute=self.checkpointing)
@@ -268,5 +289,40 @@ def unet_sd2(in_channels: int = 4) -> UNet:
             heads=(5, 10, 20, 20),
             context_dim=1024,
             linear_projection=True,
+        )
+    )
+
+
+def unet_sdxl(in_channels: int = 4) -> UNet:
+    """Stable Diffusion XL ([4]): 2,567.46 M parameters, most of them in deep transformers."""
+    return UNet(
+        UNetConfig(
+            in_channels,
+            4,
+            channels=(320, 640, 1280),
+            blocks=2,
+            depth=(0, 2, 10),
+            heads=(5, 10, 20),
+            context_dim=2048,
+            linear_projection=True,
+            added=1280 + 6 * SINES,
+        )
+    )
+
+
+def unet_sdxl_refiner() -> UNet:
+    """SDXL's refiner, for the last steps ([4] section 2.5): 2,259.53 M parameters."""
+    return UNet(
+        UNetConfig(
+            4,
+            4,
+            channels=(384, 768, 1536, 1536),
+            blocks=2,
+            depth=(0, 4, 4, 0),
+            heads=(6, 12, 24, 24),
+            context_dim=1280,
+            linear_projection=True,
+            middle_depth=4,
+            added=1280 + 5 * SINES,
         )
     )

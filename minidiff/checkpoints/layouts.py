@@ -94,7 +94,7 @@ def vae(state: State, where: str, table: names.Table) -> Part:
 def text(state: State, where: str, table: names.Table, penultimate: bool = False) -> Part:
     """penultimate: leave out the last block, whose output SD 2.x does not use."""
     state = {name.removeprefix("text_model."): value for name, value in state.items()}
-    state = names.to_ours(state, table)
+    state = _without(names.to_ours(state, table), ("projection.",))
     for name in [name for name in state if ".qkv." in name]:
         for letter, value in zip("qkv", state.pop(name).chunk(3), strict=True):
             state[name.replace(".qkv.", f".{letter}.")] = value

@@ -10,8 +10,8 @@ from minidiff.checkpoints import names, sizes
 from minidiff.checkpoints.inspect import COMPLETE, _differences, _hash
 from minidiff.checkpoints.layouts import Part
 from minidiff.errors import UserError
-from minidiff.text import clip_vit_l14, openclip_vit_h14
-from minidiff.unet import UNet, UNetConfig, unet_sd1, unet_sd2
+from minidiff.text import clip_bigg14, clip_vit_l14, openclip_vit_h14
+from minidiff.unet import UNet, UNetConfig, unet_sd1, unet_sd2, unet_sdxl, unet_sdxl_refiner
 from minidiff.vae import vae_sd
 
 
@@ -37,6 +37,11 @@ def pruned():
         (unet_sd1, names.UNET_DIFFUSERS, 686),
         (unet_sd1, names.unet_compvis(), 686),
         (unet_sd2, names.unet_compvis(), 686),
+        (unet_sdxl, names.UNET_DIFFUSERS, 1680),
+        (unet_sdxl, names.unet_compvis((False, True, True)), 1680),
+        (unet_sdxl_refiner, names.UNET_DIFFUSERS, 1220),
+        (unet_sdxl_refiner, names.unet_compvis((False, True, True, False)), 1220),
+        (clip_bigg14, names.CLIP_TRANSFORMERS, 517),
         (vae_sd, names.VAE_DIFFUSERS, 248),
         (vae_sd, names.vae_compvis(), 248),
         (clip_vit_l14, names.CLIP_TRANSFORMERS, 196),
