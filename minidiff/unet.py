@@ -32,7 +32,7 @@ from minidiff.layers import ResBlock, SpatialTransformer, group_norm, run, times
 
 Map, Context = Float[Tensor, "B _ H W"], Float[Tensor, "B L D"]
 Embedding, Time = Float[Tensor, "B E"], Shaped[Tensor, "B"]  # an embedding is one of time
-Conditions, Maps = Context | Condition | None, Sequence[Map] | None
+Conditions, Maps = Context | Condition | None, Sequence[Float[Tensor, "B _ _ _"]]
 SINES = 256  # of each of SDXL's numbers
 
 
@@ -194,7 +194,7 @@ class UNet(nn.Module):
 
     def encode(
         self, x: Map, t: Time, context: Conditions, hint: Map | None = None
-    ) -> tuple[list[Map], Embedding, Context | None]:
+    ) -> tuple[Maps, Embedding, Context | None]:
         """The skips and the middle's output, and what the decoder takes beside them. hint: added
         after conv_in, in a ControlNet."""
         if context is None and self.context_dim is not None:
@@ -231,11 +231,11 @@ class UNet(nn.Module):
             h = run(self.middle.residual[1], h, emb, recompute=self.checkpointing)
         return [*skips, h], emb, context
 
-    def forward(self, x: Map, t: Time, context: Conditions = None, residuals: Maps = None) -> Map:
+    def forward(self, x: Map, t: Time, context: Conditions = None, residuals: Maps = ()) -> Map:
         """t: the schedule's c_noise(t). residuals: of a ControlNet, added to the skips and to the
         middle's output. Computed in the weights' precision, returned in x's."""
         maps, emb, context = self.encode(x, t, context)
-        *skips, h = maps if residuals is None else map(torch.add, maps, residuals)
+        *skips, h = map(torch.add, maps, residuals) if residuals else maps
         for level in self.decoder:
             for i in range(len(level.residual)):
                 h = run(level.block, i, h, emb, context, skips.pop(), recompute=self.checkpointing)
