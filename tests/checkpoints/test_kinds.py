@@ -33,7 +33,7 @@ PUBLISHED = {
     "a textual inversion ": ("<cat-toy>",),
     "a textual inversion  ": ("clip_l", "clip_g"),
 }  # fmt: skip
-TAKEN = {"a LoRA": "lora", "a textual inversion": "embedding"}
+TAKEN = {"a LoRA": "lora", "a textual inversion": "embedding", "a ControlNet": "controlnet"}
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)
@@ -93,7 +93,7 @@ def test_a_part_alone_says_which_option_takes_it(sd, refused, ran, tmp_path, par
 @pytest.mark.parametrize(
     "config, words",
     [
-        ({"_class_name": "ControlNetModel"}, "is a ControlNetModel; it is not read here"),
+        ({"_class_name": "T2IAdapter"}, "is a T2IAdapter; it is not read here"),
         ({"architectures": ["T5EncoderModel"]}, "is a T5EncoderModel; it is not read here"),
         ({}, "is no checkpoint: neither model.json"),
     ],
