@@ -31,7 +31,8 @@ from minidiff.errors import UserError
 from minidiff.layers import ResBlock, SpatialTransformer, group_norm, run, timestep_embedding
 
 Map, Context = Float[Tensor, "B _ H W"], Float[Tensor, "B L D"]
-Embedding = Float[Tensor, "B E"]  # of time
+Embedding, Time = Float[Tensor, "B E"], Shaped[Tensor, "B"]  # an embedding is one of time
+Conditions, Maps = Context | Condition | None, Sequence[Float[Tensor, "B _ _ _"]]
 SINES = 256  # of each of SDXL's numbers
 
 
@@ -189,10 +190,11 @@ class UNet(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(
-        self, x: Map, t: Shaped[Tensor, "B"], context: Context | Condition | None = None
-    ) -> Map:
-        """t: the schedule's c_noise(t). Computed in the weights' precision, returned in x's."""
+    def encode(
+        self, x: Map, t: Time, context: Conditions, hint: Map | None = None
+    ) -> tuple[Maps, Embedding, Context | None]:
+        """The skips and the middle's output, and what the decoder takes beside them. hint: added
+        after conv_in, in a ControlNet."""
         if context is None and self.context_dim is not None:
             raise UserError("this U-Net needs a context.")
         if context is not None and self.context_dim is None:
@@ -212,7 +214,7 @@ class UNet(nn.Module):
         if self.pool is not None:  # a sum: a word weighs the same in long and in short prompts
             emb = emb + self.pool(context.sum(dim=1))
 
-        h = self.conv_in(x.to(dtype))
+        h = self.conv_in(x.to(dtype)) if hint is None else self.conv_in(x.to(dtype)) + hint
         skips = [h]
         for level in self.encoder:
             for i in range(len(level.residual)):
@@ -225,7 +227,13 @@ class UNet(nn.Module):
         if self.middle is not None:
             h = run(self.middle.block, 0, h, emb, context, recompute=self.checkpointing)
             h = run(self.middle.residual[1], h, emb, recompute=self.checkpointing)
+        return [*skips, h], emb, context
 
+    def forward(self, x: Map, t: Time, context: Conditions = None, residuals: Maps = ()) -> Map:
+        """t: the schedule's c_noise(t). residuals: of a ControlNet, added to the skips and to the
+        middle's output. Computed in the weights' precision, returned in x's."""
+        maps, emb, context = self.encode(x, t, context)
+        *skips, h = map(torch.add, maps, residuals) if residuals else maps
         for level in self.decoder:
             for i in range(len(level.residual)):
                 h = run(level.block, i, h, emb, context, skips.pop(), recompute=self.checkpointing)

@@ -48,6 +48,7 @@ with install_import_hook(
     import cifar_distance
     import cifar_features
     import cifar_recipes
+    import controlnet
     import distill
     import dreambooth
     import finetune_coco100
@@ -1129,3 +1130,35 @@ def test_unet_or_dit(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "table.csv").read_bytes() == first
     with pytest.raises(UserError, match="no model of the quickstart"):
         unet_or_dit.main(Path("box"), out=tmp_path / "other")
+
+
+# The ControlNet.
+
+
+def test_controlnet_writes_what_it_says(tmp_path):
+    controlnet.main(tmp_path, pairs=50, steps=2, batch=2, captions=2, watch=1)
+    results = written(tmp_path, "controlnet.safetensors", "controlnet.png")
+    assert [row["control"] for row in results["rows"][:4]] == [
+        "without",
+        "with",
+        "half",
+        "true pictures through the VAE",
+    ]
+    vae = results["rows"][3]
+    assert vae["accuracy"][0] == 1 and vae["overlap"][0] > 0.7
+    assert [step for step, _ in results["curve"]] == [1, 2]
+
+
+def test_controlnet_learns_from_pairs_of_yours(tmp_path):
+    images, captions, _ = World(32).batch(3, seed=0)
+    for name in ("data", "hints"):
+        (tmp_path / name).mkdir()
+        for k, image in enumerate(images):
+            pixels = to_uint8(image).permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(tmp_path / name / f"{k}.png")
+            (tmp_path / "data" / f"{k}.txt").write_text(captions[k])
+    folders = {"data": tmp_path / "data", "hints": tmp_path / "hints"}
+    controlnet.main(tmp_path / "out", **folders, steps=1, batch=2)
+    assert "rows" not in written(tmp_path / "out", "controlnet.safetensors")
+    with pytest.raises(UserError, match="data and hints belong together"):
+        controlnet.main(tmp_path / "out", data=tmp_path / "data")

@@ -43,9 +43,8 @@ def inspect(path: Path) -> Rows:
         from minidiff.checkpoints import flow_inspect
 
         return rows + flow_inspect.rows(path)
-    if path.is_file():
-        state = files.stored(path)
-        if more := _stranger(state, path):
+    if file := path if path.is_file() else layouts.controlnet_file(path):
+        if more := _stranger(files.stored(file), path):
             return rows + more
     checkpoint = layouts.read(path, files.stored)
     layout = checkpoint.layout + ("" if path.is_dir() else " single file")
@@ -194,6 +193,8 @@ def _stranger(state: dict[str, files.Stored], path: Path) -> Rows:
     if kind is kinds.LORA:
         return [("kind", kind.name), *kinds.lora_rows(state, files.metadata(path)), use]
     rows = [("kind", kind.name), ("tensors", _counts(state))]
+    if kind is kinds.CONTROLNET:
+        rows += kinds.controlnet_rows(state)
     if kind is kinds.EMBEDDING:
         shapes = (f"{name}: {' x '.join(map(str, v.shape))}" for name, v in state.items())
         rows.append(("vectors", ", ".join(shapes)))

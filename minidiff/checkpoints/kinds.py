@@ -25,15 +25,16 @@ NOT_READ = "it is not read here; Stable Diffusion 1.x, 2.x and XL are"
 AS_SAFE = "it is read from a .safetensors file"  # see flow_models
 LORA = Kind("a LoRA", "add it to a model with `lora={}`")
 EMBEDDING = Kind("a textual inversion", "give it to a model with `embedding={}`")
+CONTROLNET = Kind(
+    "a ControlNet",
+    "draw with it, and an image for it: `controlnet={}`",
+    r"control_model\.|zero_middle\.|(.*\.)?(zero_convs|controlnet_cond_embedding)\.",
+)
 OTHERS = (  # the first that fits
+    CONTROLNET,
     Kind("a relative of LoRA (LoHa, LoKr)", "only LoRA is read", r".*\.(hada_w1|lokr_w1)"),
     Kind("FLUX.1", AS_SAFE, r"(.*\.)?(double_blocks|single_blocks|single_transformer_blocks)\.\d"),
     Kind("Stable Diffusion 3", AS_SAFE, r"(.*\.)?(joint_blocks\.\d|.*\.attn\.add_q_proj\.)"),
-    Kind(
-        "a ControlNet",
-        NOT_READ,
-        r"control_model\.|(.*\.)?(zero_convs|input_hint_block|controlnet_cond_embedding)\.",
-    ),
     Kind("a motion module (AnimateDiff)", NOT_READ, r".*motion_modules\."),
     Kind("an IP-Adapter", NOT_READ, r"(image_proj|ip_adapter)\."),
 )
@@ -100,6 +101,16 @@ def lora_versions(layers: State) -> list[str]:
     reading = (v.shape for name, v in layers.items() if re.search(READING, name))
     widths = sorted({shape[1] for shape in reading if len(shape) > 1})
     return [VERSIONS.get(width, f"a text encoder of width {width}") for width in widths]
+
+
+def controlnet_rows(state: State) -> Rows:
+    """A ControlNet: for which model, by the width of what its cross-attention reads."""
+    reading = re.compile(r"(attn2\.to_k|cross_attention\.k)\.weight")
+    keys = (value.shape for name, value in state.items() if reading.search(name))
+    widths = dict.fromkeys(shape[1] for shape in keys if len(shape) == 2)
+    rows = [("for", VERSIONS.get(width, f"a text encoder of width {width}")) for width in widths]
+    whole = any(name.startswith("model.diffusion_model.") for name in state)
+    return rows + [("note", "a whole model stands beside it; the ControlNet alone is read")] * whole
 
 
 def _tags(text: str) -> str:

@@ -103,6 +103,9 @@ def _one_part(folder: Path, reader: Read) -> Checkpoint:
         raise UserError(f"{folder} is {kind.name}; {kind.use.format(folder)}.")
     settings = _settings(folder, optional=True)
     classes = settings.get("architectures") or [settings.get("_class_name")]
+    if classes[0] == "ControlNetModel":
+        kind = kinds.CONTROLNET
+        raise UserError(f"{folder} is {kind.name}; {kind.use.format(folder)}.")
     if not classes[0]:
         why = "neither model.json (ours) nor model_index.json (diffusers) is in it"
         raise UserError(f'"{folder}" is no checkpoint: {why}.')
@@ -144,16 +147,27 @@ def _part(folder: Path, name: str, tokenizer: Path, reader: Read) -> Part:
     state, file = _weights(folder, "diffusion_pytorch_model", reader)
     if name == "unet":
         part = unet(state, str(file), names.UNET_DIFFUSERS)
-        # "attention_head_dim" means the number of heads, too.
-        heads = settings.get("num_attention_heads") or settings.get("attention_head_dim", 8)
-        levels = len(settings.get("block_out_channels", (320, 640, 1280, 1280)))
-        part.config["heads"] = tuple(heads) if isinstance(heads, list) else (heads,) * levels
+        part.config["heads"] = unet_heads(settings)
     else:
         part = vae(state, str(file), names.VAE_OLD_ATTENTION + names.VAE_DIFFUSERS)
         part = part._replace(latent_scale=float(settings.get("scaling_factor", 0.18215)))
         part.config["latent_shift"] = float(settings.get("shift_factor") or 0)
     part.config["groups"] = settings.get("norm_num_groups", 32)
     return part
+
+
+def unet_heads(settings: dict) -> tuple[int, ...]:
+    """Of a config.json, whose "attention_head_dim" means the number of heads, too."""
+    heads = settings.get("num_attention_heads") or settings.get("attention_head_dim", 8)
+    levels = len(settings.get("block_out_channels", (320, 640, 1280, 1280)))
+    return tuple(heads) if isinstance(heads, list) else (heads,) * levels
+
+
+def controlnet_file(path: Path) -> Path | None:
+    """The tensors of a diffusers folder of a ControlNet; of other folders None."""
+    if not path.is_dir() or _settings(path, optional=True).get("_class_name") != "ControlNetModel":
+        return None
+    return _weights(path, "diffusion_pytorch_model", lambda file: {})[1]
 
 
 def _transformers_text(folder: Path, tokenizer: Path, settings: dict, reader: Read) -> Part:
@@ -289,7 +303,7 @@ def _add_unet(checkpoint: Checkpoint, weights: State, whole: State, file: Path) 
         note = "live and averaged (EMA) weights of the U-Net are in it; the averaged are taken"
         checkpoint.notes.append(note)
         weights = averages
-    part = checkpoint.parts["unet"] = unet(weights, str(file), _unet_table(weights))
+    part = checkpoint.parts["unet"] = unet(weights, str(file), unet_table(weights))
     checkpoint.schedule = dict(STABLE_DIFFUSION)
     # SD 2.x predicts v at 768 pixels and eps at 512: no tensor says which.
     if not part.config["linear_projection"]:
@@ -315,7 +329,7 @@ def _read_marks(checkpoint: Checkpoint, whole: State, file: Path) -> None:
         checkpoint.schedule["zero_terminal_snr"], checkpoint.spacing = True, "trailing"
 
 
-def _unet_table(state: State) -> names.Table:
+def unet_table(state: State) -> names.Table:
     """The table for this U-Net: its numbering tells how many levels and blocks it has, and which
     levels have transformers."""
     if any(name.startswith("down_blocks.") for name in state):

@@ -48,6 +48,19 @@ def unet_config(shapes: Shapes) -> dict:
     )
 
 
+def controlnet_config(shapes: Shapes) -> dict:
+    """The arguments of ControlNetConfig: those of a U-Net, whose decoder is made up here."""
+    levels, out = _count(shapes, "encoder"), _shape(shapes, "conv_in.weight", 4)
+    decoder = {"conv_out.weight": (out[1], out[0], 3, 3)}
+    for level in range(levels):
+        for k in range(_count(shapes, f"encoder.{level}.residual") + 1):
+            decoder[f"decoder.{levels - 1 - level}.residual.{k}.conv1.weight"] = (1,)
+    convolutions = sum(re.fullmatch(r"hint\.\d+\.weight", name) is not None for name in shapes)
+    hint = [_shape(shapes, f"hint.{k}.weight", 4)[0] for k in range(0, 2 * convolutions - 2, 4)]
+    added = shapes.get("add.0.weight", (0, None))[1]
+    return unet_config({**shapes, **decoder}) | {"hint": tuple(hint), "added": added}
+
+
 def vae_config(shapes: Shapes) -> dict:
     """The arguments of VAEConfig."""
     levels = _count(shapes, "encoder.levels")

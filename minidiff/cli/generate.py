@@ -1,5 +1,6 @@
 """The verb that makes images of prompts."""
 
+import math
 import re
 import warnings
 from dataclasses import dataclass, replace
@@ -39,6 +40,12 @@ class GenerateOptions:
     refiner: Path | None = None
     # how far from noise (0) to image (1) the refiner takes over
     refiner_from: float = 0.8
+    # an image that a ControlNet reads: outlines, a pose, depths, whatever it was trained on
+    control: Path | None = None
+    # the ControlNet: a diffusers folder, or a .safetensors or .pth file
+    controlnet: Path | None = None
+    # how much of what it says is added; 0 is off
+    control_scale: float = 1.0
     # the precision to compute in
     dtype: Dtype = "fp32"
 
@@ -50,6 +57,16 @@ class GenerateOptions:
             raise UserError("strength needs an --image to start from.")
         if self.mask is not None and self.image is None:
             raise UserError("mask needs the --image that it belongs to.")
+        if self.control is not None and self.controlnet is None:
+            raise UserError("control needs the --controlnet that reads it.")
+        if self.controlnet is not None and self.control is None:
+            raise UserError("controlnet needs a --control image to read.")
+        if not math.isfinite(self.control_scale):
+            raise UserError(f"control_scale is {self.control_scale}; it must be finite, as in 0.8.")
+        for name in ("control", "controlnet"):
+            file = getattr(self, name)
+            if file is not None and not file.exists():
+                raise UserError(f'--{name} {file}: no file "{file}".')
 
 
 NO_OPTIONS, NO_PARTS = GenerateOptions(), Parts()
@@ -96,6 +113,8 @@ def generate(
     height, width = edit.image.shape[2:] if edit else config.size or (loaded.size, loaded.size)
     config = replace(config, size=Size(height, width))
     check_sides(config.size, loaded)
+    if request.control is not None:
+        loaded = controlled_by(request, config.size, loaded)
     batch = request.batch or max(1, min(64, 2**20 // (height * width)))
     wanted = [prompt for prompt in prompts for _ in range(request.n)]
     settings = settings_of(config, request, parts, edit) | {"model": model.resolve().name}
@@ -160,6 +179,9 @@ def settings_of(
         "image": request.image and request.image.name,
         "mask": request.mask and request.mask.name,
         "refiner": request.refiner and f"{request.refiner.name} from {request.refiner_from:g}",
+        "control": request.control and request.control.name,
+        "controlnet": request.controlnet and request.controlnet.name,
+        "control_scale": request.control_scale if request.control else None,
         "lora": ", ".join(f"{file.name}:{scale:g}" for file, scale in parts.loras()),
         "embedding": ", ".join(parts.embedding),
     }
@@ -217,6 +239,19 @@ def edit_of(request: GenerateOptions, size: Size | None, model: "LatentDiffusion
         mask = mask_of(request.mask, *image.shape[2:])
     default = 0.8 if mask is None else 1.0
     return Edit(image, default if request.strength is None else request.strength, mask)
+
+
+def controlled_by(
+    request: GenerateOptions, size: Size, model: "LatentDiffusion"
+) -> "LatentDiffusion":
+    """The model with its ControlNet, which reads the image scaled to cover this size and cut."""
+    from minidiff.checkpoints import controlnet as files
+    from minidiff.data.folder import load_image
+    from minidiff.methods.controlnet import Control, controlled
+
+    network = files.load(request.controlnet, model.device, request.dtype)
+    hint = load_image(request.control, tuple(size), background="black")[None] / 255  # in [0, 1]
+    return controlled(model, Control(network, hint, request.control_scale))
 
 
 def image_of(file: Path, size: Size | None, model: "LatentDiffusion") -> "Tensor":

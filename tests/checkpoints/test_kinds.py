@@ -31,7 +31,7 @@ INCOMPLETE = {
     "FLUX.1": ("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"),
     "FLUX.1 ": ("single_transformer_blocks.0.proj_mlp.bias", "transformer_blocks.0.attn.add_q_proj.bias"),
 }  # fmt: skip
-TAKEN = {"a LoRA": "lora", "a textual inversion": "embedding"}
+TAKEN = {"a LoRA": "lora", "a textual inversion": "embedding", "a ControlNet": "controlnet"}
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)
@@ -102,7 +102,7 @@ def test_a_part_alone_says_which_option_takes_it(sd, refused, ran, tmp_path, par
 @pytest.mark.parametrize(
     "config, words",
     [
-        ({"_class_name": "ControlNetModel"}, "is a ControlNetModel; it is not read here"),
+        ({"_class_name": "T2IAdapter"}, "is a T2IAdapter; it is not read here"),
         ({"architectures": ["T5EncoderModel"]}, "is a T5EncoderModel; it is not read here"),
         ({}, "is no checkpoint: neither model.json"),
     ],
