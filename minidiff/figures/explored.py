@@ -270,9 +270,11 @@ def _visible(model: LatentDiffusion, times: Tensor, xs: Sequence, x0s: Sequence)
 
 
 def source_of(model: LatentDiffusion, name: str) -> tuple[str, Path, int, str]:
-    """Name, file, line and text of a module's class; where that is torch's, of UNet.forward."""
-    kind = type(model.unet.get_submodule(name))
-    thing = kind if kind.__module__.startswith("minidiff.") else type(model.unet).forward
+    """Name, file, line and text of a module's class; where that is torch's, of the U-Net's method
+    that calls it."""
+    kind, unet = type(model.unet.get_submodule(name)), type(model.unet)
+    own = unet.forward if name.endswith("_out") else getattr(unet, "encode", unet.forward)
+    thing = kind if kind.__module__.startswith("minidiff.") else own
     thing = inspect.unwrap(thing)
     lines, line = inspect.getsourcelines(thing)
     file = Path(inspect.getsourcefile(thing)).relative_to(Path(pipeline.__file__).parents[1])
