@@ -322,7 +322,9 @@ def test_a_lora_of_another_family(both, sd, tmp_path):
     lora.remove(other)
     for target, source in ((other, file), (model, old)):
         before = copy.deepcopy(target.state_dict())
-        with pytest.raises(UserError, match="layers are not in this model.* It is for another mod"):
+        with pytest.raises(
+            UserError, match=r"layers are not in this model.* It is for another mod"
+        ):
             lora_files.load(target, source)
         assert before.keys() == target.state_dict().keys()
     rows = dict(inspection.inspect(file))
