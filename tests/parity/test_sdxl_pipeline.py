@@ -219,7 +219,9 @@ def test_every_tensor_goes_through_both_layouts(xl, ours, single, tmp_path):
             state, back = with_text_prefix(state), with_text_prefix(back)
         assert back.keys() == state.keys()
         assert all(torch.equal(back[name], value) for name, value in state.items())
-    names = load_file(single).keys()
+    names = load_file(single)
+    theirs = before["text_encoder_2"]["text_projection.weight"]
+    assert torch.equal(names["conditioner.embedders.1.model.text_projection"], theirs.T)
     for name in (
         "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight",
         "conditioner.embedders.1.model.transformer.resblocks.2.attn.in_proj_weight",
