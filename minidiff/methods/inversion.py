@@ -6,8 +6,8 @@ images, [1] eq. 2:
     v* = argmin_v  E || eps - eps_theta(x_t, t, c_v(caption)) ||^2         all but v is frozen
 
 So the file is 3 KB, and the model draws only what it could draw before and had no word for. Of two
-text encoders, as SDXL has, v is both vectors, one after the other. Trained beside the U-Net or a LoRA, v names what the U-Net learns, while the text encoder stays as it is
-(pivotal tuning [2]).
+text encoders, as SDXL has, v is both vectors, one after the other. Trained beside the U-Net or a
+LoRA, v names what the U-Net learns, while the text encoder stays as it is (pivotal tuning [2]).
 
 [1] Gal et al. An Image is Worth One Word: Personalizing Text-to-Image Generation using Textual
     Inversion. 2022. arXiv:2208.01618

@@ -199,12 +199,12 @@ def test_ours_to_diffusers_to_kohya_to_ours(both, tmp_path):
     """Through the files of all; those of kohya have the names that its own tools write for SDXL."""
     model = both[1]
     expected = ours(with_lora(model))
-    for layout in ("diffusers", "kohya", "diffusers"):
-        file = lora_files.save(model, tmp_path / f"{layout}.safetensors", layout)
+    for k, layout in enumerate(("diffusers", "kohya", "diffusers")):
+        file = lora_files.save(model, tmp_path / f"{k}.safetensors", layout)
         lora.remove(model)
         assert len(lora_files.load(model, file).layers) == len(lora.adapted(model))
         assert abs(ours(model) - expected).max() < TOLERANCE
-    written = load_file(tmp_path / "kohya.safetensors")
+    written = load_file(tmp_path / "1.safetensors")
     for name in (
         "lora_unet_input_blocks_3_1_transformer_blocks_1_attn1_to_q.lora_down.weight",
         "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_k.lora_up.weight",
@@ -212,7 +212,7 @@ def test_ours_to_diffusers_to_kohya_to_ours(both, tmp_path):
         "lora_te2_text_model_encoder_layers_2_self_attn_out_proj.lora_down.weight",
     ):
         assert name in written
-    prefixes = {name.split(".")[0] for name in load_file(tmp_path / "diffusers.safetensors")}
+    prefixes = {name.split(".")[0] for name in load_file(tmp_path / "2.safetensors")}
     assert prefixes == {"unet", "text_encoder", "text_encoder_2"}
 
 
@@ -322,7 +322,9 @@ def test_a_lora_of_another_family(both, sd, tmp_path):
     lora.remove(other)
     for target, source in ((other, file), (model, old)):
         before = copy.deepcopy(target.state_dict())
-        with pytest.raises(UserError, match=r"layers are not in this model.* It is for another mod"):
+        with pytest.raises(
+            UserError, match=r"layers are not in this model.* It is for another mod"
+        ):
             lora_files.load(target, source)
         assert before.keys() == target.state_dict().keys()
     rows = dict(inspection.inspect(file))
