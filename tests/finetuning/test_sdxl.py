@@ -22,7 +22,7 @@ from minidiff.methods import inversion
 from minidiff.options.finetuning import FineTuneConfig, RecorderConfig
 from tests.test_sdxl import recorded, sdxl
 
-SIZES = [(40, 20), (20, 40), (32, 32)]  # width and height
+SIZES = [(40, 20), (16, 48), (32, 32)]  # width and height; width first is another set
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def told(model, examples):
     return sorted(conditions[-1].numbers.tolist())
 
 
-SQUARES = [[20, 40, 0, 8, 16, 16], [32, 32, 0, 0, 16, 16], [40, 20, 8, 0, 16, 16]]
+SQUARES = [[20, 40, 0, 8, 16, 16], [32, 32, 0, 0, 16, 16], [48, 16, 16, 0, 16, 16]]
 
 
 def test_each_picture_s_true_size_and_cut_reach_the_network(folder, tmp_path):
@@ -283,3 +283,10 @@ def test_buckets_and_corner_agree_with_what_is_cut(tmp_path):
     assert load_image(tmp_path / "a.png", (100, 100))[0, 0, 0] == 50
     assert buckets.corner(100, 200, (50, 50)) == (25, 0)
     assert buckets.corner(100, 200, (50, 25)) == (0, 0)
+
+
+def test_inspect_names_a_word_of_sdxl(ran, tmp_path):
+    word = embedding.save("sks", torch.ones(2048), tmp_path / "a.safetensors", [768, 1280])
+    said = ran("inspect", word).out
+    assert "a textual inversion" in said and "clip_l: 1 x 768, clip_g: 1 x 1280" in said
+    assert "Stable Diffusion XL" in said
