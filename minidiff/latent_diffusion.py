@@ -4,7 +4,8 @@
 [2] Ho, Salimans. Classifier-Free Diffusion Guidance. 2022. arXiv:2207.12598
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -109,13 +110,28 @@ class LatentDiffusion(nn.Module):
         if generator is None and config is not None:
             generator = Normal.seeded(config.seed, range(len(prompts)))
         config = config or DEFAULTS
-        steps = config.steps if steps is None else steps
         step = step or by_name(config.sampler or self.sampler)
-        times = times_of(self.schedule, steps, self.spacing_of(step, config), step)
+        times = self.times(step, config, steps, None if x_T is None else x_T.shape[2:])
         noise = generator if callable(generator) else Normal.split(generator, len(prompts))
         x = self.start(len(prompts), config, noise, times[0]) if x_T is None else x_T
         denoise = self.guided(prompts, config, guidance)
         yield from sample(denoise, self.schedule, x.to(self.device), times, step, noise=noise)
+
+    def times(
+        self,
+        step: Step,
+        config: SampleConfig,
+        steps: int | Shaped[Tensor, "steps1"] | None = None,
+        sides: Sequence[int] | None = None,
+    ) -> Shaped[Tensor, "steps1"]:
+        """The times that a sampler visits: of the config, but for steps. sides: of the latents; in
+        FLUX.1-dev they decide, too. Default: the config's, or the model's own."""
+        pixels = config.size or (self.size, self.size)
+        sides = sides or [side // self.vae.factor for side in pixels]
+        patches = math.prod(side // getattr(self.unet, "multiple", 1) for side in sides)
+        steps = config.steps if steps is None else steps
+        schedule = self.schedule.for_tokens(patches)
+        return times_of(schedule, steps, self.spacing_of(step, config), step)
 
     def spacing_of(self, step: Step, config: SampleConfig) -> str:
         """The config's spacing, or the model's where the sampler takes it, or the sampler's own."""

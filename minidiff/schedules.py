@@ -22,7 +22,8 @@ CPU, because some devices have no float64. `per_example` moves them to the tenso
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -51,6 +52,10 @@ class NoiseSchedule:
     """The interface. Subclasses are frozen dataclasses: their fields are all that must be saved."""
 
     final = 0  # the last time of the published DDIM; 0 is clean data
+
+    def for_tokens(self, count: int) -> "NoiseSchedule":
+        """The schedule of an image of so many patches; the same for all sizes but in FLUX.1-dev."""
+        return self
 
     def alpha_sigma(self, t: Times) -> tuple[Scales, Scales]:
         """Scales of signal and noise at t."""
@@ -254,11 +259,24 @@ class Flow(NoiseSchedule):
     t in [0, 1].
 
     Training times are logit-normal, sigmoid(mean + std n) with n ~ N(0, 1) ([6] section 3.1).
-    Sampling times are shifted towards noise, t -> shift t / (1 + (shift - 1) t) ([6] eq. 23)."""
+    Sampling times are shifted towards noise, t -> shift t / (1 + (shift - 1) t) ([6] eq. 23).
+    mu: log of the shift at 256 tokens and at 4,096, in place of one shift (FLUX.1-dev: 0.5, 1.15).
+    """
 
     mean: float = 0.0
     std: float = 1.0
     shift: float = 1.0
+    mu: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mu", self.mu and tuple(self.mu))  # JSON has lists
+
+    def for_tokens(self, count: int) -> "Flow":
+        if self.mu is None:
+            return self
+        first, last = self.mu
+        mu = first + (last - first) * (count - 256) / (4096 - 256)
+        return replace(self, shift=math.exp(mu), mu=None)
 
     def alpha_sigma(self, t: Times) -> tuple[Scales, Scales]:
         t = t.cpu().double()
@@ -271,17 +289,23 @@ class Flow(NoiseSchedule):
         return torch.sigmoid(-log_snr / 2)
 
     def timesteps(self, steps: int, spacing: str = "trailing") -> Shaped[Tensor, "steps1"]:
-        """Equal strides, shifted (trailing); in t^(1/7) (karras) or log SNR (log-snr), down to t =
-        1/1000."""
-        _check(steps, spacing, ("trailing", "karras", "log-snr"))
+        """trailing: equal strides, shifted. shifted: SD3's, whose last time is shifted twice: equal
+        strides from 1 to the shifted 1/1000, shifted. Down to t = 1/1000: karras, equal strides in
+        t^(1/7), and log-snr, in log SNR."""
+        _check(steps, spacing, ("trailing", "shifted", "karras", "log-snr"))
         if spacing == "trailing":
-            t = _line(1, 0, steps + 1)
-            return self.shift * t / (1 + (self.shift - 1) * t)
-        if spacing == "karras":
+            return self._shifted(_line(1, 0, steps + 1))
+        if spacing == "shifted":
+            last = self._shifted(torch.tensor(1e-3, dtype=torch.float64)).item()
+            visited = self._shifted(_line(1, last, steps))
+        elif spacing == "karras":
             visited = _ramp(1, 1e-3, steps, spacing)
         else:  # t = 1 has log SNR -inf: start at 1 - 1/1000, as far from 1 as the end is from 0
             visited = self.at_log_snr(-2 * _ramp(999, 1 / 999, steps, spacing).log())
         return torch.cat([visited, torch.zeros(1, dtype=torch.float64)])
+
+    def _shifted(self, t: Scales) -> Scales:
+        return self.shift * t / (1 + (self.shift - 1) * t)
 
     def c_noise(self, t: Times) -> Shaped[Tensor, "*B"]:
         return 1000 * t  # the sinusoidal embedding expects times up to about 1000

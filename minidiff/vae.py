@@ -116,6 +116,8 @@ class VAEConfig:
     blocks: int = 2  # residual blocks a level in the encoder; the decoder has one more
     groups: int = 32  # of the group normalizations; 0: no normalization
     kl_weight: float = 1e-6  # [2] appendix G
+    quant: bool = True  # a 1x1 convolution beside the latents, on both sides; not in SD3 and FLUX.1
+    latent_shift: float = 0.0  # mean of the raw latents
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))  # JSON has lists
@@ -124,7 +126,7 @@ class VAEConfig:
 
 
 class VAE(nn.Module):
-    """Images in [-1, 1] to latents of unit variance and back. It alone knows the latent scale."""
+    """Images in [-1, 1] to latents of unit variance and back. It alone knows shift and scale."""
 
     Config = VAEConfig
 
@@ -137,8 +139,9 @@ class VAE(nn.Module):
         self.latent_channels, self.factor = latent_channels, 2 ** (len(channels) - 1)
         self.encoder = Encoder(in_channels, 2 * latent_channels, channels, blocks, groups)
         self.decoder = Decoder(latent_channels, in_channels, channels, blocks, groups)
-        self.quant = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
-        self.post_quant = nn.Conv2d(latent_channels, latent_channels, 1)
+        quant = nn.Conv2d if config.quant else nn.Identity
+        self.quant = quant(2 * latent_channels, 2 * latent_channels, 1)
+        self.post_quant = quant(latent_channels, latent_channels, 1)
         self.register_buffer("latent_scale", torch.tensor(latent_scale))
         self._init_weights()
 
@@ -148,11 +151,13 @@ class VAE(nn.Module):
             if isinstance(module, ResBlock):
                 nn.init.zeros_(module.conv2.weight)
                 nn.init.zeros_(module.conv2.bias)
-        nn.init.constant_(self.quant.bias.data[self.latent_channels :], -6.0)
+        last = self.quant if self.config.quant else self.encoder.conv_out
+        nn.init.constant_(last.bias.data[self.latent_channels :], -6.0)
 
     def posterior(self, images: Images) -> tuple[Latents, Latents]:
-        """Mean and log-variance of q(z | image), [1] section 3, before the latent scale."""
-        moments = self.quant(self.encoder(images.to(self.quant.weight.dtype))).to(images.dtype)
+        """Mean and log-variance of q(z | image), [1] section 3, before shift and scale."""
+        dtype = self.encoder.conv_in.weight.dtype
+        moments = self.quant(self.encoder(images.to(dtype))).to(images.dtype)
         mean, log_variance = moments.chunk(2, dim=1)  # eq: vae-9
         return mean, log_variance.clamp(-30, 20)
 
@@ -160,11 +165,12 @@ class VAE(nn.Module):
         """Scaled latents: the posterior's mean, or, given standard normal noise, a sample of it."""
         mean, log_variance = self.posterior(images)
         z = mean if noise is None else mean + (0.5 * log_variance).exp() * noise
-        return z * self.latent_scale
+        return (z - self.config.latent_shift) * self.latent_scale
 
     def decode(self, latents: Latents) -> Images:
         """Images from scaled latents; about [-1, 1], not clamped."""
-        z = (latents / self.latent_scale).to(self.post_quant.weight.dtype)
+        z = latents / self.latent_scale + self.config.latent_shift
+        z = z.to(self.decoder.conv_in.weight.dtype)
         return self.decoder(self.post_quant(z)).to(latents.dtype)
 
     def loss(self, images: Images) -> Float[Tensor, "B"]:
@@ -210,3 +216,8 @@ class Pixels(nn.Module):
 def vae_sd() -> VAE:
     """Stable Diffusion's: 83.65 M parameters, 512x512x3 to 64x64x4."""
     return VAE(VAEConfig(3, 4, channels=(128, 256, 512, 512), blocks=2), latent_scale=0.18215)
+
+
+def vae_flow(latent_scale: float, latent_shift: float) -> VAE:
+    """SD3's: 1.5305, 0.0609; FLUX.1's: 0.3611, 0.1159. 83.82 M parameters, 16 channels."""
+    return VAE(VAEConfig(latent_channels=16, quant=False, latent_shift=latent_shift), latent_scale)

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import warnings
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -52,7 +53,21 @@ class Stored(NamedTuple):
         return Stored(self.dtype, (*self.shape[:start], math.prod(self.shape[start:])))
 
     def chunk(self, pieces: int) -> tuple["Stored", ...]:
-        return (Stored(self.dtype, (self.shape[0] // pieces, *self.shape[1:])),) * pieces
+        return self.split((self.shape[0] // pieces,) * pieces)
+
+    def split(self, rows: Sequence[int]) -> tuple["Stored", ...]:
+        return tuple(self.reshape(count, *self.shape[1:]) for count in rows)
+
+    def reshape(self, *shape: int) -> "Stored":
+        return Stored(self.dtype, shape)
+
+    def transpose(self, first: int, second: int) -> "Stored":
+        shape = list(self.shape)
+        shape[first], shape[second] = shape[second], shape[first]
+        return self.reshape(*shape)
+
+    def roll(self, shift: int, axis: int) -> "Stored":
+        return self
 
 
 def checked(file: Path) -> Path:

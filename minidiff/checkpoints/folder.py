@@ -18,6 +18,7 @@ from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods.lora import merged_state
+from minidiff.mmdit import MMDiT, MMDiTConfig
 from minidiff.schedules import Discrete, Flow, Karras, NoiseSchedule
 from minidiff.text import ClassLabels, CLIPText, TextConfig, Unconditional
 from minidiff.training import atomic
@@ -25,7 +26,8 @@ from minidiff.unet import UNet, UNetConfig
 from minidiff.vae import VAE, Pixels, VAEConfig
 
 FORMAT = "minidiff 1"
-KINDS = {cls.__name__: cls for cls in (VAE, Pixels, CLIPText, ClassLabels, Unconditional, UNet)}
+PART_CLASSES = (VAE, Pixels, CLIPText, ClassLabels, Unconditional, UNet, MMDiT)
+KINDS = {cls.__name__: cls for cls in PART_CLASSES}
 PARTS = ("vae", "text", "unet")
 SCHEDULES = {"discrete": Discrete, "flow": Flow, "karras": Karras}
 SETTINGS = ("size", "dropout", "guidance", "sampler", "spacing")
@@ -179,6 +181,8 @@ def _blocks(config: object) -> int:
     if isinstance(config, UNetConfig | VAEConfig):
         depth = max(getattr(config, "depth", (0,)))
         return len(config.channels) * config.blocks * (1 + depth)
+    if isinstance(config, MMDiTConfig):
+        return config.joint + config.single
     return config.layers if isinstance(config, TextConfig) else 1
 
 

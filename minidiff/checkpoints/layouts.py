@@ -198,6 +198,7 @@ def _part(folder: Path, name: str, tokenizer: Path, reader: Read) -> Part:
     else:
         part = vae(state, str(file), names.VAE_OLD_ATTENTION + names.VAE_DIFFUSERS)
         part = part._replace(latent_scale=float(settings.get("scaling_factor", 0.18215)))
+        part.config["latent_shift"] = float(settings.get("shift_factor") or 0)
     part.config["groups"] = settings.get("norm_num_groups", 32)
     return part
 

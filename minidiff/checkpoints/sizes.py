@@ -49,9 +49,10 @@ def vae_config(shapes: Shapes) -> dict:
     levels = _count(shapes, "encoder.levels")
     return dict(
         in_channels=_shape(shapes, "encoder.conv_in.weight", 4)[1],
-        latent_channels=_shape(shapes, "post_quant.weight", 4)[0],
+        latent_channels=_shape(shapes, "decoder.conv_in.weight", 4)[1],
         channels=_widths(shapes, "encoder.levels", levels),
         blocks=_count(shapes, "encoder.levels.0.residual"),
+        quant="post_quant.weight" in shapes,
     )
 
 

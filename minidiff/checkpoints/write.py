@@ -136,6 +136,8 @@ def vae_config(model: LatentDiffusion) -> dict:
         | dict(down_block_types=["DownEncoderBlock2D"] * levels)
         | dict(up_block_types=["UpDecoderBlock2D"] * levels)
         | dict(scaling_factor=float(f"{model.vae.latent_scale.item():.7g}"))  # a float32's digits
+        | dict(shift_factor=config.latent_shift or None)
+        | dict(use_quant_conv=config.quant, use_post_quant_conv=config.quant)
     )
 
 

@@ -17,7 +17,7 @@ from minidiff import denoiser, guidance, steps
 from minidiff.denoiser import Prediction
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.sampling import SampleConfig
-from minidiff.samplers import Normal, by_name, times_of
+from minidiff.samplers import Normal, by_name
 
 FILES = {module.__file__ for module in (steps, guidance, denoiser)}
 HIDDEN = ("<genexpr>", "<listcomp>", "<dictcomp>", "<setcomp>")  # inside of a function that shows
@@ -60,7 +60,7 @@ class Walked:
 def walk(model: LatentDiffusion, prompt: str, config: SampleConfig) -> Iterator[Walked]:
     """Sample one image; the last x_s are its latents, those that pipeline.generate decodes."""
     step = by_name(config.sampler or model.sampler)
-    times = times_of(model.schedule, config.steps, model.spacing_of(step, config), step)
+    times = model.times(step, config)
     noise, memory = Normal.seeded(config.seed, [0]), None
     x = model.start(1, config, noise, times[0]).to(model.device)
     denoise = model.guided([prompt], config)

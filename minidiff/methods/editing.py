@@ -22,7 +22,7 @@ from minidiff.denoiser import Denoise, Denoiser
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.sampling import SampleConfig, Size
-from minidiff.samplers import Frame, Noise, by_name, sample, times_of
+from minidiff.samplers import Frame, Noise, by_name, sample
 from minidiff.schedules import NoiseSchedule
 from minidiff.steps import Step
 
@@ -63,7 +63,7 @@ def edited(
     config = replace(config, size=Size(*edit.image.shape[2:]))
     blank = model.blank(len(prompts), config)
     step, denoiser = by_name(config.sampler or model.sampler), model.denoiser
-    times = times_of(model.schedule, config.steps, model.spacing_of(step, config), step)
+    times = model.times(step, config)
     times = late(times, edit.strength)
     eps, z0 = noise(blank), model.vae.encode(edit.image.to(blank)).expand_as(blank)
 
