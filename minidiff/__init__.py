@@ -43,16 +43,18 @@ def load(
     vae: "str | Path | None" = None,
     text: "str | Path | None" = None,
     unet: "str | Path | None" = None,
+    zero_terminal_snr: bool = False,
 ) -> "LatentDiffusion":
     """The model at a path, ready to sample: a folder of ours or of diffusers, a single file of
     Stable Diffusion, a name on the Hugging Face Hub, or "box", the small model that ships with us.
 
     dtype: torch's, or fp32, bf16, fp16; None keeps what is stored. target: what the U-Net predicts
     ("eps", "v"), where the file does not say. vae, text, unet: other checkpoints' parts.
+    zero_terminal_snr: it was trained so, and the file does not say.
     """
     from minidiff.checkpoints.load import load
 
-    return load(path, device, dtype, target, vae, text, unet)
+    return load(path, device, dtype, target, vae, text, unet, zero_terminal_snr)
 
 
 def __getattr__(name: str):

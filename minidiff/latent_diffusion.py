@@ -6,6 +6,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,11 +14,11 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from minidiff import schedules
-from minidiff.condition import repeat
+from minidiff.condition import Context, repeat
 from minidiff.denoiser import Denoise, Denoiser
 from minidiff.errors import UserError, choice
 from minidiff.guidance import guide
-from minidiff.options.sampling import SampleConfig, check_size
+from minidiff.options.sampling import SampleConfig, Size, check_size
 from minidiff.samplers import SAMPLERS, Frame, Noise, Normal, by_name, sample, times_of
 from minidiff.steps import Step
 
@@ -87,7 +88,25 @@ class LatentDiffusion(nn.Module):
         """The same on latents. Captions are dropped with probability `dropout`, [2] algorithm 1."""
         dropped = (torch.rand(len(captions)) < self.dropout).tolist()
         captions = ["" if drop else c for c, drop in zip(captions, dropped, strict=True)]
-        return self.denoiser.loss(latents, self.text.encode(captions), t)  # eq: ldm-3
+        context = self.with_numbers(self.text.encode(captions), self.size_of(latents))
+        return self.denoiser.loss(latents, context, t)  # eq: ldm-3
+
+    def size_of(self, latents: Latents) -> Size:
+        """That of the images, in pixels."""
+        return Size(*(self.vae.factor * side for side in latents.shape[2:]))
+
+    def with_numbers(
+        self,
+        context: Context | None,
+        size: Size,
+        config: SampleConfig = DEFAULTS,
+        is_null: bool = False,
+    ) -> Context | None:
+        """The context, with what a network such as SDXL's is told of images of this size."""
+        if context is None or not (names := getattr(self.text, "numbers", ())):
+            return context
+        row = context.numbers.new_tensor(config.numbers(names, size, is_null))
+        return replace(context, numbers=row.expand_as(context.numbers))
 
     @torch.no_grad()
     def sample(
@@ -114,7 +133,7 @@ class LatentDiffusion(nn.Module):
         times = self.times(step, config, steps, None if x_T is None else x_T.shape[2:])
         noise = generator if callable(generator) else Normal.split(generator, len(prompts))
         x = self.start(len(prompts), config, noise, times[0]) if x_T is None else x_T
-        denoise = self.guided(prompts, config, guidance)
+        denoise = self.guided(prompts, replace(config, size=self.size_of(x)), guidance)
         yield from sample(denoise, self.schedule, x.to(self.device), times, step, noise=noise)
 
     def times(
@@ -157,7 +176,7 @@ class LatentDiffusion(nn.Module):
     @property
     def multiple(self) -> int:
         """The sides of an image, in pixels, must be multiples of this."""
-        return self.vae.factor
+        return self.vae.factor * getattr(self.unet.config, "patch", 1)
 
     def guided(
         self,
@@ -167,15 +186,26 @@ class LatentDiffusion(nn.Module):
         denoiser: Denoiser | None = None,
     ) -> Denoise:
         """(x, t) -> Prediction under these prompts. denoiser: in place of the model's own."""
-        context, null = self.text.encode(prompts), self.text.null(len(prompts))
+        if config.of_sdxl and not hasattr(self.text.config, "empty"):
+            raise UserError(f"{config.of_sdxl[0]} is for SDXL; this model does not read it.")
+        empty = [config.empty] if config.empty else []
+        is_told = "guidance" in getattr(self.text, "numbers", ())  # FLUX.1 is not steered
+        if config.negative and is_told:
+            raise UserError("negative needs a second pass; FLUX.1 is told its guidance in one.")
+        context = self.text.encode(prompts, *empty)
+        null = None if is_told else self.text.null(len(prompts), *empty)
         if config.negative and null is None:
             raise UserError("negative needs a model with a text encoder.")
         if config.negative:
             null = repeat(self.text.encode([config.negative]), len(prompts))
         guidance = config.guidance if guidance is None else guidance
         scale = self.guidance if guidance is None else guidance
+        config, size = replace(config, guidance=scale), config.size or Size(self.size, self.size)
+        context = self.with_numbers(context, size, config)
+        null = self.with_numbers(null, size, config, is_null=True)
         interval = None if config.interval == (0, 1) else config.interval
         denoiser = denoiser or self.denoiser
+        scale = 1.0 if is_told else scale
         return guide(denoiser, context, null, scale, config.rescale, interval)
 
     @torch.no_grad()

@@ -7,6 +7,8 @@ The tokenizer and its vocabulary come from open_clip.
 [2] Cherti et al. Reproducible Scaling Laws for Contrastive Language-Image Learning. 2022.
     arXiv:2212.07143
 [3] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. arXiv:2112.10752
+[4] Podell et al. SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis. 2023.
+    arXiv:2307.01952
 """
 
 import importlib.util
@@ -22,9 +24,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from minidiff.condition import repeat
+from minidiff.condition import Condition, repeat
 from minidiff.errors import UserError
 from minidiff.layers import Attention, run
+from minidiff.options.sampling import SDXL, SDXL_REFINER, Empty, SampleConfig, Size
 from minidiff.training.device import to_device
 
 START, END = 49406, 49407  # the last two of CLIP's 49,408 tokens
@@ -82,6 +85,8 @@ class TextConfig:
     context_length: int = 77
     vocabulary: int = 49408
     words_only: bool = False  # set the vectors of start, end and padding to zero
+    penultimate: bool = False  # the context is what the last block reads, without final LayerNorm
+    projection: int | None = None  # width of the linear map of the pooled vector; None: no map
     # words beyond CLIP's vocabulary, in lower case, and the tokens of each
     added: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
@@ -113,7 +118,8 @@ class CLIPText(nn.Module):
         self.blocks = nn.ModuleList(
             Block(width, config.heads, config.activation) for _ in range(config.layers)
         )
-        self.norm_out = nn.LayerNorm(width)
+        self.norm_out, projection = nn.LayerNorm(width), config.projection
+        self.projection = nn.Linear(width, projection, bias=False) if projection else None
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -150,15 +156,26 @@ class CLIPText(nn.Module):
         return to_device(torch.tensor(rows, dtype=torch.long), self.token_embedding.weight.device)
 
     def forward(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
-        h = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
-        for block in self.blocks:
-            h = run(block, h, recompute=self.checkpointing)
-        h = self.norm_out(h)
-        return (
-            h * ((tokens != START) & (tokens != END) & (tokens != self.pad))[..., None]
-            if self.config.words_only
-            else h
+        return self.both(tokens)[0]
+
+    def both(
+        self, tokens: Int[Tensor, "B L"]
+    ) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "B P"]]:
+        """The context, and one vector of the whole prompt: that of the first end token, the only
+        one that has seen all words."""
+        h = before = (
+            self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
         )
+        for block in self.blocks:
+            before, h = h, run(block, h, recompute=self.checkpointing)
+        h = self.norm_out(h)
+        pooled = h[torch.arange(len(h), device=h.device), (tokens == END).int().argmax(dim=1)]
+        pooled = pooled if self.projection is None else self.projection(pooled)
+        context = before if self.config.penultimate else h
+        if self.config.words_only:
+            words = (tokens != START) & (tokens != END) & (tokens != self.pad)
+            context = context * words[..., None]
+        return context, pooled
 
     def encode(self, prompts: list[str]) -> Float[Tensor, "B L D"]:
         """One sequence of vectors for each prompt."""
@@ -173,6 +190,51 @@ def _pattern(word: str) -> str:
     """A regular expression of a word that is not a part of another."""
     start, end = (r"\b" if letter.isalnum() else "" for letter in (word[0], word[-1]))
     return start + re.escape(word) + end
+
+
+@dataclass(frozen=True)
+class PairConfig:
+    """The text encoders of SDXL. Its refiner has no clip_l."""
+
+    clip_l: TextConfig | Mapping | None
+    clip_g: TextConfig | Mapping
+    size: int = 1024  # encode tells of whole images whose sides are so long
+    empty: Empty = "zeros"  # what an empty prompt is: zeros, or encoded as any other
+
+    def __post_init__(self) -> None:
+        for name in ("clip_l", "clip_g"):  # JSON has mappings
+            if isinstance(value := getattr(self, name), dict):
+                object.__setattr__(self, name, TextConfig(**value))
+
+
+class CLIPPair(nn.Module):
+    """[4] section 2.1: two text encoders side by side, and the pooled vector of the second."""
+
+    Config = PairConfig
+
+    def __init__(self, config: PairConfig):
+        super().__init__()
+        self.config = config
+        self.clip_l = CLIPText(config.clip_l) if config.clip_l else None
+        self.clip_g = CLIPText(config.clip_g)
+        self.dim = config.clip_g.width + (config.clip_l.width if config.clip_l else 0)
+        self.numbers = SDXL if config.clip_l else SDXL_REFINER  # their names, in order
+
+    def encode(self, prompts: list[str], empty: Empty | None = None) -> Condition:
+        """empty: what an empty prompt is. Default: the config's."""
+        encoders = [each for each in (self.clip_l, self.clip_g) if each is not None]
+        contexts, pooled = zip(*(each.both(each.tokens(prompts)) for each in encoders), strict=True)
+        context, pooled = torch.cat(contexts, dim=2), pooled[-1]
+        if (empty or self.config.empty) == "zeros":
+            words = to_device(torch.tensor([[bool(p)] for p in prompts]), pooled.device)
+            context, pooled = context * words[..., None], pooled * words
+        size = Size(self.config.size, self.config.size)
+        numbers = to_device(torch.tensor(SampleConfig().numbers(self.numbers, size)), pooled.device)
+        return Condition(context, pooled, numbers.expand(len(prompts), -1))
+
+    def null(self, batch: int, empty: Empty | None = None) -> Condition:
+        """The empty prompt: what guidance steers away from."""
+        return repeat(self.encode([""], empty), batch)
 
 
 @dataclass(frozen=True)
@@ -238,3 +300,17 @@ def clip_vit_l14() -> CLIPText:
 def openclip_vit_h14() -> CLIPText:
     """That of OpenCLIP's ViT-H/14 ([2]), used by SD 2.x: 23 of 24 blocks, 340.39 M parameters."""
     return CLIPText(TextConfig(width=1024, layers=23, heads=16, activation="gelu", pad=0))
+
+
+SDXL_L = TextConfig(width=768, layers=12, heads=12, penultimate=True)
+BIGG14 = TextConfig(1280, 32, heads=20, activation="gelu", pad=0, penultimate=True, projection=1280)
+
+
+def clip_bigg14() -> CLIPText:
+    """That of OpenCLIP's ViT-bigG/14 ([2]): 694.66 M parameters."""
+    return CLIPText(BIGG14)
+
+
+def clip_sdxl() -> CLIPPair:
+    """The text encoders of SDXL ([4]), OpenAI's ViT-L/14 and ViT-bigG/14: 817.72 M parameters."""
+    return CLIPPair(PairConfig(SDXL_L, BIGG14))

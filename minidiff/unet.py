@@ -14,21 +14,25 @@
 [1] Ronneberger, Fischer, Brox. U-Net. 2015. arXiv:1505.04597
 [2] Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. arXiv:2006.11239
 [3] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. arXiv:2112.10752
+[4] Podell et al. SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis. 2023.
+    arXiv:2307.01952
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from minidiff.condition import Condition
 from minidiff.errors import UserError
 from minidiff.layers import ResBlock, SpatialTransformer, group_norm, run, timestep_embedding
 
 Map, Context = Float[Tensor, "B _ H W"], Float[Tensor, "B L D"]
 Embedding = Float[Tensor, "B E"]  # of time
+SINES = 256  # of each of SDXL's numbers
 
 
 class Downsample(nn.Module):
@@ -75,6 +79,9 @@ class UNetConfig:
     pooled: bool = False  # add a linear map of the context's sum to the time embedding
     scale_shift: bool = False  # time also scales, rather than only shifts, in the residual blocks
     middle: bool = True  # False: no middle, as in pruned networks
+    middle_depth: int | None = None  # transformer blocks in the middle; None: as the last level's
+    # SDXL: add pooled and the sines of the numbers, together so wide, to the time embedding
+    added: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("channels", "depth", "heads"):  # JSON has lists
@@ -127,6 +134,10 @@ class Level(nn.Module):
         return self.attention[i](x, context) if self.attention else x
 
 
+def embedding(width: int, out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, out), nn.SiLU(), nn.Linear(out, out))
+
+
 class UNet(nn.Module):
     """[1] with attention, as in [2] and [3]; conditioned on time and a sequence of vectors."""
 
@@ -140,10 +151,9 @@ class UNet(nn.Module):
         channels, blocks, depth = config.channels, config.blocks, config.depth
         time_dim = 4 * channels[0]
 
-        self.time = nn.Sequential(
-            nn.Linear(channels[0], time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
-        )
+        self.time = embedding(channels[0], time_dim)
         self.pool = nn.Linear(config.context_dim, time_dim) if config.pooled else None
+        self.add = embedding(config.added, time_dim) if config.added else None
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
 
         skips, width, last = [channels[0]], channels[0], len(channels) - 1
@@ -157,7 +167,8 @@ class UNet(nn.Module):
 
         self.middle = None
         if config.middle:
-            self.middle = Level(config, last, [width, width], max(depth[last], 1), attentions=1)
+            deep = config.middle_depth or max(depth[last], 1)
+            self.middle = Level(config, last, [width, width], deep, attentions=1)
 
         self.decoder = nn.ModuleList()
         for level, c in reversed(list(enumerate(channels))):
@@ -178,16 +189,26 @@ class UNet(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Map, t: Shaped[Tensor, "B"], context: Context | None = None) -> Map:
+    def forward(
+        self, x: Map, t: Shaped[Tensor, "B"], context: Context | Condition | None = None
+    ) -> Map:
         """t: the schedule's c_noise(t). Computed in the weights' precision, returned in x's."""
         if context is None and self.context_dim is not None:
             raise UserError("this U-Net needs a context.")
         if context is not None and self.context_dim is None:
             raise UserError("this U-Net takes no context; it has no context_dim.")
+        if isinstance(context, Condition) != (self.add is not None):
+            raise UserError(
+                "a U-Net with `added`, and no other, takes a Condition, as of CLIPPair."
+            )
 
         dtype = self.conv_in.weight.dtype
-        context = None if context is None else context.to(dtype)
         emb = self.time(timestep_embedding(t, self.conv_in.out_channels).to(dtype))
+        if self.add is not None:  # [4] section 2.2
+            sines = timestep_embedding(context.numbers.flatten(), SINES).view(len(x), -1)
+            emb = emb + self.add(torch.cat([context.pooled.to(dtype), sines.to(dtype)], dim=1))
+            context = context.context
+        context = None if context is None else context.to(dtype)
         if self.pool is not None:  # a sum: a word weighs the same in long and in short prompts
             emb = emb + self.pool(context.sum(dim=1))
 
@@ -231,32 +252,31 @@ def unet_cifar10(context_dim: int | None = None) -> UNet:
     )
 
 
+SD1 = UNetConfig(
+    4, 4, (320, 640, 1280, 1280), blocks=2, depth=(1, 1, 1, 0), heads=(8,) * 4, context_dim=768
+)
+SD2 = replace(SD1, heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True)
+LARGE = replace(SD2, channels=(320, 640, 1280), depth=(0, 2, 10), heads=(5, 10, 20))
+SDXL = replace(LARGE, context_dim=2048, added=1280 + 6 * SINES)
+REFINER = replace(SD2, channels=(384, 768, 1536, 1536), depth=(0, 4, 4, 0), heads=(6, 12, 24, 24))
+SDXL_REFINER = replace(REFINER, context_dim=1280, middle_depth=4, added=1280 + 5 * SINES)
+
+
 def unet_sd1(in_channels: int = 4) -> UNet:
     """Stable Diffusion 1.x: 859.52 M parameters; 9 input channels for inpainting."""
-    return UNet(
-        UNetConfig(
-            in_channels,
-            4,
-            channels=(320, 640, 1280, 1280),
-            blocks=2,
-            depth=(1, 1, 1, 0),
-            heads=(8, 8, 8, 8),
-            context_dim=768,
-        )
-    )
+    return UNet(replace(SD1, in_channels=in_channels))
 
 
 def unet_sd2(in_channels: int = 4) -> UNet:
     """Stable Diffusion 2.x: heads of size 64 at every level, linear projections."""
-    return UNet(
-        UNetConfig(
-            in_channels,
-            4,
-            channels=(320, 640, 1280, 1280),
-            blocks=2,
-            depth=(1, 1, 1, 0),
-            heads=(5, 10, 20, 20),
-            context_dim=1024,
-            linear_projection=True,
-        )
-    )
+    return UNet(replace(SD2, in_channels=in_channels))
+
+
+def unet_sdxl(in_channels: int = 4) -> UNet:
+    """Stable Diffusion XL ([4]): 2,567.46 M parameters, most of them in deep transformers."""
+    return UNet(replace(SDXL, in_channels=in_channels))
+
+
+def unet_sdxl_refiner() -> UNet:
+    """SDXL's refiner, for the last steps ([4] section 2.5): 2,259.53 M parameters."""
+    return UNet(SDXL_REFINER)

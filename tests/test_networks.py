@@ -12,8 +12,16 @@ from minidiff.layers import (
     SpatialTransformer,
     TransformerBlock,
 )
-from minidiff.text import clip_vit_l14, openclip_vit_h14
-from minidiff.unet import UNet, UNetConfig, unet_cifar10, unet_sd1, unet_sd2
+from minidiff.text import clip_bigg14, clip_vit_l14, openclip_vit_h14
+from minidiff.unet import (
+    UNet,
+    UNetConfig,
+    unet_cifar10,
+    unet_sd1,
+    unet_sd2,
+    unet_sdxl,
+    unet_sdxl_refiner,
+)
 from minidiff.vae import VAE, Pixels, PixelsConfig, VAEConfig, vae_sd
 
 
@@ -51,12 +59,26 @@ def count(build):
             859_520_964 + 5 * 9 * 320,
         ),  # inpainting: five more input channels of the first 3x3 convolution
         (unet_sd2, 865_910_724),
+        (unet_sdxl, 2_567_463_684),
+        (unet_sdxl_refiner, 2_259_526_660),
+        (clip_bigg14, 694_659_840),
         (vae_sd, 83_653_863),
         (clip_vit_l14, 123_060_480),
         (openclip_vit_h14, 340_387_840),
         (unet_cifar10, 36_534_275),
     ],
-    ids=["sd1", "sd1-inpainting", "sd2", "vae", "vit-l-14", "vit-h-14", "cifar10"],
+    ids=[
+        "sd1",
+        "sd1-inpainting",
+        "sd2",
+        "sdxl",
+        "sdxl-refiner",
+        "bigg-14",
+        "vae",
+        "vit-l-14",
+        "vit-h-14",
+        "cifar10",
+    ],
 )
 def test_parameter_counts(build, parameters):
     """The published checkpoints' counts. The latent scale is a buffer: it is not trained, and not counted."""

@@ -52,6 +52,10 @@ class Stored(NamedTuple):
     def flatten(self, start: int) -> "Stored":
         return Stored(self.dtype, (*self.shape[:start], math.prod(self.shape[start:])))
 
+    @property
+    def T(self) -> "Stored":
+        return Stored(self.dtype, self.shape[::-1])
+
     def chunk(self, pieces: int) -> tuple["Stored", ...]:
         return self.split((self.shape[0] // pieces,) * pieces)
 

@@ -20,19 +20,22 @@ from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods.lora import merged_state
 from minidiff.mmdit import MMDiT, MMDiTConfig
 from minidiff.schedules import Discrete, Flow, Karras, NoiseSchedule
-from minidiff.text import ClassLabels, CLIPText, TextConfig, Unconditional
+from minidiff.t5 import FluxText, SD3Text, T5TextConfig
+from minidiff.text import ClassLabels, CLIPPair, CLIPText, PairConfig, TextConfig, Unconditional
 from minidiff.training import atomic
 from minidiff.unet import UNet, UNetConfig
 from minidiff.vae import VAE, Pixels, VAEConfig
 
 FORMAT = "minidiff 1"
-PART_CLASSES = (VAE, Pixels, CLIPText, ClassLabels, Unconditional, UNet, MMDiT)
+PART_CLASSES = (VAE, Pixels, CLIPText, CLIPPair, SD3Text, FluxText)
+PART_CLASSES += (ClassLabels, Unconditional, UNet, MMDiT)
 KINDS = {cls.__name__: cls for cls in PART_CLASSES}
 PARTS = ("vae", "text", "unet")
 SCHEDULES = {"discrete": Discrete, "flow": Flow, "karras": Karras}
 SETTINGS = ("size", "dropout", "guidance", "sampler", "spacing")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)
+VOCABULARY = "tokenizer.json"  # of T5, which comes with no library
 MOST_BLOCKS = 500  # of a network, counted as in _blocks, which gives 66 for SDXL's U-Net
 
 
@@ -55,13 +58,15 @@ def save(model: LatentDiffusion, path: str | Path) -> Path:
         for name, part in parts.items():
             state = {key: value.contiguous() for key, value in merged_state(part).items()}
             save_file(state, new / f"{name}.safetensors")
+        if (t5 := getattr(model.text, "t5", None)) is not None:
+            (new / VOCABULARY).write_text(t5.vocabulary, encoding="utf-8")
         (new / "model.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     return path
 
 
 def foreign(path: Path) -> Path | None:
     """What in path is not a part of a model folder; see atomic.Stranger."""
-    names = {"model.json", *(f"{name}.safetensors" for name in PARTS)}
+    names = {"model.json", VOCABULARY, *(f"{name}.safetensors" for name in PARTS)}
     if not path.is_dir():
         return path
     for entry in sorted(path.iterdir()):
@@ -103,7 +108,11 @@ def load(
             raise UserError(f"{path} has no weights: {file.name} is missing; {fix}.")
         state = files.tensors(files.inside(path, file))
         where = f"{file} does not fit model.json"
-        fill(getattr(model, name), state, where, precision_of(name, dtype))
+        module = getattr(model, name)
+        fill(module, state, where, precision_of(name, dtype, module))
+    if (t5 := getattr(model.text, "t5", None)) is not None:
+        files.read_json(files.inside(path, path / VOCABULARY))
+        t5.vocabulary = (path / VOCABULARY).read_text(encoding="utf-8")
     return model.to(device).eval()
 
 
@@ -181,6 +190,9 @@ def _blocks(config: object) -> int:
     if isinstance(config, UNetConfig | VAEConfig):
         depth = max(getattr(config, "depth", (0,)))
         return len(config.channels) * config.blocks * (1 + depth)
+    if isinstance(config, PairConfig | T5TextConfig):
+        encoders = (config.clip_l, config.clip_g, getattr(config, "t5", None))
+        return sum(each.layers for each in encoders if each)
     if isinstance(config, MMDiTConfig):
         return config.joint + config.single
     return config.layers if isinstance(config, TextConfig) else 1
@@ -242,9 +254,13 @@ def _forget(value: Tensor) -> None:
         madvise(ctypes.c_void_p(first * page), size, mmap.MADV_DONTNEED)
 
 
-def precision_of(part: str, dtype: torch.dtype | None) -> torch.dtype | None:
+def precision_of(
+    part: str, dtype: torch.dtype | None, module: nn.Module | None = None
+) -> torch.dtype | None:
     """The precision of one part. In float16 the VAE stays in float32: Stable Diffusion's overflows
-    and gives black images."""
+    and gives black images. T5 overflows, too: its text encoders are bfloat16."""
+    if dtype == torch.float16 and getattr(module, "t5", None) is not None:
+        return torch.bfloat16
     return torch.float32 if part == "vae" and dtype == torch.float16 else dtype
 
 

@@ -6,13 +6,14 @@ import os
 import re
 from pathlib import Path
 
-from minidiff.checkpoints.files import SUFFIXES
+from minidiff.checkpoints.files import SUFFIXES, read_json
 from minidiff.checkpoints.layouts import weight_files
 from minidiff.errors import UserError
 
 HOST = "https://huggingface.co/"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 PARTS = dict(unet="diffusion_pytorch_model", vae="diffusion_pytorch_model", text_encoder="model")
+PARTS |= dict(text_encoder_2="model")  # of SDXL
 SETTINGS = "config scheduler_config tokenizer_config special_tokens_map added_tokens tokenizer"
 SETTINGS = ["model_index.json", *(f"*/{name}.json" for name in SETTINGS.split())]
 
@@ -90,11 +91,13 @@ def _cached(name: str, error: Exception) -> Path:
         why = " ".join(str(error).split())[:120] or type(error).__name__
         why = f"the Hub cannot be reached ({why})"
         raise UserError(f'"{name}" is no path here, and {why}; {_cache_content()}.') from None
-    weights = ("*.safetensors", "*.bin")
+    weights, index = ("*.safetensors", "*.bin"), folder / "model_index.json"
+    listed = read_json(index) if index.is_file() else {part: (part,) for part in tuple(PARTS)[:3]}
+    parts = [part for part in PARTS if any(listed.get(part) or ())]
     absent = [
-        part for part in PARTS if not any(any((folder / part).glob(kind)) for kind in weights)
+        part for part in parts if not any(any((folder / part).glob(kind)) for kind in weights)
     ]
-    if not absent and not (folder / "model_index.json").is_file():
+    if not absent and not index.is_file():
         absent = ["model_index.json"]
     if absent:
         what = f"only partly cached ({', '.join(absent)} missing)"

@@ -15,16 +15,20 @@ WORDS = {
     "v": "v",
     "x0": "x0, the clean data",
     None: "eps (base, 512) or v (768): no tensor says which; name the target when it is loaded",
+    "xl": "eps (most) or v: nothing in it says which; eps is assumed unless you name the target",
 }
 # By the channels of the U-Net's input.
 USES = {4: "", 9: ", inpainting", 5: ", depth", 7: ", upscaling"}
 USES[8] = ", instructions (InstructPix2Pix)"
-ENCODERS = {768: "OpenAI's ViT-L/14", 1024: "OpenCLIP's ViT-H/14"}
+ENCODERS = {768: "OpenAI's ViT-L/14", 1024: "OpenCLIP's ViT-H/14", 1280: "OpenCLIP's ViT-bigG/14"}
 COMPLETE = {  # of the published networks: what _hash gives for all their names
     "U-Net of 1.x and 2.x": "98fb8441fe906cb1",
     "VAE": "364ad53349a9dd74",
     "ViT-L/14": "dcf9d66814d1b245",
     "ViT-H/14 without its last block": "ed0ffccd584df66a",
+    "U-Net of XL": "0dfc373baa04e749",
+    "U-Net of XL's refiner": "909a8090ec81ca61",
+    "text encoders of XL": "9d50fec5a7c8f8ad",
 }
 
 
@@ -70,6 +74,8 @@ def version(checkpoint: layouts.Checkpoint) -> str:
     if "unet" not in checkpoint.parts:
         return "unknown: no U-Net in it"
     config = checkpoint.parts["unet"].config
+    if config["added"]:
+        return _xl(config)
     name = "Stable Diffusion 2.x" if config["linear_projection"] else "Stable Diffusion 1.x"
     channels = config["in_channels"]
     full = config["channels"] == (320, 640, 1280, 1280) and config["blocks"] == 2
@@ -77,14 +83,33 @@ def version(checkpoint: layouts.Checkpoint) -> str:
     return name if full else f"{name}, of other sizes (pruned or small)"
 
 
+def _xl(config: dict) -> str:
+    """The member of SDXL's family, by the width of what its U-Net adds, and its levels."""
+    is_refiner = config["added"] == 2560
+    name = "Stable Diffusion XL" + (", refiner" if is_refiner else "")
+    channels = (384, 768, 1536, 1536) if is_refiner else (320, 640, 1280)
+    name += USES.get(config["in_channels"], f", {config['in_channels']} input channels")
+    depth = (0, 4, 4, 0) if is_refiner else (0, 2, 10)
+    full = (config["channels"], config["depth"], config["blocks"]) == (channels, depth, 2)
+    return name if full else f"{name}, of other sizes (pruned or small)"
+
+
 def _prediction(checkpoint: layouts.Checkpoint) -> Rows:
-    size, averaged = checkpoint.size, [note for note in checkpoint.notes if "EMA" in note]
+    size, target = checkpoint.size, checkpoint.target
+    if target is None and checkpoint.parts["unet"].config["added"]:
+        target = "xl"
+    averaged = [note for note in checkpoint.notes if "EMA" in note]
     resolution = f"{size} pixels" if size else "512 or 768 pixels, as it predicts eps or v"
     return [
-        ("predicts", WORDS.get(checkpoint.target, str(checkpoint.target))),
+        ("predicts", WORDS.get(target, str(target)) + _terminal(checkpoint)),
         ("resolution", resolution),
         ("averaged (EMA)", averaged[0] if averaged else "no, or not beside live ones"),
     ]
+
+
+def _terminal(checkpoint: layouts.Checkpoint) -> str:
+    zero = (checkpoint.schedule or {}).get("zero_terminal_snr")
+    return ", zero terminal SNR" if zero else ""
 
 
 def _description(name: str, part: layouts.Part) -> str:
@@ -97,9 +122,21 @@ def _description(name: str, part: layouts.Part) -> str:
     if name == "vae":
         factor = 2 ** (len(config["channels"]) - 1)
         line += f"; {config['latent_channels']} latent channels, {factor} times smaller"
+        if part.latent_scale is None:
+            return f"{line}; the latent scale is not said: 0.18215, with the U-Net of XL 0.13025"
         return f"{line}, latent scale {part.latent_scale:g}"
+    if "clip_g" in config:
+        return f"{line}; {'; '.join(_encoder(each) for each in _encoders(config))}"
+    return f"{line}; {_encoder(config)}"
+
+
+def _encoders(config: dict) -> list[dict]:
+    return [config[name] for name in ("clip_l", "clip_g") if config[name]]
+
+
+def _encoder(config: dict) -> str:
     encoder = ENCODERS.get(config["width"], f"width {config['width']}")
-    line += f"; {encoder}: {config['layers']} blocks, {config['activation']}"
+    line = f"{encoder}: {config['layers']} blocks, {config['activation']}"
     return f"{line}, {config['context_length']} tokens padded with {config['pad']}"
 
 
@@ -123,8 +160,9 @@ def _cannot(checkpoint: layouts.Checkpoint) -> list[str]:
     elif channels != 4:
         known = "only 4 and 9 (inpainting) are known"
         reasons.append(f"draw here: its U-Net takes {channels} channels, and {known}")
-    if "text" in parts and parts["text"].config["width"] != context:
-        width = parts["text"].config["width"]
+    text = parts["text"].config if "text" in parts else {}
+    encoders = _encoders(text) if "clip_g" in text else [text]
+    if text and (width := sum(each["width"] for each in encoders)) != context:
         reasons.append(f"draw: its text encoder gives width {width}, its U-Net expects {context}")
     return reasons
 

@@ -1,35 +1,36 @@
-"""Checkpoints of Stable Diffusion 1.x and 2.x, in any layout, as three parts under our names.
+"""Checkpoints of Stable Diffusion 1.x, 2.x and XL, in any layout, as three parts under our names.
 Without torch.
 
 A layout is read the same way from tensors and from headers alone (`Stored`): loading reads the
 tensors, inspecting the headers.
 
-    diffusers   a folder with model_index.json, and one folder each for U-Net, VAE, text encoder,
-                tokenizer and scheduler
-    CompVis     a single file: its three networks stand behind prefixes. A file of one network alone
-                may have none
+    diffusers   a folder with model_index.json, and one folder each for U-Net, VAE, text encoders,
+                tokenizers and scheduler
+    CompVis     a single file: its networks stand behind prefixes. A file of one network alone may
+                have none
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import count, takewhile
 from pathlib import Path
-from typing import NamedTuple
 
 from minidiff.checkpoints import files, kinds, names, schedulers, sizes
+from minidiff.checkpoints.parts import Checkpoint, Part, Read, State, pair, text, unet, vae, without
 from minidiff.errors import UserError
 
-State = dict  # by name: Tensor or Stored
-Read = Callable[[Path], State]
 KINDS = {"unet": "U-Net", "vae": "VAE", "text": "text encoder"}
 CLASSES = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae"}
 CLASSES |= {"CLIPTextModel": "text", "CLIPModel": "text"}  # of folders of one part
+CLASSES |= {"CLIPTextModelWithProjection": "text"}
 PADDING = {"<|endoftext|>": 49407, "!": 0}  # SD 1.x repeats the end, SD 2.x writes "!"
 STABLE_DIFFUSION = dict(betas="scaled_linear", T=1000, beta_1=0.00085, beta_T=0.012, final=1)
 UNET, VAE = ("model.diffusion_model.", "diffusion_model."), ("first_stage_model.",)
+SCALES = {False: 0.18215, True: 0.13025}  # of the latents: of Stable Diffusion 1 and 2, of XL
 AVERAGE = "model_ema.diffusion_model"
 TEXT_1, TEXT_2 = ("cond_stage_model.transformer.",), ("cond_stage_model.model.",)
+# SDXL's first and second text encoder; its refiner's only one
+XL_L = ("conditioner.embedders.0.transformer.",)
+XL_G = ("conditioner.embedders.1.model.", "conditioner.embedders.0.model.")
 IMAGE_ENCODER = ("vision_model.", "visual_projection.")  # of a whole CLIPModel; not needed
 
 DAMAGED = (
@@ -38,30 +39,6 @@ DAMAGED = (
     LookupError,
     ValueError,
 )  # by a number in place of a list, and the like
-
-
-class Part(NamedTuple):
-    """One network, before it is built."""
-
-    state: State  # by our names
-    config: dict  # the arguments of UNetConfig, VAEConfig or TextConfig
-    where: str  # the file, for messages
-    latent_scale: float = 0.18215  # of a VAE
-
-
-@dataclass
-class Checkpoint:
-    """What a folder or file holds. None: it does not say."""
-
-    layout: str
-    parts: dict[str, Part] = field(default_factory=dict)  # by a key of KINDS
-    schedule: dict | None = None  # the arguments of schedules.Discrete
-    target: str | None = None
-    sampler: str = "ddim"
-    spacing: str | None = None
-    size: int | None = None  # side of the training images in pixels
-    notes: list[str] = field(default_factory=list)  # what was chosen or ignored
-    unknown: list[str] = field(default_factory=list)  # names of tensors that belong to no part
 
 
 def read(path: Path, reader: Read) -> Checkpoint:
@@ -73,49 +50,6 @@ def read(path: Path, reader: Read) -> Checkpoint:
     return _diffusers(path, reader)
 
 
-# One network.
-
-
-def unet(state: State, where: str, table: names.Table) -> Part:
-    state = names.to_ours(state, table)
-    return Part(state, _config(sizes.unet_config, state, where), where)
-
-
-def vae(state: State, where: str, table: names.Table) -> Part:
-    """The attention of CompVis, and of old diffusers files, is made of 1x1 convolutions: the same
-    weights with two axes more."""
-    state = names.to_ours(state, table)
-    for name, value in state.items():
-        if ".attention." in name and value.ndim == 4:
-            state[name] = value.flatten(1)
-    return Part(state, _config(sizes.vae_config, state, where), where)
-
-
-def text(state: State, where: str, table: names.Table, penultimate: bool = False) -> Part:
-    """penultimate: leave out the last block, whose output SD 2.x does not use."""
-    state = {name.removeprefix("text_model."): value for name, value in state.items()}
-    state = names.to_ours(state, table)
-    for name in [name for name in state if ".qkv." in name]:
-        for letter, value in zip("qkv", state.pop(name).chunk(3), strict=True):
-            state[name.replace(".qkv.", f".{letter}.")] = value
-    config = _config(sizes.text_config, state, where)
-    if penultimate:
-        config["layers"] -= 1
-        state = _without(state, (f"blocks.{config['layers']}.",))
-    return Part(state, config, where)
-
-
-def _config(count: Callable[[sizes.Shapes], dict], state: State, where: str) -> dict:
-    try:
-        return count({name: tuple(value.shape) for name, value in state.items()})
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-
-
-def _without(state: State, prefixes: tuple[str, ...]) -> State:
-    return {name: value for name, value in state.items() if not name.startswith(prefixes)}
-
-
 # A folder of diffusers. Its JSON files say what tensors do not: heads, groups, activation, padding,
 # latent scale, target, spacing.
 
@@ -123,17 +57,22 @@ def _without(state: State, prefixes: tuple[str, ...]) -> State:
 def _diffusers(folder: Path, reader: Read) -> Checkpoint:
     index = files.read_json(files.inside(folder, folder / "model_index.json"))
     kind = str(index.get("_class_name", "StableDiffusionPipeline"))
-    if not kind.startswith("StableDiffusion") or "XL" in kind or "3" in kind:
-        raise UserError(f"{folder} is a {kind}; Stable Diffusion 1.x and 2.x are read here.")
+    if not kind.startswith("StableDiffusion") or "3" in kind:
+        raise UserError(f"{folder} is a {kind}; Stable Diffusion 1.x, 2.x and XL are read here.")
     checkpoint, tokenizer = Checkpoint("diffusers"), folder / "tokenizer"
     try:
         scheduler = schedulers.read(_settings(folder / "scheduler", "scheduler_config.json"))
         checkpoint.schedule, checkpoint.target = scheduler.schedule, scheduler.target
         checkpoint.sampler, checkpoint.spacing = scheduler.sampler, scheduler.spacing
         checkpoint.notes += scheduler.notes
-        for name, place in (("unet", "unet"), ("vae", "vae"), ("text", "text_encoder")):
-            checkpoint.parts[name] = _part(folder / place, name, tokenizer, reader)
-        checkpoint.notes += _add_words(checkpoint.parts["text"].config, tokenizer)
+        for name in ("unet", "vae"):
+            checkpoint.parts[name] = _part(folder / name, name, tokenizer, reader)
+        if "XL" in kind:
+            checkpoint.parts["text"] = _pair(folder, index, reader, checkpoint.notes)
+            checkpoint.guidance = 5.0
+        else:
+            checkpoint.parts["text"] = _part(folder / "text_encoder", "text", tokenizer, reader)
+            checkpoint.notes += _add_words(checkpoint.parts["text"].config, tokenizer)
         factor = 2 ** (len(checkpoint.parts["vae"].config["channels"]) - 1)
         checkpoint.size = int(_settings(folder / "unet").get("sample_size", 64)) * factor
     except UserError:
@@ -141,6 +80,20 @@ def _diffusers(folder: Path, reader: Read) -> Checkpoint:
     except DAMAGED as error:
         raise _damaged(folder, error) from error
     return checkpoint
+
+
+def _pair(folder: Path, index: dict, reader: Read, notes: list[str]) -> Part:
+    """SDXL's text encoders, each with its tokenizer; of a refiner the second alone."""
+    encoders = []
+    for place, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+        encoders.append(None)
+        if (folder / place).is_dir():
+            encoders[-1] = _part(folder / place, "text", folder / tokenizer, reader)
+            notes += _add_words(encoders[-1].config, folder / tokenizer)
+    if encoders[1] is None:
+        raise UserError(f"{folder} has no text_encoder_2, which SDXL needs.")
+    zeros = index.get("force_zeros_for_empty_prompt", True)
+    return pair(*encoders, empty="zeros" if zeros else "encoded")
 
 
 def _one_part(folder: Path, reader: Read) -> Checkpoint:
@@ -206,7 +159,10 @@ def _part(folder: Path, name: str, tokenizer: Path, reader: Read) -> Part:
 def _transformers_text(folder: Path, tokenizer: Path, settings: dict, reader: Read) -> Part:
     """CLIPTextModel as transformers saves it; a whole CLIPModel's image encoder is left out."""
     state, file = _weights(folder, "model", reader)
-    part = text(_without(state, IMAGE_ENCODER), str(file), names.CLIP_TRANSFORMERS)
+    second = settings.get("hidden_size") == 1280 or folder.name == "text_encoder_2"
+    part = text(
+        without(state, IMAGE_ENCODER), str(file), names.CLIP_TRANSFORMERS, projection=second
+    )
     activation = settings.get("hidden_act", "quick_gelu")
     if activation not in ("quick_gelu", "gelu"):
         where = f'{folder / "config.json"}: hidden_act "{activation}"'
@@ -290,19 +246,26 @@ def weight_files(stem: str, listed: list[str]) -> list[str]:
 def _single_file(file: Path, reader: Read) -> Checkpoint:
     state, checkpoint = reader(file), Checkpoint("CompVis")
     kinds.check(file, state)
-    others = _without(state, (*UNET, *VAE, *TEXT_1, *TEXT_2))
+    others = without(state, (*UNET, *VAE, *TEXT_1, *TEXT_2, *XL_L, *XL_G))
     bare = len(others) == len(state)
     if not bare:
         checkpoint.unknown = sorted(names.to_ours(others, names.COMPVIS_DROPPED))
     if weights := _behind(state, UNET, bare, ("input_blocks.", "down_blocks.")):
-        _add_unet(checkpoint, weights, {} if bare else state, file)
+        _add_unet(checkpoint, weights, state, file)
     if weights := _behind(state, VAE, bare, ("encoder.down", "decoder.up")):
         checkpoint.parts["vae"] = _compvis_vae(weights, str(file))
-    if weights := _behind(state, TEXT_2, bare, ("transformer.resblocks.",)):
+    if weights := _behind(state, XL_G, False, ()):
+        clip_l = _behind(state, XL_L, False, ())
+        checkpoint.parts["text"] = _xl_text(clip_l, weights, str(file))
+    elif weights := _behind(state, TEXT_2, bare, ("transformer.resblocks.",)):
         checkpoint.parts["text"] = _openclip_text(weights, str(file), bare)
     elif weights := _behind(state, TEXT_1, bare, ("text_model.", "encoder.layers.")):
-        weights = _without(weights, IMAGE_ENCODER)
+        weights = without(weights, IMAGE_ENCODER)
         checkpoint.parts["text"] = text(weights, str(file), names.CLIP_TRANSFORMERS)
+    if {"unet", "vae"} <= checkpoint.parts.keys():
+        is_xl = bool(checkpoint.parts["unet"].config["added"])
+        own = checkpoint.parts["vae"]
+        checkpoint.parts["vae"] = own._replace(latent_scale=SCALES[is_xl])
     if not checkpoint.parts:
         first = min(state, default="none")
         raise UserError(f'{file} holds no part of Stable Diffusion; its first tensor is "{first}".')
@@ -331,11 +294,25 @@ def _add_unet(checkpoint: Checkpoint, weights: State, whole: State, file: Path) 
     # SD 2.x predicts v at 768 pixels and eps at 512: no tensor says which.
     if not part.config["linear_projection"]:
         checkpoint.target, checkpoint.size = "eps", 512
+    if part.config["added"]:  # SDXL, of which most predict eps, and some v: no tensor says which
+        checkpoint.size, checkpoint.guidance = 1024, 5.0
+        checkpoint.sampler, checkpoint.spacing = "euler", "leading"
+        _read_marks(checkpoint, whole, file)
     targets, metadata = {"epsilon": "eps", "v": "v", "v_prediction": "v"}, files.metadata(file)
     prediction = metadata.get("modelspec.prediction_type", "")
     size = re.fullmatch(r"(\d{2,4})x\d{2,4}", str(metadata.get("modelspec.resolution")))
     checkpoint.target = targets.get(prediction, checkpoint.target)
     checkpoint.size = int(size[1]) if size else checkpoint.size
+
+
+def _read_marks(checkpoint: Checkpoint, whole: State, file: Path) -> None:
+    """What descendants of SDXL say of their target by a tensor without meaning."""
+    if any(name.startswith("edm_") for name in whole):
+        raise UserError(f"{file} predicts as EDM does (Playground 2.5), which is not read here.")
+    if "v_pred" in whole:
+        checkpoint.target = "v"
+    if "ztsnr" in whole:
+        checkpoint.schedule["zero_terminal_snr"], checkpoint.spacing = True, "trailing"
 
 
 def _unet_table(state: State) -> names.Table:
@@ -357,11 +334,18 @@ def _compvis_vae(state: State, where: str) -> Part:
     return vae(state, where, names.vae_compvis(len(numbers)) if numbers else diffusers)
 
 
+def _xl_text(clip_l: State, clip_g: State, where: str) -> Part:
+    first = text(clip_l, where, names.CLIP_TRANSFORMERS) if clip_l else None
+    second = text(clip_g, where, names.CLIP_OPEN, projection=True)
+    second.config.update(activation="gelu", pad=0)
+    return pair(first, second, empty="zeros" if clip_l else "encoded")
+
+
 def _openclip_text(state: State, where: str, bare: bool) -> Part:
     """A bare file may hold another text encoder than SD 2.x's, whose width is 1024."""
     embedding = state.get("token_embedding.weight")
     second = not bare or (embedding is not None and tuple(embedding.shape[1:]) == (1024,))
-    part = text(_without(state, ("visual.",)), where, names.CLIP_OPEN, penultimate=second)
+    part = text(without(state, ("visual.",)), where, names.CLIP_OPEN, penultimate=second)
     if second:
         part.config.update(activation="gelu", pad=0)
     return part

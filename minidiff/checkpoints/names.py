@@ -72,7 +72,9 @@ UNET_DIFFUSERS = _TRANSFORMER + _table("""
     up_blocks.{}.resnets          decoder.{}.residual,
     up_blocks.{}.attentions       decoder.{}.attention,
     time_embedding.linear_1       time.0,
-    time_embedding.linear_2       time.2
+    time_embedding.linear_2       time.2,
+    add_embedding.linear_1        add.0,
+    add_embedding.linear_2        add.2
 """)
 # AutoencoderKL, and its attention until diffusers 0.18.
 VAE_DIFFUSERS = _ATTENTION + _table("""
@@ -87,10 +89,10 @@ VAE_DIFFUSERS = _ATTENTION + _table("""
     decoder.up_blocks.{}.resnets          decoder.levels.{}.residual
 """)
 VAE_OLD_ATTENTION = _table("query to_q, key to_k, value to_v, proj_attn to_out.0")
-# CLIPTextModel, with and without its prefix "text_model". Only the contrastive loss uses the
-# projection and the scale; the positions are 0, 1, ..., 76.
+# CLIPTextModel, with and without its prefix "text_model". Only the contrastive loss uses the scale;
+# the positions are 0, 1, ..., 76. Only SDXL's second keeps its projection (see parts).
 CLIP_TRANSFORMERS = _table("""
-    position_ids -,  text_projection -,  logit_scale -,
+    position_ids -,  logit_scale -,  text_projection projection,
     embeddings.token_embedding    token_embedding,
     embeddings.position_embedding position_embedding,
     encoder.layers     blocks,
@@ -133,7 +135,7 @@ def unet_compvis(attention: Sequence[bool] = (True, True, True, False), blocks: 
             layers.append((up, f"decoder.{level}.resample.conv"))
     # On the way back the residual blocks' "time" must go before "time_embed".
     rest = _table("""
-        time_embed time,  out.0 norm_out,  out.2 conv_out,
+        time_embed time,  label_emb.0 add,  out.0 norm_out,  out.2 conv_out,
         residual.{}.in_layers.0     residual.{}.norm1,
         residual.{}.in_layers.2     residual.{}.conv1,
         residual.{}.emb_layers.1    residual.{}.time,
@@ -162,9 +164,10 @@ def vae_compvis(levels: int = 4) -> Table:
     """)
 
 
-# open_clip's text encoder, also in SD 2.x's single file. q, k and v are one matrix (see layouts).
+# open_clip's text encoder, also in SD 2.x's and SDXL's single files. q, k and v are one matrix, and
+# the projection is transposed (see parts).
 CLIP_OPEN = _table("""
-    attn_mask -,  text_projection -,  logit_scale -,
+    attn_mask -,  logit_scale -,  text_projection projection.weight,
     positional_embedding   position_embedding.weight,
     transformer.resblocks  blocks,
     attn.out_proj          attention.out,
@@ -192,7 +195,7 @@ _BUFFERS = """
     betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod
     log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod logvar
     posterior_variance posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2
-    lvlb_weights model_ema loss scale_factor cond_stage_model.logit_scale
+    lvlb_weights model_ema loss scale_factor cond_stage_model.logit_scale denoiser v_pred ztsnr
 """
 COMPVIS_DROPPED: Table = [(piece, None) for piece in _BUFFERS.split()]
 

@@ -30,17 +30,21 @@ def unet_config(shapes: Shapes) -> dict:
     projection = _first(shapes, ".proj_in.weight")
     linear = projection in shapes and len(shapes[projection]) == 2
     hidden, width = _shape(shapes, _first(shapes, ".ff.up.weight"), 2)  # hidden: twice, for GEGLU
+    depth = tuple(_count(shapes, f"encoder.{k}.attention.0.blocks") for k in range(levels))
+    deep = _count(shapes, "middle.attention.0.blocks")
     return dict(
         in_channels=_shape(shapes, "conv_in.weight", 4)[1],
         out_channels=_shape(shapes, "conv_out.weight", 4)[0],
         channels=channels,
         blocks=blocks,
-        depth=tuple(_count(shapes, f"encoder.{k}.attention.0.blocks") for k in range(levels)),
+        depth=depth,
         heads=tuple(max(1, c // 64) for c in channels) if linear else (8,) * levels,
         context_dim=_shape(shapes, _first(shapes, ".cross_attention.k.weight"), 2)[1],
         ff_mult=hidden // (2 * width),
         linear_projection=linear,
         middle=_count(shapes, "middle.residual") > 0,
+        middle_depth=deep if deep not in (0, max(depth[-1], 1)) else None,
+        added=_shape(shapes, "add.0.weight", 2)[1] if "add.0.weight" in shapes else None,
     )
 
 
@@ -57,9 +61,12 @@ def vae_config(shapes: Shapes) -> dict:
 
 
 def text_config(shapes: Shapes) -> dict:
-    """The arguments of TextConfig: OpenCLIP's at width 1024, else OpenAI's."""
+    """The arguments of TextConfig: OpenCLIP's at widths 1024 and 1280, else OpenAI's."""
     vocabulary, width = _shape(shapes, "token_embedding.weight", 2)
-    activation, pad = ("gelu", 0) if width == 1024 else ("quick_gelu", min(vocabulary - 1, END))
+    activation, pad = "quick_gelu", min(vocabulary - 1, END)
+    if width in (1024, 1280):
+        activation, pad = "gelu", 0
+    projection = "projection.weight"
     return dict(
         width=width,
         layers=_count(shapes, "blocks"),
@@ -68,6 +75,7 @@ def text_config(shapes: Shapes) -> dict:
         pad=pad,
         context_length=_shape(shapes, "position_embedding.weight", 2)[0],
         vocabulary=vocabulary,
+        projection=_shape(shapes, projection, 2)[0] if projection in shapes else None,
     )
 
 

@@ -16,9 +16,9 @@ from minidiff.checkpoints.layouts import STABLE_DIFFUSION
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods.lora import merged_state
-from minidiff.text import END, CLIPText, tokenizer
+from minidiff.text import END, CLIPPair, CLIPText, tokenizer
 from minidiff.training import atomic
-from minidiff.unet import UNet
+from minidiff.unet import SINES, UNet
 from minidiff.vae import VAE
 
 State = dict[str, Tensor]
@@ -30,6 +30,19 @@ LIBRARIES = {  # the folders of a diffusers pipeline, and the class that opens e
     "tokenizer": ("transformers", "CLIPTokenizer"),
     "scheduler": ("diffusers", "DDIMScheduler"),
 }
+SECOND = {  # of SDXL
+    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+    "tokenizer_2": ("transformers", "CLIPTokenizer"),
+}
+SCALES = {CLIPText: 0.18215, CLIPPair: 0.13025}  # of the latents, by the text encoder
+SAMPLING = {CLIPText: ("ddim", None), CLIPPair: ("euler", "leading")}
+
+
+def encoders(text: CLIPText | CLIPPair) -> dict[str, CLIPText]:
+    """Those of CLIP by what follows the names of their folders in diffusers' layout."""
+    if isinstance(text, CLIPText):
+        return {"": text}
+    return ({"": text.clip_l} if text.clip_l else {}) | {"_2": text.clip_g}
 
 
 def check(model: LatentDiffusion) -> None:
@@ -44,7 +57,10 @@ def check(model: LatentDiffusion) -> None:
 
 def check_single_file(model: LatentDiffusion) -> None:
     """That a reader of the tensors alone would build the same model: a single file says no more."""
-    assumed = STABLE_DIFFUSION | dict(zero_terminal_snr=False, latent_scale=0.18215)
+    kind = type(model.text)
+    assumed = STABLE_DIFFUSION | dict(zero_terminal_snr=False, latent_scale=SCALES[kind])
+    if kind is CLIPPair:
+        del assumed["zero_terminal_snr"]  # a tensor without meaning tells it
     own = asdict(model.schedule) | dict(latent_scale=round(model.vae.latent_scale.item(), 5))
     strange = _not_implied(model) + [
         f"{name} {own[name]!r:.40} (readers assume {value!r})"
@@ -54,27 +70,37 @@ def check_single_file(model: LatentDiffusion) -> None:
     if strange:
         what = f"a single file cannot say that this model has {', '.join(strange)}"
         raise UserError(f"{what}. Write it for diffusers, or as a model folder of minidiff.")
-    if (model.sampler, model.spacing) != ("ddim", None):
+    usual, dropped = SAMPLING[kind], []
+    if kind is CLIPPair and model.schedule.zero_terminal_snr:
+        usual = ("euler", "trailing")
+    if (model.sampler, model.spacing) != usual:
         spacing = f" with {model.spacing} spacing" if model.spacing else ""
-        dropped = f"its own sampler, {model.sampler}{spacing}"
-        warnings.warn(
-            f"a single file does not say {dropped}; name it when you sample", stacklevel=3
-        )
+        dropped.append(f"its own sampler, {model.sampler}{spacing}")
+    if kind is CLIPPair and (model.text.config.empty == "zeros") != bool(model.text.clip_l):
+        dropped.append(f"that an empty prompt is {model.text.config.empty}")
+    if dropped:
+        what = f"a single file does not say {' nor '.join(dropped)}"
+        warnings.warn(f"{what}; name it when you sample", stacklevel=3)
 
 
 def _strange_networks(model: LatentDiffusion) -> list[str]:
     unet, vae, text = model.unet, model.vae, model.text
-    others = [part for part in (unet, vae, text) if not isinstance(part, UNet | VAE | CLIPText)]
+    ours = UNet | VAE | CLIPText | CLIPPair
+    others = [part for part in (unet, vae, text) if not isinstance(part, ours)]
     if others:
         return [type(part).__name__ for part in others]
     usual = (("pooled", False), ("scale_shift", False), ("ff_mult", 4))
     values = ((name, getattr(unet.config, name), value) for name, value in usual)
     strange = [f"{name}={value} in the U-Net" for name, value, usual in values if value != usual]
-    reasons = {
-        "words_only in the text encoder": text.config.words_only,
-        f"padding with token {text.pad}": text.pad not in PADDING,
-        f"a vocabulary of {text.config.vocabulary}": text.config.vocabulary
-        != END + 1 + len(added_tokens(text)),
+    reasons = {}
+    for each in encoders(text).values():
+        words = END + 1 + len(added_tokens(each))
+        reasons |= {
+            "words_only in the text encoder": each.config.words_only,
+            f"padding with token {each.pad}": each.pad not in PADDING,
+            f"a vocabulary of {each.config.vocabulary}": each.config.vocabulary != words,
+        }
+    reasons |= {
         "a U-Net without GroupNorm": not unet.config.groups,
         "a VAE without GroupNorm": not vae.config.groups,
     }
@@ -87,12 +113,14 @@ def _not_implied(model: LatentDiffusion) -> list[str]:
     for network, count in (
         (model.unet, sizes.unet_config),
         (model.vae, sizes.vae_config),
-        (model.text, sizes.text_config),
+        *((text, sizes.text_config) for text in encoders(model.text).values()),
     ):
         implied = count({name: tuple(v.shape) for name, v in network.state_dict().items()})
         own = asdict(network.config)
         if own.get("activation") == "gelu":  # SD 2.x's text encoder, which its names tell
             implied |= dict(activation="gelu", pad=0)
+        if isinstance(model.text, CLIPPair) and network.Config is CLIPText.Config:
+            implied |= dict(penultimate=True)
         for name, value in (asdict(network.Config(**implied))).items():
             if name not in ("dropout", "kl_weight") and own[name] != value:
                 kind = type(network).__name__
@@ -121,7 +149,12 @@ def unet_config(model: LatentDiffusion) -> dict:
         | dict(attention_head_dim=heads[0] if len(set(heads)) == 1 else heads)
     )
     if any(depth > 1 for depth in config.depth):
-        settings["transformer_layers_per_block"] = [max(depth, 1) for depth in config.depth]
+        layers = [max(depth, 1) for depth in config.depth]  # the last is the middle's, too
+        layers[-1] = config.middle_depth or layers[-1]
+        settings["transformer_layers_per_block"] = layers
+    if config.added:
+        settings |= dict(addition_embed_type="text_time", addition_time_embed_dim=SINES)
+        settings["projection_class_embeddings_input_dim"] = config.added
     return settings
 
 
@@ -141,15 +174,16 @@ def vae_config(model: LatentDiffusion) -> dict:
     )
 
 
-def text_config(model: LatentDiffusion) -> dict:
-    """config.json of CLIPTextModel."""
-    config = model.text.config
+def text_config(text: CLIPText) -> dict:
+    """config.json of CLIPTextModel, or of CLIPTextModelWithProjection."""
+    config, kind = text.config, "WithProjection" if text.config.projection else ""
     return (
-        dict(architectures=["CLIPTextModel"], model_type="clip_text_model", layer_norm_eps=1e-05)
+        dict(architectures=[f"CLIPTextModel{kind}"], model_type="clip_text_model")
+        | dict(layer_norm_eps=1e-05)
         | dict(hidden_size=config.width, intermediate_size=4 * config.width)
         | dict(num_hidden_layers=config.layers, num_attention_heads=config.heads)
         | dict(hidden_act=config.activation, max_position_embeddings=config.context_length)
-        | dict(vocab_size=config.vocabulary, projection_dim=config.width)
+        | dict(vocab_size=config.vocabulary, projection_dim=config.projection or config.width)
         | dict(bos_token_id=END - 1, eos_token_id=END, pad_token_id=1)
     )
 
@@ -186,11 +220,25 @@ def tokenizer_files(pad: int, length: int) -> dict[str, str]:
 def model_index(model: LatentDiffusion) -> dict:
     """model_index.json: which class opens which folder."""
     kind = "Inpaint" if model.unet.config.in_channels == 9 else ""
+    if isinstance(model.text, CLIPPair):
+        return _xl_index(model, kind)
     absent = ("safety_checker", "feature_extractor", "image_encoder")
     own = dict(_class_name=f"StableDiffusion{kind}Pipeline", _diffusers_version="0.30.0")
     own |= dict(requires_safety_checker=False)
     own |= LIBRARIES | dict(scheduler=("diffusers", schedulers.kind_of(model.sampler)))
     return own | dict.fromkeys(absent, (None, None))
+
+
+def _xl_index(model: LatentDiffusion, kind: str) -> dict:
+    """That of SDXL; its refiner starts from an image."""
+    is_refiner, first = model.text.clip_l is None, ("text_encoder", "tokenizer")
+    kind = "Img2Img" if is_refiner else kind
+    own = dict(_class_name=f"StableDiffusionXL{kind}Pipeline", _diffusers_version="0.30.0")
+    own |= dict(force_zeros_for_empty_prompt=model.text.config.empty == "zeros")
+    own |= dict(requires_aesthetics_score=True) if is_refiner else {}
+    own |= LIBRARIES | SECOND | dict(scheduler=("diffusers", schedulers.kind_of(model.sampler)))
+    own |= dict.fromkeys(first, (None, None)) if is_refiner else {}
+    return own | dict.fromkeys(("feature_extractor", "image_encoder"), (None, None))
 
 
 def save_diffusers(model: LatentDiffusion, folder: str | Path) -> Path:
@@ -202,24 +250,26 @@ def save_diffusers(model: LatentDiffusion, folder: str | Path) -> Path:
     configs = {
         "unet/config.json": unet_config(model),
         "vae/config.json": vae_config(model),
-        "text_encoder/config.json": text_config(model),
         "scheduler/scheduler_config.json": schedulers.written(model),
         "model_index.json": model_index(model),
     }
     texts = {name: json.dumps(content, indent=2) + "\n" for name, content in configs.items()}
-    for name, content in tokenizer_files(model.text.pad, model.text.context_length).items():
-        texts[f"tokenizer/{name}"] = content
-    if added := added_tokens(model.text):
-        texts["tokenizer/added_tokens.json"] = json.dumps(added)
+    for which, text in encoders(model.text).items():
+        own = tokenizer_files(text.pad, text.context_length)
+        if added := added_tokens(text):
+            own["added_tokens.json"] = json.dumps(added)
+        texts |= {f"tokenizer{which}/{name}": content for name, content in own.items()}
+        own = json.dumps(text_config(text), indent=2) + "\n"
+        texts[f"text_encoder{which}/config.json"] = own
     atomic.check_new(folder)
     with atomic.write(folder) as new:
-        for part in LIBRARIES:
-            (new / part).mkdir(parents=True)
         for name, content in texts.items():
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
             (new / name).write_text(content, encoding="utf-8")
         _save(unet, new / "unet/diffusion_pytorch_model.safetensors")
         _save(vae, new / "vae/diffusion_pytorch_model.safetensors")
-        _save(_transformers_text(model), new / "text_encoder/model.safetensors")
+        for which, text in encoders(model.text).items():
+            _save(_transformers_text(text), new / f"text_encoder{which}/model.safetensors")
     return Path(folder)
 
 
@@ -228,11 +278,13 @@ def _vae_state(model: LatentDiffusion) -> State:
     return {name: value for name, value in state.items() if name != "latent_scale"}
 
 
-def _transformers_text(model: LatentDiffusion) -> State:
-    state = names.to_published(merged_state(model.text), names.CLIP_TRANSFORMERS)
+def _transformers_text(text: CLIPText) -> State:
+    state = names.to_published(merged_state(text), names.CLIP_TRANSFORMERS)
     # Published files list the positions.
-    state["embeddings.position_ids"] = torch.arange(model.text.context_length)[None]
-    return _prefixed("text_model", state)
+    state["embeddings.position_ids"] = torch.arange(text.context_length)[None]
+    projection = "text_projection.weight"  # beside the encoder
+    beside = {projection: state.pop(projection)} if projection in state else {}
+    return _prefixed("text_model", state) | beside
 
 
 # CompVis
@@ -255,32 +307,50 @@ def save_compvis(model: LatentDiffusion, file: str | Path) -> Path:
             vae[name] = value[..., None, None]
     unet = names.to_published(merged_state(model.unet), unet_table)
     whole = _prefixed("model.diffusion_model", unet) | _prefixed("first_stage_model", vae)
-    if model.text.config.activation == "gelu":  # SD 2.x
-        whole |= _prefixed("cond_stage_model.model", _openclip_text(model))
-    else:
-        whole |= _prefixed("cond_stage_model.transformer", _transformers_text(model))
+    whole |= _compvis_text(model.text)
     metadata = {  # no tensor tells eps from v
         "modelspec.prediction_type": "epsilon" if target == "eps" else target,
         "modelspec.resolution": f"{model.size}x{model.size}",
     }
+    if isinstance(model.text, CLIPPair):  # as other programs tell it
+        marks = dict(v_pred=target == "v", ztsnr=model.schedule.zero_terminal_snr)
+        whole |= {name: torch.empty(0) for name, applies in marks.items() if applies}
+        which = "base" if model.text.clip_l else "refiner"
+        metadata["modelspec.architecture"] = f"stable-diffusion-xl-v1-{which}"
     atomic.check_new(file)
     with atomic.write(file) as new:
         _save(whole, new, metadata)
     return file
 
 
+def _compvis_text(text: CLIPText | CLIPPair) -> State:
+    if isinstance(text, CLIPPair):
+        place = "conditioner.embedders"
+        second = _openclip_text(text.clip_g, text.clip_g.config.layers)
+        if text.clip_l is None:
+            return _prefixed(f"{place}.0.model", second)
+        first = _prefixed(f"{place}.0.transformer", _transformers_text(text.clip_l))
+        return first | _prefixed(f"{place}.1.model", second)
+    if text.config.activation == "gelu":  # SD 2.x
+        return _prefixed("cond_stage_model.model", _openclip_text(text, text.config.layers + 1))
+    return _prefixed("cond_stage_model.transformer", _transformers_text(text))
+
+
 def _prefixed(prefix: str, state: State) -> State:
     return {f"{prefix}.{name}": value for name, value in state.items()}
 
 
-def _openclip_text(model: LatentDiffusion) -> State:
-    """q, k and v in one matrix. SD 2.x does not run the last block, which loading drops: zeros
-    stand in its place."""
-    state, last = merged_state(model.text), model.text.config.layers
+def _openclip_text(text: CLIPText, blocks: int) -> State:
+    """q, k and v in one matrix, and the projection transposed. SD 2.x does not run the last block,
+    which loading drops: zeros stand in its place."""
+    state = merged_state(text)
     for name in [name for name in state if name.startswith("blocks.0.")]:
-        copy = name.replace("blocks.0.", f"blocks.{last}.")
-        state[copy] = torch.zeros_like(state[name])
-    for block in range(last + 1):
+        for block in range(text.config.layers, blocks):
+            copy = name.replace("blocks.0.", f"blocks.{block}.")
+            state[copy] = torch.zeros_like(state[name])
+    if "projection.weight" in state:
+        state["projection.weight"] = state["projection.weight"].T
+    for block in range(blocks):
         for kind in ("weight", "bias"):
             place = f"blocks.{block}.attention"
             qkv = [state.pop(f"{place}.{piece}.{kind}") for piece in "qkv"]

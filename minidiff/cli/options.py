@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from minidiff.errors import UserError, printable
-from minidiff.options.sampling import SampleConfig
+from minidiff.options.sampling import SampleConfig, Size
 from minidiff.training import atomic
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ class Parts:
     # what the U-Net predicts, if its file does not say: single files of SD 2.x predict v at 768
     # pixels, eps at 512
     target: Target | None = None
+    # it was trained with zero terminal SNR, and its file does not say
+    zero_terminal_snr: bool = False
     # take the VAE from this checkpoint instead
     vae: Path | None = None
     # take the text encoder from this checkpoint instead; or MODEL:TAG of open_clip, as in
@@ -100,7 +102,14 @@ class Parts:
         if self.offline:
             hub.go_offline()
         loaded = load(
-            model, device, dtype, target=self.target, vae=self.vae, text=self.text, unet=self.unet
+            model,
+            device,
+            dtype,
+            self.target,
+            self.vae,
+            self.text,
+            self.unet,
+            self.zero_terminal_snr,
         )
         for file, scale in self.loras():
             report = lora_files.load(loaded, file, scale)
@@ -131,6 +140,7 @@ def completed(config: SampleConfig, model: "LatentDiffusion") -> SampleConfig:
         guidance=model.guidance if config.guidance is None else config.guidance,
         sampler=config.sampler or model.sampler,
         spacing=model.spacing_of(step, config),
+        empty=config.empty or getattr(model.text.config, "empty", None),
     )
     times = samplers.times_of(model.schedule, config.steps, config.spacing, step)
     start = model.schedule.progress(2 * times[0] - times[1]).item()
@@ -140,6 +150,11 @@ def completed(config: SampleConfig, model: "LatentDiffusion") -> SampleConfig:
         lost = "with leading spacing the first noise levels are left out"
         warnings.warn(f"{lost}: {first}; {fix}", stacklevel=2)
     return config
+
+
+def size_text(size: Size | None) -> str:
+    """As 768x512; the width comes first."""
+    return f"{size.width}x{size.height}" if size else ""
 
 
 def words(text: str) -> list[str]:

@@ -12,7 +12,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from minidiff.cli import options
 from minidiff.errors import UserError
-from minidiff.options.sampling import Interval, Size
+from minidiff.options.sampling import Corner, Interval, Size
 
 REGISTRY = ConstructorRegistry()
 
@@ -46,6 +46,14 @@ def interval(words: list[str]) -> Interval:
     return Interval(low, high)
 
 
+def corner(words: list[str]) -> Corner:
+    """Of "0,128"."""
+    if not (match := re.fullmatch(r"(\d+),(\d+)", words[0])):
+        what = "crop takes two numbers of pixels, from the top and the left, as in 0,128"
+        raise UserError(f'{what}; not "{words[0]}".')
+    return Corner(int(match[1]), int(match[2]))
+
+
 def path(words: list[str]) -> Path:
     """Of "runs/tuned". As pathlib drops "./", a missing path that begins so becomes absolute: it is
     no name on the Hugging Face Hub."""
@@ -68,6 +76,13 @@ RULES = {
         instance_from_str=size,
         is_instance=lambda value: isinstance(value, Size),
         str_from_instance=lambda size: [f"{size.width}x{size.height}"],
+    ),
+    Corner: PrimitiveConstructorSpec(
+        1,
+        "TOP,LEFT",
+        instance_from_str=corner,
+        is_instance=lambda value: isinstance(value, Corner),
+        str_from_instance=lambda corner: [f"{corner.top},{corner.left}"],
     ),
     Interval: PrimitiveConstructorSpec(
         1,

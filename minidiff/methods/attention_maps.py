@@ -96,6 +96,7 @@ def attention_maps(
 def words_of(text: nn.Module, prompt: str) -> list[tuple[str, int]]:
     """The words of a prompt and how many vectors of the context each of them has, in order. The
     tokens around them have names in angle brackets."""
+    text = getattr(text, "clip_g", text)  # SDXL's two have the same tokens, but for padding
     if not isinstance(text, CLIPText):  # a class is one vector
         return [(prompt, 1)]
     ids = text.ids(prompt)[: text.context_length - 2]

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from minidiff.condition import Context
 from minidiff.denoiser import Denoise, Denoiser
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
@@ -117,7 +118,7 @@ class Inpainting(nn.Module):
         self.network, self.condition = network, torch.cat([mask, masked], dim=1)
 
     def forward(
-        self, x: Latents, t: Shaped[Tensor, "B"], context: Float[Tensor, "B L D"] | None = None
+        self, x: Latents, t: Shaped[Tensor, "B"], context: Context | None = None
     ) -> Latents:
         condition = self.condition.to(x).expand(len(x), -1, -1, -1)
         return self.network(torch.cat([x, condition], dim=1), t, context)

@@ -1,6 +1,7 @@
 """The options of sampling."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -20,12 +21,27 @@ SamplerName = Literal[
 ]
 Spacing = Literal["trailing", "leading", "linspace", "karras", "log-snr", "ays", "shifted"]
 
+Empty = Literal["zeros", "encoded"]
+# The numbers that a network is told, by name and in order: of SDXL, and of its refiner.
+SDXL = (
+    "original_height", "original_width", "crop_top", "crop_left", "target_height", "target_width",
+)  # fmt: skip
+SDXL_REFINER = (*SDXL[:4], "aesthetic")
+REFINED = 2.5  # the aesthetic score that guidance steers away from
+
 
 class Size(NamedTuple):
     """Of an image, in pixels."""
 
     height: int
     width: int
+
+
+class Corner(NamedTuple):
+    """Of a part of an image, in pixels."""
+
+    top: int
+    left: int
 
 
 class Interval(NamedTuple):
@@ -71,6 +87,16 @@ class SampleConfig:
     seed: int = 0
     # decode in tiles: less memory. Default: above 1024x1024
     tile: bool | None = None
+    # SDXL: draw as an image that once had this size; small ones were blurred. Default: its size
+    original_size: Size | None = None
+    # SDXL: draw as an image of which so much was cut off at the top and left. Default: nothing
+    crop: Corner | None = None
+    # SDXL: draw as a part of an image of this size. Default: its size
+    target_size: Size | None = None
+    # SDXL: an empty prompt is zeros, or encoded as any other. Default: the model's own
+    empty: Empty | None = None
+    # SDXL's refiner: draw as an image of this score, from 1 to 10
+    aesthetic: float = 6.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -87,3 +113,19 @@ class SampleConfig:
             )
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed is {self.seed}; it must be from 0 to {2**63 - 1}.")
+
+    def numbers(self, names: Sequence[str], size: Size, is_null: bool = False) -> list[float]:
+        """Those of these names that a network is told of an image of this size. is_null: of the
+        prompt that guidance steers away from."""
+        original, target = self.original_size or size, self.target_size or size
+        crop = self.crop or (0, 0)
+        sizes = dict(zip(SDXL, (*original, *crop, *target), strict=True))
+        values = sizes | dict(aesthetic=REFINED if is_null else self.aesthetic)
+        values |= dict(guidance=1.0 if self.guidance is None else self.guidance)  # of FLUX.1
+        return [float(values[name]) for name in names]
+
+    @property
+    def of_sdxl(self) -> list[str]:
+        """The options in use that SDXL alone reads."""
+        names = ("original_size", "crop", "target_size", "empty")
+        return [name for name in names if getattr(self, name) is not None]

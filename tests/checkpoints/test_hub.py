@@ -23,6 +23,7 @@ SETTINGS = [
 BOTH = [
     f"{folder}/{stem}{variant}.{suffix}"
     for folder, stem in hub.PARTS.items()
+    if folder != "text_encoder_2"
     for variant in ("", ".fp16")
     for suffix in ("safetensors", "bin")
 ]
@@ -46,6 +47,12 @@ def test_one_spelling_of_each_part():
     pieces = [f"unet/diffusion_pytorch_model-0000{k}-of-00002.safetensors" for k in (1, 2)]
     index = "unet/diffusion_pytorch_model.safetensors.index.json"
     assert hub.needed([*pieces, index, *whole[1:]]) == [*pieces, index, *whole[1:]]
+
+
+def test_sdxl_has_a_second_text_encoder():
+    second = [f"text_encoder_2/model{variant}.safetensors" for variant in ("", ".fp16")]
+    chosen = hub.needed([*SETTINGS, *BOTH, *second, "sd_xl_base_1.0.safetensors"])
+    assert chosen[-1] == "text_encoder_2/model.safetensors" and len(chosen) == 4
 
 
 @pytest.fixture

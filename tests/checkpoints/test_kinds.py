@@ -1,4 +1,4 @@
-"""Files that are no Stable Diffusion 1.x or 2.x: inspect and load name them, and say what takes them.
+"""Files that are no Stable Diffusion 1.x, 2.x or XL: inspect and load name them, and say what takes them.
 The names of tensors are those of the published files."""
 
 import json
@@ -12,12 +12,8 @@ from minidiff.checkpoints import write
 from minidiff.checkpoints.inspect import inspect
 from minidiff.errors import UserError
 
-XL = ("conditioner.embedders.0.transformer.text_model.final_layer_norm.bias",)
-XL += ("model.diffusion_model.label_emb.0.0.weight", "model.diffusion_model.out.0.bias")
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 PUBLISHED = {
-    "Stable Diffusion XL": XL,
-    "Stable Diffusion XL ": ("add_embedding.linear_1.weight", f"{ATTENTION}.to_q.weight"),
     "Stable Diffusion 3": ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",),
     "Stable Diffusion 3 ": ("transformer_blocks.0.attn.add_q_proj.weight",),
     "FLUX": ("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"),
@@ -46,7 +42,9 @@ def test_what_is_no_model_is_named(refused, ran, tmp_path, kind):
     answer = refused("generate", "x", "--model", file)
     assert answer.startswith(f"{file} is {kind}; ")
     option = TAKEN.get(kind)
-    words = f"--{option} {file}" if option else "LoRA is read" if "LoHa" in kind else "1.x and 2.x"
+    words = (
+        f"--{option} {file}" if option else "LoRA is read" if "LoHa" in kind else "1.x, 2.x and XL"
+    )
     assert words in answer and words in ran("inspect", file).out
     with pytest.raises(UserError, match=f"`{option}=" if option else "read"):
         minidiff.load(file)

@@ -10,8 +10,8 @@ from minidiff.checkpoints import names, sizes
 from minidiff.checkpoints.inspect import COMPLETE, _differences, _hash
 from minidiff.checkpoints.layouts import Part
 from minidiff.errors import UserError
-from minidiff.text import clip_vit_l14, openclip_vit_h14
-from minidiff.unet import UNet, UNetConfig, unet_sd1, unet_sd2
+from minidiff.text import clip_bigg14, clip_sdxl, clip_vit_l14, openclip_vit_h14
+from minidiff.unet import UNet, UNetConfig, unet_sd1, unet_sd2, unet_sdxl, unet_sdxl_refiner
 from minidiff.vae import vae_sd
 
 
@@ -37,6 +37,11 @@ def pruned():
         (unet_sd1, names.UNET_DIFFUSERS, 686),
         (unet_sd1, names.unet_compvis(), 686),
         (unet_sd2, names.unet_compvis(), 686),
+        (unet_sdxl, names.UNET_DIFFUSERS, 1680),
+        (unet_sdxl, names.unet_compvis((False, True, True)), 1680),
+        (unet_sdxl_refiner, names.UNET_DIFFUSERS, 1220),
+        (unet_sdxl_refiner, names.unet_compvis((False, True, True, False)), 1220),
+        (clip_bigg14, names.CLIP_TRANSFORMERS, 517),
         (vae_sd, names.VAE_DIFFUSERS, 248),
         (vae_sd, names.vae_compvis(), 248),
         (clip_vit_l14, names.CLIP_TRANSFORMERS, 196),
@@ -50,7 +55,13 @@ def test_tables_read_both_ways(build, table, count):
     assert list(back) == list(ours) and all(back[name] is ours[name] for name in ours)
 
 
-@pytest.mark.parametrize("build", [unet_sd1, unet_sd2, vae_sd, clip_vit_l14, openclip_vit_h14])
+@pytest.mark.parametrize(
+    "build",
+    [
+        *(unet_sd1, unet_sd2, unet_sdxl, unet_sdxl_refiner, vae_sd),
+        *(clip_vit_l14, openclip_vit_h14, clip_sdxl),
+    ],
+)
 def test_published_networks_are_known_to_be_complete_by_their_names(build):
     whole = state(build)
     assert _hash(whole) in COMPLETE.values()
@@ -80,7 +91,9 @@ def test_two_tensors_with_one_name_are_named():
         )
 
 
-@pytest.mark.parametrize("build", [unet_sd1, lambda: unet_sd1(9), unet_sd2, pruned])
+@pytest.mark.parametrize(
+    "build", [unet_sd1, lambda: unet_sd1(9), unet_sd2, pruned, unet_sdxl, unet_sdxl_refiner]
+)
 def test_unet_configs_come_back_from_shapes(build):
     with torch.device("meta"):
         expected = asdict(build().config)
@@ -97,6 +110,7 @@ def test_vae_and_text_configs_come_back_from_shapes():
         (vae_sd, sizes.vae_config),
         (clip_vit_l14, sizes.text_config),
         (openclip_vit_h14, sizes.text_config),
+        (clip_bigg14, sizes.text_config),
     ):
         with torch.device("meta"):
             expected = asdict(build().config)
