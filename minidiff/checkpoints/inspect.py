@@ -193,6 +193,8 @@ def _stranger(state: dict[str, files.Stored], path: Path) -> Rows:
     if kind is kinds.EMBEDDING:
         shapes = (f"{name}: {' x '.join(map(str, v.shape))}" for name, v in state.items())
         rows.append(("vectors", ", ".join(shapes)))
+        width = sum(v.shape[-1] for v in state.values())
+        rows += [("for", kinds.VERSIONS[width])] if width in kinds.VERSIONS else []
     return [*rows, use]
 
 

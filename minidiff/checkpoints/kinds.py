@@ -37,6 +37,8 @@ OTHERS = (  # the first that fits
     Kind("an IP-Adapter", NOT_READ, r"(image_proj|ip_adapter)\."),
 )
 VERSIONS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
+VERSIONS[1280] = "the refiner of Stable Diffusion XL"
+READING = r"attn2[._](processor\.)?to_k"  # the layers that read the context
 WIDTHS = (768, 1024, 1280)  # of the text encoders, and so of textual inversions
 METADATA = {  # of LoRA files: kohya's, and Stability's ModelSpec
     "title": ("modelspec.title", "ss_output_name"),
@@ -75,23 +77,28 @@ def lora_rows(state: State, metadata: Mapping[str, str]) -> Rows:
     kohya = any(name.startswith("lora_") for name in layers)
     ranks = Counter(value.shape[0] for value in layers.values() if value.shape)
     text = sum("text_encoder" in name or name.startswith("lora_te") for name in layers)
+    plural = "s" if any(re.match(r"text_encoder_2|lora_te2", name) for name in layers) else ""
     rows = [
         ("layout", f"LoRA, {'kohya' if kohya else 'diffusers or PEFT'} names"),
         ("rank", ", ".join(f"{rank} ({count} layers)" for rank, count in sorted(ranks.items()))),
-        ("layers", f"{len(layers) - text} of the U-Net, {text} of the text encoder"),
+        ("layers", f"{len(layers) - text} of the U-Net, {text} of the text encoder{plural}"),
         ("dtype", ", ".join(Counter(value.dtype for value in state.values()))),
     ]
-    reading = (
-        v.shape for name, v in layers.items() if re.search(r"attn2[._](processor\.)?to_k", name)
-    )
-    widths = {shape[1] for shape in reading if len(shape) > 1}
-    rows += [("for", VERSIONS.get(width, f"a text encoder of width {width}")) for width in widths]
+    rows += [("for", version) for version in lora_versions(layers)]
     for title, keys in METADATA.items():
         if values := [metadata[key] for key in keys if metadata.get(key)]:
             rows.append((title, "; ".join(dict.fromkeys(values))[:200]))
     if tags := _tags(metadata.get("ss_tag_frequency", "")):
         rows.append(("captions had", tags))
     return [*rows, ("cannot", "draw by itself: it changes a model that it was trained for")]
+
+
+def lora_versions(layers: State) -> list[str]:
+    """Of the models that a LoRA is for, by the width of the context that its layers read. layers: A
+    of each."""
+    reading = (v.shape for name, v in layers.items() if re.search(READING, name))
+    widths = sorted({shape[1] for shape in reading if len(shape) > 1})
+    return [VERSIONS.get(width, f"a text encoder of width {width}") for width in widths]
 
 
 def _tags(text: str) -> str:

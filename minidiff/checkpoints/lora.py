@@ -16,24 +16,28 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minidiff.checkpoints import embedding, files, names
+from minidiff.checkpoints import embedding, files, kinds, names
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.methods import inversion
 from minidiff.methods.lora import Layer, LoRA, adapted, attach, check_free, ends
 from minidiff.text import CLIPText
 from minidiff.training import atomic
 from minidiff.unet import UNet, UNetConfig
 
-TABLES = {"unet": names.UNET_DIFFUSERS, "text": names.CLIP_TRANSFORMERS}
 # Prefixes of diffusers and PEFT, and of kohya: the first of each is written, all are read.
 _MODEL = "text_model."
 DOTTED = {
     "unet": ["unet.", "base_model.model.", "", "diffusion_model.", "model.diffusion_model."],
     "text": [f"text_encoder.{_MODEL}", "text_encoder.", f"base_model.model.{_MODEL}", _MODEL],
+    "text.clip_l": [f"text_encoder.{_MODEL}", "text_encoder."],
+    "text.clip_g": [f"text_encoder_2.{_MODEL}", "text_encoder_2."],
 }
 UNDERSCORED = {
     "unet": ["lora_unet_"],
     "text": ["lora_te_text_model_", "lora_te1_text_model_", "lora_te1_"],
+    "text.clip_l": ["lora_te1_text_model_", "lora_te1_"],
+    "text.clip_g": ["lora_te2_text_model_", "lora_te2_"],
 }
 HALVES = {
     "diffusers": (".lora_A.weight", ".lora_B.weight"),
@@ -41,7 +45,9 @@ HALVES = {
 }
 STEMS = ("adapter_model", "pytorch_lora_weights")
 # A1111's textual inversion in a LoRA file
-BUNDLED = re.compile(r"bundle_emb\.(?P<word>.+)\.(string_to_param\.\*|emb_params)")
+BUNDLED = re.compile(
+    r"bundle_emb\.(?P<word>.+)\.(?P<of>string_to_param\.\*|emb_params|clip_l|clip_g)"
+)
 Tensors = dict[str, Tensor | float]  # of one layer: A, B, and alpha where the file tells it
 
 
@@ -64,19 +70,25 @@ class Place(NamedTuple):
 
 def _places(model: LatentDiffusion) -> Iterator[Place]:
     """Every layer that files have names for."""
-    for part, kind in (("unet", UNet), ("text", CLIPText)):
-        network = getattr(model, part)
-        if not isinstance(network, kind):
-            continue
+    for part, network in _parts(model).items():
         layers = {n: layer for n, layer in network.named_modules() if isinstance(layer, Layer)}
-        itself = {name: name for name in layers}
-        published = names.to_published(itself, TABLES[part])
-        compvis = _compvis(network.config, itself) if part == "unet" else {}
-        for theirs, name in published.items():
+        itself, is_unet = {name: name for name in layers}, isinstance(network, UNet)
+        table = names.UNET_DIFFUSERS if is_unet else names.CLIP_TRANSFORMERS
+        compvis = _compvis(network.config, itself) if is_unet else {}
+        for theirs, name in names.to_published(itself, table).items():
             spellings = [theirs, compvis[name]] if name in compvis else [theirs]
             dotted = [prefix + each for each in spellings for prefix in DOTTED[part]]
+            if is_unet and network.config.added:  # kohya writes CompVis's names for SDXL
+                spellings.reverse()
             flat = [p + each.replace(".", "_") for each in spellings for p in UNDERSCORED[part]]
             yield Place(f"{part}.{name}", layers[name], dotted, flat)
+
+
+def _parts(model: LatentDiffusion) -> dict[str, UNet | CLIPText]:
+    """The networks that files have names for, by ours."""
+    text = {f"text.{name}".rstrip("."): each for name, each in model.text.named_modules()}
+    parts = {"unet": model.unet} | text
+    return {name: parts[name] for name in DOTTED if isinstance(parts.get(name), UNet | CLIPText)}
 
 
 def _compvis(config: UNetConfig, itself: dict[str, str]) -> dict[str, str]:
@@ -131,7 +143,9 @@ def load(model: LatentDiffusion, file: str | Path, scale: float = 1.0) -> Loaded
     strange = [name for name in content if name not in places]
     if strange:
         what = f"{len(strange)} of its {len(content)} layers are not in this model"
-        fix = "It is for another model: `minidiff inspect` says of which kind each is."
+        kinds_of = kinds.lora_versions({name: values["A"] for name, values in content.items()})
+        kind = f" ({', '.join(kinds_of)})" if kinds_of else ""
+        fix = f"It is for another model{kind}: `minidiff inspect` says of which kind each is."
         raise UserError(f'{file}: {what}; the first is "{strange[0]}". {fix}')
     loras: dict[str, tuple[Layer, LoRA]] = {}
     for name, values in content.items():
@@ -140,7 +154,7 @@ def load(model: LatentDiffusion, file: str | Path, scale: float = 1.0) -> Loaded
             raise UserError(f'{file}: two of its layers mean {place.name}; the second is "{name}".')
         loras[place.name] = place.layer, _fitted(place, values, f'{file}: "{name}"')
     check_free({name: layer for name, (layer, _) in loras.items()})
-    if bundled and not isinstance(model.text, CLIPText):
+    if bundled and not inversion.encoders(model.text):
         raise UserError(f"{file} has textual inversions, and this model has no CLIPText for them.")
     words = [embedding.give(model.text, file, *each) for each in bundled.items()]
     before = _probe(model)
@@ -162,13 +176,14 @@ def _file_at(path: Path) -> Path:
     return next((file for file in files_in if file.is_file()), path)
 
 
-def _read(file: Path) -> tuple[dict[str, Tensors], dict[str, Tensor]]:
-    """The tensors of each layer, by the file's name of the layer; and vectors by their word."""
+def _read(file: Path) -> tuple[dict[str, Tensors], dict[str, Tensors]]:
+    """The tensors of each layer, by the file's name of the layer; and the vectors of each word, by
+    their text encoder."""
     content: dict[str, Tensors] = {}
     others, bundled = [], {}
     for key, value in files.tensors(file).items():
         if match := BUNDLED.fullmatch(key):
-            bundled[match["word"]] = value
+            bundled.setdefault(match["word"], {})[match["of"]] = value
             continue
         match = names.LORA.fullmatch(key)
         if match is None:
@@ -227,7 +242,7 @@ def _add_alphas(file: Path, content: dict[str, Tensors]) -> None:
 def _alpha(config: dict, name: str, A: Tensor) -> float | None:
     """A layer's alpha in PEFT's configuration, whose keys may stand behind the part's name."""
     part, layer = "", name
-    if name.startswith(("unet.", "text_encoder.")):
+    if name.startswith(("unet.", "text_encoder.", "text_encoder_2.")):
         part, layer = name.split(".", 1)
     prefix = f"{part}."
     config = config | {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
@@ -266,14 +281,14 @@ def _without_1x1(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @torch.no_grad()
 def _probe(model: LatentDiffusion) -> Float[Tensor, "B C H W"]:
-    """The U-Net's output halfway to noise, on fixed latents and, if it reads a CLIPText, on fixed
-    words."""
+    """The U-Net's output halfway to noise, on fixed latents and, if it reads CLIP's text encoders,
+    on fixed words."""
     side, text, channels = 2 * model.unet.multiple, model.text, model.unet.config.in_channels
     x = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0))
     if isinstance(text, CLIPText):
         tokens = torch.arange(1000, 1000 + text.context_length, device=model.device)
         context = text(tokens[None] % text.config.vocabulary)
     else:
-        context = text.null(1)
+        context = text.encode(["a photo of a cat"]) if inversion.encoders(text) else text.null(1)
     t = model.schedule.timesteps(2)[1:2]
     return model.denoiser.output(x.to(model.device), t, context).float()

@@ -35,6 +35,10 @@ class GenerateOptions:
     strength: float | None = None
     # an image, white where the other is to be drawn anew; transparent counts as black
     mask: Path | None = None
+    # SDXL's refiner, a model that draws the last steps
+    refiner: Path | None = None
+    # how far from noise (0) to image (1) the refiner takes over
+    refiner_from: float = 0.8
     # the precision to compute in
     dtype: Dtype = "fp32"
 
@@ -81,6 +85,12 @@ def generate(
     if model == MODEL and parts == NO_PARTS:
         warn_of_words(prompts)
     loaded = parts.load(model, device, request.dtype)
+    if request.refiner is not None:
+        from minidiff import load
+        from minidiff.methods.refiner import Refined
+
+        refiner = load(request.refiner, device, request.dtype)
+        loaded = Refined(loaded, refiner, request.refiner_from)
     config = options.completed(config, loaded)
     edit = edit_of(request, config.size, loaded)
     height, width = edit.image.shape[2:] if edit else config.size or (loaded.size, loaded.size)
@@ -146,6 +156,7 @@ def settings_of(
         "strength": edit and edit.strength,
         "image": request.image and request.image.name,
         "mask": request.mask and request.mask.name,
+        "refiner": request.refiner and f"{request.refiner.name} from {request.refiner_from:g}",
         "lora": ", ".join(f"{file.name}:{scale:g}" for file, scale in parts.loras()),
         "embedding": ", ".join(parts.embedding),
     }

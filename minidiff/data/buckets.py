@@ -5,6 +5,8 @@ nearest its own shape, among sizes of about equal area, which cost about equal m
 
 [1] NovelAI. NovelAI Improvements on Stable Diffusion: Aspect Ratio Bucketing. 2022.
     github.com/NovelAI/novelai-aspect-ratio-bucketing
+[2] Podell et al. SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis. 2023.
+    arXiv:2307.01952
 """
 
 import math
@@ -43,6 +45,13 @@ def cut(width: int, height: int, size: tuple[int, int]) -> float:
     """The share of an image lost when it is scaled to cover a size (height, width) and cut."""
     ratio = (width / height) / (size[1] / size[0])
     return 1 - min(ratio, 1 / ratio)
+
+
+def corner(width: int, height: int, size: tuple[int, int]) -> tuple[int, int]:
+    """How much is cut off at the top and at the left of an image that is scaled to cover a size
+    (height, width) and cut in the centre; in scaled pixels, as [2] section 2.2."""
+    scale = max(size[0] / height, size[1] / width)
+    return round((scale * height - size[0]) / 2), round((scale * width - size[1]) / 2)
 
 
 def batches(sizes: list[tuple[int, int]], batch: int, seed: int, start: int) -> Iterator[list[int]]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidiff.checkpoints import files
+from minidiff.condition import Condition, apply
 from minidiff.data.captions import Fault
 from minidiff.data.folder import ahead, load_image, to_model
 from minidiff.errors import UserError
@@ -39,6 +40,7 @@ class Example(NamedTuple):
     latents: Float[Tensor, "Z h w"]
     caption: str
     others: tuple[str, ...] = ()  # captions that are as good: any of them all is taken
+    numbers: tuple[float, ...] = ()  # of a Condition: its size and cut, where the network reads it
 
 
 @torch.no_grad()
@@ -134,7 +136,7 @@ def _stacked(
 @torch.no_grad()
 def encode_captions(
     text: nn.Module, captions: list[str], folder: Path | None
-) -> dict[str, Float[Tensor, "L D"]]:
+) -> dict[str, Float[Tensor, "L D"] | Condition]:
     """Encode each caption, and "" for dropped captions; on the CPU.
 
     folder: where contexts.safetensors is stored; None stores nothing.
@@ -144,14 +146,26 @@ def encode_captions(
     of_key = {key: caption for caption, key in keys.items()}
     encode = partial(_encode_captions, text, of_key)
     entries = _entries("contexts", folder, list(of_key), encode, "encoding captions")
-    return {caption: entries[key] for caption, key in keys.items()}
+    return {caption: _context(entries, key) for caption, key in keys.items()}
 
 
 def _encode_captions(
     text: nn.Module, captions: dict[str, str], keys: list[str]
 ) -> Iterator[tuple[str, Float[Tensor, "L D"]]]:
+    """The context of a caption under its key; before it, what else a Condition has."""
     for key in keys:
-        yield key, text.encode([captions[key]])[0].cpu()
+        context = apply(lambda each: each[0].cpu(), text.encode([captions[key]]))
+        if isinstance(context, Condition):
+            yield f"{key}.pooled", context.pooled
+            yield f"{key}.numbers", context.numbers
+            context = context.context
+        yield key, context
+
+
+def _context(entries: dict[str, Tensor], key: str) -> Float[Tensor, "L D"] | Condition:
+    if f"{key}.pooled" not in entries:
+        return entries[key]
+    return Condition(entries[key], entries[f"{key}.pooled"], entries[f"{key}.numbers"])
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -187,8 +201,9 @@ def _entries(
         atomic.clean(folder)
     file = folder and folder / f"{name}.safetensors"
     stored = _read(file) if file else {}
-    entries = {key: stored[key] for key in keys if key in stored}
-    missing = [key for key in dict.fromkeys(keys) if key not in stored]
+    wanted = dict.fromkeys(keys)
+    entries = {name: value for name, value in stored.items() if name.partition(".")[0] in wanted}
+    missing = [key for key in wanted if key not in stored]
     try:
         entries.update(tqdm(encode(missing), title, len(missing), leave=False, disable=not missing))
     finally:

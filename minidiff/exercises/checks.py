@@ -358,7 +358,7 @@ def the_trained_vector_is_what_the_text_encoder_reads():
     """The vector of the word, and no other, is replaced and learns."""
     text = CLIPText(TextConfig(8, 1, 1))
     word = inversion.Word(text, "sks", like="dog", lr_multiplier=4.0)
-    hook = word.attach(text)
+    (hook,) = word.attach(text)
     text.requires_grad_(False)
     assert torch.equal(word.vector, text.token_embedding.weight[inversion.token_of("dog")])
     # the LayerNorm's output: not constant in the vector, since its gain is one per channel

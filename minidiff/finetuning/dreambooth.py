@@ -29,13 +29,19 @@ from tqdm import tqdm
 
 from minidiff import pipeline
 from minidiff.data.captions import OTHER_FORMATS, captions_file, check_folder, images_in
-from minidiff.data.folder import CaptionedFolder, CaptionedImages, load_image, to_model
+from minidiff.data.folder import (
+    CaptionedFolder,
+    CaptionedImages,
+    load_image,
+    to_model,
+    upright_size,
+)
 from minidiff.data.latents import Example, fingerprint
 from minidiff.errors import UserError
 from minidiff.figures import plots
 from minidiff.finetuning.estimate import images_at_once
 from minidiff.finetuning.fit import Choice, applied
-from minidiff.finetuning.groups import encoded
+from minidiff.finetuning.groups import encoded, numbers_of
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods import inversion
 from minidiff.options.finetuning import (
@@ -333,7 +339,8 @@ def moved_about(
         if flip:
             copies[::2] = copies[::2].flip(-1)
         latents = model.vae.encode(copies.to(model.device)).cpu()
-        examples += [Example(z, caption) for z in latents]
+        numbers = numbers_of(model, *upright_size(path), (size, size))
+        examples += [Example(z, caption, numbers=numbers) for z in latents]
     return examples
 
 

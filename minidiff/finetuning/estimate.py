@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from minidiff.condition import Context, repeat
 from minidiff.denoiser import Denoiser
 from minidiff.finetuning.loop import shares, targets
 from minidiff.finetuning.recorder.recorder import rows_at_once
@@ -144,7 +145,7 @@ def estimate(model: LatentDiffusion, settings: Settings) -> Estimate:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device), ledger:
         vae, text, unet = (_twin(part) for part in (model.vae, model.text, model.unet))
         denoiser = Denoiser(unet, schedule, model.denoiser.target, model.denoiser.weighting)
-        for network in (unet, text):
+        for network in (unet, *inversion.encoders(text)):
             network.checkpointing = settings.checkpointing
         with torch.no_grad(), ledger.most() as before:
             _encode(vae, settings.size, 1)
@@ -221,7 +222,7 @@ def _recorder(
 def _draw(
     denoiser: Denoiser,
     vae: nn.Module,
-    context: Tensor,
+    context: Context,
     count: int,
     size: tuple[int, int],
     share: int,
@@ -233,10 +234,12 @@ def _draw(
     vae.decode(torch.randn(together, vae.latent_channels, *sides))
 
 
-def _pass(denoiser: Denoiser, vae: nn.Module, context: Tensor, rows: int, sides: list[int]) -> None:
+def _pass(
+    denoiser: Denoiser, vae: nn.Module, context: Context, rows: int, sides: list[int]
+) -> None:
     t = torch.ones(rows, dtype=torch.long, device="cpu")
     x = torch.randn(rows, vae.latent_channels, *sides)
-    denoiser(x, t, context.expand(rows, -1, -1))
+    denoiser(x, t, repeat(context, rows))
 
 
 def _twin(part: nn.Module) -> nn.Module:
@@ -265,8 +268,8 @@ def _to_train(unet: nn.Module, text: nn.Module, settings: Settings) -> list[nn.P
 
 
 def _inputs(
-    vae: nn.Module, text: nn.Module, settings: Settings, context: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    vae: nn.Module, text: nn.Module, settings: Settings, context: Context | None
+) -> tuple[Tensor, Context, Tensor]:
     """Latents, context and t of one batch. context: where it is cached."""
     (height, width), batch = settings.size, settings.batch
     latents = torch.randn(batch, vae.latent_channels, height // vae.factor, width // vae.factor)
@@ -342,7 +345,7 @@ def forward_seconds(model: LatentDiffusion, settings: Settings) -> float:
     (height, width), batch, f = settings.size, settings.batch, model.vae.factor
     x = torch.zeros(batch, model.vae.latent_channels, height // f, width // f)
     x = x.to(next(model.unet.parameters()))
-    context = model.text.encode([""]).to(x).expand(batch, -1, -1)
+    context = repeat(model.text.encode([""]), batch)
     t = model.schedule.timesteps(1)[:1].expand(batch)
     seconds = []
     while len(seconds) < 3 and sum(seconds) < 1:

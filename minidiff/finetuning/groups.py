@@ -9,6 +9,7 @@ Everything random about batch k follows from (seed, k).
 
 import random
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -17,16 +18,19 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Generator, Tensor
 
-from minidiff.condition import apply
+from minidiff.condition import Condition, Context, apply
 from minidiff.data import buckets
 from minidiff.data.folder import CaptionedImages, upright_size
 from minidiff.data.latents import Example, encode_images
 from minidiff.denoiser import Denoiser
 from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.options.sampling import Corner, SampleConfig, Size
 from minidiff.schedules import NoiseSchedule
 from minidiff.train import Loss
 from minidiff.training.device import to_device
 from minidiff.training.seeds import generator_of, seed_of
+
+NO_NUMBERS = torch.empty(0, 0)
 
 
 class Group(NamedTuple):
@@ -46,6 +50,7 @@ class Part(NamedTuple):
     captions: list[str]  # "" where the caption is hidden
     t: Shaped[Tensor, "B"]
     eps: Float[Tensor, "B Z h w"]
+    numbers: Float[Tensor, "B K"] = NO_NUMBERS  # of the Condition, where the network reads them
 
 
 Batch = list[Part]  # one for each group
@@ -61,14 +66,28 @@ def encoded(
 ) -> list[Example]:
     """Captioned images as examples: squares of this side, or with shapes each in the bucket nearest
     to its shape. With flip mirrored copies follow. folder: where the latents are cached."""
-    sizes = [(size, size)] * len(data)
+    sizes, numbers, copies = [(size, size)] * len(data), [()] * len(data), 2 if flip else 1
+    reads_sizes = bool(getattr(model.text, "numbers", ()))
+    if shapes or reads_sizes:
+        own = [upright_size(path) for path in data.paths]
     if shapes:
         multiple = model.vae.factor * model.unet.multiple
-        shapes_2d = map(upright_size, data.paths)
-        sizes = [buckets.bucket(w, h, size**2, multiple) for h, w in shapes_2d]
+        sizes = [buckets.bucket(w, h, size**2, multiple) for h, w in own]
+    if reads_sizes:
+        numbers = [numbers_of(model, *each, cut) for each, cut in zip(own, sizes, strict=True)]
     latents = encode_images(model.vae, data.paths, sizes, folder, flip)
-    captions = data.alternatives * (2 if flip else 1)
-    return [Example(z, own[0], tuple(own[1:])) for z, own in zip(latents, captions, strict=True)]
+    rows = zip(latents, data.alternatives * copies, numbers * copies, strict=True)
+    return [Example(z, first, tuple(others), row) for z, (first, *others), row in rows]
+
+
+def numbers_of(
+    model: LatentDiffusion, height: int, width: int, size: tuple[int, int]
+) -> tuple[float, ...]:
+    """What the network is told of an image with these sides that is scaled to cover a size and
+    cut; () where it is told nothing."""
+    crop = Corner(*buckets.corner(width, height, size))
+    config = SampleConfig(original_size=Size(height, width), crop=crop)
+    return tuple(config.numbers(getattr(model.text, "numbers", ()), Size(*size)))
 
 
 def split(images: Sequence[Hashable], share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -106,7 +125,8 @@ def _part(
     t = schedule.sample_t(len(examples), generator)
     eps = torch.randn(latents.shape, generator=generator)
     captions = ["" if h else _caption(e, generator) for e, h in zip(examples, hidden, strict=True)]
-    return Part(group.name, group.weight, latents, captions, t, eps)
+    numbers = torch.tensor([example.numbers for example in examples], dtype=torch.float32)
+    return Part(group.name, group.weight, latents, captions, t, eps, numbers)
 
 
 def _caption(example: Example, generator: Generator) -> str:
@@ -124,9 +144,15 @@ def pieces(batch: Batch, count: int) -> list[Batch]:
 
 
 def _cut(part: Part, rows: slice) -> Part:
-    return part._replace(
-        latents=part.latents[rows], captions=part.captions[rows], t=part.t[rows], eps=part.eps[rows]
-    )
+    names = ("latents", "captions", "t", "eps", "numbers")
+    return part._replace(**{name: getattr(part, name)[rows] for name in names})
+
+
+def with_numbers(context: Context, numbers: Float[Tensor, "B K"]) -> Context:
+    """A Condition with these numbers in place of its own; any other context as it is."""
+    if not isinstance(context, Condition):
+        return context
+    return replace(context, numbers=to_device(numbers, context.pooled.device))
 
 
 class GroupLoss:
@@ -164,6 +190,7 @@ class GroupLoss:
         else:
             rows = [self.contexts[caption] for caption in captions]
             context = apply(lambda *each: to_device(torch.stack(each), device), *rows)
+        context = with_numbers(context, torch.cat([part.numbers for part in parts]))
         latents = to_device(torch.cat([part.latents for part in parts]), device)
         t = torch.cat([part.t for part in parts])
         eps = to_device(torch.cat([part.eps for part in parts]), device)

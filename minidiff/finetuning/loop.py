@@ -80,8 +80,8 @@ def finetune(
     denoiser = denoiser_of(model, config)
     word = trained_word(model, config)
     trained = to_train(model, denoiser, config, word)
-    attached = word.attach(model.text) if word else None
-    for network in (model.unet, model.text):
+    attached = word.attach(model.text) if word else []
+    for network in (model.unet, *inversion.encoders(model.text)):
         network.checkpointing = config.checkpointing
     average = None if config.ema is None else EMA(trained, config.ema)
     with distributed.main_first():
@@ -124,8 +124,8 @@ def finetune(
     # The results.
     if average is not None and not shard:
         put(average.averages, average)
-    if attached is not None:
-        attached.remove()
+    for hook in attached:
+        hook.remove()
     if ranks.is_main():
         run.write(whole_model, config.method, out, word)
     return whole_model.eval()

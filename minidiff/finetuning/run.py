@@ -50,10 +50,11 @@ def identity(
 
 
 def fingerprint(example: Example) -> str:
-    """Sixteen letters that change with the latents, then the caption, or captions."""
-    content = example.latents.contiguous().view(torch.uint8).numpy()
+    """Sixteen letters that change with the latents and numbers, then the caption, or captions."""
+    content = hashlib.sha256(example.latents.contiguous().view(torch.uint8).numpy())
+    content.update(bytes(str(example.numbers or ""), "ascii"))
     captions = " | ".join((example.caption, *example.others))
-    return f"{hashlib.sha256(content).hexdigest()[:16]} {captions}"
+    return f"{content.hexdigest()[:16]} {captions}"
 
 
 def upgraded(run: dict[str, dict]) -> dict[str, dict]:
@@ -213,7 +214,7 @@ def write(model: LatentDiffusion, method: str, out: Path, word: Word | None) -> 
             with atomic.write(path, atomic.unsigned) as new:
                 lora_files.save(model, new)
         if word is not None:
-            path = embedding.save(word.word, word.vector, out / EMBEDDING)
+            path = embedding.save(word.word, word.vector, out / EMBEDDING, word.widths)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path} could not be written ({str(error).splitlines()[0]}). The training is kept: "

@@ -5,9 +5,9 @@ images, [1] eq. 2:
 
     v* = argmin_v  E || eps - eps_theta(x_t, t, c_v(caption)) ||^2         all but v is frozen
 
-So the file is 3 KB, and the model draws only what it could draw before and had no word for. Trained
-beside the U-Net or a LoRA, v names what the U-Net learns, while the text encoder stays as it is
-(pivotal tuning [2]).
+So the file is 3 KB, and the model draws only what it could draw before and had no word for. Of two
+text encoders, as SDXL has, v is both vectors, one after the other. Trained beside the U-Net or a
+LoRA, v names what the U-Net learns, while the text encoder stays as it is (pivotal tuning [2]).
 
 [1] Gal et al. An Image is Worth One Word: Personalizing Text-to-Image Generation using Textual
     Inversion. 2022. arXiv:2208.01618
@@ -16,6 +16,7 @@ beside the U-Net or a LoRA, v names what the U-Net learns, while the text encode
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -26,6 +27,17 @@ from minidiff.errors import UserError
 from minidiff.text import CLIPText, token_ids
 
 EVERYDAY = 40_000  # CLIP's tokens are sorted by frequency: those below have a meaning to undo
+
+
+def encoders(text: nn.Module) -> list[CLIPText]:
+    """Those of CLIP in a model's text encoder: itself, SDXL's two, or none."""
+    return [each for each in text.modules() if isinstance(each, CLIPText)]
+
+
+def halves(text: nn.Module, vectors: Float[Tensor, "*N D"]) -> list[tuple[CLIPText, Tensor]]:
+    """Each encoder with its part of the vectors; of one encoder all of them."""
+    each = encoders(text)
+    return list(zip(each, vectors.split([one.dim for one in each], dim=-1), strict=True))
 
 
 def token_of(word: str) -> int:
@@ -60,14 +72,16 @@ class Word(nn.Module):
     """The vector of one token. While attached, the text encoder reads it in place of its own."""
 
     def __init__(
-        self, text: CLIPText, word: str, like: str | None = None, lr_multiplier: float = 1.0
+        self, text: nn.Module, word: str, like: str | None = None, lr_multiplier: float = 1.0
     ):
         """like: start from the vector of this word, the subject's class ([1] section 4). Default:
         the token's own. lr_multiplier: the vector learns at that many times the learning rate; we
         train change / lr_multiplier, as Adam's step does not depend on the gradient's scale."""
         super().__init__()
         self.word, self.token, self.lr_multiplier = word, token_of(word), lr_multiplier
-        start = text.token_embedding.weight[token_of(like) if like else self.token]
+        self.widths = [each.dim for each in encoders(text)]
+        token = token_of(like) if like else self.token
+        start = torch.cat([each.token_embedding.weight[token] for each in encoders(text)])
         self.register_buffer("start", start.detach().float().clone(), persistent=False)
         self.change = nn.Parameter(torch.zeros_like(self.start))
 
@@ -75,29 +89,34 @@ class Word(nn.Module):
     def vector(self) -> Float[Tensor, "D"]:
         return self.start + self.lr_multiplier * self.change  # eq: textual-2
 
-    def attach(self, text: CLIPText) -> RemovableHandle:
-        """Have the text encoder read this vector for the token, until the handle's remove()."""
-        return text.token_embedding.register_forward_hook(self._replaced)
+    def attach(self, text: nn.Module) -> list[RemovableHandle]:
+        """Have the text encoder read this vector for the token, until each handle's remove()."""
+        tables = enumerate(each.token_embedding for each in encoders(text))
+        return [each.register_forward_hook(partial(self._replaced, k)) for k, each in tables]
 
     def _replaced(
-        self, _: nn.Module, inputs: tuple[Tensor, ...], output: Float[Tensor, "B L D"]
-    ) -> Float[Tensor, "B L D"]:
-        """The forward hook of the token embedding."""
-        here = (inputs[0] == self.token)[..., None]
-        return torch.where(here, self.vector.to(output.dtype), output)
+        self, k: int, _: nn.Module, inputs: tuple[Tensor, ...], output: Float[Tensor, "B L E"]
+    ) -> Float[Tensor, "B L E"]:
+        """The forward hook of the k-th encoder's token embedding."""
+        here, vector = (inputs[0] == self.token)[..., None], self.vector.split(self.widths)[k]
+        return torch.where(here, vector.to(output.dtype), output)
 
 
 @torch.no_grad()
-def put_in(text: CLIPText, word: str, vector: Float[Tensor, "D"]) -> None:
+def put_in(text: nn.Module, word: str, vector: Float[Tensor, "D"]) -> None:
     """Give the word this vector for good."""
-    text.token_embedding.weight[token_of(word)] = vector.to(text.token_embedding.weight)
+    for each, part in halves(text, vector):
+        each.token_embedding.weight[token_of(word)] = part.to(each.token_embedding.weight)
 
 
 @torch.no_grad()
-def add_word(text: CLIPText, word: str, vectors: Float[Tensor, "N D"]) -> None:
+def add_word(text: nn.Module, word: str, vectors: Float[Tensor, "N D"]) -> None:
     """Have the text encoder read a word as N new tokens with these vectors, for good."""
-    old = text.token_embedding.weight
-    table = torch.cat([old, vectors.to(old)])
-    text.token_embedding = nn.Embedding.from_pretrained(table, freeze=not old.requires_grad)
-    added = {**text.config.added, word.lower(): range(len(old), len(table))}
-    text.config = replace(text.config, vocabulary=len(table), added=added)
+    for each, part in halves(text, vectors):
+        old = each.token_embedding.weight
+        table = torch.cat([old, part.to(old)])
+        each.token_embedding = nn.Embedding.from_pretrained(table, freeze=not old.requires_grad)
+        added = {**each.config.added, word.lower(): range(len(old), len(table))}
+        each.config = replace(each.config, vocabulary=len(table), added=added)
+    names = [name for name, each in text.named_children() if isinstance(each, CLIPText)]
+    text.config = replace(text.config, **{name: getattr(text, name).config for name in names})

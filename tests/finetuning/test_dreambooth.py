@@ -312,7 +312,7 @@ def test_files_that_are_no_word_are_refused(tmp_path):
         ({"<sks>": torch.zeros(2, 768)}, "takes 8. It is for Stable Diffusion 1.x"),
         ({"<sks>": torch.zeros(2, 3, 8)}, "and no vectors"),
         ({"<sks>": torch.full((1, 8), torch.nan)}, "not finite"),
-        ({"clip_l": torch.zeros(1, 8), "clip_g": torch.zeros(1, 8)}, "of Stable Diffusion XL"),
+        ({"clip_l": torch.zeros(1, 8), "clip_g": torch.zeros(1, 8)}, "for Stable Diffusion XL"),
         ({"<>": torch.zeros(1, 8)}, "names no word"),
         ({"<sks>": torch.zeros(1, 8), "b": torch.zeros(1)}, "a textual inversion has one"),
     ):

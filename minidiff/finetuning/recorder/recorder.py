@@ -32,11 +32,13 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from minidiff.condition import repeat
 from minidiff.data.folder import load_image, to_model, to_uint8
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.evaluation import features, metrics
 from minidiff.figures import plots
+from minidiff.finetuning.groups import with_numbers
 from minidiff.finetuning.recorder.advice import Record, advise, are_whole, best
 from minidiff.finetuning.recorder.report import Pair, page, steps_shown
 from minidiff.latent_diffusion import LatentDiffusion
@@ -47,8 +49,8 @@ from minidiff.training import atomic
 from minidiff.training.progress import peak_memory_gb
 from minidiff.training.seeds import generator_of
 
-# latents, and their context; a caption in its place is encoded at every measurement
-Pairing = tuple[Float[Tensor, "Z _ _"], Float[Tensor, "L D"] | str]
+# latents, their context (a caption in its place is encoded at every measurement), their numbers
+Pairing = tuple[Float[Tensor, "Z _ _"], Float[Tensor, "L D"] | str, tuple[float, ...]]
 PIXELS = 2**14  # of latents that are measured at once; a fourth of them are decoded at once
 Grid = dict[str, UInt8[Tensor, "n 3 H W"]]  # images by label
 CHUNK = 64  # images whose features are computed at once
@@ -66,6 +68,10 @@ class Thumbnails(Sequence):
 
     def __getitem__(self, i: int) -> Float[Tensor, "3 H W"]:
         return to_model(load_image(self.paths[i], self.size))
+
+
+def pairing(example: tuple) -> Pairing:
+    return *example[:2], getattr(example, "numbers", ())
 
 
 def rows_at_once(sides: Sequence[int]) -> int:
@@ -89,17 +95,17 @@ class Recorder:
         settings: dict[str, object] | None = None,
     ):
         """prompts: by label. training: the images trained on, (3, H, W) in [-1, 1]. validation,
-        examples: latents and caption of what is held out, and of what is trained on (an Example has
-        more, which is left out); the first config.probe of each are measured. settings: more rows
-        for the report's table."""
+        examples: latents and caption of what is held out, and of what is trained on (an Example's
+        other captions are left out); the first config.probe of each are measured. settings: more
+        rows for the report's table."""
         if not prompts:
             raise UserError("nothing to draw: the recorder needs at least one prompt.")
         if len(training) < 1:
             raise UserError("no training images to compare with; the recorder needs at least one.")
         self.model, self.folder, self.prompts, self.config = model, Path(folder), prompts, config
-        self.validation = [example[:2] for example in validation[: config.probe]]
+        self.validation = [pairing(example) for example in validation[: config.probe]]
         count = len(self.validation) or config.probe
-        self.examples = [example[:2] for example in examples[:count]]
+        self.examples = [pairing(example) for example in examples[:count]]
         self.training, self.settings = training, settings or {}
         count = min(len(training), config.compared)
         self.compared = [i * len(training) // count for i in range(count)]
@@ -222,16 +228,17 @@ class Recorder:
         model, device = self.model, self.model.device
         plain = Denoiser(model.unet, model.schedule, model.denoiser.target)
         count, losses = len(self.t), []
-        for k, (latents, context) in enumerate(examples):
-            context = model.text.encode([context])[0] if isinstance(context, str) else context
+        for k, (latents, context, numbers) in enumerate(examples):
+            is_text = isinstance(context, str)
+            context = model.text.encode([context]) if is_text else context[None].to(device)
+            context = with_numbers(context, torch.tensor([numbers], dtype=torch.float32))
             generator = generator_of(self.config.seed, k + 1)
             eps = torch.randn(count, *latents.shape, generator=generator)
             x0 = latents.to(device).expand(count, *latents.shape)
-            context = context.to(device).expand(count, *context.shape)
             rows = rows_at_once(latents.shape[1:])
-            parts = zip(*(each.split(rows) for each in (x0, context, self.t, eps)), strict=True)
-            each = [plain.loss(x, c, t, noise.to(x)).float().cpu() for x, c, t, noise in parts]
-            losses.append(torch.cat(each))
+            parts = zip(*(each.split(rows) for each in (x0, self.t, eps)), strict=True)
+            each = [plain.loss(x, repeat(context, len(x)), t, e.to(x)) for x, t, e in parts]
+            losses.append(torch.cat(each).float().cpu())
             bar.update()
         mean = torch.stack(losses).mean(0)
         tenths = (mean[self.bin == b] for b in range(BINS))
