@@ -122,15 +122,15 @@ class T5TextConfig:
     """CLIP-L, in SD 3 CLIP-G, and T5. length: tokens of T5; a seed's picture depends on it. FLUX.1
     has 512, schnell 256; SD 3 has 256 in diffusers, 77 in Stability's code."""
 
-    clip_l: TextConfig
-    clip_g: TextConfig | None
-    t5: T5Config | None  # None: zeros, which [2] section 5.3 allows
+    clip_l: TextConfig | dict  # JSON has dicts
+    clip_g: TextConfig | dict | None
+    t5: T5Config | dict | None  # None: zeros, which [2] section 5.3 allows
     length: int
     dim: int = 4096  # of the context
 
     def __post_init__(self) -> None:
         for name, kind in dict(clip_l=TextConfig, clip_g=TextConfig, t5=T5Config).items():
-            if isinstance(value := getattr(self, name), dict):  # JSON has objects
+            if isinstance(value := getattr(self, name), dict):
                 object.__setattr__(self, name, kind(**value))
 
 

@@ -78,6 +78,8 @@ def checked(file: Path) -> Path:
     """The file, if it is there and is one of tensors by its name."""
     if not file.is_file():
         raise UserError(f'no file "{file}".')
+    if file.suffix == ".gguf":
+        raise UserError(f"{file} is quantized (GGUF), for other programs; {ASK}.")
     if file.suffix not in SUFFIXES:
         raise UserError(f"{file} is no checkpoint by its name; one ends in {', '.join(SUFFIXES)}.")
     return file

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from minidiff.checkpoints import files, kinds, layouts
+from minidiff.checkpoints import files, flow_models, kinds, layouts
 from minidiff.errors import UserError
 
 Rows = list[tuple[str, str]]
@@ -39,6 +39,10 @@ def inspect(path: Path) -> Rows:
     everything = [path] if path.is_file() else path.rglob("*")
     size = sum(file.stat().st_size for file in everything if file.is_file())
     rows: Rows = [("file", f"{path}, {_short(size)}B")]
+    if flow_models.family_of(path) is not None:
+        from minidiff.checkpoints import flow_inspect
+
+        return rows + flow_inspect.rows(path)
     if path.is_file():
         state = files.stored(path)
         if more := _stranger(state, path):

@@ -22,12 +22,13 @@ class Kind(NamedTuple):
 
 
 NOT_READ = "it is not read here; Stable Diffusion 1.x, 2.x and XL are"
+AS_SAFE = "it is read from a .safetensors file"  # see flow_models
 LORA = Kind("a LoRA", "add it to a model with `lora={}`")
 EMBEDDING = Kind("a textual inversion", "give it to a model with `embedding={}`")
 OTHERS = (  # the first that fits
     Kind("a relative of LoRA (LoHa, LoKr)", "only LoRA is read", r".*\.(hada_w1|lokr_w1)"),
-    Kind("FLUX", NOT_READ, r"(.*\.)?(double_blocks|single_blocks|single_transformer_blocks)\.\d"),
-    Kind("Stable Diffusion 3", NOT_READ, r"(.*\.)?(joint_blocks\.\d|.*\.attn\.add_q_proj\.)"),
+    Kind("FLUX.1", AS_SAFE, r"(.*\.)?(double_blocks|single_blocks|single_transformer_blocks)\.\d"),
+    Kind("Stable Diffusion 3", AS_SAFE, r"(.*\.)?(joint_blocks\.\d|.*\.attn\.add_q_proj\.)"),
     Kind(
         "a ControlNet",
         NOT_READ,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from minidiff import schedules
-from minidiff.checkpoints import files, folder, hub, layouts, names
+from minidiff.checkpoints import files, flow_load, flow_models, folder, hub, layouts, names
 from minidiff.checkpoints.folder import dtype_named, empty, fill, precision_of
 from minidiff.checkpoints.layouts import SCALES
 from minidiff.denoiser import TARGETS, Denoiser
@@ -42,8 +42,12 @@ def load(
     others = {name: place for name, place in others.items() if place is not None}
     is_ours = (path / "model.json").is_file()
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not is_ours):
-        model = _stable_diffusion(path, target, others, dtype, zero_terminal_snr)
-        return model.to(device).eval()
+        if flow_models.family_of(path) is None:
+            model = _stable_diffusion(path, target, others, dtype, zero_terminal_snr)
+            return model.to(device).eval()
+        if target not in (None, "flow"):
+            raise UserError(f"{path} predicts flow, as all of its family; leave target out.")
+        return flow_load.load(path, others, dtype, part).to(device).eval()
     model = folder.load(path, dtype=dtype)
     if zero_terminal_snr and not model.schedule.zero_terminal_snr:
         raise UserError(f"{path} says itself what its schedule is; leave zero_terminal_snr out.")
@@ -69,6 +73,8 @@ def part(
     path, dtype = hub.resolve(path), dtype_named(dtype)
     if (path / "model.json").is_file():
         return getattr(folder.load(path, dtype=dtype), name)
+    if flow_models.family_of(path) is not None:
+        return flow_load.part(path, name, dtype)
     if name == "text" and ":" in str(path) and not path.exists():
         return _built(name, _open_clip_text(*str(path).split(":", 1)), dtype)
     if path.is_dir() and not (path / "model_index.json").is_file():

@@ -16,6 +16,7 @@ from minidiff.checkpoints.layouts import STABLE_DIFFUSION
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods.lora import merged_state
+from minidiff.mmdit import MMDiT
 from minidiff.text import END, CLIPPair, CLIPText, tokenizer
 from minidiff.training import atomic
 from minidiff.unet import SINES, UNet
@@ -244,6 +245,10 @@ def _xl_index(model: LatentDiffusion, kind: str) -> dict:
 def save_diffusers(model: LatentDiffusion, folder: str | Path) -> Path:
     """A folder that StableDiffusionPipeline.from_pretrained opens. Written beside its place, then
     renamed; it must not exist."""
+    if isinstance(model.unet, MMDiT):
+        from minidiff.checkpoints import flow_write
+
+        return flow_write.save_diffusers(model, folder)
     check(model)
     unet = names.to_published(merged_state(model.unet), names.UNET_DIFFUSERS)
     vae = names.to_published(_vae_state(model), names.VAE_DIFFUSERS)
@@ -293,6 +298,10 @@ def _transformers_text(text: CLIPText) -> State:
 def save_compvis(model: LatentDiffusion, file: str | Path) -> Path:
     """One file with CompVis's names, as the single-file tools open it. Written beside its place,
     then renamed; it must not exist."""
+    if isinstance(model.unet, MMDiT):
+        from minidiff.checkpoints import flow_write
+
+        return flow_write.save_single_file(model, file)
     check(model)
     check_single_file(model)
     file = Path(file)
@@ -300,12 +309,7 @@ def save_compvis(model: LatentDiffusion, file: str | Path) -> Path:
         raise UserError(f"{file} should end in .safetensors; pickles are not written.")
     config, target = model.unet.config, model.denoiser.target
     unet_table = names.unet_compvis([depth > 0 for depth in config.depth], config.blocks)
-    vae_table = names.vae_compvis(len(model.vae.config.channels))
-    vae = names.to_published(_vae_state(model), vae_table)
-    for name, value in vae.items():
-        if ".attn_1." in name and value.ndim == 2:
-            vae[name] = value[..., None, None]
-    unet = names.to_published(merged_state(model.unet), unet_table)
+    vae, unet = _compvis_vae(model), names.to_published(merged_state(model.unet), unet_table)
     whole = _prefixed("model.diffusion_model", unet) | _prefixed("first_stage_model", vae)
     whole |= _compvis_text(model.text)
     metadata = {  # no tensor tells eps from v
@@ -321,6 +325,15 @@ def save_compvis(model: LatentDiffusion, file: str | Path) -> Path:
     with atomic.write(file) as new:
         _save(whole, new, metadata)
     return file
+
+
+def _compvis_vae(model: LatentDiffusion) -> State:
+    """Its attention is made of 1x1 convolutions."""
+    vae = names.to_published(_vae_state(model), names.vae_compvis(len(model.vae.config.channels)))
+    for name, value in vae.items():
+        if ".attn_1." in name and value.ndim == 2:
+            vae[name] = value[..., None, None]
+    return vae
 
 
 def _compvis_text(text: CLIPText | CLIPPair) -> State:

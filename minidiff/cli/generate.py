@@ -99,6 +99,9 @@ def generate(
     batch = request.batch or max(1, min(64, 2**20 // (height * width)))
     wanted = [prompt for prompt in prompts for _ in range(request.n)]
     settings = settings_of(config, request, parts, edit) | {"model": model.resolve().name}
+    if hasattr(loaded.text, "t5"):  # of SD 3 and FLUX.1
+        length = loaded.text.config.length
+        settings["t5"] = "zeros" if loaded.text.t5 is None else f"{length} tokens"
     print(*write_images(loaded, wanted, config, request, batch, edit, out, settings), sep="\n")
 
 

@@ -14,10 +14,6 @@ from minidiff.errors import UserError
 
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 PUBLISHED = {
-    "Stable Diffusion 3": ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",),
-    "Stable Diffusion 3 ": ("transformer_blocks.0.attn.add_q_proj.weight",),
-    "FLUX": ("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"),
-    "FLUX ": ("single_transformer_blocks.0.proj_mlp.bias", "transformer_blocks.0.attn.add_q_proj.bias"),
     "a ControlNet": ("control_model.input_blocks.0.0.weight", "control_model.zero_convs.0.0.weight"),
     "a ControlNet ": ("controlnet_cond_embedding.conv_in.weight", "conv_in.weight"),
     "a motion module (AnimateDiff)": ("down_blocks.0.motion_modules.0.temporal_transformer.norm.bias",),
@@ -28,6 +24,12 @@ PUBLISHED = {
     "a textual inversion": ("emb_params",),
     "a textual inversion ": ("<cat-toy>",),
     "a textual inversion  ": ("clip_l", "clip_g"),
+}  # fmt: skip
+INCOMPLETE = {
+    "Stable Diffusion 3": ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",),
+    "Stable Diffusion 3 ": ("transformer_blocks.0.attn.add_q_proj.weight",),
+    "FLUX.1": ("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"),
+    "FLUX.1 ": ("single_transformer_blocks.0.proj_mlp.bias", "transformer_blocks.0.attn.add_q_proj.bias"),
 }  # fmt: skip
 TAKEN = {"a LoRA": "lora", "a textual inversion": "embedding"}
 
@@ -48,6 +50,15 @@ def test_what_is_no_model_is_named(refused, ran, tmp_path, kind):
     assert words in answer and words in ran("inspect", file).out
     with pytest.raises(UserError, match=f"`{option}=" if option else "read"):
         minidiff.load(file)
+
+
+@pytest.mark.parametrize("kind", INCOMPLETE)
+def test_a_flow_model_that_is_not_whole_is_named(refused, tmp_path, kind):
+    file = tmp_path / "m.safetensors"
+    save_file({name: torch.ones(4, 768) for name in INCOMPLETE[kind]}, file)
+    rows = dict(inspect(file))
+    assert rows["version"] == kind.strip() and rows["cannot"].startswith(f"be loaded: {file}: ")
+    assert refused("generate", "x", "--model", file).startswith(f"{file}: ")
 
 
 def test_a_lora_of_kohya_says_its_trigger_words(ran, tmp_path):

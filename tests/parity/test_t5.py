@@ -8,6 +8,7 @@ from minidiff.checkpoints import names
 from minidiff.errors import UserError
 from minidiff.t5 import T5, T5Config, bucket
 
+from .flow_pipelines import small_vocabulary
 from .test_networks import gap, randomized
 
 transformers = pytest.importorskip("transformers")
@@ -30,22 +31,6 @@ def published(config: T5Config) -> transformers.T5Config:
         relative_attention_num_buckets=config.buckets,
         relative_attention_max_distance=config.farthest,
     )
-
-
-def small_vocabulary() -> str:
-    """A SentencePiece vocabulary of letters and a few words, as tokenizer.json has it."""
-    letters = [(letter, -6.0) for letter in "▁abcdefghijklmnopqrstuvwxyz!5"]
-    words = [("▁a", -2.0), ("▁cat", -3.0), ("▁red", -3.0), ("▁on", -3.0), ("s", -4.0)]
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    vocabulary += words + [each for each in letters if each[0] not in dict(words)]
-    found = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unk_id=2))
-    found.normalizer = tokenizers.normalizers.NFKC()
-    found.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    found.decoder = tokenizers.decoders.Metaspace()
-    found.post_processor = tokenizers.processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
-    )
-    return found.to_str()
 
 
 def pair(dtype=torch.float64):
