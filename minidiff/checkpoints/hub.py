@@ -14,8 +14,8 @@ SHIPPED = ("box", "photos")
 HOST = "https://huggingface.co/"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 PARTS = dict(unet="diffusion_pytorch_model", vae="diffusion_pytorch_model", text_encoder="model")
-PARTS |= dict(text_encoder_2="model")  # of SDXL, SD 3 and FLUX.1
-PARTS |= dict(text_encoder_3="model", transformer="diffusion_pytorch_model")
+PARTS |= dict(text_encoder_2="model")  # of SDXL
+FLOW_PARTS = PARTS | dict(text_encoder_3="model", transformer="diffusion_pytorch_model")
 SETTINGS = "config scheduler_config tokenizer_config special_tokens_map added_tokens tokenizer"
 SETTINGS = ["model_index.json", *(f"*/{name}.json" for name in SETTINGS.split())]
 
@@ -76,7 +76,8 @@ def fetched(name: str) -> Path:
 def needed(listed: list[str]) -> list[str]:
     """Of a repository's files, one spelling of each part's weights."""
     chosen = []
-    for part, stem in PARTS.items():
+    is_flow = any(file.startswith("transformer/") for file in listed)  # SD 3 and FLUX.1
+    for part, stem in (FLOW_PARTS if is_flow else PARTS).items():
         names = [file.removeprefix(f"{part}/") for file in listed if file.startswith(f"{part}/")]
         chosen += [f"{part}/{name}" for name in weight_files(stem, names)]
     return chosen
@@ -95,7 +96,7 @@ def _cached(name: str, error: Exception) -> Path:
         raise UserError(f'"{name}" is no path here, and {why}; {_cache_content()}.') from None
     weights, index = ("*.safetensors", "*.bin"), folder / "model_index.json"
     listed = read_json(index) if index.is_file() else {part: (part,) for part in tuple(PARTS)[:3]}
-    parts = [part for part in PARTS if any(listed.get(part) or ())]
+    parts = [part for part in FLOW_PARTS if any(listed.get(part) or ())]
     absent = [
         part for part in parts if not any(any((folder / part).glob(kind)) for kind in weights)
     ]

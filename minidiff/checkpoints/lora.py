@@ -16,11 +16,12 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minidiff.checkpoints import embedding, files, kinds, names
+from minidiff.checkpoints import embedding, files, kinds, names, names_flow
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods import inversion
 from minidiff.methods.lora import Layer, LoRA, adapted, attach, check_free, ends
+from minidiff.mmdit import MMDiT
 from minidiff.text import CLIPText
 from minidiff.training import atomic
 from minidiff.unet import UNet, UNetConfig
@@ -73,6 +74,9 @@ def _places(model: LatentDiffusion) -> Iterator[Place]:
     for part, network in _parts(model).items():
         layers = {n: layer for n, layer in network.named_modules() if isinstance(layer, Layer)}
         itself, is_unet = {name: name for name in layers}, isinstance(network, UNet)
+        if isinstance(network, MMDiT):
+            yield from _flow_places(network, layers)
+            continue
         table = names.UNET_DIFFUSERS if is_unet else names.CLIP_TRANSFORMERS
         compvis = _compvis(network.config, itself) if is_unet else {}
         for theirs, name in names.to_published(itself, table).items():
@@ -84,11 +88,25 @@ def _places(model: LatentDiffusion) -> Iterator[Place]:
             yield Place(f"{part}.{name}", layers[name], dotted, flat)
 
 
-def _parts(model: LatentDiffusion) -> dict[str, UNet | CLIPText]:
+def _flow_places(network: MMDiT, layers: dict[str, Layer]) -> Iterator[Place]:
+    """Those of SD 3 and FLUX.1 in diffusers' names. Layers whose rows stand in another order there
+    (see names_flow) are left out."""
+    layout = names_flow.FLUX_DIFFUSERS if network.config.axes else names_flow.SD3_DIFFUSERS
+    last = f"joint.{network.config.joint - 1}.text.modulation"
+    turned = {"patch_in", "patch_out", "modulation_out", *([] if network.config.single else [last])}
+    itself = {name: name for name in layers if name not in turned}
+    for theirs, name in names.to_published(itself, layout.table).items():
+        dotted = [prefix + theirs for prefix in ("transformer.", "base_model.model.", "")]
+        flat = f"lora_transformer_{theirs.replace('.', '_')}"
+        yield Place(f"unet.{name}", layers[name], dotted, [flat])
+
+
+def _parts(model: LatentDiffusion) -> dict[str, UNet | MMDiT | CLIPText]:
     """The networks that files have names for, by ours."""
     text = {f"text.{name}".rstrip("."): each for name, each in model.text.named_modules()}
     parts = {"unet": model.unet} | text
-    return {name: parts[name] for name in DOTTED if isinstance(parts.get(name), UNet | CLIPText)}
+    ours = UNet | MMDiT | CLIPText
+    return {name: parts[name] for name in DOTTED if isinstance(parts.get(name), ours)}
 
 
 def _compvis(config: UNetConfig, itself: dict[str, str]) -> dict[str, str]:
@@ -242,7 +260,7 @@ def _add_alphas(file: Path, content: dict[str, Tensors]) -> None:
 def _alpha(config: dict, name: str, A: Tensor) -> float | None:
     """A layer's alpha in PEFT's configuration, whose keys may stand behind the part's name."""
     part, layer = "", name
-    if name.startswith(("unet.", "text_encoder.", "text_encoder_2.")):
+    if name.startswith(("unet.", "transformer.", "text_encoder.", "text_encoder_2.")):
         part, layer = name.split(".", 1)
     prefix = f"{part}."
     config = config | {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}

@@ -249,6 +249,8 @@ def _twin(part: nn.Module) -> nn.Module:
         for name, p in module.named_parameters(recurse=False):
             # module.to() does not work on fake tensors
             setattr(module, name, nn.Parameter(p.to(dtype), requires_grad=False))
+    if (t5 := getattr(part, "t5", None)) is not None:
+        twin.t5.vocabulary = t5.vocabulary
     return twin
 
 

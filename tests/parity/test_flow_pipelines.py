@@ -13,8 +13,10 @@ import torch
 import minidiff
 from minidiff import mmdit, pipeline
 from minidiff.checkpoints import files, flow_models, names_flow, write
+from minidiff.checkpoints import lora as lora_files
 from minidiff.checkpoints.inspect import inspect
 from minidiff.errors import UserError
+from minidiff.methods import lora
 from minidiff.methods.editing import Edit
 from minidiff.options.sampling import SampleConfig, Size
 from minidiff.t5 import FluxText, SD3Text
@@ -131,6 +133,24 @@ def test_pictures_and_edits_of_prompts(published):
             pipeline.generate(model, [PROMPT], replace(config, negative="a dog"))
     with pytest.raises(UserError, match="size 40 is not divisible by 16"):
         pipeline.generate(model, [PROMPT], SampleConfig(steps=1, size=Size(40, 40)))
+
+
+@pytest.mark.parametrize("kind", ["sd3", "dev"])
+def test_a_lora_is_diffusers(tmp_path, kind):
+    found, folder = saved(kind, tmp_path)
+    model, file = minidiff.load(folder), tmp_path / "lora.safetensors"
+    before = ours(model, 1.0, 2)
+    lora.add(model.unet, rank=2, alpha=4)
+    for layer in lora.adapted(model.unet).values():
+        torch.nn.init.normal_(layer.lora.B, std=0.3)
+    changed = ours(model, 1.0, 2)
+    lora_files.save(model, file)
+    again = minidiff.load(folder)
+    lora_files.load(again, file)
+    found.load_lora_weights(str(tmp_path), weight_name=file.name)
+    assert (changed - before).abs().max() > 0.01
+    assert (ours(again, 1.0, 2) - changed).abs().max() < 1e-5
+    assert (theirs(found, 1.0, 2) - changed).abs().max() < 1e-4
 
 
 # Traps: each loads without complaint, and draws something else.
