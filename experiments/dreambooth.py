@@ -1,8 +1,9 @@
 """DreamBooth in the box: a large red ring, which the model has never drawn, taught from five pictures; what is gained and what is lost.
 
     python experiments/dreambooth.py --out out/dreambooth
+    python experiments/dreambooth.py --subject dreambooth/dog6 --out out/dog6   # a dog, in photographs
 
-Five ways from the same pictures: all weights with prior preservation, without it, a LoRA with it, that LoRA again from what was right of its
+With --subject the model of photographs learns that instead (dreambooth_photos.py). Else, five ways from the same pictures: all weights with prior preservation, without it, a LoRA with it, that LoRA again from what was right of its
 own drawings ([3]), and textual inversion. The critic counts rings in 100 new contexts, and judges captions that have nothing to do with them. Writes
 subject/, second/, an OUT for each way, dreambooth.png and results.json. The recipes are in minidiff/finetuning/dreambooth.py.
 
@@ -18,8 +19,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import dreambooth_photos
 import torch
 from jaxtyping import Float
+from photo_tuning import Chosen, precision
 from torch import Tensor
 
 from minidiff import load, pipeline
@@ -236,8 +239,15 @@ def main(
     drawings: int = 160,
     threads: int = 2,
     seed: int = 0,
+    subject: Path | None = None,
+    thing: str | None = None,
+    ways: tuple[str, ...] = dreambooth_photos.WAYS,
+    photos: Path | None = None,
+    dtype: Chosen = "auto",
+    resume: bool = False,
 ) -> None:
-    """Teach the box a ring in five ways, and measure each.
+    """Teach the box a ring in five ways, or the model of photographs a subject in four, and measure
+    each.
 
     Args:
         out: folder for everything written.
@@ -248,8 +258,21 @@ def main(
         drawings: what the LoRA draws for its second round.
         threads: cores to compute on.
         seed: everything random follows from it.
+        subject: a folder with 3 to 6 photographs of a subject, as dog6; the options from here on are for it alone.
+        thing: what it is, in words that the model knows, as in Chihuahua; folders called dog6, cat2 and berry_bowl need none.
+        ways: which of full, "without prior", LoRA, inversion.
+        photos: shards with labels, whose held-out pictures the subject is compared with; left out, the model's own of its class.
+        dtype: precision to compute in; auto: bf16 where the processor has it.
+        resume: go on where an interrupted run stopped.
     """
     torch.set_num_threads(threads)
+    if subject is not None:
+        options = dreambooth_photos.Options(
+            steps=steps or dreambooth_photos.STEPS, dtype=precision(dtype), seed=seed, resume=resume
+        )
+        counts = dict(class_pictures=class_pictures or 200)
+        dreambooth_photos.main(subject, out, options, thing, ways, photos, **counts)
+        return
     world, subject = World(SIZE, SHAPES, COLOURS), subject_folder(out / "subject", seed)
     captions = [
         caption

@@ -1,326 +1,369 @@
-"""A hundred photographs: the model in the box, which has seen circles, squares and triangles, learns COCO's pictures at 64x64, on a CPU.
+"""A hundred photographs: the model of photographs in the box learns COCO's pictures, on a CPU.
 
-    minidiff data coco --annotations captions_val2017.json --images DIR --out coco100
+    minidiff data coco --annotations captions_val2017.json --images DIR --size 111 --out coco100
     python experiments/finetune_coco100.py --data coco100
 
-Two acts. The VAE of flat shapes learns photographs; then the U-Net and the text tower learn to draw them, with the flight recorder on. A tenth of
-the pictures is held out: their loss says when learning turns into memorising, which a hundred pictures cannot avoid. Writes before_after.png,
-losses.png, memorised.png, results.json, and finetune/ with the model (for `minidiff generate --model`) and report.html. Ctrl-C saves; --resume
-goes on, bit for bit.
+Twice from the same weights: all of the U-Net and the text encoder; and a LoRA. A tenth of the
+pictures is held out, and of every other picture one caption, which tells memory of a sentence from
+memory of a picture. Copies with other colours and other words (recolour.py) say what a colour's
+word means, and captions with words left out what the others mean. Writes asked.png, training.png, held_out.png, losses.png, results.json, and full/ and
+lora/ with what was trained (for `minidiff generate --model` and `--lora`) and report.html of the
+flight recorder. Ctrl-C saves; --resume goes on, bit for bit.
 
-[1] Yoon, Choi, Kwon, Ryu. Diffusion Probabilistic Models Generalize when They Fail to Memorize. 2023. ICML workshop SPIGM
+[1] Yoon, Choi, Kwon, Ryu. Diffusion Probabilistic Models Generalize when They Fail to Memorize.
+    2023. ICML workshop SPIGM
 """
 
 import json
-from collections.abc import Callable, Iterator
-from functools import partial
-from itertools import count
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.figure
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from photo_tuning import (
+    Chosen,
+    Images,
+    computing,
+    drawn,
+    nearest,
+    precision,
+    share_own,
+    sheet,
+    squeezed,
+    tell,
+)
+from recolour import copies, fewer_words
 
 import minidiff
-from minidiff import pipeline
 from minidiff.cli.script import run
-from minidiff.data.folder import CaptionedFolder, load_all, to_model
+from minidiff.data.folder import CaptionedFolder
 from minidiff.data.latents import Example
 from minidiff.errors import UserError
-from minidiff.evaluation import metrics
-from minidiff.evaluation.features import pixels
-from minidiff.figures import curves, plots
+from minidiff.evaluation import features, metrics
+from minidiff.figures import curves
 from minidiff.finetuning.groups import Group, split
 from minidiff.finetuning.loop import finetune
 from minidiff.finetuning.recorder.recorder import Recorder
-from minidiff.options.finetuning import FineTuneConfig, RecorderConfig
-from minidiff.options.sampling import SampleConfig, check_size
-from minidiff.train import Loss, TrainConfig, train
-from minidiff.training.device import pick_device
-from minidiff.training.progress import follow, last_loss, peak_memory_gb, write_results
+from minidiff.latent_diffusion import LatentDiffusion
+from minidiff.options.finetuning import FineTuneConfig, LoRAConfig, Precision, RecorderConfig
+from minidiff.text import token_ids
+from minidiff.training.device import device_name, pick_device
+from minidiff.training.progress import last_loss, peak_memory_gb, write_results
 from minidiff.training.resume import read_log
-from minidiff.training.seeds import generator_of
-from minidiff.vae import VAE
 
 PROMPTS = (
     "A large white bowl of many green apples.",
     "Apples in a blue bowl sitting on a brown counter.",
 )
-UNRELATED = "a small blue circle above a large red square"
+UNRELATED = "a photo of a school bus"
+EACH = 4  # samples of each prompt
+TEN = 10  # captions of each kind in a figure
+UNSEEN = 40  # captions that were not learnt
+OFTEN = 3  # a picture is learnt so many times as often as one of its copies
+NETWORKS = ("pixels-8x8", "photos-resnet")  # in which the nearest picture is looked for
+WAYS = ("full", "lora")
 
 
-def windows(
-    images: Float[Tensor, "N 3 S S"], batch: int, seed: int, start: int
-) -> Iterator[Float[Tensor, "B 3 s s"]]:
-    """Batches start, start + 1, ... of windows of half the side, mirrored every other time: a network of convolutions learns from them as from
-    whole pictures, and a hundred pictures have thousands of them."""
-    side = images.shape[-1] // 2
-    for k in count(start):
-        generator = generator_of(seed, -1 - k)
-        chosen = images[torch.randint(len(images), (batch,), generator=generator)]
-        top, left, mirrored = torch.randint(side + 1, (3,), generator=generator).tolist()
-        window = chosen[:, :, top : top + side, left : left + side]
-        yield (window.flip(3) if mirrored % 2 else window).contiguous(
-            memory_format=torch.channels_last
-        )
+class Pictures(NamedTuple):
+    """The hundred, and what is asked of each."""
+
+    images: Images
+    captions: list[list[str]]  # of each picture, those that are learnt
+    unseen: dict[int, str]  # by picture, a caption that is not learnt
+    trained: list[int]
+    held_out: list[int]
+
+
+def pictures(data: Path, column: str, size: int, room: int, share: float, seed: int) -> Pictures:
+    """Those of a captioned folder. room: captions of more tokens are left out, where a picture has
+    shorter ones. A picture that a prompt was made of is not held out."""
+    folder = CaptionedFolder(data, size, column, several=True)
+    images = torch.stack([squeezed(path, size) for path in folder.paths])
+    captions = []
+    for own in folder.alternatives:
+        short = [text for text in own if len(token_ids(text)) <= room]
+        captions.append(sorted(short or [own[0]], key=lambda text: text not in PROMPTS))
+    free = [k for k, own in enumerate(captions) if not set(own) & set(PROMPTS)]
+    _, held = split(free, share, seed)
+    held_out = [free[k] for k in held]
+    if not held_out:
+        few = f"none of {len(captions)} pictures is held out"
+        raise UserError(f"{data}: {few} at --validation {share:g}; take a larger share.")
+    trained = [k for k in range(len(captions)) if k not in set(held_out)]
+    unseen = {k: captions[k].pop() for k in trained if len(captions[k]) > 1}
+    return Pictures(images, captions, unseen, trained, held_out)
 
 
 @torch.no_grad()
-def psnr(vae: VAE, images: Float[Tensor, "N 3 S S"]) -> float:
-    """Peak signal-to-noise ratio in dB of pictures through the VAE, mean over pictures."""
-    rebuilt = torch.cat(
-        [
-            vae.decode(vae.encode(part.to(vae.latent_scale.device))).clamp(-1, 1).cpu()
-            for part in images.split(16)
-        ]
+def examples(model: LatentDiffusion, images: Images, captions: list[list[str]]) -> list[Example]:
+    """Latents with their captions."""
+    latents = torch.cat(
+        [model.vae.encode(some.to(model.device)).cpu() for some in images.split(16)]
     )
-    return round(
-        (-10 * ((rebuilt - images) / 2).pow(2).flatten(1).mean(1).log10()).mean().item(), 2
+    pairs = zip(latents, captions, strict=True)
+    return [Example(z, own[0], tuple(own[1:])) for z, own in pairs]
+
+
+@torch.no_grad()
+def psnr(model: LatentDiffusion, images: Images) -> float:
+    """Decibels of pictures through the VAE and back: no sample can be better."""
+    again = torch.cat(
+        [model.decode(model.vae.encode(x.to(model.device))) for x in images.split(16)]
     )
+    errors = (again.clamp(-1, 1).cpu() - images).square().flatten(1).mean(1)
+    return round((-10 * (errors / 4).log10()).mean().item(), 2)
 
 
-def adapt_vae(
-    vae: VAE,
-    images: Float[Tensor, "N 3 S S"],
-    folder: Path,
-    steps: int,
-    batch: int,
-    lr: float,
-    seed: int,
-    resume: bool,
-) -> None:
-    """Act one: to photographs and back. The scale follows, so that latents are of unit variance again."""
-    place, vae = vae.latent_scale.device, vae.float().requires_grad_(True)
+@dataclass(frozen=True)
+class Options:
+    """What both ways are told."""
 
-    def loss(pictures: Float[Tensor, "B 3 s s"]) -> Loss:
-        return {"loss": vae.loss(pictures.to(place))}
+    batch: int
+    every: int
+    sampling_steps: int
+    dtype: Precision
+    seed: int
+    resume: bool
 
-    config = TrainConfig(steps, lr, seed=seed)
-    follow(
-        train(
-            loss, vae, partial(windows, images, batch, seed), config, folder=folder, resume=resume
-        ),
-        "1/2 VAE",
-        steps,
-        batch,
+
+def taught(
+    way: str,
+    model: LatentDiffusion,
+    groups: list[Group],
+    of: Pictures,
+    out: Path,
+    config: FineTuneConfig,
+    options: Options,
+) -> Recorder:
+    """Fine-tune the model in place, with the flight recorder on."""
+    validation = examples(model, of.images[of.held_out], [of.captions[k] for k in of.held_out])
+    prompts = {"caption": of.captions[of.trained[0]][0], "apples": PROMPTS[0]}
+    prompts |= {"held out": of.captions[of.held_out[0]][0], "unrelated": UNRELATED}
+    recorder = Recorder(
+        model,
+        out / way,
+        prompts,
+        of.images[of.trained],
+        validation,
+        groups[0].examples,
+        RecorderConfig(every=options.every, steps=options.sampling_steps, seed=options.seed),
     )
-    vae.requires_grad_(False).eval()
-    vae.measure_scale(images[:256].to(place))
+    finetune(model, groups, out / way, config, recorder, options.resume)
+    return recorder
 
 
-def losses(records: list[dict], path: Path) -> Path:
-    """Train and validation loss at the same fixed t and noise, from the flight recorder, by the step; and by the tenth of t at both ends."""
-    with curves.style():
-        sheet = matplotlib.figure.Figure((7.5, 2.8), layout="constrained")
-        by_step, by_tenth = sheet.subplots(1, 2)
-        for name, colour in (("train", curves.COLOURS[0]), ("validation", curves.COLOURS[1])):
-            mean = [sum(record[name]) / len(record[name]) for record in records]
-            by_step.plot(
-                [record["step"] for record in records], mean, ".-", color=colour, label=name
-            )
-            for record, style in ((records[0], ":"), (records[-1], "-")):
-                by_tenth.plot(
-                    [0.05 + k / 10 for k in range(10)],
-                    record[name],
-                    style,
-                    color=colour,
-                    label=f"{name}, step {record['step']}",
-                )
-        by_step.set(
-            xlabel="step",
-            ylabel="squared error of x0",
-            title="at fixed t and noise",
-            ylim=(0, None),
-        )
-        by_tenth.set(xlabel="t / T", title="by noise level", ylim=(0, None))
-        for axis in (by_step, by_tenth):
-            axis.legend()
-        return curves.save(sheet, path)
+class Samples(NamedTuple):
+    """What a model draws, all from the same noise."""
+
+    asked: Images  # EACH of each prompt
+    trained: Images  # of the first caption of each training picture
+    held_out: Images
+    unseen: Images | None  # of the caption that was not learnt
 
 
-def memorised(
-    draw: Callable[[list[str]], Float[Tensor, "B 3 S S"]],
-    captions: dict[str, list[str]],
-    images: Float[Tensor, "N 3 S S"],
-    path: Path,
-) -> dict[str, float]:
-    """How many drawings of each kind of caption are copies of training pictures, by the ratio test of metrics.memorised ([1]); and a figure,
-    drawings above the training pictures nearest to them."""
-    known, figures, rows = pixels(images), {}, {}
-    for kind, some in captions.items():
-        drawn = draw(some)
-        distance, which = metrics.nearest(pixels(drawn), known)
-        figures[f"copies_{kind}"] = round(metrics.memorised(pixels(drawn), known).mean().item(), 3)
-        figures[f"nearest_{kind}"] = round(
-            (distance[:, 0] / metrics.radii(known, 1).median()).mean().item(), 3
-        )
-        rows |= {
-            f"{kind} captions": drawn[:8],
-            "nearest in training" + " " * len(rows): images[which[:8, 0]],
-        }
-    plots.strip(rows, [""] * min(8, *map(len, captions.values())), path)
+def samples(model: LatentDiffusion, of: Pictures, options: Options, all_of_them: bool) -> Samples:
+    """all_of_them: of every caption. Else: of those in the figures."""
+    asked = [prompt for prompt in PROMPTS for _ in range(EACH)]
+    count, few = (None, UNSEEN) if all_of_them else (TEN, 0)
+    learnt, new = ([of.captions[k][0] for k in rows[:count]] for rows in (of.trained, of.held_out))
+    unseen = list(of.unseen.values())[:few]
+    how = (options.dtype, options.sampling_steps, options.seed)
+    images = drawn(model, [*asked, *learnt, *new, *unseen], *how)
+    parts = images.split([len(asked), len(learnt), len(new), len(unseen)])
+    return Samples(*parts[:3], parts[3] if unseen else None)
+
+
+def measured(of: Pictures, drawings: Samples) -> dict[str, float]:
+    """The share of samples that are nearest to their own picture: of captions that were learnt, of
+    other words for the same pictures, and of pictures never seen. The first two among the training
+    pictures, the last among the held-out ones. And the share of copies of a training picture, by
+    the ratio test of [1], by kind of caption."""
+    place = {k: row for row, k in enumerate(of.trained)}
+    known, others = of.images[of.trained], of.images[of.held_out]
+    figures = {}
+    for network in NETWORKS:
+        rows = list(range(len(of.trained)))
+        figures[f"own_training_{network}"] = share_own(drawings.trained, rows, known, network)
+        if drawings.unseen is not None:
+            rows = [place[k] for k in of.unseen][: len(drawings.unseen)]
+            share = share_own(drawings.unseen, rows, known, network)
+            figures[f"own_other_words_{network}"] = share
+        rows = list(range(len(of.held_out)))
+        figures[f"own_held_out_{network}"] = share_own(drawings.held_out, rows, others, network)
+    for kind in ("trained", "held_out", "asked"):
+        fake = features.pixels(getattr(drawings, kind))
+        copied = metrics.memorised(fake, features.pixels(known))
+        figures[f"copies_{kind}"] = round(copied.mean().item(), 3)
     return figures
 
 
-OUTPUTS = ("before_after.png", "losses.png", "memorised.png")  # beside results.json
+def sheets(of: Pictures, drawings: dict[str, Samples], out: Path) -> None:
+    """asked.png, training.png and held_out.png: before, and after each way, with the training
+    picture nearest to it below. A green frame: it is the picture's own."""
+    known = of.images[of.trained]
+    columns = {
+        "asked": (None, [p for p in PROMPTS for _ in range(EACH)]),
+        "trained": (of.images[of.trained], [of.captions[k][0] for k in of.trained]),
+        "held_out": (of.images[of.held_out], [of.captions[k][0] for k in of.held_out]),
+    }
+    names = {"asked": "asked.png", "trained": "training.png", "held_out": "held_out.png"}
+    for kind, (own, captions) in columns.items():
+        shown = len(captions) if own is None else min(TEN, len(captions))
+        first = "its picture" if kind == "trained" else "its picture, never seen"
+        rows, marks = {} if own is None else {first: own[:shown]}, {}
+        for way, every in drawings.items():
+            images = getattr(every, kind)[:shown]
+            rows[way] = images
+            if way != "before":
+                which = nearest(images, known)
+                rows[f"nearest to {way}"] = known[which]
+                if kind == "trained":
+                    marks[f"nearest to {way}"] = [a == b for b, a in enumerate(which)]
+        print(sheet(rows, captions[:shown], out / names[kind], marks))
+
+
+def losses(records: dict[str, list[dict]], path: Path) -> Path:
+    """Error of training and of held-out pictures at the same fixed t and noise, from the flight
+    recorders."""
+    with curves.style():
+        figure = matplotlib.figure.Figure((6.4, 2.4), layout="constrained")
+        for axis, (way, lines) in zip(
+            figure.subplots(1, 2, sharey=True), records.items(), strict=True
+        ):
+            for name, label in (("train", "training"), ("validation", "held out")):
+                means = [sum(line[name]) / len(line[name]) for line in lines]
+                axis.plot([line["step"] for line in lines], means, ".-", label=label)
+            axis.set(xlabel="step", title=way, ylim=(0, None))
+            axis.legend()
+        figure.axes[0].set_ylabel("squared error of x0")
+        return curves.save(figure, path)
+
+
+def ends(lines: list[dict]) -> dict[str, float]:
+    """Both errors before and after, and where that of the held-out pictures was least."""
+    means = [{name: sum(line[name]) / 10 for name in ("train", "validation")} for line in lines]
+    best = min(range(len(lines)), key=lambda k: means[k]["validation"])
+    figures = {
+        f"{name}_{when}": round(means[k][name], 4)
+        for name in ("train", "validation")
+        for when, k in (("first", 0), ("last", -1))
+    }
+    return figures | {"best_validation_step": lines[best]["step"]}
+
+
+OUTPUTS = ("asked.png", "training.png", "held_out.png", "losses.png")  # beside results.json
 
 
 def main(
     data: Path,
     out: Path = Path("out/finetune_coco100"),
-    model: str = "box",
-    size: int = 64,
-    caption_column: str = "text",
-    vae_steps: int = 1500,
-    vae_batch: int = 16,
-    vae_lr: float = 1e-3,
-    steps: int = 2500,
-    batch: int = 16,
-    lr: float = 1.5e-3,
+    model: str = "photos",
+    caption_column: str = "captions",
+    steps: int = 800,
+    lora_steps: int = 400,
+    batch: int = 32,
+    lr: float = 2.5e-3,
+    lora_lr: float = 6e-3,
+    rank: int = 32,
+    copies_of_each: int = 6,
+    fewer: int = 3,
     validation: float = 0.1,
-    every: int = 500,
+    every: int = 200,
     sampling_steps: int = 25,
+    dtype: Chosen = "auto",
     device: str = "auto",
+    threads: int = 2,
     seed: int = 0,
     resume: bool = False,
 ) -> None:
-    """Fine-tune the model in the box on a captioned folder of photographs, and show what it learnt, and what it copied.
+    """Fine-tune the model of photographs on a captioned folder, and show what it learnt, and what
+    it copied.
 
     Args:
         data: the captioned folder.
         out: folder for everything written.
-        model: what to begin with; its VAE is trained too, so it should be a small one.
-        size: side of the pictures in pixels.
-        caption_column: the column of metadata.jsonl that holds the caption.
-        vae_steps: training steps of the VAE.
-        vae_batch: its windows a step.
-        vae_lr: its peak learning rate.
-        steps: training steps of the U-Net and the text tower.
-        batch: their pictures a step.
-        lr: their peak learning rate.
+        model: what to begin with.
+        caption_column: the column of metadata.jsonl that holds the caption, or a list of several.
+        steps: training steps of all weights.
+        lora_steps: training steps of the LoRA.
+        batch: pictures a step.
+        lr: peak learning rate of all weights.
+        lora_lr: peak learning rate of the LoRA.
+        rank: of the LoRA.
+        copies_of_each: at most so many recoloured copies of a picture whose captions name a colour.
+        fewer: captions of each picture with half of the words left out.
         validation: the share of the pictures to hold out.
         every: steps between two measurements.
-        sampling_steps: steps from noise to picture, with the model's own sampler.
+        sampling_steps: steps from noise to picture.
+        dtype: precision to compute in; auto: bf16 where the processor has it.
         device: auto, cpu, cuda or mps.
+        threads: cores to compute on.
         seed: everything random follows from it.
         resume: go on where an interrupted run stopped.
     """
-    if (out / "vae").exists() and not resume:
-        raise UserError(
-            f"{out} holds a run already; pass --resume to go on with it, or another --out."
-        )
-    base = minidiff.load(model, pick_device(device)).to(memory_format=torch.channels_last)
-    check_size(size, base.vae.factor * base.unet.multiple)
-    folder = CaptionedFolder(data, size, caption_column)
-    pictures, captions = load_all(folder, size)
-    images, (kept, held) = to_model(pictures), split(folder.paths, validation, seed)
-    if not held:
-        raise UserError(
-            f"{data}: none of {len(captions)} pictures is held out at --validation {validation:g}; take a larger share."
-        )
-    base.size = size
-
-    def drawn(wanted: list[str]) -> Float[Tensor, "B 3 S S"]:
-        return pipeline.generate(base, wanted, SampleConfig(sampling_steps, seed=seed)).cpu()
-
-    # What it draws before: what it makes of words it does not know.
-    shown = [*PROMPTS, *(captions[i] for i in kept[:4]), *(captions[i] for i in held[:2])]
-    before, figures = drawn(shown), {"psnr_before": psnr(base.vae, images[held])}
-
-    adapt_vae(base.vae, images[kept], out / "vae", vae_steps, vae_batch, vae_lr, seed, resume)
-    figures |= {
-        "psnr_train": psnr(base.vae, images[kept]),
-        "psnr_validation": psnr(base.vae, images[held]),
+    if any((out / way).exists() for way in WAYS) and not resume:
+        held = f"{out} holds a run already"
+        raise UserError(f"{held}; pass --resume to go on with it, or another --out.")
+    torch.set_num_threads(threads)
+    device, numbers = pick_device(device), precision(dtype)
+    options = Options(batch, every, sampling_steps, numbers, seed, resume)
+    base = minidiff.load(model, device)
+    room = getattr(base.text, "context_length", 77) - 2
+    of = pictures(data, caption_column, base.size, room, validation, seed)
+    learnt = [fewer_words(of.captions[k], fewer, k) for k in of.trained]
+    own = examples(base, of.images[of.trained], learnt)
+    made = [c for k in of.trained for c in copies(of.images[k], of.captions[k], copies_of_each, k)]
+    if made:
+        images = torch.stack([image for image, _ in made])
+        captions = [fewer_words(own, fewer, k) for k, (_, own) in enumerate(made)]
+        own = own * OFTEN + examples(base, images, captions)
+    groups = [Group("pictures", own)]
+    common = dict(
+        batch=batch, optimizer="muon", text=True, ema=0.99, dtype=numbers, every=every, seed=seed
+    )
+    configs = {
+        "full": FineTuneConfig(steps=steps, lr=lr, warmup=steps // 20, **common),
+        "lora": FineTuneConfig(
+            method="lora",
+            steps=lora_steps,
+            lr=lora_lr,
+            warmup=lora_steps // 20,
+            lora=LoRAConfig(rank),
+            **common,
+        ),
     }
-
-    # Act two: what fine-tunes is the library's.
-    with torch.no_grad():
-        latents = torch.cat(
-            [base.vae.encode(part.to(base.device)).cpu() for part in images.split(16)]
-        )
-    examples = [Example(z, caption) for z, caption in zip(latents, captions, strict=True)]
-    prompts = {
-        "caption": shown[2],
-        "apples": PROMPTS[0],
-        "held out": captions[held[0]],
-        "unrelated": UNRELATED,
+    figures = {
+        "pictures": len(of.trained),
+        "held_out": len(of.held_out),
+        "other_words": len(of.unseen),
+        "recoloured": len(made),
+        "psnr": psnr(base, of.images[of.held_out]),
     }
-    training, validating = [examples[i] for i in kept], [examples[i] for i in held]
-    measured = Recorder(
-        base,
-        out / "finetune",
-        prompts,
-        images[kept],
-        validating,
-        training,
-        RecorderConfig(every=every, steps=sampling_steps, seed=seed),
-    )
-    config = FineTuneConfig(
-        steps=steps,
-        lr=lr,
-        batch=batch,
-        warmup=min(100, steps // 10),
-        text=True,
-        ema=0.995,
-        every=every,
-        seed=seed,
-    )
-    groups = [Group("pictures", training)]
-    base = finetune(base, groups, out / "finetune", config, measured, resume)
+    print(", ".join(f"{name} {value:g}" for name, value in figures.items()), flush=True)
 
-    # Before and after, under the same seeds; then the losses, and what is copied.
-    after, names = (
-        drawn(shown),
-        [
-            *PROMPTS,
-            *(f"trained on: {captions[i]}" for i in kept[:4]),
-            *(f"held out: {captions[i]}" for i in held[:2]),
-        ],
-    )
-    pairs = torch.stack([before, after], 1).flatten(0, 1)
-    print(
-        plots.grid(
-            pairs,
-            [f"{when}. {name}" for name in names for when in ("before", "after")],
-            out / "before_after.png",
-            columns=4,
-        )
-    )
-    records = [
-        json.loads(line)
-        for line in (out / "finetune" / "record.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    with computing(device, numbers):
+        for way, config in configs.items():
+            tell(way, base, groups, config)
+        drawings, ways = {"before": samples(base, of, options, False)}, {}
+        records = {}
+        for way, config in configs.items():
+            start, tuned = time.perf_counter(), minidiff.load(model, device)
+            recorder = taught(way, tuned, groups, of, out, config, options)
+            seconds = round(time.perf_counter() - start)
+            drawings[way] = samples(tuned, of, options, True)
+            lines = (out / way / "record.jsonl").read_text(encoding="utf-8").splitlines()
+            records[way] = [json.loads(line) for line in lines]
+            ways[way] = measured(of, drawings[way]) | ends(records[way])
+            ways[way] |= {"seconds": seconds, "loss": last_loss(read_log(out / way / "training"))}
+            ways[way] |= {"steps": config.steps, "lr": config.lr, "advice": recorder.advice()}
+            print(way, ways[way], sep=": ", flush=True)
+    sheets(of, drawings, out)
     print(losses(records, out / "losses.png"))
-    kinds = {"training": [captions[i] for i in kept[:32]], "held-out": [captions[i] for i in held]}
-    figures |= memorised(drawn, kinds, images[kept], out / "memorised.png")
-    print(out / "memorised.png")
-    log = read_log(out / "finetune" / "training")
-    ends = {
-        f"{name}_{when}": round(sum(records[k][name]) / 10, 4)
-        for name in ("train", "validation")
-        for when, k in (("first", 0), ("last", -1))
-    }
-    best = min(records, key=lambda record: sum(record["validation"]))["step"]
-    said = dict(
-        best_validation_step=best,
-        loss=last_loss(log),
-        advice=measured.advice(),
-        memory_gb=peak_memory_gb(),
-    )
-    made = dict(
-        pictures=len(kept),
-        held_out=len(held),
-        size=size,
-        vae_steps=vae_steps,
-        steps=steps,
-        batch=batch,
-        lr=lr,
-        seed=seed,
-    )
-    print(write_results(out, **made, **figures, **ends, **said))
-    print(", ".join(f"{name} {value:g}" for name, value in (figures | ends).items()))
-    print(said["advice"])
+    settings = dict(batch=batch, rank=rank, dtype=numbers, device=device_name(device), seed=seed)
+    settings |= dict(sampling_steps=sampling_steps, memory_gb=peak_memory_gb())
+    print(write_results(out, **figures, **settings, ways=ways))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from minidiff.ddpm import DDPM
 from minidiff.denoiser import Denoiser
 from minidiff.errors import Terminated, UserError
 from minidiff.evaluation import features, sweep
+from minidiff.finetuning import loop
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.sampling import SampleConfig
 from minidiff.recipes import quickstart
@@ -51,6 +52,7 @@ with install_import_hook(
     import controlnet
     import distill
     import dreambooth
+    import dreambooth_photos
     import finetune_coco100
     import forward_chain
     import gpu
@@ -64,8 +66,10 @@ with install_import_hook(
     import photo_latents
     import photo_parts
     import photo_report
+    import photo_tuning
     import pretrain_box
     import pretrain_photos
+    import recolour
     import sampler_order
     import scaling
     import sd_generate
@@ -478,48 +482,91 @@ def test_text_to_image_refuses_a_size_before_it_trains(captioned, tmp_path):
 
 @pytest.mark.slow
 def test_finetune_coco100(captioned, tmp_path, monkeypatch):
-    settings = dict(
-        data=captioned,
-        size=32,
-        caption_column="caption",
-        vae_steps=2,
-        vae_batch=2,
-        steps=2,
-        batch=2,
-        validation=0.5,
-        every=1,
-    )
-    settings |= dict(sampling_steps=2)
+    settings = dict(data=captioned, caption_column="caption", validation=0.5, every=1, rank=2)
+    settings |= dict(steps=2, lora_steps=2, batch=2, sampling_steps=2, dtype="fp32", threads=1)
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     finetune_coco100.main(**settings, out=whole)
-    pictures = (
-        "before_after.png",
-        "losses.png",
-        "memorised.png",
-        "finetune/report.html",
-        "finetune/model/model.json",
-    )
-    results = written(whole, *pictures)
-    assert {
-        "psnr_before",
-        "psnr_validation",
-        "validation_first",
-        "validation_last",
-        "copies_training",
-        "advice",
-        "seed",
-    } <= results.keys()
-    assert results["pictures"] == results["held_out"] == 2
+    trained = ("full/report.html", "full/model/model.json", "lora/lora.safetensors")
+    results = written(whole, *finetune_coco100.OUTPUTS, *trained)
+    assert list(results["ways"]) == list(finetune_coco100.WAYS)
+    full = results["ways"]["full"]
+    assert {"own_training_pixels-8x8", "own_held_out_photos-resnet", "copies_asked"} <= full.keys()
+    assert {"validation_first", "validation_last", "advice", "seconds"} <= full.keys()
+    assert results["pictures"] == results["held_out"] == 2 and results["recoloured"] == 0
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(finetune_coco100, "follow", stop_at(1))
+        patch.setattr(finetune_coco100, "finetune", stopped)
         finetune_coco100.main(**settings, out=halves)
     with pytest.raises(UserError, match="--resume"):
         finetune_coco100.main(**settings, out=halves)
     finetune_coco100.main(**settings, out=halves, resume=True)
-    same(whole, halves, "finetune/model")
+    same(whole, halves, "full/model")
+    ours, theirs = (load_file(out / "lora" / "lora.safetensors") for out in (whole, halves))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     with pytest.raises(UserError, match="held out"):
         finetune_coco100.main(**settings | {"validation": 0.1}, out=tmp_path / "none")
+
+
+def stopped(*arguments):
+    """Fine-tuning in which Ctrl-C comes after the first step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "tqdm", Interrupting)
+        return loop.finetune(*arguments)
+
+
+class Interrupting(loop.tqdm):
+    def update(self, n=1):
+        signal.raise_signal(signal.SIGINT)
+        return super().update(n)
+
+
+def test_pictures_that_a_prompt_was_made_of_are_learnt_and_a_caption_is_kept_back(tmp_path):
+    rows = [{"file_name": f"{k}.png", "captions": ["a cat", "the cat"]} for k in range(4)]
+    rows[2]["captions"] = ["a bowl", "very " * 40 + "green", finetune_coco100.PROMPTS[0]]
+    for k in range(4):
+        picture(tmp_path / f"{k}.png", seed=k)
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for seed in range(4):
+        of = finetune_coco100.pictures(tmp_path, "captions", 32, 30, 0.7, seed)
+        assert len(of.held_out) == 2 and 2 in of.trained and set(of.unseen) == set(of.trained)
+        assert of.captions[2] == [finetune_coco100.PROMPTS[0]] and of.unseen[2] == "a bowl"
+
+
+def test_a_picture_is_squeezed_not_cut(tmp_path):
+    pixels = torch.zeros(3, 40, 60, dtype=torch.uint8)
+    pixels[:, :, :6] = 255  # a stripe that cutting out the square would lose
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "wide.png")
+    square = photo_tuning.squeezed(tmp_path / "wide.png", 16)
+    assert square.shape == (3, 16, 16) and square[:, :, 0].min() > 0.8
+
+
+def test_a_copy_has_another_colour_and_another_word():
+    image = torch.full((3, 32, 32), -0.9)
+    image[:, 8:16, 8:24] = torch.tensor([0.6, -0.6, -0.6])[:, None, None]  # red
+    captions = ["a red box", "a box", "a box, red and red"]
+    made = list(recolour.copies(image, captions, 3, 0))
+    assert len(made) == 3 and len({texts[0] for _, texts in made}) == 3
+    for copy, texts in made:
+        (text,) = texts
+        colour = text.split()[1]
+        assert colour in recolour.PAINTS and colour != "red"
+        hsv = recolour.hsv_of(recolour.to_uint8(copy))
+        where = torch.from_numpy(recolour.named_by(colour, hsv))
+        assert where[8:16, 8:24].all() and where.sum() == 8 * 16
+        assert torch.allclose(copy[:, :8], image[:, :8], atol=0.01)  # the rest stays
+    assert not list(recolour.copies(image, ["a blue box", "a box"], 3, 0))  # nothing there is blue
+
+
+def test_captions_with_words_left_out_have_no_others():
+    captions = ["a white bowl of green apples.", "a cat"]
+    every = recolour.fewer_words(captions, 40, 0)
+    assert every[:2] == captions and len(set(every)) > 10
+    assert all(
+        set(text.split()) <= set("a white bowl of green apples cat".split()) for text in every[2:]
+    )
+    of_first = [text for text in every[2:] if not set(text.split()) <= {"a", "cat"}]
+    assert all("white" in text and "green" in text for text in of_first)
+    assert recolour.fewer_words(captions, 0, 0) == captions
 
 
 # The model in the box.
@@ -704,6 +751,44 @@ def test_dreambooth(tmp_path):
         for name in ("subject", "all right", "others")
     )
     assert ways["before"]["subject"] == 0  # the box has never drawn a ring
+
+
+def test_dreambooth_of_photographs(tmp_path):
+    for k in range(3):
+        picture(tmp_path / "dog6" / f"{k}.png", seed=k, size=64)
+    settings = dict(subject=tmp_path / "dog6", steps=2, class_pictures=15, dtype="fp32", threads=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dreambooth_photos, "DRAWN_STEPS", 2)
+        patch.setattr(dreambooth_photos, "EACH", 1)
+        dreambooth.main(tmp_path / "out", **settings)
+        files = (
+            "full/model/unet.safetensors",
+            "LoRA/lora.safetensors",
+            "inversion/embedding.safetensors",
+        )
+        results = written(tmp_path / "out", "dreambooth.png", *files)
+        with pytest.raises(UserError, match="--resume"):
+            dreambooth.main(tmp_path / "out", **settings)
+        dreambooth.main(tmp_path / "out", **settings, resume=True)
+    again = written(tmp_path / "out")
+    assert list(results["ways"]) == ["before", *dreambooth_photos.WAYS]
+    for way, figures in results["ways"].items():
+        shares = {name: value for name, value in figures.items() if name != "seconds"}
+        assert shares == {name: again["ways"][way][name] for name in shares}
+        assert all(0 <= value <= 1 for name, value in shares.items() if name != "cosine")
+    assert results["floor"].keys() == {
+        "subject",
+        "cosine",
+        "same_class_is_subject",
+        "same_class_cosine",
+    }
+
+
+def test_what_a_subject_is_must_be_known():
+    with pytest.raises(UserError, match="Chihuahua; folders called dog6, cat2, berry_bowl"):
+        dreambooth_photos.kind_of(Path("my dog"), None)
+    assert dreambooth_photos.kind_of(Path("my dog"), "lion").classes == ("lion",)
+    assert dreambooth_photos.kind_of(Path("data/cat2"), None).thing == "Persian cat"
 
 
 def test_new_contexts_are_new_and_the_critic_can_read_the_captions():
