@@ -18,11 +18,11 @@ from torch import nn
 
 import minidiff
 from minidiff import pipeline
+from minidiff.conditioners import Unconditional
 from minidiff.denoiser import Denoiser
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.finetuning import FineTuneConfig
 from minidiff.options.sampling import SampleConfig
-from minidiff.text import Unconditional
 from minidiff.train import EMA, TrainConfig, train
 from minidiff.vae import Pixels
 

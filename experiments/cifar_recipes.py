@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from minidiff import schedules
+from minidiff.conditioners import ClassLabels, LabelsConfig, Unconditional
 from minidiff.ddpm import DDPM
 from minidiff.denoiser import Denoiser
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.text import ClassLabels, LabelsConfig, Unconditional
 from minidiff.unet import UNet, UNetConfig, unet_cifar10
 from minidiff.vae import Pixels, PixelsConfig
 

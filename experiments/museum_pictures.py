@@ -24,6 +24,7 @@ from toy_2d import MLP, moons
 import minidiff
 from minidiff import pipeline, schedules
 from minidiff.cli.generate import mask_of
+from minidiff.conditioners import ClassLabels, LabelsConfig
 from minidiff.data import folder
 from minidiff.data.world import World
 from minidiff.ddpm import DDPM
@@ -36,7 +37,7 @@ from minidiff.methods.exact import Mixture
 from minidiff.options.sampling import SampleConfig
 from minidiff.recipes import quickstart
 from minidiff.schedules import per_example
-from minidiff.text import ClassLabels, LabelsConfig, quick_gelu
+from minidiff.text import quick_gelu
 from minidiff.train import EMA, TrainConfig, train
 from minidiff.training.seeds import generator_of
 from minidiff.vae import Pixels, PixelsConfig

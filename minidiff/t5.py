@@ -1,4 +1,4 @@
-"""T5's encoder; and the text encoders of Stable Diffusion 3 and FLUX.1, made of CLIP's and T5.
+"""T5's encoder, which Stable Diffusion 3 and FLUX.1 read beside CLIP's (conditioners.py).
 
 [1] Raffel et al. Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer.
     2019. arXiv:1910.10683. v1.1: Shazeer. GLU Variants Improve Transformer. arXiv:2002.05202
@@ -17,10 +17,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from minidiff.condition import Condition, repeat
 from minidiff.errors import UserError
 from minidiff.layers import run
-from minidiff.text import CLIPText, TextConfig
 from minidiff.training.device import to_device
 
 Tokens, Vectors = Int[Tensor, "B L"], Float[Tensor, "B L D"]
@@ -115,63 +113,3 @@ class T5(nn.Module):
         for block in self.blocks:
             h = run(block, h, bias, recompute=self.checkpointing)
         return self.norm_out(h)
-
-
-@dataclass(frozen=True)
-class T5TextConfig:
-    """CLIP-L, in SD 3 CLIP-G, and T5. length: tokens of T5; a seed's picture depends on it. FLUX.1
-    has 512, schnell 256; SD 3 has 256 in diffusers, 77 in Stability's code."""
-
-    clip_l: TextConfig | dict  # JSON has dicts
-    clip_g: TextConfig | dict | None
-    t5: T5Config | dict | None  # None: zeros, which [2] section 5.3 allows
-    length: int
-    dim: int = 4096  # of the context
-
-    def __post_init__(self) -> None:
-        for name, kind in dict(clip_l=TextConfig, clip_g=TextConfig, t5=T5Config).items():
-            if isinstance(value := getattr(self, name), dict):
-                object.__setattr__(self, name, kind(**value))
-
-
-class FluxText(nn.Module):
-    """Context: of T5. Pooled: CLIP-L's, without projection. numbers: the guidance that the network
-    is told, which LatentDiffusion sets."""
-
-    Config = T5TextConfig
-    numbers: tuple[str, ...] = ("guidance",)
-
-    def __init__(self, config: T5TextConfig):
-        super().__init__()
-        self.config, self.dim = config, config.dim
-        self.clip_l = CLIPText(config.clip_l)
-        self.clip_g = CLIPText(config.clip_g) if config.clip_g else None
-        self.t5 = T5(config.t5) if config.t5 else None
-
-    def words(self, prompts: list[str], like: Tensor) -> Vectors:
-        """T5's vectors, or zeros of like's device and dtype."""
-        if self.t5 is None:
-            return like.new_zeros(len(prompts), self.config.length, self.dim)
-        return self.t5(self.t5.tokens(prompts, self.config.length))
-
-    def encode(self, prompts: list[str]) -> Condition:
-        pooled = self.clip_l.both(self.clip_l.tokens(prompts))[1]
-        return Condition(self.words(prompts, pooled), pooled, torch.ones_like(pooled[:, :1]))
-
-    def null(self, batch: int) -> Condition:
-        """The empty prompt: what guidance steers away from."""
-        return repeat(self.encode([""]), batch)
-
-
-class SD3Text(FluxText):
-    """[2] figure 2. Context: both CLIPs' vectors side by side, padded to T5's width, then T5's.
-    Pooled: CLIP-L's, without projection, and CLIP-G's, with one. No numbers."""
-
-    numbers = ()
-
-    def encode(self, prompts: list[str]) -> Condition:
-        both = [clip.both(clip.tokens(prompts)) for clip in (self.clip_l, self.clip_g)]
-        clips, pooled = (torch.cat(each, dim=-1) for each in zip(*both, strict=True))
-        clips = F.pad(clips, (0, self.dim - clips.shape[-1]))
-        context = torch.cat([clips, self.words(prompts, clips)], dim=1)
-        return Condition(context, pooled, pooled[:, :0])

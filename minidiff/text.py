@@ -1,4 +1,4 @@
-"""CLIP's text encoder: prompts to sequences of vectors; and conditions that are not text.
+"""CLIP's text encoder: prompts to sequences of vectors, and one vector of the whole prompt.
 
 The tokenizer and its vocabulary come from open_clip.
 
@@ -7,8 +7,6 @@ The tokenizer and its vocabulary come from open_clip.
 [2] Cherti et al. Reproducible Scaling Laws for Contrastive Language-Image Learning. 2022.
     arXiv:2212.07143
 [3] Rombach et al. High-Resolution Image Synthesis with Latent Diffusion Models. arXiv:2112.10752
-[4] Podell et al. SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis. 2023.
-    arXiv:2307.01952
 """
 
 import importlib.util
@@ -24,10 +22,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from minidiff.condition import Condition, repeat
+from minidiff.condition import repeat
 from minidiff.errors import UserError
 from minidiff.layers import Attention, run
-from minidiff.options.sampling import SDXL, SDXL_REFINER, Empty, SampleConfig, Size
 from minidiff.training.device import to_device
 
 START, END = 49406, 49407  # the last two of CLIP's 49,408 tokens
@@ -192,106 +189,6 @@ def _pattern(word: str) -> str:
     return start + re.escape(word) + end
 
 
-@dataclass(frozen=True)
-class PairConfig:
-    """The text encoders of SDXL. Its refiner has no clip_l."""
-
-    clip_l: TextConfig | Mapping | None
-    clip_g: TextConfig | Mapping
-    size: int = 1024  # encode tells of whole images whose sides are so long
-    empty: Empty = "zeros"  # what an empty prompt is: zeros, or encoded as any other
-
-    def __post_init__(self) -> None:
-        for name in ("clip_l", "clip_g"):  # JSON has mappings
-            if isinstance(value := getattr(self, name), dict):
-                object.__setattr__(self, name, TextConfig(**value))
-
-
-class CLIPPair(nn.Module):
-    """[4] section 2.1: two text encoders side by side, and the pooled vector of the second."""
-
-    Config = PairConfig
-
-    def __init__(self, config: PairConfig):
-        super().__init__()
-        self.config = config
-        self.clip_l = CLIPText(config.clip_l) if config.clip_l else None
-        self.clip_g = CLIPText(config.clip_g)
-        self.dim = config.clip_g.width + (config.clip_l.width if config.clip_l else 0)
-        self.numbers = SDXL if config.clip_l else SDXL_REFINER  # their names, in order
-
-    def encode(self, prompts: list[str], empty: Empty | None = None) -> Condition:
-        """empty: what an empty prompt is. Default: the config's."""
-        encoders = [each for each in (self.clip_l, self.clip_g) if each is not None]
-        contexts, pooled = zip(*(each.both(each.tokens(prompts)) for each in encoders), strict=True)
-        context, pooled = torch.cat(contexts, dim=2), pooled[-1]
-        if (empty or self.config.empty) == "zeros":
-            words = to_device(torch.tensor([[bool(p)] for p in prompts]), pooled.device)
-            context, pooled = context * words[..., None], pooled * words
-        size = Size(self.config.size, self.config.size)
-        numbers = to_device(torch.tensor(SampleConfig().numbers(self.numbers, size)), pooled.device)
-        return Condition(context, pooled, numbers.expand(len(prompts), -1))
-
-    def null(self, batch: int, empty: Empty | None = None) -> Condition:
-        """The empty prompt: what guidance steers away from."""
-        return repeat(self.encode([""], empty), batch)
-
-
-@dataclass(frozen=True)
-class LabelsConfig:
-    classes: Sequence[str]
-    dim: int
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "classes", tuple(self.classes))  # JSON has lists
-
-
-class ClassLabels(nn.Module):
-    """A class as a sequence of length one. The condition "" is the null class."""
-
-    Config = LabelsConfig
-
-    def __init__(self, config: LabelsConfig):
-        super().__init__()
-        self.config, self.dim = config, config.dim
-        self.index = {name: i for i, name in enumerate([*config.classes, ""])}
-        self.embedding = nn.Embedding(len(self.index), config.dim)
-
-    def encode(self, prompts: list[str]) -> Float[Tensor, "B 1 D"]:
-        """One vector for each class name."""
-        unknown = next((p for p in prompts if p not in self.index), None)
-        if unknown is not None:
-            classes = ", ".join(self.config.classes)
-            raise UserError(f'this model knows no class "{unknown}"; it knows {classes}.')
-        classes = torch.tensor([self.index[p] for p in prompts])
-        return self.embedding(to_device(classes, self.embedding.weight.device))[:, None]
-
-    def null(self, batch: int) -> Float[Tensor, "B 1 D"]:
-        """The null class: what guidance steers away from."""
-        return self.encode([""] * batch)
-
-
-@dataclass(frozen=True)
-class NoCondition:
-    pass
-
-
-class Unconditional(nn.Module):
-    """No condition: the number of prompts is the number of images; their text is ignored."""
-
-    Config = NoCondition
-
-    def __init__(self, config: NoCondition | None = None) -> None:
-        super().__init__()
-        self.config, self.dim = config or NoCondition(), None
-
-    def encode(self, prompts: list[str]) -> None:
-        return None
-
-    def null(self, batch: int) -> None:
-        return None
-
-
 def clip_vit_l14() -> CLIPText:
     """The text encoder of OpenAI's ViT-L/14, used by SD 1.x: 123.06 M parameters."""
     return CLIPText(TextConfig(width=768, layers=12, heads=12, activation="quick_gelu", pad=END))
@@ -309,8 +206,3 @@ BIGG14 = TextConfig(1280, 32, heads=20, activation="gelu", pad=0, penultimate=Tr
 def clip_bigg14() -> CLIPText:
     """That of OpenCLIP's ViT-bigG/14 ([2]): 694.66 M parameters."""
     return CLIPText(BIGG14)
-
-
-def clip_sdxl() -> CLIPPair:
-    """The text encoders of SDXL ([4]), OpenAI's ViT-L/14 and ViT-bigG/14: 817.72 M parameters."""
-    return CLIPPair(PairConfig(SDXL_L, BIGG14))

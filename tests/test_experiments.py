@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import minidiff
 from minidiff import pipeline, schedules
 from minidiff.cli import script
+from minidiff.conditioners import Unconditional
 from minidiff.data import critic
 from minidiff.data.folder import load_image, to_model, to_uint8
 from minidiff.data.world import World
@@ -31,7 +32,6 @@ from minidiff.finetuning import loop
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.sampling import SampleConfig
 from minidiff.recipes import quickstart
-from minidiff.text import Unconditional
 from minidiff.training import device, progress, waits
 from minidiff.vae import Pixels
 

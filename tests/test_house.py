@@ -9,7 +9,7 @@ import pytest
 from . import house
 
 CORE = (
-    "ddpm schedules condition denoiser losses guidance steps samplers layers unet mmdit vae text t5 "
+    "ddpm schedules condition denoiser losses guidance steps samplers layers unet mmdit vae text t5 conditioners "
     "latent_diffusion train"
 ).split()
 ORDER = [
@@ -51,9 +51,14 @@ def test_a_room_loads_nothing_above_it(module, absent):
     assert not {name.split(".")[1] for name in ran.stdout.split()} & absent
 
 
+def test_the_networks_are_small():
+    files = (f"{name}.py" for name in "layers unet mmdit vae text t5".split())
+    assert sum(len(house.files()[name].splitlines()) for name in files) <= 1300
+
+
 def test_the_house_is_small():
     counts = house.count()
-    assert counts.core_files <= 19 and counts.core_lines <= 3140
+    assert counts.core_files <= 20 and counts.core_lines <= 3430
     assert counts.longest_file[0] <= house.LONGEST_FILE, counts.longest_file
     assert counts.most_arguments[0] <= house.MOST_ARGUMENTS, counts.most_arguments
     assert counts.long_lines == 0

@@ -15,12 +15,13 @@ import torch
 import minidiff
 from minidiff import pipeline, schedules
 from minidiff.checkpoints import folder as model_folder
+from minidiff.conditioners import ClassLabels, LabelsConfig, Unconditional
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.sampling import SampleConfig, Size
 from minidiff.samplers import Normal, ddpm
-from minidiff.text import ClassLabels, CLIPText, LabelsConfig, TextConfig, Unconditional
+from minidiff.text import CLIPText, TextConfig
 from minidiff.unet import UNet, UNetConfig
 from minidiff.vae import VAE, Pixels, PixelsConfig, VAEConfig
 

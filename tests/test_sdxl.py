@@ -5,6 +5,7 @@ import torch
 
 from minidiff import pipeline
 from minidiff.condition import Condition
+from minidiff.conditioners import CLIPPair, PairConfig
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
@@ -12,7 +13,7 @@ from minidiff.methods.attention_maps import attention_maps
 from minidiff.methods.editing import Edit
 from minidiff.options.sampling import Corner, SampleConfig, Size
 from minidiff.schedules import Discrete
-from minidiff.text import END, CLIPPair, CLIPText, PairConfig, TextConfig
+from minidiff.text import END, CLIPText, TextConfig
 from minidiff.unet import SINES, UNet, UNetConfig
 from minidiff.vae import VAE, VAEConfig
 

@@ -7,16 +7,14 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from minidiff.conditioners import ClassLabels, LabelsConfig, Unconditional
 from minidiff.errors import UserError
 from minidiff.exercises import checks
 from minidiff.text import (
     END,
     START,
-    ClassLabels,
     CLIPText,
-    LabelsConfig,
     TextConfig,
-    Unconditional,
     clip_vit_l14,
     openclip_vit_h14,
     quick_gelu,

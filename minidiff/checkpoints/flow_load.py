@@ -10,12 +10,12 @@ from torch import nn
 from minidiff.checkpoints import files, flow_models, layouts
 from minidiff.checkpoints.flow_models import SD3, Checkpoint, Family
 from minidiff.checkpoints.folder import empty, fill, precision_of
+from minidiff.conditioners import FluxText, SD3Text
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.mmdit import MMDiT
 from minidiff.schedules import Flow
-from minidiff.t5 import FluxText, SD3Text
 from minidiff.vae import VAE
 
 KINDS = {"unet": "transformer", "vae": "VAE", "text": "text encoders"}

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from minidiff.checkpoints import flow_models, names, names_flow, write
 from minidiff.checkpoints.flow_models import FLUX, PREFIXES, SD3, Family
+from minidiff.conditioners import FluxText, SD3Text
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods.lora import merged_state
 from minidiff.mmdit import MMDiT, MMDiTConfig
 from minidiff.schedules import Flow
-from minidiff.t5 import T5, FluxText, SD3Text
+from minidiff.t5 import T5
 from minidiff.text import CLIPText
 from minidiff.training import atomic
 from minidiff.vae import VAE

@@ -14,14 +14,22 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minidiff.checkpoints import files
+from minidiff.conditioners import (
+    ClassLabels,
+    CLIPPair,
+    FluxText,
+    PairConfig,
+    SD3Text,
+    T5TextConfig,
+    Unconditional,
+)
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods.lora import merged_state
 from minidiff.mmdit import MMDiT, MMDiTConfig
 from minidiff.schedules import Discrete, Flow, Karras, NoiseSchedule
-from minidiff.t5 import FluxText, SD3Text, T5TextConfig
-from minidiff.text import ClassLabels, CLIPPair, CLIPText, PairConfig, TextConfig, Unconditional
+from minidiff.text import CLIPText, TextConfig
 from minidiff.training import atomic
 from minidiff.unet import UNet, UNetConfig
 from minidiff.vae import VAE, Pixels, VAEConfig

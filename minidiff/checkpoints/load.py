@@ -10,10 +10,11 @@ from minidiff import schedules
 from minidiff.checkpoints import files, flow_load, flow_models, folder, hub, layouts, names
 from minidiff.checkpoints.folder import dtype_named, empty, fill, precision_of
 from minidiff.checkpoints.layouts import SCALES
+from minidiff.conditioners import CLIPPair
 from minidiff.denoiser import TARGETS, Denoiser
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.text import CLIPPair, CLIPText
+from minidiff.text import CLIPText
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 

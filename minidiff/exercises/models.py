@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from minidiff import schedules
+from minidiff.conditioners import ClassLabels, LabelsConfig
 from minidiff.denoiser import TARGETS, Denoiser
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.text import ClassLabels, CLIPText, LabelsConfig, TextConfig
+from minidiff.text import CLIPText, TextConfig
 from minidiff.unet import UNet, UNetConfig
 from minidiff.vae import VAE, VAEConfig
 

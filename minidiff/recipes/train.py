@@ -26,6 +26,7 @@ from minidiff import pipeline
 from minidiff.checkpoints import files
 from minidiff.checkpoints.folder import foreign
 from minidiff.checkpoints.load import part
+from minidiff.conditioners import Unconditional
 from minidiff.data.folder import to_model
 from minidiff.data.latents import encode_captions, fingerprint
 from minidiff.data.latents import foreign as foreign_latents
@@ -38,7 +39,6 @@ from minidiff.recipes import images as folders
 from minidiff.recipes import presets
 from minidiff.recipes.images import Images
 from minidiff.recipes.stages import Examples, model_stage, vae_stage
-from minidiff.text import Unconditional
 from minidiff.train import EMA
 from minidiff.training import atomic
 from minidiff.training.json_types import fits

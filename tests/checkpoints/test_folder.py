@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 
 import minidiff
 from minidiff.checkpoints.folder import DTYPES
+from minidiff.conditioners import ClassLabels, LabelsConfig, Unconditional
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.text import ClassLabels, CLIPText, LabelsConfig, TextConfig, Unconditional
+from minidiff.text import CLIPText, TextConfig
 from minidiff.unet import UNet, UNetConfig
 from minidiff.vae import VAE, Pixels, PixelsConfig, VAEConfig
 

@@ -9,8 +9,9 @@ import minidiff
 from minidiff.checkpoints import names, sizes
 from minidiff.checkpoints.inspect import COMPLETE, _differences, _hash
 from minidiff.checkpoints.layouts import Part
+from minidiff.conditioners import clip_sdxl
 from minidiff.errors import UserError
-from minidiff.text import clip_bigg14, clip_sdxl, clip_vit_l14, openclip_vit_h14
+from minidiff.text import clip_bigg14, clip_vit_l14, openclip_vit_h14
 from minidiff.unet import UNet, UNetConfig, unet_sd1, unet_sd2, unet_sdxl, unet_sdxl_refiner
 from minidiff.vae import vae_sd
 

@@ -15,6 +15,7 @@ from PIL import Image
 import minidiff
 from minidiff import pipeline, schedules
 from minidiff.checkpoints import lora as lora_files
+from minidiff.conditioners import ClassLabels, LabelsConfig, NoCondition, Unconditional
 from minidiff.data.folder import to_uint8
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
@@ -26,7 +27,6 @@ from minidiff.layers import ResBlock
 from minidiff.methods import lora
 from minidiff.methods.attention_maps import attention_maps
 from minidiff.options.sampling import SampleConfig
-from minidiff.text import ClassLabels, LabelsConfig, NoCondition, Unconditional
 from minidiff.unet import UNet, UNetConfig
 from minidiff.vae import Pixels
 

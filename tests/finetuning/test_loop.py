@@ -15,6 +15,7 @@ from torch import nn
 
 from minidiff import load, schedules
 from minidiff.checkpoints import lora as lora_files
+from minidiff.conditioners import ClassLabels, LabelsConfig
 from minidiff.data.latents import Example
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
@@ -29,7 +30,7 @@ from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.losses import LEVELS, LR_MULTIPLIER
 from minidiff.methods import lora
 from minidiff.options.finetuning import FineTuneConfig, LoRAConfig
-from minidiff.text import ClassLabels, CLIPText, LabelsConfig, TextConfig
+from minidiff.text import CLIPText, TextConfig
 from minidiff.train import EMA
 from minidiff.training.resume import checkpoints
 from minidiff.unet import UNet, UNetConfig

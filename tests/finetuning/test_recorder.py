@@ -15,6 +15,7 @@ from jaxtyping import install_import_hook
 from PIL import Image
 
 from minidiff import schedules
+from minidiff.conditioners import ClassLabels, LabelsConfig
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.evaluation.features import pixels, random_conv
@@ -24,7 +25,6 @@ from minidiff.finetuning.recorder.recorder import Recorder, Thumbnails
 from minidiff.finetuning.recorder.report import SHOWN, page, steps_shown
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.finetuning import RecorderConfig
-from minidiff.text import ClassLabels, LabelsConfig
 from minidiff.train import TrainConfig, seed_of, train
 from minidiff.unet import UNet, UNetConfig
 from minidiff.vae import Pixels, PixelsConfig

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from minidiff import pipeline, schedules
+from minidiff.conditioners import Unconditional
 from minidiff.data.folder import load_image
 from minidiff.data.latents import Example
 from minidiff.ddpm import DDPM
@@ -25,7 +26,6 @@ from minidiff.methods import lora
 from minidiff.options.finetuning import FineTuneConfig
 from minidiff.options.sampling import SampleConfig
 from minidiff.samplers import SAMPLERS, Normal, by_name, sample
-from minidiff.text import Unconditional
 from minidiff.train import EMA, TrainConfig, train
 from minidiff.training.waits import synchronisations
 from minidiff.vae import Pixels, PixelsConfig

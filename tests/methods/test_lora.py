@@ -14,12 +14,12 @@ import minidiff
 from minidiff import schedules
 from minidiff.checkpoints import lora as lora_files
 from minidiff.checkpoints import names, write
+from minidiff.conditioners import ClassLabels, LabelsConfig
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.exercises import checks
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods import lora
-from minidiff.text import ClassLabels, LabelsConfig
 from minidiff.unet import UNet, UNetConfig, unet_sd1
 from minidiff.vae import Pixels, PixelsConfig
 

@@ -10,11 +10,11 @@ import minidiff
 from minidiff import schedules
 from minidiff.checkpoints import folder, layouts, names, write
 from minidiff.checkpoints.files import Stored, tensors
+from minidiff.conditioners import Unconditional
 from minidiff.denoiser import Denoiser
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.sampling import SampleConfig, Size
 from minidiff.samplers import SAMPLERS
-from minidiff.text import Unconditional
 from minidiff.unet import UNet, UNetConfig
 from minidiff.vae import VAE, VAEConfig, vae_flow
 

@@ -15,11 +15,11 @@ from minidiff import mmdit, pipeline
 from minidiff.checkpoints import files, flow_models, names_flow, write
 from minidiff.checkpoints import lora as lora_files
 from minidiff.checkpoints.inspect import inspect
+from minidiff.conditioners import FluxText, SD3Text
 from minidiff.errors import UserError
 from minidiff.methods import lora
 from minidiff.methods.editing import Edit
 from minidiff.options.sampling import SampleConfig, Size
-from minidiff.t5 import FluxText, SD3Text
 
 from . import flow_pipelines
 

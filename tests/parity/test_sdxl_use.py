@@ -11,13 +11,14 @@ from minidiff.checkpoints import embedding, names
 from minidiff.checkpoints import inspect as inspection
 from minidiff.checkpoints import lora as lora_files
 from minidiff.checkpoints.layouts import STABLE_DIFFUSION
+from minidiff.conditioners import CLIPPair, PairConfig
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods import lora
 from minidiff.methods.refiner import Refined
 from minidiff.schedules import Discrete
-from minidiff.text import CLIPPair, PairConfig, TextConfig
+from minidiff.text import TextConfig
 from minidiff.unet import SINES, UNet, UNetConfig
 from minidiff.vae import VAE, VAEConfig
 
