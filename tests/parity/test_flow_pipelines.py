@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import minidiff
 from minidiff import mmdit, pipeline
@@ -17,6 +18,7 @@ from minidiff.checkpoints import lora as lora_files
 from minidiff.checkpoints.inspect import inspect
 from minidiff.conditioners import FluxText, SD3Text
 from minidiff.errors import UserError
+from minidiff.finetuning import estimate
 from minidiff.methods import lora
 from minidiff.methods.editing import Edit
 from minidiff.options.sampling import SampleConfig, Size
@@ -151,6 +153,13 @@ def test_a_lora_is_diffusers(tmp_path, kind):
     assert (changed - before).abs().max() > 0.01
     assert (ours(again, 1.0, 2) - changed).abs().max() < 1e-5
     assert (theirs(found, 1.0, 2) - changed).abs().max() < 1e-4
+
+
+def test_an_estimate_of_a_finetune_reads_prompts(tmp_path):
+    """It builds the text encoders anew, of tensors without numbers; the vocabulary must come along."""
+    model = minidiff.load(saved("schnell", tmp_path)[1])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert estimate._twin(model.text).encode([PROMPT]).context.shape == (1, 256, 224)
 
 
 # Traps: each loads without complaint, and draws something else.
