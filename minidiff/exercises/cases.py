@@ -210,7 +210,7 @@ def word() -> Cases:
     trained = Word(text, "sks", lr_multiplier=4.0).double()
     trained.start, trained.change.data = numbers(3), numbers(3, seed=1)
     tokens = torch.tensor([[320, trained.token, 1929]])
-    return _one(trained, text.token_embedding, (tokens,), numbers(1, 3, 3, seed=2))
+    return _one(trained, 0, text.token_embedding, (tokens,), numbers(1, 3, 3, seed=2))
 
 
 def frechet() -> Cases:

@@ -148,7 +148,7 @@ def _cut(part: Part, rows: slice) -> Part:
     return part._replace(**{name: getattr(part, name)[rows] for name in names})
 
 
-def with_numbers(context: Context, numbers: Float[Tensor, "B K"]) -> Context:
+def with_numbers(context: Context, numbers: Float[Tensor, "_ K"]) -> Context:
     """A Condition with these numbers in place of its own; any other context as it is."""
     if not isinstance(context, Condition):
         return context
