@@ -237,7 +237,7 @@ def losses(records: dict[str, list[dict]], path: Path) -> Path:
                 axis.plot([line["step"] for line in lines], means, ".-", label=label)
             axis.set(xlabel="step", title=way, ylim=(0, None))
             axis.legend()
-        figure.axes[0].set_ylabel("squared error of x0")
+        figure.axes[0].set_ylabel("error")
         return curves.save(figure, path)
 
 
