@@ -46,17 +46,17 @@ DISHES = ("plate", "wok", "espresso", "teapot", "frying pan")
 PLACES = (
     "seashore",
     "mountain",
-    "barn",
-    "picket fence",
+    "dining table",
     "coral reef",
     "suspension bridge",
     "lake shore",
     "desk",
     "rocking chair",
-    "umbrella",
+    "dam",
+    "convertible",
 )
 OTHERS = ("school bus", "orange", "goldfish", "jellyfish", "lion", "pizza", "tractor", "mushroom")
-LEARNT, STEPS, DRAWN_STEPS = "a photo of {}", 300, 25
+LEARNT, STEPS, DRAWN_STEPS = "a photo of {}", 450, 25
 EACH = 2  # samples of each prompt
 
 
@@ -130,11 +130,12 @@ class Subject(NamedTuple):
     def prompts(self) -> list[str]:
         """In each of the places."""
         name = LEARNT.format(f"a {TOKEN} {self.kind.thing}")
-        return [f"{name} and {with_article(place)}" for place in PLACES]
+        return [f"{name} on {with_article(place)}" for place in PLACES]
 
 
 def subject_of(folder: Path, kind: Kind, model: LatentDiffusion, seed: int) -> Subject:
-    """A folder's pictures, each in many versions, moved and mirrored."""
+    """A folder's pictures, each in many versions, moved and mirrored; a caption names what is around
+    the subject half of the time."""
     paths = images_in(folder)
     if not paths:
         raise UserError(f"{folder}: there are no pictures in it; put 3 to 6 of the subject there.")
@@ -143,7 +144,8 @@ def subject_of(folder: Path, kind: Kind, model: LatentDiffusion, seed: int) -> S
     around = kind.around if len(kind.around) == len(paths) else ("",) * len(paths)
     data = CaptionedImages(paths, [f"{name} {what}".strip() for what in around])
     examples = booth.moved_about(model, data, 0.12, seed, model.size, flip=True)
-    return Subject(images, examples, kind)
+    both = [Example(each.latents, name, (each.caption,)) for each in examples]
+    return Subject(images, both, kind)
 
 
 def groups_of(way: str, subject: Subject, classes: list[Example], options: Options) -> list[Group]:
@@ -295,7 +297,7 @@ def main(
             results[way], rows[way] = measured(tuned, taught_from, judge, options)
             results[way]["seconds"] = seconds
             print(way, results[way], sep=": ", flush=True)
-    captions = [f"{TOKEN} and {with_article(place)}" for place in PLACES]
+    captions = [f"{TOKEN} on {with_article(place)}" for place in PLACES]
     captions += [f"{name}, no {TOKEN}" for name in (*(list(kind.classes) * 2)[:2], *OTHERS[:2])]
     shown = [k % len(taught_from.images) for k in range(len(captions))]
     rows = {"its pictures": taught_from.images[shown], **rows}

@@ -237,7 +237,7 @@ def losses(records: dict[str, list[dict]], path: Path) -> Path:
                 axis.plot([line["step"] for line in lines], means, ".-", label=label)
             axis.set(xlabel="step", title=way, ylim=(0, None))
             axis.legend()
-        figure.axes[0].set_ylabel("squared error of x0")
+        figure.axes[0].set_ylabel("error")
         return curves.save(figure, path)
 
 
@@ -261,16 +261,16 @@ def main(
     out: Path = Path("out/finetune_coco100"),
     model: str = "photos",
     caption_column: str = "captions",
-    steps: int = 800,
-    lora_steps: int = 400,
+    steps: int = 1300,
+    lora_steps: int = 600,
     batch: int = 32,
     lr: float = 2.5e-3,
     lora_lr: float = 6e-3,
     rank: int = 32,
     copies_of_each: int = 6,
-    fewer: int = 3,
+    fewer: int = 6,
     validation: float = 0.1,
-    every: int = 200,
+    every: int = 300,
     sampling_steps: int = 25,
     dtype: Chosen = "auto",
     device: str = "auto",

@@ -107,7 +107,7 @@ def sheet(
     green frame."""
     with curves.style():
         lines = [textwrap.fill(caption, 17) for caption in captions]
-        above = 0.13 * max(text.count("\n") + 1 for text in lines)
+        above = 0.13 * max(text.count("\n") + 2.5 for text in lines)
         size = (COLUMN * (len(captions) + 1), COLUMN * len(rows) + above)
         figure = Figure(size, layout="constrained")
         figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
