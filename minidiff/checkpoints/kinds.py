@@ -40,6 +40,10 @@ OTHERS = (  # the first that fits
 )
 VERSIONS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
 VERSIONS[1280] = "the refiner of Stable Diffusion XL"
+FLOWS = {  # marks of a LoRA's names; diffusers' of joint blocks do not tell the two apart
+    "FLUX.1": r"(double_blocks|single_blocks|single_transformer_blocks)[._]\d",
+    "Stable Diffusion 3": r"joint_blocks[._]\d",
+}
 READING = r"attn2[._](processor\.)?to_k"  # the layers that read the context
 WIDTHS = (768, 1024, 1280)  # of the text encoders, and so of textual inversions
 METADATA = {  # of LoRA files: kohya's, and Stability's ModelSpec
@@ -80,10 +84,12 @@ def lora_rows(state: State, metadata: Mapping[str, str]) -> Rows:
     ranks = Counter(value.shape[0] for value in layers.values() if value.shape)
     text = sum("text_encoder" in name or name.startswith("lora_te") for name in layers)
     plural = "s" if any(re.match(r"text_encoder_2|lora_te2", name) for name in layers) else ""
+    flow = any(re.match(r"(lora_)?transformer[._]", name) for name in layers) or _flows(layers)
+    network = "transformer" if flow else "U-Net"
     rows = [
         ("layout", f"LoRA, {'kohya' if kohya else 'diffusers or PEFT'} names"),
         ("rank", ", ".join(f"{rank} ({count} layers)" for rank, count in sorted(ranks.items()))),
-        ("layers", f"{len(layers) - text} of the U-Net, {text} of the text encoder{plural}"),
+        ("layers", f"{len(layers) - text} of the {network}, {text} of the text encoder{plural}"),
         ("dtype", ", ".join(Counter(value.dtype for value in state.values()))),
     ]
     rows += [("for", version) for version in lora_versions(layers)]
@@ -96,11 +102,17 @@ def lora_rows(state: State, metadata: Mapping[str, str]) -> Rows:
 
 
 def lora_versions(layers: State) -> list[str]:
-    """Of the models that a LoRA is for, by the width of the context that its layers read. layers: A
-    of each."""
+    """Of the models that a LoRA is for, by names, or the width of the context that its layers read.
+    layers: A of each."""
+    if flows := _flows(layers):
+        return flows
     reading = (v.shape for name, v in layers.items() if re.search(READING, name))
     widths = sorted({shape[1] for shape in reading if len(shape) > 1})
     return [VERSIONS.get(width, f"a text encoder of width {width}") for width in widths]
+
+
+def _flows(layers: State) -> list[str]:
+    return [flow for flow, mark in FLOWS.items() if any(re.search(mark, name) for name in layers)]
 
 
 def controlnet_rows(state: State) -> Rows:

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,16 +89,26 @@ def _places(model: LatentDiffusion) -> Iterator[Place]:
 
 
 def _flow_places(network: MMDiT, layers: dict[str, Layer]) -> Iterator[Place]:
-    """Those of SD 3 and FLUX.1 in diffusers' names. Layers whose rows stand in another order there
-    (see names_flow) are left out."""
-    layout = names_flow.FLUX_DIFFUSERS if network.config.axes else names_flow.SD3_DIFFUSERS
+    """Those of SD 3 and FLUX.1. kohya's names are Stability's and Black Forest Labs', where q, k, v
+    (in FLUX.1's single blocks with the MLP's first layer) are one layer, so share a name. A layer
+    whose rows or columns stand in another order in a layout (see names_flow) has no name there."""
+    flux, layouts = network.config.axes is not None, (names_flow.SD3_DIFFUSERS, names_flow.SD3)
+    if flux:
+        layouts = names_flow.FLUX_DIFFUSERS, names_flow.FLUX
     last = f"joint.{network.config.joint - 1}.text.modulation"
     turned = {"patch_in", "patch_out", "modulation_out", *([] if network.config.single else [last])}
-    itself = {name: name for name in layers if name not in turned}
-    for theirs, name in names.to_published(itself, layout.table).items():
-        dotted = [prefix + theirs for prefix in ("transformer.", "base_model.model.", "")]
-        flat = f"lora_transformer_{theirs.replace('.', '_')}"
-        yield Place(f"unet.{name}", layers[name], dotted, [flat])
+    dotted = _published(layers, layouts[0].table)
+    fused = _published(map(names_flow.fused, layers), layouts[1].table)
+    for name, layer in layers.items():
+        diffusers, kohya = [], []
+        if name != ("patch_in" if flux else "patch_out"):
+            theirs = fused[names_flow.fused(name)]
+            kohya += [f"lora_unet_{theirs.replace('.', '_')}", f"diffusion_model.{theirs}"]
+        if name not in turned:
+            theirs = dotted[name]
+            diffusers = [prefix + theirs for prefix in ("transformer.", "base_model.model.", "")]
+            kohya.append(f"lora_transformer_{theirs.replace('.', '_')}")
+        yield Place(f"unet.{name}", layer, diffusers, kohya)
 
 
 def _parts(model: LatentDiffusion) -> dict[str, UNet | MMDiT | CLIPText]:
@@ -111,7 +121,14 @@ def _parts(model: LatentDiffusion) -> dict[str, UNet | MMDiT | CLIPText]:
 
 def _compvis(config: UNetConfig, itself: dict[str, str]) -> dict[str, str]:
     """CompVis's names of the U-Net's layers, by ours, as Stability's and ComfyUI's tools write."""
-    table = names.unet_compvis([depth > 0 for depth in config.depth], config.blocks)
+    return _published(
+        itself, names.unet_compvis([depth > 0 for depth in config.depth], config.blocks)
+    )
+
+
+def _published(layers: Iterable[str], table: names.Table) -> dict[str, str]:
+    """The published names of layers, by ours."""
+    itself = {name: name for name in layers}
     return {ours: theirs for theirs, ours in names.to_published(itself, table).items()}
 
 
@@ -126,26 +143,57 @@ def save(model: LatentDiffusion, file: str | Path, layout: str = "diffusers") ->
         raise UserError(f"{file} should end in .safetensors; pickles are not written.")
     if layout not in HALVES:
         raise UserError(f'no layout "{layout}" of LoRA files; there is {", ".join(HALVES)}.')
-    places, total = [p for p in _places(model) if hasattr(p.layer, "lora")], len(adapted(model))
-    if not places or len(places) < total:
-        why = "only LoRAs of a U-Net or a CLIPText have names in files"
+    names_of = [(name, place) for place in _places(model) for name in getattr(place, layout)[:1]]
+    count, total = sum(hasattr(place.layer, "lora") for _, place in names_of), len(adapted(model))
+    if not count or count < total:
+        why = "only LoRAs of a U-Net or a CLIPText have names in files, and most of an MMDiT"
         why = why if total else "lora.add gives it one"
-        count = f"{len(places)} of the model's {total} LoRAs can be"
+        count = f"{count} of the model's {total} LoRAs can be"
         raise UserError(f"{file} is not written: {count}; {why}.")
     whole = {}
-    for place in places:
-        lora, name = place.layer.lora, getattr(place, layout)[0]
-        A, B = lora.A.detach(), lora.B.detach()
+    for name, places in _grouped(names_of).items():
+        if not any(hasattr(place.layer, "lora") for place in places):
+            continue
+        A, B, alpha = _fused([place.layer for place in places])
         if layout == "kohya":
-            whole[f"{name}.alpha"] = torch.tensor(lora.alpha)
+            whole[f"{name}.alpha"] = torch.tensor(alpha)
         else:
-            B = B * (lora.alpha / len(A))
+            B = B * (alpha / len(A))
         down, up = HALVES[layout]
         whole[name + down], whole[name + up] = A.contiguous(), B.contiguous()
     atomic.check_new(file)
     with atomic.write(file) as new:
         save_file(whole, new, {"software": atomic.SIGNATURE})
     return file
+
+
+def _grouped(names_of: Iterable[tuple[str, Place]]) -> dict[str, list[Place]]:
+    """What each name means: a layer, or those of a fused layer, in the order of its rows."""
+    groups: dict[str, list[Place]] = {}
+    for name, place in names_of:
+        groups.setdefault(name, []).append(place)
+    return groups
+
+
+@torch.no_grad()
+def _fused(layers: list[Layer]) -> tuple[Tensor, Tensor, float]:
+    """A, B and alpha of one LoRA for the rows of all these layers. Where all have one A, as fused
+    files give them, it stays; else the A stand below each other and B is block-diagonal."""
+    loras = [getattr(layer, "lora", None) for layer in layers]
+    first, *others = present = [lora for lora in loras if lora is not None]
+    shared = all(torch.equal(lora.A, first.A) and lora.alpha == first.alpha for lora in others)
+    ratios = [lora.alpha / len(lora.A) for lora in present]
+    common = ratios[0] if len(set(ratios)) == 1 else None  # else each B is multiplied by its own
+    blocks = []
+    for layer, lora in zip(layers, loras, strict=True):
+        if lora is None:
+            blocks.append(first.B.new_zeros(len(layer.weight), len(first.A) if shared else 0))
+        else:
+            blocks.append(lora.B * (lora.alpha / len(lora.A) if common is None else 1))
+    if shared:
+        return first.A.detach(), torch.cat(blocks), first.alpha
+    A = torch.cat([lora.A for lora in present])
+    return A, torch.block_diag(*blocks), len(A) * (1.0 if common is None else common)
 
 
 def load(model: LatentDiffusion, file: str | Path, scale: float = 1.0) -> Loaded:
@@ -157,7 +205,7 @@ def load(model: LatentDiffusion, file: str | Path, scale: float = 1.0) -> Loaded
     """
     file = _file_at(Path(file))
     content, bundled = _read(file)
-    places = {name: place for place in _places(model) for name in place.diffusers + place.kohya}
+    places = _grouped((name, p) for p in _places(model) for name in p.diffusers + p.kohya)
     strange = [name for name in content if name not in places]
     if strange:
         what = f"{len(strange)} of its {len(content)} layers are not in this model"
@@ -167,10 +215,11 @@ def load(model: LatentDiffusion, file: str | Path, scale: float = 1.0) -> Loaded
         raise UserError(f'{file}: {what}; the first is "{strange[0]}". {fix}')
     loras: dict[str, tuple[Layer, LoRA]] = {}
     for name, values in content.items():
-        place = places[name]
-        if place.name in loras:
-            raise UserError(f'{file}: two of its layers mean {place.name}; the second is "{name}".')
-        loras[place.name] = place.layer, _fitted(place, values, f'{file}: "{name}"')
+        for place, piece in _pieces(places[name], values, where := f'{file}: "{name}"'):
+            if place.name in loras:
+                why = f'two of its layers mean {place.name}; the second is "{name}".'
+                raise UserError(f"{file}: {why}")
+            loras[place.name] = place.layer, _fitted(place, piece, where)
     check_free({name: layer for name, (layer, _) in loras.items()})
     if bundled and not inversion.encoders(model.text):
         raise UserError(f"{file} has textual inversions, and this model has no CLIPText for them.")
@@ -271,6 +320,17 @@ def _alpha(config: dict, name: str, A: Tensor) -> float | None:
         return None
     # With rslora the factor is alpha / sqrt(r).
     return float(alpha) * (math.sqrt(len(A)) if config.get("use_rslora") else 1)
+
+
+def _pieces(places: list[Place], values: Tensors, where: str) -> Iterator[tuple[Place, Tensors]]:
+    """The LoRA of a fused layer as one for each of its layers: the same A, their rows of B."""
+    B, rows = values["B"], [len(place.layer.weight) for place in places]
+    if len(places) > 1 and (B.ndim == 0 or len(B) != sum(rows)):
+        raise UserError(
+            f"{where}: B is {tuple(B.shape)}; this model's layer takes {sum(rows)} rows."
+        )
+    pieces = [B] if len(places) == 1 else B.split(rows)
+    return ((place, values | {"B": piece}) for place, piece in zip(places, pieces, strict=True))
 
 
 def _fitted(place: Place, values: Tensors, where: str) -> LoRA:

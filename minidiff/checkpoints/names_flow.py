@@ -145,6 +145,12 @@ def write(state: State, layout: Layout) -> State:
     return to_published(state, layout.table)
 
 
+def fused(layer: str) -> str:
+    """Our name of the fused layer that a layer's rows stand in, or the layer's own."""
+    layer = re.sub(r"^(single\.\d+)\.(attention\.[qkv]|up)$", r"\1.attention.qkv_up", layer)
+    return re.sub(r"\.[qkv]$", ".qkv", layer)
+
+
 def _ordered(state: State, layout: Layout, reading: bool) -> State:
     """Halves, patches and the first layer in our order, or in the file's."""
     state, width = dict(state), state["text_in.bias"].shape[0]

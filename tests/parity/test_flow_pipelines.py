@@ -137,16 +137,17 @@ def test_pictures_and_edits_of_prompts(published):
         pipeline.generate(model, [PROMPT], SampleConfig(steps=1, size=Size(40, 40)))
 
 
-@pytest.mark.parametrize("kind", ["sd3", "dev"])
-def test_a_lora_is_diffusers(tmp_path, kind):
+@pytest.mark.parametrize("kind, layout", [("sd3", 0), ("dev", 0), ("dev", 1)])
+def test_a_lora_is_diffusers(tmp_path, kind, layout):
+    """Of kohya's files they read FLUX.1's, and single blocks at the published width alone."""
     found, folder = saved(kind, tmp_path)
     model, file = minidiff.load(folder), tmp_path / "lora.safetensors"
     before = ours(model, 1.0, 2)
-    lora.add(model.unet, rank=2, alpha=4)
+    lora.add(model.unet.joint if layout else model.unet, rank=2, alpha=4)
     for layer in lora.adapted(model.unet).values():
         torch.nn.init.normal_(layer.lora.B, std=0.3)
     changed = ours(model, 1.0, 2)
-    lora_files.save(model, file)
+    lora_files.save(model, file, ["diffusers", "kohya"][layout])
     again = minidiff.load(folder)
     lora_files.load(again, file)
     found.load_lora_weights(str(tmp_path), weight_name=file.name)
