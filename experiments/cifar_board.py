@@ -74,8 +74,9 @@ class Table:
         self.file, self.keys, self.rows = file, keys, []
         if file.exists():
             with file.open(encoding="utf-8", newline="") as text:
-                self.rows = list(csv.DictReader(text))
-            if self.rows and not set(keys) <= self.rows[0].keys():
+                reader = csv.DictReader(text)
+                self.rows = list(reader)
+            if not set(keys) <= set(reader.fieldnames or []):
                 raise UserError(f"{file} is another table; name another folder with --out.")
 
     def row(self, key: Row, measure: Callable[[], Row]) -> Row:

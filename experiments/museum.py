@@ -287,8 +287,8 @@ BUGS = {
         (
             Change(
                 "minidiff.guidance:Guided._pair",
-                "[self.null, self.context]",
-                "[self.context, self.null]",
+                "self.null, self.context",
+                "self.context, self.null",
             ),
         ),
     ),

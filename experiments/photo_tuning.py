@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from matplotlib.figure import Figure
-from pretrain_photos import attention_kernel
 from torch import Tensor
 
 from minidiff import pipeline
@@ -27,6 +26,7 @@ from minidiff.finetuning.loop import DTYPES, to_train, trained_word
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.finetuning import FineTuneConfig, Precision
 from minidiff.options.sampling import SampleConfig
+from minidiff.training.device import plain_attention
 from minidiff.training.progress import duration
 
 Images = Float[Tensor, "_ 3 _ _"]
@@ -49,7 +49,7 @@ def precision(chosen: Chosen) -> Precision:
 @contextlib.contextmanager
 def computing(device: str, dtype: Precision) -> Iterator[None]:
     """The attention that is fast in this precision (pretrain_photos.py)."""
-    with attention_kernel(device, DTYPES[dtype]):
+    with plain_attention(device, DTYPES[dtype]):
         yield
 
 

@@ -275,9 +275,10 @@ def test_cifar_board(classes, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="--model"):
         cifar_board.main(**settings, study="steps", out=tmp_path)
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "targets.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match="another table"):
-        cifar_board.main(**settings, out=tmp_path / "other")
+    for foreign in ("a,b\n1,2\n", "a,b\n", ""):
+        (tmp_path / "other" / "targets.csv").write_text(foreign)
+        with pytest.raises(UserError, match="another table"):
+            cifar_board.main(**settings, out=tmp_path / "other")
 
 
 def test_cifar_batches_see_every_picture_once_an_epoch():

@@ -9,6 +9,7 @@ batch of a step stays what it is: pieces of it are computed one after another.
 import importlib.util
 import itertools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -163,14 +164,18 @@ def fit(case: Case, config: TuningConfig, before: Choice | None = None) -> Fitte
         advice += ", or free what else is there"
     bare = Peaks(replace(case, recorder=None))[least].total
     if bare < need:
-        advice += (
-            f", or leave the flight recorder out, which comes to {human(WITHIN * bare + reserved)}"
-        )
+        advice += f", or leave the flight recorder out, which comes to {human(up(WITHIN * bare + reserved))}"
     raise UserError(
         f"nothing fits in {human(budget + reserved)}: the least is "
-        f"{human(WITHIN * need + reserved)}, with {least}; "
+        f"{human(up(WITHIN * need + reserved))}, with {least}; "
         f"{advice}."
     )
+
+
+def up(count: float) -> float:
+    """Bytes, rounded up to the digits that `human` shows: what is told must do."""
+    unit = 1e8 if count >= 1e9 else 1e6 if count >= 1e7 else 1e5
+    return math.ceil(count / unit) * unit
 
 
 class Peaks(dict):
