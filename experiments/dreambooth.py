@@ -271,7 +271,7 @@ def main(
             steps=steps or dreambooth_photos.STEPS, dtype=precision(dtype), seed=seed, resume=resume
         )
         counts = dict(class_pictures=class_pictures or 200)
-        dreambooth_photos.main(subject, out, options, thing, ways, photos, **counts)
+        dreambooth_photos.teach(subject, out, options, thing, ways, photos, **counts)
         return
     world, subject = World(SIZE, SHAPES, COLOURS), subject_folder(out / "subject", seed)
     captions = [

@@ -251,7 +251,7 @@ def judge_of(subject: Subject, pictures: Images, names: list[str]) -> Judge:
     return Judge(unit(subject.images), vectors[same], vectors[~same])
 
 
-def main(
+def teach(
     subject: Path,
     out: Path,
     options: Options,

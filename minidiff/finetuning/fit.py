@@ -164,7 +164,8 @@ def fit(case: Case, config: TuningConfig, before: Choice | None = None) -> Fitte
         advice += ", or free what else is there"
     bare = Peaks(replace(case, recorder=None))[least].total
     if bare < need:
-        advice += f", or leave the flight recorder out, which comes to {human(up(WITHIN * bare + reserved))}"
+        without = human(up(WITHIN * bare + reserved))
+        advice += f", or leave the flight recorder out, which comes to {without}"
     raise UserError(
         f"nothing fits in {human(budget + reserved)}: the least is "
         f"{human(up(WITHIN * need + reserved))}, with {least}; "
