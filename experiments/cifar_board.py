@@ -75,8 +75,8 @@ class Table:
         if file.exists():
             with file.open(encoding="utf-8", newline="") as text:
                 reader = csv.DictReader(text)
-                self.rows = list(reader)
-            if not set(keys) <= set(reader.fieldnames or []):
+                self.rows, columns = list(reader), reader.fieldnames or []
+            if not set(keys) <= set(columns):
                 raise UserError(f"{file} is another table; name another folder with --out.")
 
     def row(self, key: Row, measure: Callable[[], Row]) -> Row:
