@@ -10,6 +10,7 @@ from functools import partial
 from typing import NamedTuple
 
 import cifar_ddpm
+import cifar_recipes
 import diffusers_side
 import torch
 from gpu_training import fine_tuning, tuning
@@ -28,7 +29,7 @@ from minidiff.vae import Pixels
 
 BF16 = any(getattr(torch.cpu, f"_is_{name}_supported")() for name in ("avx512_bf16", "amx_tile"))
 CAPTIONS = ["a small blue circle above a large red square"] * 8
-PAPER = cifar_ddpm.PRESETS["paper"]
+PAPER = cifar_recipes.PRESETS["paper"]
 
 
 class Side(NamedTuple):
@@ -67,7 +68,7 @@ def images(setup: Setup, tuned: bool, batch: int = 16) -> torch.Tensor:
 
 
 def cifar_unet(setup: Setup) -> nn.Module:
-    return cifar_ddpm.unet_tiny(None) if setup.tiny else PAPER.unet(None)
+    return cifar_recipes.unet_tiny(None) if setup.tiny else PAPER.unet(None)
 
 
 def cifar_forward(setup: Setup, tuned: bool) -> Side:

@@ -207,7 +207,8 @@ def main(
         pictures: use only so many, spread evenly over the classes.
         each: samples of each class, or in each of ten rows.
         sampling_steps: steps from noise to a picture.
-        n: samples whose distance from the training pictures is measured; 0 for none.
+        n: samples whose distance from the training pictures is measured, at most half as many as
+            there are pictures; 0 for none.
         device: auto, cpu, cuda or mps.
         bf16: compute in bfloat16; left out, on CUDA only.
         compile: compile the U-Net first: minutes, repaid on long runs on a GPU.
@@ -228,6 +229,7 @@ def main(
     # Hold all images in memory, as bytes.
     images, labels = load_all(ClassFolder(data), 32, pictures) if data else cifar10("data")
     torch.manual_seed(seed)
+    n = min(n, len(images) // 2)  # the others are what they are compared with
     distance = Distance(images, n) if n else None
     model = new_model(recipe, sorted(set(labels)) if conditional else [], device)
     ema = EMA(model, recipe.ema)

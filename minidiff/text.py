@@ -153,26 +153,29 @@ class CLIPText(nn.Module):
         return to_device(torch.tensor(rows, dtype=torch.long), self.token_embedding.weight.device)
 
     def forward(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
-        return self.both(tokens)[0]
+        return self._vectors(tokens)[0]
 
     def both(
         self, tokens: Int[Tensor, "B L"]
     ) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "B P"]]:
         """The context, and one vector of the whole prompt: that of the first end token, the only
         one that has seen all words."""
-        h = before = (
-            self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
-        )
+        context, h = self._vectors(tokens)
+        pooled = h[torch.arange(len(h), device=h.device), (tokens == END).int().argmax(dim=1)]
+        return context, pooled if self.projection is None else self.projection(pooled)
+
+    def _vectors(self, tokens: Int[Tensor, "B L"]) -> tuple[Tensor, Tensor]:
+        """The context, and the last block's vectors after the final LayerNorm."""
+        h = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
+        before = h
         for block in self.blocks:
             before, h = h, run(block, h, recompute=self.checkpointing)
         h = self.norm_out(h)
-        pooled = h[torch.arange(len(h), device=h.device), (tokens == END).int().argmax(dim=1)]
-        pooled = pooled if self.projection is None else self.projection(pooled)
         context = before if self.config.penultimate else h
         if self.config.words_only:
             words = (tokens != START) & (tokens != END) & (tokens != self.pad)
             context = context * words[..., None]
-        return context, pooled
+        return context, h
 
     def encode(self, prompts: list[str]) -> Float[Tensor, "B L D"]:
         """One sequence of vectors for each prompt."""
