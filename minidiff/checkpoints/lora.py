@@ -205,7 +205,8 @@ def load(model: LatentDiffusion, file: str | Path, scale: float = 1.0) -> Loaded
     """
     file = _file_at(Path(file))
     content, bundled = _read(file)
-    places = _grouped((name, p) for p in _places(model) for name in p.diffusers + p.kohya)
+    spellings = ((p, dict.fromkeys(p.diffusers + p.kohya)) for p in _places(model))
+    places = _grouped((name, p) for p, own in spellings for name in own)  # two may be one
     strange = [name for name in content if name not in places]
     if strange:
         what = f"{len(strange)} of its {len(content)} layers are not in this model"
