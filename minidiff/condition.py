@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+SINES = 256  # that a network makes of each number
+
 
 @dataclass(frozen=True)
 class Condition:

@@ -163,7 +163,8 @@ class FluxText(nn.Module):
 
     def encode(self, prompts: list[str]) -> Condition:
         pooled = self.clip_l.both(self.clip_l.tokens(prompts))[1]
-        return Condition(self.words(prompts, pooled), pooled, torch.ones_like(pooled[:, :1]))
+        numbers = pooled.new_ones(len(pooled), 1, dtype=torch.float32)  # bfloat16 has three digits
+        return Condition(self.words(prompts, pooled), pooled, numbers)
 
     def null(self, batch: int) -> Condition:
         """The empty prompt: what guidance steers away from."""

@@ -33,6 +33,11 @@ def timestep_embedding(  # eq: timestep-embedding
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def mlp(dim: int, out: int) -> nn.Sequential:
+    """What the sines of a time or of a number, or a pooled vector, pass on their way to emb."""
+    return nn.Sequential(nn.Linear(dim, out), nn.SiLU(), nn.Linear(out, out))
+
+
 def run(block: Callable[..., Tensor], *inputs: Tensor | int | None, recompute: bool) -> Tensor:
     """block(*inputs). recompute: keep only the inputs, and run the block again in the backward pass
     ([6]): much less memory, one more forward pass, the same gradients to the bit."""

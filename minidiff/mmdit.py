@@ -21,13 +21,12 @@ from einops import rearrange
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from minidiff.condition import Condition, Context
+from minidiff.condition import SINES, Condition, Context
 from minidiff.errors import UserError
-from minidiff.layers import run, timestep_embedding
+from minidiff.layers import mlp, run, timestep_embedding
 
 Map, Tokens, Heads = Float[Tensor, "B _ H W"], Float[Tensor, "B N D"], Float[Tensor, "B h N d"]
 Embedding, Rotary = Float[Tensor, "B E"], Float[Tensor, "2 N d2"]  # cosines and sines
-SINES = 256  # what a time or a guidance scale becomes
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,6 @@ class MMDiTConfig:
             raise UserError("positions are a table or rotary axes; with dual a table.")
         if self.axes and sum(self.axes) * self.heads != self.width:
             raise UserError(f"axes {self.axes} do not add up to {self.width // self.heads}.")
-
-
-def mlp(dim: int, width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, width))
 
 
 def modulation(layer: nn.Linear, emb: Embedding) -> tuple[Tensor, ...]:

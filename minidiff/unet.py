@@ -26,14 +26,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from minidiff.condition import Condition
+from minidiff.condition import SINES, Condition
 from minidiff.errors import UserError
-from minidiff.layers import ResBlock, SpatialTransformer, group_norm, run, timestep_embedding
+from minidiff.layers import ResBlock, SpatialTransformer, group_norm, mlp, run, timestep_embedding
 
 Map, Context = Float[Tensor, "B _ H W"], Float[Tensor, "B L D"]
 Embedding, Time = Float[Tensor, "B E"], Shaped[Tensor, "B"]  # an embedding is one of time
 Conditions, Maps = Context | Condition | None, Sequence[Float[Tensor, "B _ _ _"]]
-SINES = 256  # of each of SDXL's numbers
 
 
 class Downsample(nn.Module):
@@ -135,10 +134,6 @@ class Level(nn.Module):
         return self.attention[i](x, context) if self.attention else x
 
 
-def embedding(width: int, out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, out), nn.SiLU(), nn.Linear(out, out))
-
-
 class UNet(nn.Module):
     """[1] with attention, as in [2] and [3]; conditioned on time and a sequence of vectors."""
 
@@ -152,9 +147,9 @@ class UNet(nn.Module):
         channels, blocks, depth = config.channels, config.blocks, config.depth
         time_dim = 4 * channels[0]
 
-        self.time = embedding(channels[0], time_dim)
+        self.time = mlp(channels[0], time_dim)
         self.pool = nn.Linear(config.context_dim, time_dim) if config.pooled else None
-        self.add = embedding(config.added, time_dim) if config.added else None
+        self.add = mlp(config.added, time_dim) if config.added else None
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
 
         skips, width, last = [channels[0]], channels[0], len(channels) - 1

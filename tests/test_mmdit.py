@@ -8,6 +8,7 @@ import torch
 import minidiff
 from minidiff import schedules
 from minidiff.condition import Condition
+from minidiff.conditioners import FluxText, T5TextConfig
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
 from minidiff.finetuning.estimate import Settings, estimate
@@ -191,3 +192,10 @@ def test_memory_and_time_are_estimated(rank):
     assert whole.flops > whole.forward > 0 and whole.step > 0
     less = estimate(small_model(), settings._replace(checkpointing=True))
     assert less.step <= whole.step and less.flops >= whole.flops
+
+
+def test_the_guidance_that_flux_is_told_has_all_its_digits_in_bfloat16():
+    clip = TextConfig(width=8, layers=1, heads=2, context_length=8)
+    text = FluxText(T5TextConfig(clip, None, None, length=4, dim=8)).bfloat16()
+    numbers = text.encode(["a"]).numbers
+    assert numbers.new_tensor([3.3]).item() == pytest.approx(3.3, rel=1e-6)

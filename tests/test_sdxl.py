@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minidiff import pipeline
-from minidiff.condition import Condition
+from minidiff.condition import SINES, Condition
 from minidiff.conditioners import CLIPPair, PairConfig
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
@@ -14,7 +14,7 @@ from minidiff.methods.editing import Edit
 from minidiff.options.sampling import Corner, SampleConfig, Size
 from minidiff.schedules import Discrete
 from minidiff.text import END, CLIPText, TextConfig
-from minidiff.unet import SINES, UNet, UNetConfig
+from minidiff.unet import UNet, UNetConfig
 from minidiff.vae import VAE, VAEConfig
 
 CLIP_L = TextConfig(8, 2, 2, penultimate=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minidiff.checkpoints import names, schedulers, sizes
 from minidiff.checkpoints.layouts import STABLE_DIFFUSION
+from minidiff.condition import SINES
 from minidiff.conditioners import CLIPPair
 from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
@@ -20,7 +21,7 @@ from minidiff.methods.lora import merged_state
 from minidiff.mmdit import MMDiT
 from minidiff.text import END, CLIPText, tokenizer
 from minidiff.training import atomic
-from minidiff.unet import SINES, UNet
+from minidiff.unet import UNet
 from minidiff.vae import VAE
 
 State = dict[str, Tensor]

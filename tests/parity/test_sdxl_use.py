@@ -11,6 +11,7 @@ from minidiff.checkpoints import embedding, names
 from minidiff.checkpoints import inspect as inspection
 from minidiff.checkpoints import lora as lora_files
 from minidiff.checkpoints.layouts import STABLE_DIFFUSION
+from minidiff.condition import SINES
 from minidiff.conditioners import CLIPPair, PairConfig
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
@@ -19,7 +20,7 @@ from minidiff.methods import lora
 from minidiff.methods.refiner import Refined
 from minidiff.schedules import Discrete
 from minidiff.text import TextConfig
-from minidiff.unet import SINES, UNet, UNetConfig
+from minidiff.unet import UNet, UNetConfig
 from minidiff.vae import VAE, VAEConfig
 
 from .test_networks import randomized
