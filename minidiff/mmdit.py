@@ -65,14 +65,14 @@ def modulation(layer: nn.Linear, emb: Embedding) -> tuple[Tensor, ...]:
 
 def normed(x: Tokens, shift: Tensor, scale: Tensor) -> Tokens:
     """adaLN, [2] figure 3: a LayerNorm whose shift and scale depend on emb."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift  # eq: dit-adaln
 
 
 def rotate(x: Heads, rotary: Rotary) -> Heads:
     """Turn each pair of numbers by angles in proportion to the position, [4] eq. 34: products of
     queries and keys depend on the differences of positions alone."""
     (cos, sin), (a, b) = rotary, x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)  # eq: rope-34
 
 
 def attend(q: Heads, k: Heads, v: Heads, rotary: Rotary | None = None) -> Tokens:

@@ -305,7 +305,7 @@ class Flow(NoiseSchedule):
         return torch.cat([visited, torch.zeros(1, dtype=torch.float64)])
 
     def _shifted(self, t: Scales) -> Scales:
-        return self.shift * t / (1 + (self.shift - 1) * t)
+        return self.shift * t / (1 + (self.shift - 1) * t)  # eq: sd3-23
 
     def c_noise(self, t: Times) -> Shaped[Tensor, "*B"]:
         return 1000 * t  # the sinusoidal embedding expects times up to about 1000

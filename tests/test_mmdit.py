@@ -95,6 +95,7 @@ def test_bfloat16_is_near(config):
     assert (rounded - exact).norm() / exact.norm() < 0.05
 
 
+@pytest.mark.equation("rope-34")
 @torch.no_grad()
 def test_rotary_positions_know_differences_alone():
     """An image whose rows and columns all stand one further gives the same products: with no text,

@@ -331,6 +331,7 @@ def test_karras_times_equal_the_published_formula():
     torch.testing.assert_close(schedules.Karras().timesteps(18)[:-1], expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.equation("sd3-23")
 def test_flow_shift_equals_the_published_formula():
     """Esser et al. eq. 23, with sqrt(m/n) = shift: 1 stays 1, 0 stays 0, SNR falls by shift^2 at every time."""
     t, shifted = schedules.Flow().timesteps(10), schedules.Flow(shift=3.0).timesteps(10)

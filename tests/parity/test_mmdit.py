@@ -117,6 +117,7 @@ def precise(monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.equation("dit-adaln", "rope-34")
 @pytest.mark.parametrize("kind", OURS)
 def test_equals_diffusers(kind, precise):
     theirs = theirs_of(kind)
