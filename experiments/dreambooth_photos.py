@@ -56,7 +56,7 @@ PLACES = (
     "convertible",
 )
 OTHERS = ("school bus", "orange", "goldfish", "jellyfish", "lion", "pizza", "tractor", "mushroom")
-LEARNT, STEPS, DRAWN_STEPS = "a photo of {}", 450, 25
+LEARNT, STEPS, DRAWN_STEPS = "a photo of {}", 900, 25
 EACH = 2  # samples of each prompt
 
 

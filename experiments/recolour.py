@@ -72,12 +72,14 @@ def said(caption: str, changes: dict[str, str]) -> str:
 
 
 def fewer_words(captions: list[str], count: int, seed: int) -> list[str]:
-    """The captions, and `count` more in which each word but a colour is there half of the time: so
-    one word that no other picture has is enough to call it."""
+    """The captions, and `count` more in which each word but a colour is there half of the time, and
+    words stand in any order: so one word that no other picture has is enough to call it, wherever
+    it stands."""
     rng, more = random.Random(f"words {seed}"), []
     for k in range(count):
         words = captions[k % len(captions)].rstrip(". ").split()
         rest = [word for word in words if rng.random() < 0.5 or colours_in(word)]
+        rng.shuffle(rest)
         more += [" ".join(rest)] if rest else []
     return [*captions, *more]
 
