@@ -12,28 +12,19 @@ anywhere, then where its own walks lead. Act five: the critic counts. Writes stu
 (for `minidiff generate --model`), lcm_lora.safetensors (for `--lora`), distill.png, loss.png,
 lora_loss.png and results.json. Ctrl-C saves; --resume goes on.
 
-[1] Luhman, Luhman. Knowledge Distillation in Iterative Generative Models for Improved Sampling
-    Speed. 2021. arXiv:2101.02388
-[2] Luo et al. LCM-LoRA: A Universal Stable-Diffusion Acceleration Module. 2023. arXiv:2311.05556
-[3] Sauer, Lorenz, Blattmann, Rombach. Adversarial Diffusion Distillation. 2023. arXiv:2311.17042
-[4] Meng et al. On Distillation of Guided Diffusion Models. 2022. arXiv:2210.03142
-[5] Ross, Gordon, Bagnell. A Reduction of Imitation Learning and Structured Prediction to No-Regret
-    Online Learning. 2011. arXiv:1011.0686
+The papers are named in distill_students.py.
 """
 
 import copy
-import random
 from collections.abc import Iterator
-from functools import partial
-from itertools import count
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Shaped
-from torch import Tensor
-from tqdm import tqdm
+from distill_figure import Images, plot
+from distill_students import Round, train_guided, train_lora, train_student
+from distill_walks import STEPS, TEACHER_WALK, all_walks
 
 import minidiff
 from minidiff import pipeline
@@ -41,376 +32,123 @@ from minidiff.checkpoints import lora as lora_files
 from minidiff.cli.script import run
 from minidiff.data import critic
 from minidiff.data.world import World
-from minidiff.denoiser import Denoiser
 from minidiff.evaluation import bench as evaluate
-from minidiff.figures import curves, plots
-from minidiff.guidance import guide
+from minidiff.figures import plots
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.methods import lora
-from minidiff.methods.distill import (
-    consistency_loss,
-    endpoint_loss,
-    guided_loss,
-    matching_loss,
-    pseudo_huber,
-    renoised_loss,
-)
-from minidiff.options.sampling import Interval, SampleConfig
+from minidiff.options.sampling import SampleConfig
 from minidiff.recipes.quickstart import COLOURS, SHAPES
-from minidiff.train import EMA, Loss, TrainConfig, train
+from minidiff.train import TrainConfig
 from minidiff.training import atomic
-from minidiff.training.progress import follow, last_loss, write_results
+from minidiff.training.progress import last_loss, write_results
 from minidiff.training.resume import read_log
-from minidiff.training.seeds import generator_of
 
-TWO_OBJECTS = 0.8  # the share of pictures that show two
-WALK = 8  # steps of dpmpp_2m
-GUIDED = {
-    "scale": 3.0,
-    "interval": Interval(0.7, 1.0),
-}  # whose colour is whose is decided above t = 840 (docs/box.md): guide there, and hard
-CHUNK = 250  # walks in a file
-RENOISED = (
-    400,
-    751,
-)  # from where to where a guess is noised: what is where shows through, which shape it is does not
-LAYERS = (
-    *lora.ATTENTION,
-    "pool",
-    "conv1",
-    "conv2",
-)  # this U-Net hears words by "pool" more than by attention (docs/lora.md)
-BEST = ("ddpm", 25, 2.0)  # how the teacher is used
-TEACHER = (BEST, ("ddpm", 8, 2.0), ("ddpm", 4, 2.0), ("ddpm", 2, 2.0))
-TAKEN_IN = {
-    "scale": 2.0,
-    "interval": Interval(0.6, 1.0),
-}  # the guidance of the guided student; below t = 600 it decides nothing (docs/distillation.md)
-GUIDELESS = tuple(
-    ("dpmpp_2m_sde", steps, 1.0) for steps in (8, 6, 4)
-)  # how it is used, on the grid "shifted"
-FLOOR, MIDDLE, CEILING = (
-    250,
-    600,
-    1001,
-)  # its t: three in four from 600 up, where there is guidance to take in; the others from 250 up
-STUDENT = tuple(("lcm", steps, 1.0) for steps in (4, 2, 1))  # steps, and evaluations
+# How the teacher is used, its best way first.
+TEACHER = tuple(SampleConfig(steps, 2.0, "ddpm") for steps in (25, 8, 4, 2))
+STUDENT = tuple(SampleConfig(steps, 1.0, "lcm") for steps in (4, 2, 1))
+# How the guided student is used, on the grid "shifted".
+GUIDELESS = tuple(SampleConfig(steps, 1.0, "dpmpp_2m_sde") for steps in (8, 6, 4))
+# Beside results.json.
+OUTPUTS = ("distill.png", "loss.png", "lora_loss.png", "lcm_lora.safetensors", "student", "guided")
 
 
-class Walks(NamedTuple):
-    """Where a model went from pure noise, and what it was told."""
+@dataclass(frozen=True)
+class Result:
+    """A model, sampled in one way: accuracies, and a few images."""
 
-    x: Float[Tensor, "N steps1 Z h w"]  # float16
-    context: Float[Tensor, "N L D"]
+    model: str
+    config: SampleConfig  # its steps, guidance and sampler
+    one_object: float
+    two_objects: float
+    images: Images  # the first three of one object, and of two
 
+    @property
+    def mean(self) -> float:
+        return (self.one_object + self.two_objects) / 2
 
-@torch.no_grad()
-def walked(
-    model: LatentDiffusion, world: World, k: int, size: int, seed: int, sampler: str, how: dict
-) -> dict:
-    """Chunk k of a model's walks: captions of training scenes, half of them in full, and the points
-    on the way."""
-    rng, generator = (
-        random.Random(f"walks {seed} {k}"),
-        generator_of(seed, -1 - k),
-    )
-    scenes = [world.scene(rng, two_objects=TWO_OBJECTS) for _ in range(size)]
-    captions = [world.caption(scene, rng, full=rng.random() < 0.5) for scene in scenes]
-    side = model.size // model.vae.factor
-    noise, x = torch.randn(size, model.vae.latent_channels, side, side, generator=generator), []
-    config = SampleConfig(sampler=sampler, **how)
-    for i in range(0, size, 50):
-        frames = model.sample(
-            captions[i : i + 50],
-            WALK,
-            generator=generator,
-            x_T=noise[i : i + 50],
-            config=config,
-        )
-        x.append(torch.stack([frame.x for frame in frames], dim=1))
-    return {"captions": captions, "x": torch.cat(x).half()}
-
-
-@torch.no_grad()
-def all_walks(
-    model: LatentDiffusion,
-    world: World,
-    n: int,
-    folder: Path,
-    seed: int,
-    resume: bool,
-    title: str,
-    sampler: str,
-    **how,
-) -> Walks:
-    """Act one, [1], and again in act four; how: more of `sample`'s arguments. To resume, files that
-    are there are not made again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    x, contexts = [], []
-    for k in tqdm(range(-(-n // CHUNK)), desc=title, unit=f" x {CHUNK}"):
-        file = folder / f"{k:03d}.pt"
-        atomic.check(file, atomic.unsigned)
-        if not (resume and file.exists()):
-            walk = walked(model, world, k, min(CHUNK, n - k * CHUNK), seed, sampler, how)
-            with atomic.write(file, atomic.unsigned) as new:
-                torch.save(walk | {"about": atomic.SIGNATURE}, new)
-        kept = torch.load(file, weights_only=True)
-        contexts.append(model.text.encode(kept["captions"]))
-        x.append(kept["x"])
-    return Walks(torch.cat(x), torch.cat(contexts))
-
-
-class Points(NamedTuple):
-    """A batch of points on walks, when they were passed, and where the walks ended."""
-
-    x: Float[Tensor, "B Z h w"]
-    t: Shaped[Tensor, "B"]
-    end: Float[Tensor, "B Z h w"]
-    context: Float[Tensor, "B L D"]
-
-
-def points(
-    walks: Walks, times: Shaped[Tensor, "steps1"], batch: int, far: float, seed: int, start: int
-) -> Iterator[Points]:
-    """Batches start, start + 1, ...; a share `far` of the points, and some more by chance, is pure
-    noise, from which the way is longest."""
-    for k in count(start):
-        generator = generator_of(seed, k)
-        i = torch.randint(0, len(walks.x), (batch,), generator=generator)
-        n = torch.randint(0, len(times) - 1, (batch,), generator=generator) * (
-            torch.rand(batch, generator=generator) < 1 - far
-        )
-        x, end = (
-            walks.x[i, m].float().contiguous(memory_format=torch.channels_last)
-            for m in (n, torch.full_like(n, -1))
-        )
-        yield Points(x, times[n], end, walks.context[i])
-
-
-def train_student(
-    start: LatentDiffusion,
-    far: float,
-    sharpen: bool,
-    walks: Walks,
-    folder: Path,
-    steps: int,
-    batch: int,
-    lr: float,
-    seed: int,
-    resume: bool,
-) -> LatentDiffusion:
-    """A round of act two: all weights learn where walks end, [1]; and to sharpen, what `start`
-    makes of their guess given new noise, [3]. far: the share of walks' points that are pure noise.
-    Returns the average of the weights, as a model that needs no guidance."""
-    torch.manual_seed(seed)
-    student, schedule = copy.deepcopy(start.denoiser).requires_grad_(True), start.schedule
-    ema, times = EMA(student.network, decay=0.998), schedule.timesteps(WALK)
-
-    def loss(points: Points) -> Loss:
-        ours, theirs = (
-            guide(denoiser, points.context, None, 1) for denoiser in (student, start.denoiser)
-        )
-        each, place = (
-            endpoint_loss(ours, schedule, points.x, points.t, points.end, pseudo_huber),
-            schedule.progress(points.t),
-        )
-        if not sharpen:
-            return {"loss": each, "progress": place}
-        noise, s = torch.randn_like(points.x), torch.randint(*RENOISED, points.t.shape)
-        more = renoised_loss(
-            ours, theirs, schedule, noise, times[:1].expand(len(noise)), s, pseudo_huber
-        )
+    def row(self) -> dict[str, Any]:
+        """Of the table in results.json."""
+        guidance, steps = self.config.guidance, self.config.steps
         return {
-            "loss": torch.cat([each, more]),
-            "progress": torch.cat([place, torch.ones_like(place)]),
-        }
-
-    data = partial(points, walks, times, batch, far, seed)
-    training = train(
-        loss, student.network, data, TrainConfig(steps, lr, seed=seed), ema, folder, resume
-    )
-    follow(training, f"2/5 student, {folder.name}", steps, batch)
-    denoiser = Denoiser(ema.average, schedule, start.denoiser.target)
-    return LatentDiffusion(
-        start.vae, start.text, denoiser, start.size, start.dropout, guidance=1.0, sampler="lcm"
-    )
-
-
-def train_lora(
-    teacher: LatentDiffusion,
-    walks: Walks,
-    folder: Path,
-    steps: int,
-    batch: int,
-    lr: float,
-    rank: int,
-    seed: int,
-    resume: bool,
-) -> LatentDiffusion:
-    """Act three, [2]: neighbouring times are to agree, the data being what the teacher drew.
-    Returns the teacher with its LoRA beside it."""
-    torch.manual_seed(seed)
-    student, schedule = copy.deepcopy(teacher), teacher.schedule
-    lora.add(student.unet, rank, targets=LAYERS)
-    times = schedule.timesteps(WALK)
-
-    def loss(points: Points) -> Loss:
-        ours = guide(student.denoiser, points.context, None, 1)
-        taught = guide(
-            teacher.denoiser, points.context, teacher.text.null(len(points.end)), **GUIDED
-        )
-        return {
-            "loss": consistency_loss(ours, ours, schedule, points.end, times, taught, pseudo_huber)
-        }
-
-    data = partial(points, walks, times, batch, 0.0, seed)
-    follow(
-        train(
-            loss,
-            student.unet,
-            data,
-            TrainConfig(steps, lr, seed=seed),
-            folder=folder,
-            resume=resume,
-        ),
-        "3/5 LCM-LoRA",
-        steps,
-        batch,
-    )
-    return student.eval()
-
-
-def train_guided(
-    start: LatentDiffusion,
-    teacher: LatentDiffusion,
-    own: bool,
-    walks: Walks,
-    folder: Path,
-    steps: int,
-    batch: int,
-    lr: float,
-    seed: int,
-    resume: bool,
-) -> LatentDiffusion:
-    """A round of act four, the first stage of [4] at one scale: what the teacher says with
-    guidance, said in one evaluation. The data are where the teacher's walks ended, noised; or own
-    walks of the student as they stand: where it goes wrong, it hears what would have been right
-    [5]."""
-    torch.manual_seed(seed)
-    student, schedule, null = (
-        copy.deepcopy(start.denoiser).requires_grad_(True),
-        teacher.schedule,
-        teacher.text.null(batch),
-    )
-    ema = EMA(student.network, decay=0.998)
-
-    def loss(points: Points) -> Loss:
-        ours, theirs = (
-            guide(student, points.context, None, 1),
-            guide(teacher.denoiser, points.context, null, **TAKEN_IN),
-        )
-        if own:
-            return {
-                "loss": matching_loss(ours, theirs, schedule, points.x, points.t),
-                "progress": schedule.progress(points.t),
-            }
-        high = torch.rand(points.t.shape) < 0.75
-        t = torch.where(
-            high,
-            torch.randint(MIDDLE, CEILING, points.t.shape),
-            torch.randint(FLOOR, CEILING, points.t.shape),
-        )
-        return {
-            "loss": guided_loss(ours, theirs, schedule, points.end, t),
-            "progress": schedule.progress(t),
-        }
-
-    data = partial(
-        points, walks, schedule.timesteps(WALK, "shifted" if own else "trailing"), batch, 0.0, seed
-    )
-    training = train(
-        loss, student.network, data, TrainConfig(steps, lr, seed=seed), ema, folder, resume
-    )
-    follow(training, f"4/5 student, {folder.name}", steps, batch)
-    denoiser = Denoiser(ema.average, schedule, teacher.denoiser.target)
-    how = dict(guidance=1.0, sampler=GUIDELESS[0][0], spacing="shifted")
-    return LatentDiffusion(
-        teacher.vae, teacher.text, denoiser, teacher.size, teacher.dropout, **how
-    )
-
-
-def measured(
-    model: LatentDiffusion, name: str, ways: tuple, captions: dict[int, list[str]], seed: int
-) -> Iterator[tuple[dict, Tensor]]:
-    """One line of the table for each way to sample, and its first three pictures of each kind."""
-    for sampler, steps, guidance in ways:
-        row = {
-            "model": name,
-            "sampler": sampler,
+            "model": self.model,
+            "sampler": self.config.sampler,
             "steps": steps,
             "guidance": guidance,
             "evaluations": steps * (1 if guidance == 1 else 2),
+            "one_object": self.one_object,
+            "two_objects": self.two_objects,
+            "mean": self.mean,
         }
-        shown = []
-        for objects, kind in ((1, "one_object"), (2, "two_objects")):
-            config = SampleConfig(steps, guidance, sampler, seed=seed)
-            pictures = pipeline.generate(model, captions[objects], config)
-            row[kind] = critic.accuracy(pictures, captions[objects])
-            shown.append(pictures[:3])
-        row["mean"] = (row["one_object"] + row["two_objects"]) / 2
-        print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-        yield row, torch.cat(shown)
 
 
-def plot(rows: list[dict], shown: dict[str, Float[Tensor, "B 3 H W"]], path: Path) -> Path:
-    """Left, accuracy against evaluations, a line for each model and sampler; right, the same
-    captions and noise in many and few steps."""
-    import matplotlib.figure
-
-    with curves.style():
-        sheet = matplotlib.figure.Figure((8.0, 3.6), layout="constrained")
-        axis, *strips = sheet.subplot_mosaic(
-            [["plot", str(k)] for k in range(len(shown))], width_ratios=(1, 1)
-        ).values()
-        lines = dict.fromkeys((row["model"], row["sampler"]) for row in rows)
-        for line, colour, mark in zip(lines, curves.COLOURS, "osD^v", strict=False):
-            some = sorted(
-                (row["evaluations"], row["mean"])
-                for row in rows
-                if (row["model"], row["sampler"]) == line
-            )
-            axis.plot(
-                *zip(*some, strict=True),
-                f"{mark}-",
-                color=colour,
-                markersize=4,
-                label=", ".join(line),
-            )
-        best = rows[0]["mean"]
-        for share, line in ((0.95, "--"), (0.90, ":")):
-            label = f"{share:.0%} of the teacher's best"
-            axis.axhline(share * best, color="black", linestyle=line, linewidth=1, label=label)
-        ticks = sorted({row["evaluations"] for row in rows})
-        axis.set(
-            xscale="log",
-            xlabel="evaluations of the U-Net for a picture",
-            ylabel="captions drawn right",
-            ylim=(-0.03, 1.03),
-        )
-        axis.set_xticks(ticks, [str(tick) for tick in ticks])
-        axis.minorticks_off()
-        sheet.legend(loc="outside lower left", ncols=3)  # below: it covers no line
-        for strip, (name, pictures) in zip(strips, shown.items(), strict=True):
-            parted = F.pad((pictures + 1) / 2, (1, 1), value=1.0)
-            strip.imshow(parted.permute(2, 0, 3, 1).flatten(1, 2).numpy(), interpolation="nearest")
-            strip.spines[:].set_visible(False)
-            strip.set_ylabel(name, rotation=0, ha="right", va="center")
-            strip.set(xticks=[], yticks=[])
-        return curves.save(sheet, path)
+def save(
+    student: LatentDiffusion, guided: LatentDiffusion, adapted: LatentDiffusion, out: Path
+) -> tuple[Path, Path, Path]:
+    """Both students in half precision, and the LoRA."""
+    lora_file = out / "lcm_lora.safetensors"
+    student_folder = copy.deepcopy(student).half().save(out / "student")
+    guided_folder = copy.deepcopy(guided).half().save(out / "guided")
+    with atomic.write(lora_file, atomic.unsigned) as new:  # there may be one of an interrupted run
+        lora_files.save(adapted, new)
+    return student_folder, guided_folder, lora_file
 
 
-# beside results.json
-OUTPUTS = ("distill.png", "loss.png", "lora_loss.png", "lcm_lora.safetensors", "student", "guided")
+def judge(
+    teacher: LatentDiffusion,
+    model: str,
+    paths: tuple[Path, Path, Path],
+    captions: dict[int, list[str]],
+    seed: int,
+) -> tuple[list[Result], float]:
+    """Act five: the teacher, and what is written, read back. model: the teacher's name. captions:
+    by number of objects. Returns also how much the LoRA changes the U-Net's output."""
+    student_folder, guided_folder, lora_file = paths
+    student, guided, adapted = map(minidiff.load, (student_folder, guided_folder, model))
+    moved = lora_files.load(adapted, lora_file).moved
+    results = [
+        *measured(teacher, "teacher", TEACHER, captions, seed),
+        *measured(student, "student", STUDENT, captions, seed),
+        *measured(guided, "guided student", GUIDELESS, captions, seed),
+        *measured(adapted, "LCM-LoRA", STUDENT, captions, seed),
+        # what the sampler alone makes of it
+        *measured(teacher, "teacher", STUDENT, captions, seed),
+    ]
+    return results, moved
+
+
+def measured(
+    model: LatentDiffusion,
+    name: str,
+    configs: tuple[SampleConfig, ...],
+    captions: dict[int, list[str]],
+    seed: int,
+) -> Iterator[Result]:
+    """A result for each way to sample. captions: by number of objects."""
+    for config in configs:
+        accuracies, images = [], []
+        for objects in (1, 2):
+            drawn = pipeline.generate(model, captions[objects], replace(config, seed=seed))
+            accuracies.append(critic.accuracy(drawn, captions[objects]))
+            images.append(drawn[:3])
+        result = Result(name, config, *accuracies, torch.cat(images))
+        print(", ".join(f"{key} {value}" for key, value in result.row().items()), flush=True)
+        yield result
+
+
+def columns(results: list[Result]) -> dict[str, Images]:
+    """The images of the figure: the teacher's at its best, and the student's."""
+    images = {f"teacher, {results[0].config.steps} steps": results[0].images}
+    of_student = (result for result in results if result.model == "student")
+    return images | {f"student, {result.config.steps}": result.images for result in of_student}
+
+
+def shares_of_best(results: list[Result]) -> dict[str, float | None]:
+    """Of the teacher's best accuracy, by student and steps."""
+    best, shares = results[0].mean, {}
+    for result in results:
+        if "student" in result.model:
+            name = f"{result.model}_{result.config.steps}_of_teacher".replace(" ", "_")
+            shares[name] = round(result.mean / best, 4) if best else None
+    return shares
 
 
 def main(
@@ -460,144 +198,55 @@ def main(
         seed: everything random follows from it.
         resume: go on where an interrupted run stopped.
     """
-    torch.set_num_threads(
-        1
-    )  # the recipe is one core's: on networks this small a second thread would mostly wait
+    torch.set_num_threads(1)  # on networks this small a second thread would mostly wait
     teacher = minidiff.load(model).to(memory_format=torch.channels_last).requires_grad_(False)
     world, training = World(teacher.size, SHAPES, COLOURS), out / "training"
-    guidance = {"guidance": GUIDED["scale"], "interval": GUIDED["interval"]}
-    kept = all_walks(
-        teacher, world, walks, training / "walks", seed, resume, "1/5 walks", "dpmpp_2m", **guidance
-    )
-    student = train_student(
-        teacher, 2 / 3, False, kept, training / "walked", steps, batch, lr, seed, resume
-    )
-    student = train_student(
-        student,
-        1 / 3,
-        True,
-        kept,
-        training / "sharpened",
-        sharp_steps,
-        batch,
-        sharp_lr,
-        seed + 1,
-        resume,
-    )
-    student = train_student(
-        student, 0.0, True, kept, training / "settled", last_steps, batch, last_lr, seed + 3, resume
-    )
-    adapted = train_lora(
-        teacher, kept, training / "lora", lora_steps, batch, lora_lr, rank, seed + 2, resume
-    )
+    configs = {
+        "walked": TrainConfig(steps, lr, seed=seed),
+        "sharpened": TrainConfig(sharp_steps, sharp_lr, seed=seed + 1),
+        "settled": TrainConfig(last_steps, last_lr, seed=seed + 3),
+        "lora": TrainConfig(lora_steps, lora_lr, seed=seed + 2),
+        "guided": TrainConfig(guided_steps, guided_lr, seed=seed + 4),
+        "guided_own": TrainConfig(own_steps, own_lr, seed=seed + 5),
+    }
+    rounds = {
+        name: Round(training / name, config, batch, resume) for name, config in configs.items()
+    }
+
+    walk, folder = replace(TEACHER_WALK, seed=seed), training / "walks"
+    teacher_walks = all_walks(teacher, world, walk, walks, folder, resume, "1/5 walks")
+    student = train_student(teacher, teacher_walks, rounds["walked"], far=2 / 3, sharpen=False)
+    student = train_student(student, teacher_walks, rounds["sharpened"], far=1 / 3, sharpen=True)
+    student = train_student(student, teacher_walks, rounds["settled"], far=0.0, sharpen=True)
+    adapted = train_lora(teacher, teacher_walks, rounds["lora"], rank)
+
+    sampler = GUIDELESS[0].sampler
     guided = train_guided(
-        teacher,
-        teacher,
-        False,
-        kept,
-        training / "guided",
-        guided_steps,
-        batch,
-        guided_lr,
-        seed + 4,
-        resume,
+        teacher, teacher, teacher_walks, rounds["guided"], own=False, sampler=sampler
     )
-    own = all_walks(
-        guided,
-        world,
-        walks,
-        training / "own_walks",
-        seed + 5,
-        resume,
-        "4/5 its walks",
-        guided.sampler,
-    )
+    walk, folder = SampleConfig(STEPS, sampler=sampler, seed=seed + 5), training / "own_walks"
+    own_walks = all_walks(guided, world, walk, walks, folder, resume, "4/5 its walks")
     guided = train_guided(
-        guided,
-        teacher,
-        True,
-        own,
-        training / "guided_own",
-        own_steps,
-        batch,
-        own_lr,
-        seed + 5,
-        resume,
+        guided, teacher, own_walks, rounds["guided_own"], own=True, sampler=sampler
     )
 
-    # What is judged is what is written: half precision, read back.
-    folder, other = (
-        copy.deepcopy(student).half().save(out / "student"),
-        copy.deepcopy(guided).half().save(out / "guided"),
-    )
-    file = out / "lcm_lora.safetensors"
-    with atomic.write(file, atomic.unsigned) as new:  # there may be one of an interrupted run
-        lora_files.save(adapted, new)
-    quick, low = minidiff.load(folder), minidiff.load(model)
-    loaded = lora_files.load(low, file)
-    told = {objects: evaluate.held_out(world, captions, objects, seed) for objects in (1, 2)}
-    found = [
-        *measured(teacher, "teacher", TEACHER, told, seed),
-        *measured(quick, "student", STUDENT, told, seed),
-        *measured(minidiff.load(other), "guided student", GUIDELESS, told, seed),
-        *measured(low, "LCM-LoRA", STUDENT, told, seed),
-        *measured(teacher, "teacher", STUDENT, told, seed),  # what the sampler alone makes of it
-    ]
-    rows = [row for row, _ in found]
-    names = {
-        ("teacher", *BEST): "teacher, 25 steps",
-        **{("student", *way): f"student, {way[1]}" for way in STUDENT},
-    }
-    keys = [(row["model"], row["sampler"], row["steps"], row["guidance"]) for row in rows]
-    shown = {
-        names[key]: pictures for key, (_, pictures) in zip(keys, found, strict=True) if key in names
-    }
-    print(plot(rows, shown, out / "distill.png"))
+    paths = save(student, guided, adapted, out)
+    held_out = {n: evaluate.held_out(world, captions, n, seed) for n in (1, 2)}
+    results, moved = judge(teacher, model, paths, held_out, seed)
+    rows = [result.row() for result in results]
+    print(plot(rows, columns(results), out / "distill.png"))
     print(plots.loss(read_log(training / "sharpened"), out / "loss.png"))
     print(plots.loss(read_log(training / "lora"), out / "lora_loss.png"))
+    print(*paths, sep="\n")
 
-    best = rows[0]["mean"]
-    students = [row for row in rows if "student" in row["model"]]
-    shares = {
-        f"{row['model']}_{row['steps']}_of_teacher".replace(" ", "_"): round(row["mean"] / best, 4)
-        if best
-        else None
-        for row in students
-    }
-    made = dict(
-        walks=walks,
-        steps=steps,
-        lr=lr,
-        sharp_steps=sharp_steps,
-        sharp_lr=sharp_lr,
-        last_steps=last_steps,
-        last_lr=last_lr,
-        batch=batch,
-    )
-    made |= dict(
-        lora_steps=lora_steps,
-        lora_lr=lora_lr,
-        rank=rank,
-        guided_steps=guided_steps,
-        guided_lr=guided_lr,
-    )
-    made |= dict(own_steps=own_steps, own_lr=own_lr, seed=seed)
-    losses = {
-        f"{name}_loss": last_loss(read_log(training / name))
-        for name in ("walked", "sharpened", "settled", "lora", "guided", "guided_own")
-    }
-    print(folder, other, file, sep="\n")
-    print(
-        write_results(
-            out,
-            **made,
-            **losses,
-            **shares,
-            captions_each=captions,
-            lora_moved=loaded.moved,
-            rows=rows,
-        )
-    )
+    settings = dict(walks=walks, steps=steps, lr=lr, sharp_steps=sharp_steps, sharp_lr=sharp_lr)
+    settings |= dict(last_steps=last_steps, last_lr=last_lr, batch=batch, lora_steps=lora_steps)
+    settings |= dict(lora_lr=lora_lr, rank=rank, guided_steps=guided_steps, guided_lr=guided_lr)
+    settings |= dict(own_steps=own_steps, own_lr=own_lr, seed=seed)
+    losses = {f"{name}_loss": last_loss(read_log(training / name)) for name in rounds}
+    shares = shares_of_best(results)
+    counts = dict(captions_each=captions, lora_moved=moved)
+    print(write_results(out, **settings, **losses, **shares, **counts, rows=rows))
     print(", ".join(f"{name} {share}" for name, share in shares.items()))
 
 

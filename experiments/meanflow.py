@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from distill import plot
+from distill_figure import plot
 from jaxtyping import Float, Shaped
 from pretrain_box import latent_batches, pool_of
 from torch import Tensor, nn

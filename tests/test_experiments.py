@@ -51,6 +51,7 @@ with install_import_hook(
     import cifar_recipes
     import controlnet
     import distill
+    import distill_students
     import dreambooth
     import dreambooth_photos
     import finetune_coco100
@@ -849,10 +850,9 @@ def test_distill(tmp_path, monkeypatch):
         own_steps=3,
         captions=2,
     )
-    monkeypatch.setattr(distill, "BEST", ("ddpm", 6, 2.0))
-    monkeypatch.setattr(distill, "STUDENT", (("lcm", 2, 1.0), ("lcm", 1, 1.0)))
-    monkeypatch.setattr(distill, "TEACHER", (distill.BEST,))
-    monkeypatch.setattr(distill, "GUIDELESS", (("ddpm", 3, 1.0),))
+    monkeypatch.setattr(distill, "STUDENT", tuple(SampleConfig(n, 1.0, "lcm") for n in (2, 1)))
+    monkeypatch.setattr(distill, "TEACHER", (SampleConfig(6, 2.0, "ddpm"),))
+    monkeypatch.setattr(distill, "GUIDELESS", (SampleConfig(3, 1.0, "ddpm"),))
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     distill.main(**settings, out=whole)
     results = written(
@@ -880,7 +880,7 @@ def test_distill(tmp_path, monkeypatch):
 
     for act in (1, 2, 3, 4, 5, 6):  # Ctrl-C in every round of both students, and in the LoRA
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(distill, "follow", stop_at(1))
+            patch.setattr(distill_students, "follow", stop_at(1))
             distill.main(**settings, out=halves, resume=act > 1)
     for _ in range(2):  # the second finds everything done, and writes the same again
         distill.main(**settings, out=halves, resume=True)

@@ -384,15 +384,15 @@ def test_experiments_refuse(study, tmp_path, monkeypatch):
 def test_folders_of_experiments_refuse(tmp_path, monkeypatch):
     """Files that a study writes below its folder."""
     monkeypatch.syspath_prepend(str(STUDIES["distill"].parent))
-    import distill
+    import distill_walks
     import dreambooth
 
-    model, world = minidiff.load(), minidiff.World()
+    model, world, walk = minidiff.load(), minidiff.World(), distill_walks.TEACHER_WALK
     planted = plant(tmp_path, ["a/metadata.jsonl", "b/3.png", "c/000.pt"])
     for name in ("a", "b"):
         with pytest.raises(UserError, match="was not written by minidiff"):
             dreambooth.subject_folder(tmp_path / name, 0)
     for resume in (False, True):
         with pytest.raises(UserError, match="was not written by minidiff"):
-            distill.all_walks(model, world, 1, tmp_path / "c", 0, resume, "walks", "ddim")
+            distill_walks.all_walks(model, world, walk, 1, tmp_path / "c", resume, "walks")
     intact(planted)

@@ -8,6 +8,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
@@ -15,6 +17,7 @@ from minidiff.figures.page import Page
 from minidiff.recipes.plan import Act
 from minidiff.train import train
 from minidiff.training.resume import read_log
+from minidiff.vae import VAE
 
 WRITE, DRAW = 5.0, 20.0  # seconds between two states of the page, and between two drawings
 
@@ -25,6 +28,14 @@ class Drawing(NamedTuple):
     images: list[Tensor]
     captions: list[str]
     verdicts: list[bool | None]
+
+
+def rebuilt(vae: VAE, images: Float[Tensor, "B 3 H W"]) -> Drawing:
+    """Images, and what the VAE makes of them by now."""
+    with torch.no_grad():
+        again = vae.decode(vae.encode(images.to(vae.latent_scale.device))).clamp(-1, 1).cpu()
+    both = [image for pair in zip(images, again, strict=True) for image in pair]
+    return Drawing(both, ["an image", "through the VAE"] * len(images), [None] * len(both))
 
 
 class Live:

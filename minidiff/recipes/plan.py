@@ -84,6 +84,29 @@ def read(file: Path, acts: int) -> Plan:
     return Plan(**content)
 
 
+def of_run(
+    file: Path,
+    usual: Sequence[int],
+    costs: Sequence[Cost],
+    rest: float,
+    minutes: float | None,
+    begun: bool,
+) -> Plan:
+    """The plan of a new run, which is written, or that of a run that has begun. The other arguments
+    are those of `fitted`."""
+    if not begun:
+        plan = fitted(usual, costs, rest, minutes)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        plan.write(file)
+        return plan
+    plan = read(file, len(costs))
+    if minutes not in (None, plan.minutes):
+        asked = "no time" if plan.minutes is None else f"{plan.minutes:g} minutes"
+        remedy = "resume it without minutes, or choose another folder"
+        raise UserError(f"{file}: the run was begun for {asked}; {remedy}.")
+    return plan
+
+
 def fitted(usual: Sequence[int], costs: Sequence[Cost], rest: float, minutes: float | None) -> Plan:
     """The usual steps, or as many of each as take `minutes` with the rest of the run (seconds)."""
     if minutes is None:

@@ -24,23 +24,19 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from minidiff import pipeline, schedules
+from minidiff import schedules
 from minidiff.checkpoints.folder import foreign
-from minidiff.data import critic
 from minidiff.data.world import World
 from minidiff.denoiser import Denoiser
 from minidiff.errors import UserError
-from minidiff.evaluation import bench
 from minidiff.figures import chains, plots
 from minidiff.latent_diffusion import LatentDiffusion
-from minidiff.options.sampling import SampleConfig
 from minidiff.recipes import judging, reading
 from minidiff.recipes import plan as plans
-from minidiff.recipes.judging import Examples, judge, judged_grid
-from minidiff.recipes.live import Drawing, Live
+from minidiff.recipes.judging import Examples, drawing, judge, judged_grid
+from minidiff.recipes.live import Drawing, Live, rebuilt
 from minidiff.recipes.plan import Act, Cost, Plan, cost
 from minidiff.samplers import Normal
 from minidiff.text import CLIPText, TextConfig
@@ -252,28 +248,7 @@ def measured(world: World, seed: int, device: str) -> tuple[list[Cost], Cost]:
     frozen = vae.module.requires_grad_(False), text.module.requires_grad_(False)
     model = model_act(world, *frozen, seed, device, STEPS, pool=64)
     costs.append(cost(model))
-    captions, steps = bench.held_out(world, 16, 2, seed), 3
-    start = time.perf_counter()
-    with FlopCounterMode(display=False) as counter:
-        bench.caption_accuracy(model.module.eval(), captions, steps)
-    scale = judging.STEPS / steps / len(captions)
-    seconds, flops = time.perf_counter() - start, counter.get_total_flops()
-    return costs, Cost(scale * seconds, round(scale * flops))
-
-
-def drawing(model: LatentDiffusion, seed: int) -> Drawing:
-    """What the model draws by now, in few steps."""
-    images = pipeline.generate(model, PROMPTS, SampleConfig(DRAWN_STEPS, seed=seed)).cpu()
-    verdicts = [critic.holds(*pair) for pair in zip(images, PROMPTS, strict=True)]
-    return Drawing(list(images), PROMPTS, verdicts)
-
-
-def rebuilt(vae: VAE, images: Images) -> Drawing:
-    """Images, and what the VAE makes of them by now."""
-    with torch.no_grad():
-        again = vae.decode(vae.encode(images.to(vae.latent_scale.device))).clamp(-1, 1).cpu()
-    both = [image for pair in zip(images, again, strict=True) for image in pair]
-    return Drawing(both, ["an image", "through the VAE"] * len(images), [None] * len(both))
+    return costs, judging.cost(model.module.eval(), world, seed)
 
 
 def quickstart(
@@ -289,18 +264,20 @@ def quickstart(
     check_folder(out, resume)
     world, training = World(SIZE, SHAPES, COLOURS), out / "training"
     costs, verdict = measured(world, seed, device)
-    plan = planned(training, costs, verdict, resume, minutes)
+    usual, rest = [VAE_STEPS, TEXT_STEPS, STEPS], 2 * CAPTIONS * verdict.seconds
+    begun = resume and (training / "vae").exists()  # made after the plan
+    plan = plans.of_run(training / "plan.json", usual, costs, rest, minutes, begun)
     times = [n * cost.seconds for n, cost in zip(plan.steps, costs, strict=True)]
     operations = sum(n * cost.flops for n, cost in zip(plan.steps, costs, strict=True))
     operations += 2 * CAPTIONS * verdict.flops
-    told = (sum(times) + 2 * CAPTIONS * verdict.seconds) / 60
+    told = (sum(times) + rest) / 60
     page = out / "index.html"
     tqdm.write(
         f"about {told:.0f} minutes on this machine, {operations / 1e12:.0f} TFLOP; "
         f"watch it learn in {page}",
         file=sys.stderr,
     )
-    acts = dict(zip(ACTS, [*times, 2 * CAPTIONS * verdict.seconds], strict=True))
+    acts = dict(zip(ACTS, [*times, rest], strict=True))
     live = Live(page, "minidiff quickstart", acts)
     with live.running(f"minidiff quickstart --out {shlex.quote(str(out))} --seed {seed} --resume"):
         model = trained(world, training, plan, seed, device, resume, live)
@@ -326,13 +303,7 @@ def quickstart(
         }
         folder = shlex.quote(str(out / "model"))
         command = f'minidiff generate "{PROMPTS[0]}" --model {folder} --n 4 --seed 7'
-        live.notes = {
-            "one object, all attributes right": f"{figures['accuracy_one_object']:.3f}",
-            "two objects, all attributes right": f"{figures['accuracy_two_objects']:.3f}",
-            "one object, captions shuffled": (
-                f"{figures['accuracy_one_object_shuffled_captions']:.3f}"
-            ),
-        }
+        live.notes = judging.notes(figures)
         live.drawing = Drawing(examples.images, examples.captions, examples.verdicts)
         live.write(f"done in {results['minutes']:.1f} minutes", command, done=True)
     print(*paths, page, write_results(out, **results), sep="\n")
@@ -344,26 +315,6 @@ def quickstart(
     )
     print(f"now draw your own: {command}")
     return results
-
-
-def planned(
-    training: Path, costs: list[Cost], verdict: Cost, resume: bool, minutes: float | None
-) -> Plan:
-    """The steps of each act: the recipe's, as many as fit into `minutes`, or those of the run that
-    is resumed."""
-    file = training / "plan.json"
-    if resume and (training / "vae").exists():  # made after the plan
-        plan = plans.read(file, len(costs))
-        if minutes not in (None, plan.minutes):
-            asked = "no time" if plan.minutes is None else f"{plan.minutes:g} minutes"
-            remedy = "resume it without minutes, or choose another folder"
-            raise UserError(f"{file}: the run was begun for {asked}; {remedy}.")
-        return plan
-    usual = [VAE_STEPS, TEXT_STEPS, STEPS]
-    plan = plans.fitted(usual, costs, 2 * CAPTIONS * verdict.seconds, minutes)
-    training.mkdir(parents=True, exist_ok=True)
-    plan.write(file)
-    return plan
 
 
 def trained(
@@ -383,7 +334,8 @@ def trained(
 
     act = model_act(world, vae, text, seed, device, plan.steps[2], POOL)
     average = act.ema.average
-    live.follow(act, training / "model", resume, partial(drawing, average, seed))
+    draw = partial(drawing, average, PROMPTS, DRAWN_STEPS, seed)
+    live.follow(act, training / "model", resume, draw)
     return average
 
 

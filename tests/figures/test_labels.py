@@ -17,7 +17,7 @@ from minidiff.figures import curves, labels
 from minidiff.figures.curves import Panel
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
-distill, dreambooth = map(importlib.import_module, ("distill", "dreambooth"))
+distill_figure, dreambooth = map(importlib.import_module, ("distill_figure", "dreambooth"))
 
 
 def overlapping(figure):
@@ -64,7 +64,7 @@ def studies():
         for n in (50, 16, 8, 6, 4, 2, 1)
     ]
     names = ("teacher, 25 steps", "student, 4", "student, 2", "student, 1")
-    yield "distill", lambda path: distill.plot(lines, dict.fromkeys(names, noise), path)
+    yield "distill", lambda path: distill_figure.plot(lines, dict.fromkeys(names, noise), path)
 
     columns = {"spacing": "trailing", "interval": "0-1", "n": "100"}
     rows = [

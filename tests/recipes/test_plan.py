@@ -66,3 +66,14 @@ def test_a_plan_comes_back(tmp_path):
         assert plans.read(tmp_path / "plan.json", 2) == plan
     with pytest.raises(UserError, match="another version"):
         plans.read(tmp_path / "other.json", 2)
+
+
+def test_a_run_that_is_resumed_keeps_its_plan(tmp_path):
+    file = tmp_path / "training" / "plan.json"
+    plan = plans.of_run(file, [100, 200], COSTS, 10, 0.5, begun=False)
+    assert plan == plans.read(file, 2) == Plan([40, 80], 0.5)
+    slower = [Cost(1.0, 5), Cost(2.0, 7)]
+    for minutes in (None, 0.5):
+        assert plans.of_run(file, [100, 200], slower, 10, minutes, begun=True) == plan
+    with pytest.raises(UserError, match=r"was begun for 0\.5 minutes"):
+        plans.of_run(file, [100, 200], COSTS, 10, 0.7, begun=True)
