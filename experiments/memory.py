@@ -161,6 +161,10 @@ def by_switch(numbers: dict, settings: Settings) -> dict:
         "full, latents not cached": settings._replace(cached=False),
     } | {in_flags(name): changed for name, changed in alternatives(settings).items()}
     ways["lora, checkpointing"] = settings._replace(rank=8, checkpointing=True)
+    for name, frozen in (("fp32", None), ("bf16", torch.bfloat16)):
+        way = settings._replace(rank=8, bf16=True, frozen=frozen)
+        ways[f"lora, bf16, weights in {name}"] = way
+        ways[f"lora, bf16, weights in {name}, checkpointing"] = way._replace(checkpointing=True)
     ways["full, text encoder too"] = settings._replace(text=True)
     ways["full, checkpointing, adamw8bit"] = settings._replace(
         checkpointing=True, optimizer="adamw8bit"

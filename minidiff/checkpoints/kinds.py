@@ -83,7 +83,7 @@ def lora_rows(state: State, metadata: Mapping[str, str]) -> Rows:
     kohya = any(name.startswith("lora_") for name in layers)
     ranks = Counter(value.shape[0] for value in layers.values() if value.shape)
     text = sum("text_encoder" in name or name.startswith("lora_te") for name in layers)
-    plural = "s" if any(re.match(r"text_encoder_2|lora_te2", name) for name in layers) else ""
+    plural = "s" if any(re.match(r"text_encoder_[23]|lora_te[23]", name) for name in layers) else ""
     flow = any(re.match(r"(lora_)?transformer[._]", name) for name in layers) or _flows(layers)
     network = "transformer" if flow else "U-Net"
     rows = [

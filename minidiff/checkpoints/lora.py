@@ -22,6 +22,7 @@ from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods import inversion
 from minidiff.methods.lora import Layer, LoRA, adapted, attach, check_free, ends
 from minidiff.mmdit import MMDiT
+from minidiff.t5 import T5
 from minidiff.text import CLIPText
 from minidiff.training import atomic
 from minidiff.unet import UNet, UNetConfig
@@ -33,12 +34,14 @@ DOTTED = {
     "text": [f"text_encoder.{_MODEL}", "text_encoder.", f"base_model.model.{_MODEL}", _MODEL],
     "text.clip_l": [f"text_encoder.{_MODEL}", "text_encoder."],
     "text.clip_g": [f"text_encoder_2.{_MODEL}", "text_encoder_2."],
+    "text.t5": ["text_encoder_3.", "text_encoder_2."],  # of SD 3, of FLUX.1
 }
 UNDERSCORED = {
     "unet": ["lora_unet_"],
     "text": ["lora_te_text_model_", "lora_te1_text_model_", "lora_te1_"],
     "text.clip_l": ["lora_te1_text_model_", "lora_te1_"],
     "text.clip_g": ["lora_te2_text_model_", "lora_te2_"],
+    "text.t5": ["lora_te3_"],
 }
 HALVES = {
     "diffusers": (".lora_A.weight", ".lora_B.weight"),
@@ -78,6 +81,7 @@ def _places(model: LatentDiffusion) -> Iterator[Place]:
             yield from _flow_places(network, layers)
             continue
         table = names.UNET_DIFFUSERS if is_unet else names.CLIP_TRANSFORMERS
+        table = names.T5 if isinstance(network, T5) else table
         compvis = _compvis(network.config, itself) if is_unet else {}
         for theirs, name in names.to_published(itself, table).items():
             spellings = [theirs, compvis[name]] if name in compvis else [theirs]
@@ -111,11 +115,11 @@ def _flow_places(network: MMDiT, layers: dict[str, Layer]) -> Iterator[Place]:
         yield Place(f"unet.{name}", layer, diffusers, kohya)
 
 
-def _parts(model: LatentDiffusion) -> dict[str, UNet | MMDiT | CLIPText]:
+def _parts(model: LatentDiffusion) -> dict[str, UNet | MMDiT | CLIPText | T5]:
     """The networks that files have names for, by ours."""
     text = {f"text.{name}".rstrip("."): each for name, each in model.text.named_modules()}
     parts = {"unet": model.unet} | text
-    ours = UNet | MMDiT | CLIPText
+    ours = UNet | MMDiT | CLIPText | T5
     return {name: parts[name] for name in DOTTED if isinstance(parts.get(name), ours)}
 
 
@@ -146,7 +150,7 @@ def save(model: LatentDiffusion, file: str | Path, layout: str = "diffusers") ->
     names_of = [(name, place) for place in _places(model) for name in getattr(place, layout)[:1]]
     count, total = sum(hasattr(place.layer, "lora") for _, place in names_of), len(adapted(model))
     if not count or count < total:
-        why = "only LoRAs of a U-Net or a CLIPText have names in files, and most of an MMDiT"
+        why = "only LoRAs of a U-Net or a CLIPText have names in files, of T5, and most of an MMDiT"
         why = why if total else "lora.add gives it one"
         count = f"{count} of the model's {total} LoRAs can be"
         raise UserError(f"{file} is not written: {count}; {why}.")
@@ -310,7 +314,7 @@ def _add_alphas(file: Path, content: dict[str, Tensors]) -> None:
 def _alpha(config: dict, name: str, A: Tensor) -> float | None:
     """A layer's alpha in PEFT's configuration, whose keys may stand behind the part's name."""
     part, layer = "", name
-    if name.startswith(("unet.", "transformer.", "text_encoder.", "text_encoder_2.")):
+    if re.match(r"(unet|transformer|text_encoder(_[23])?)\.", name):
         part, layer = name.split(".", 1)
     prefix = f"{part}."
     config = config | {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}

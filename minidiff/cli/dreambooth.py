@@ -55,7 +55,8 @@ def dreambooth(
     with distributed.main_first():
         if ranks.is_main():
             run.check_free(out, resume)
-    diffusion = load(model, device)
+    precision = fit.measured_in(config, device) if config.fit else run.frozen(config, out)
+    diffusion = load(model, device, precision)
     side = images.size or diffusion.size
     check_size(side, diffusion.vae.factor * diffusion.unet.multiple)
     if config.fit:
@@ -64,8 +65,11 @@ def dreambooth(
         counts = Counts(groups, texts, 0, len(data))
         plan = planned(diffusion, tuned(fit.Choice.of(config)), counts, out) if recorder else None
         recording = plan.config if plan else None
-        case = fit.Case(diffusion, tuned, (side, side), groups, recording)
+        case = fit.Case(diffusion, tuned, (side, side), groups, recording, reloads=True)
         config = fitted(case, config, out)
+        if run.frozen(config, out) != precision:
+            del diffusion, tuned, case  # before the other needs their memory
+            diffusion = load(model, device, run.frozen(config, out))
     recipe = booth.recipe(diffusion, config.method)
     config = booth.completed(config, recipe)
     word = booth.word_to_train(words, config.prompt) if config.text == "word" else None

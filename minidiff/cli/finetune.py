@@ -58,7 +58,8 @@ def finetune(
             run.check_free(out, resume)
     several = images.captions == "random"
     folder = CaptionedFolder(images.data, caption_column=images.caption_column, several=several)
-    diffusion = load(model, device)
+    precision = fit.measured_in(config, device) if config.fit else run.frozen(config, out)
+    diffusion = load(model, device, precision)
     side = images.size or diffusion.size
     check_size(side, diffusion.vae.factor * diffusion.unet.multiple)
     chosen, held_out = split(folder.paths, images.validation, config.seed)
@@ -72,7 +73,11 @@ def finetune(
             remedy = "choose with one process, and name the options it chose"
             raise UserError(f"`fit` measures one process, and this is one of several; {remedy}.")
         tuned = partial(fit.applied, config)
-        config = fitted(fit.Case(diffusion, tuned, (side, side), 1, recording), config, out)
+        case = fit.Case(diffusion, tuned, (side, side), 1, recording, reloads=True)
+        config = fitted(case, config, out)
+        if run.frozen(config, out) != precision:
+            del diffusion, case  # before the other needs their memory
+            diffusion = load(model, device, run.frozen(config, out))
     config = loop.completed(config, diffusion)
     if config.method == "lora":
         lora.chosen(diffusion.unet, loop.targets(diffusion.unet, config))

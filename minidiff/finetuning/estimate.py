@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from minidiff.checkpoints.folder import precision_of
 from minidiff.condition import Context, repeat
 from minidiff.denoiser import Denoiser
 from minidiff.finetuning.loop import shares, targets
@@ -53,6 +54,7 @@ class Settings(NamedTuple):
     background: bool = False  # checkpoints are written while training goes on
     recorder: RecorderConfig | None = None  # of the flight recorder, if there is one
     drawn: int = 0  # images that the model draws at once beforehand, as DreamBooth's of the class
+    frozen: torch.dtype | None = None  # in which the model will be loaded; None: as it is
 
 
 def images_at_once(size: tuple[int, int], factor: int) -> int:
@@ -143,7 +145,10 @@ def estimate(model: LatentDiffusion, settings: Settings) -> Estimate:
     schedule = copy.deepcopy(model.schedule)  # what it caches must not be fake in the model
     schedule.alpha_sigma(torch.ones(1, dtype=torch.long))  # its tables: real ones, on the CPU
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device), ledger:
-        vae, text, unet = (_twin(part) for part in (model.vae, model.text, model.unet))
+        parts = {"vae": model.vae, "text": model.text, "unet": model.unet}
+        vae, text, unet = (
+            _twin(part, precision_of(name, settings.frozen, part)) for name, part in parts.items()
+        )
         denoiser = Denoiser(unet, schedule, model.denoiser.target, model.denoiser.weighting)
         for network in (unet, *inversion.encoders(text)):
             network.checkpointing = settings.checkpointing
@@ -159,7 +164,7 @@ def estimate(model: LatentDiffusion, settings: Settings) -> Estimate:
         # from the second piece on, the gradients of the first are there
         for _ in range(min(settings.accumulate * settings.pieces, 2)):
             ledger.flops, ledger.peak = 0, ledger.now
-            with torch.autocast(device, torch.bfloat16, enabled=settings.bf16):
+            with torch.autocast(device, _half(unet), enabled=settings.bf16):
                 inputs = _inputs(vae, text, one, context)
                 start = ledger.flops
                 loss = denoiser.loss(*inputs)
@@ -194,6 +199,12 @@ def estimate(model: LatentDiffusion, settings: Settings) -> Estimate:
         flops=runs * flops,
         forward=settings.pieces * forward,
     )
+
+
+def _half(unet: nn.Module) -> torch.dtype:
+    """bf16, which stands for fp16 too; but weights in fp16 do not mix with it."""
+    is_fp16 = next(unet.parameters()).dtype == torch.float16
+    return torch.float16 if is_fp16 else torch.bfloat16
 
 
 def _contexts_cached(settings: Settings) -> bool:
@@ -242,9 +253,10 @@ def _pass(
     denoiser(x, t, repeat(context, rows))
 
 
-def _twin(part: nn.Module) -> nn.Module:
-    """A frozen network with the same config and precision, of fake tensors."""
-    twin, dtype = type(part)(part.config), next((p.dtype for p in part.parameters()), None)
+def _twin(part: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A frozen network with the same config, of fake tensors. dtype: None is its own."""
+    twin, own = type(part)(part.config), next((p.dtype for p in part.parameters()), None)
+    dtype = dtype or own
     for module in twin.modules():
         for name, p in module.named_parameters(recurse=False):
             # module.to() does not work on fake tensors
@@ -286,12 +298,15 @@ def _inputs(
 
 def alternatives(settings: Settings) -> dict[str, Settings]:
     """The options that save memory, each turned on by itself."""
-    batches = settings.batch * settings.accumulate
+    batches, is_full = settings.batch * settings.accumulate, settings.rank is None
+    low = settings._replace(frozen=torch.bfloat16)  # what is loaded where not all is trained
     options = {
         "`checkpointing`": settings._replace(checkpointing=True),
-        "`method=lora`": settings._replace(rank=settings.rank or 8),
+        "`method=lora`": (low if is_full and settings.bf16 else settings)._replace(
+            rank=settings.rank or 8
+        ),
         f"`batch=1` `accumulate={batches}`": settings._replace(batch=1, accumulate=batches),
-        "`dtype=bf16`": settings._replace(bf16=True),
+        "`dtype=bf16`": (settings if is_full or settings.bf16 else low)._replace(bf16=True),
         "`optimizer=adamw8bit`": settings._replace(optimizer="adamw8bit"),
         "caching latents": settings._replace(cached=True),
     }
@@ -352,7 +367,7 @@ def forward_seconds(model: LatentDiffusion, settings: Settings) -> float:
     seconds = []
     while len(seconds) < 3 and sum(seconds) < 1:
         start = time.perf_counter()
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.bf16):
+        with torch.autocast(model.device.type, _half(model.unet), enabled=settings.bf16):
             model.denoiser.output(x, t, context).flatten()[0].item()  # waits until it is done
         seconds.append(time.perf_counter() - start)
     return min(seconds)

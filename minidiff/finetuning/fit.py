@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from minidiff.checkpoints.folder import DTYPES
 from minidiff.errors import UserError
 from minidiff.finetuning.estimate import Estimate, Settings, estimate, forward_seconds, settings
 from minidiff.latent_diffusion import LatentDiffusion
@@ -41,6 +42,7 @@ RECOMPUTED = 4 / 3  # checkpointing: two forward passes and a backward pass, whi
 PER_PIECE = 0.03  # of one more piece
 LORA = 0.75  # gradients of the activations alone
 EIGHT_BITS, WAITING, OTHER_PRECISION = 1.02, 1.01, 1.05
+UNTIMED = 2.0  # fp32 beside bf16, where there is no room to time it
 
 
 class Choice(NamedTuple):
@@ -84,9 +86,12 @@ class Case:
     size: tuple[int, int]  # height and width of the images, in pixels
     groups: int = 1  # of examples in a batch
     recorder: RecorderConfig | None = None
+    reloads: bool = False  # the model will be loaded anew, as config.frozen says
 
     def settings(self, choice: Choice) -> Settings:
-        return settings(self.tuned(choice), self.model, self.size, self.groups, self.recorder)
+        config = self.tuned(choice)
+        asked = settings(config, self.model, self.size, self.groups, self.recorder)
+        return asked._replace(frozen=DTYPES[config.frozen]) if self.reloads else asked
 
 
 class Row(NamedTuple):
@@ -130,11 +135,9 @@ def fit(case: Case, config: TuningConfig, before: Choice | None = None) -> Fitte
 
     Raises a UserError, with the least that would do, where nothing fits.
     """
-    asked = Choice.of(config)
+    asked, fixed = Choice.of(config), given(config)
     device = case.model.device
     on_gpu = device.type == "cuda"
-    fixed = {name for name in FITTED if getattr(config, name) != getattr(TuningConfig, name)}
-    fixed |= set(config.keep)
     if before is not None:
         asked = Choice(
             *(o if n in fixed else b for n, o, b in zip(FITTED, asked, before, strict=True))
@@ -142,12 +145,13 @@ def fit(case: Case, config: TuningConfig, before: Choice | None = None) -> Fitte
     peaks = Peaks(case)
     budget = bytes_of(config.fit)
     if budget is None:
-        budget = free_bytes(device) + peaks[asked].weights
+        tensors = (*case.model.parameters(), *case.model.buffers())
+        budget = free_bytes(device) + sum(each.nbytes for each in tensors)
     elif on_gpu:
         budget -= int(CONTEXT)
     if before is not None:
         return Fitted(asked, peaks[asked], budget, peaks[asked].total, [])
-    seconds = _seconds(case, asked, fixed)
+    seconds = _seconds(case, asked, fixed, min(budget, free_bytes(device)))
     candidates = sorted(_candidates(case, asked, fixed), key=lambda each: _cost(each, seconds))
     for method in (asked.method, "lora"):  # every weight, if that fits
         group = [each for each in candidates if each.method == method]
@@ -171,6 +175,20 @@ def fit(case: Case, config: TuningConfig, before: Choice | None = None) -> Fitte
         f"{human(up(WITHIN * need + reserved))}, with {least}; "
         f"{advice}."
     )
+
+
+def given(config: TuningConfig) -> set[str]:
+    """The options that stay as they are."""
+    changed = {name for name in FITTED if getattr(config, name) != getattr(TuningConfig, name)}
+    return changed | set(config.keep)
+
+
+def measured_in(config: TuningConfig, device: str) -> Precision:
+    """What to load a model in that options are chosen for: what takes least of all that may be."""
+    is_full = config.method == "full" and "method" in given(config)
+    if is_full or "dtype" in given(config) or not computes_bf16(torch.device(device).type):
+        return "fp32" if is_full else config.dtype
+    return "bf16"
 
 
 def up(count: float) -> float:
@@ -236,15 +254,26 @@ def computes_bf16(device: str) -> bool:
     return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-def _seconds(case: Case, asked: Choice, fixed: set[str]) -> dict[str, float]:
-    """Of a pass of the U-Net over one image, by precision; nothing is timed that is not open."""
+def _seconds(case: Case, asked: Choice, fixed: set[str], room: int) -> dict[str, float]:
+    """Of a pass of the U-Net over one image, by precision; nothing is timed that is not open.
+    room: bytes, for weights in fp32 where the model has others."""
     names = [asked.dtype]
     if "dtype" not in fixed and computes_bf16(case.model.device.type):
         names = ["fp32", "bf16"]
     if len(names) == 1:
         return {names[0]: 1.0}
     one = case.settings(asked)._replace(batch=1)
-    return {name: forward_seconds(case.model, one._replace(bf16=name == "bf16")) for name in names}
+    low = forward_seconds(case.model, one._replace(bf16=True))
+    weights = list(case.model.unet.parameters())
+    own = weights[0].dtype
+    if own.itemsize < 4 and room < 4 * sum(each.numel() for each in weights):
+        return {"fp32": UNTIMED * low, "bf16": low}
+    for each in weights:
+        each.data = each.data.float()
+    full = forward_seconds(case.model, one._replace(bf16=False))
+    for each in weights:
+        each.data = each.data.to(own)
+    return {"fp32": full, "bf16": low}
 
 
 def _cost(choice: Choice, seconds: dict[str, float]) -> float:

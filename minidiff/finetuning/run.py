@@ -22,7 +22,7 @@ from minidiff.finetuning.groups import Group
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods import lora
 from minidiff.methods.inversion import Word, put_in
-from minidiff.options.finetuning import FineTuneConfig
+from minidiff.options.finetuning import FineTuneConfig, Precision, TuningConfig
 from minidiff.training import atomic
 from minidiff.training.json_types import fits
 from minidiff.training.progress import human
@@ -46,7 +46,20 @@ def identity(
     weights = {name: latents.fingerprint(part) for name, part in parts.items()}
     weights["denoiser"] = f"{model.denoiser.target}, {model.denoiser.weighting}, {model.schedule}"
     data = {g.name: [f"weight {g.weight:g}", *map(fingerprint, g.examples)] for g in groups}
-    return {"settings": config.identity(), "weights": weights, "data": data}
+    names = {dtype: name for name, dtype in folder.DTYPES.items() if name != "fp32"}
+    name = names.get(next(model.unet.parameters()).dtype)
+    settings = config.identity() | ({"frozen": name} if name else {})
+    return {"settings": settings, "weights": weights, "data": data}
+
+
+def frozen(config: TuningConfig, out: Path) -> Precision:
+    """What to load a model in: what a run that is there was begun with; those of earlier versions
+    had fp32."""
+    if not (out / "training").exists() or not (out / "run.json").exists():
+        return config.frozen
+    settings = files.read_json(out / "run.json").get("settings")
+    name = settings.get("frozen") if isinstance(settings, dict) else None
+    return name if name in folder.DTYPES else "fp32"
 
 
 def fingerprint(example: Example) -> str:
@@ -109,7 +122,8 @@ def start(out: Path, run: dict[str, dict], resume: bool) -> None:
     for part in run:
         for name in {**run[part], **before[part]}:
             old, new = before[part].get(name), run[part].get(name)
-            if old != new and name != "fit":  # which suits the machine
+            # fit suits the machine; of frozen the weights tell
+            if old != new and name not in ("fit", "frozen"):
                 change = _change(part, name, old, new)
                 kind = Changed if part == "settings" else UserError
                 raise kind(f"{file}: this run was started {change}, or choose another `out`.")

@@ -33,6 +33,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from minidiff.condition import Condition, Context
 from minidiff.denoiser import Denoiser, Prediction
 from minidiff.errors import UserError
 from minidiff.layers import timestep_embedding
@@ -41,7 +42,6 @@ from minidiff.steps import Step
 from minidiff.training.device import to_device
 
 X, Times, Losses = Float[Tensor, "B *dims"], Shaped[Tensor, "B"], Float[Tensor, "B"]
-Context = Float[Tensor, "B L D"]
 Velocity = Callable[..., Tensor]  # u(x, r, t, context), or u(x, r, t) where there is no context
 
 
@@ -76,6 +76,8 @@ class MeanFlow(nn.Module):
 
         Default: r = t, the ordinary prediction, with which every sampler works.
         """
+        if isinstance(context, Condition):
+            raise UserError("MeanFlow adds a vector to a context tensor, and this is a Condition.")
         span = to_device(torch.zeros_like(t) if r is None else t - r, x.device)
         # slow waves, at most 10 radians: du/dt multiplies a wave by its frequency
         waves = timestep_embedding(10 * span, self.width, max_period=100)

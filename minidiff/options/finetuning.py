@@ -106,7 +106,8 @@ class TuningConfig:
     ema: float | None = None
     # start the trained word's vector from that of this word, as in dog. Default: its own
     like: str | None = None
-    # precision to compute in; trained weights stay in fp32. fp16 is for GPUs without bf16
+    # precision to compute in; trained weights stay in fp32. Frozen ones are loaded in it, but for
+    # full, which writes them all. fp16 is for GPUs without bf16
     dtype: Precision = "fp32"
     # compute activations again in the backward pass: far less memory, a third more time
     checkpointing: bool = False
@@ -144,6 +145,11 @@ class TuningConfig:
         check_limits(self)
         if self.tensorboard:
             check_tensorboard()
+
+    @property
+    def frozen(self) -> Precision:
+        """What to load a model in. The method full trains most weights, and writes all of them."""
+        return "fp32" if self.method == "full" else self.dtype
 
 
 @dataclass(frozen=True, kw_only=True)

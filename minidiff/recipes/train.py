@@ -26,7 +26,7 @@ from minidiff import pipeline
 from minidiff.checkpoints import files
 from minidiff.checkpoints.folder import foreign
 from minidiff.checkpoints.load import part
-from minidiff.conditioners import Unconditional
+from minidiff.conditioners import CLIPPair, FluxText, Unconditional
 from minidiff.data.folder import to_model
 from minidiff.data.latents import encode_captions, fingerprint
 from minidiff.data.latents import foreign as foreign_latents
@@ -153,6 +153,9 @@ def model_of(config: TrainingConfig, folder: folders.Folder, device: str) -> Lat
         text = presets.text_of(config, getattr(folder.files, "alternatives", []))
     if config.text and text.dim is None:
         raise UserError(f"{config.text} has no text encoder; name a model that reads prompts.")
+    if isinstance(text, CLIPPair | FluxText):
+        what = "text encoders give more than vectors of words, which a network trained here reads"
+        raise UserError(f"{config.text}: its {what}; name a model of Stable Diffusion 1 or 2.")
     denoiser = presets.denoiser_of(config, vae.latent_channels, vae.factor, text.dim)
     model = assembled(vae, text, denoiser, config)
     return model.to(device, memory_format=torch.channels_last)

@@ -4,6 +4,7 @@ import copy
 import re
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -17,6 +18,7 @@ from minidiff.errors import UserError
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.methods import lora
 from minidiff.mmdit import MMDiT, MMDiTConfig
+from minidiff.t5 import T5Config
 from minidiff.text import TextConfig
 from minidiff.vae import VAE, VAEConfig
 
@@ -42,15 +44,29 @@ NAMES = {
         single_blocks_0_modulation_lin single_blocks_1_linear1 txt_in time_in_in_layer
         final_layer_linear final_layer_adaLN_modulation_1""",
 }
+T5_LAYERS = {  # by their names in transformers
+    "layer.0.SelfAttention.q": "q",
+    "layer.0.SelfAttention.k": "k",
+    "layer.0.SelfAttention.v": "v",
+    "layer.0.SelfAttention.o": "out",
+    "layer.1.DenseReluDense.wi_0": "gate",
+    "layer.1.DenseReluDense.wi_1": "up",
+    "layer.1.DenseReluDense.wo": "down",
+}
 TEXT = {"sd3": ("te1", "te2"), "flux": ("te1",)}
 FUSED = re.compile("qkv|linear1")
 
 
-def sized(kind: str) -> LatentDiffusion:
+def sized(kind: str, t5: T5Config | None = None) -> LatentDiffusion:
     """Random, in float64."""
     clip, flow = TextConfig(12, 2, 2), Denoiser(MMDiT(CONFIGS[kind]), schedules.Flow(), "flow")
     text = SD3Text if kind == "sd3" else FluxText
-    text = text(T5TextConfig(clip, clip if kind == "sd3" else None, None, 4, dim=24))
+    text = text(T5TextConfig(clip, clip if kind == "sd3" else None, t5, 4, dim=24))
+    if t5:
+        words = {word: k for k, word in enumerate("<pad> </s> <unk> a cat red dog".split())}
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        text.t5.vocabulary = tokenizer.to_str()
     vae = VAE(VAEConfig(3, 4, (32, 32), 1, quant=False), 0.5)
     model = LatentDiffusion(vae, text, flow, 16).double()
     for p in model.parameters():
@@ -144,6 +160,34 @@ def test_ours_there_and_back(tmp_path, kind, targets):
             len(v) == RANK * (linear1 if "linear1" in n else present) for n, v in fused.items()
         )
         model.unet.joint[0].image.attention.k.lora.alpha = 5.0
+
+
+@pytest.mark.parametrize(
+    "kind, prefix",
+    [("sd3", "lora_te3_"), ("flux", "lora_te3_"), ("sd3", "text_encoder_3."), ("flux", "text_encoder_2.")],
+)  # fmt: skip
+def test_t5_is_changed_as_the_weights_are(tmp_path, kind, prefix):
+    """In kohya's names, and in diffusers'; and a file comes back as it was."""
+    model, file = sized(kind, T5Config(24, 2, 2, 12, 16, 40)), tmp_path / "l.safetensors"
+    expected, before, state = copy.deepcopy(model), output(model), {}
+    layout = "kohya" if prefix.startswith("lora") else "diffusers"
+    for theirs, ours in T5_LAYERS.items():
+        name, weight = f"encoder.block.1.{theirs}", expected.text.t5.blocks[1].get_parameter(f"{ours}.weight")  # fmt: skip
+        name = prefix + (name.replace(".", "_") if layout == "kohya" else name)
+        A, B = torch.randn(RANK, weight.shape[1], dtype=F64), torch.randn(len(weight), RANK, dtype=F64)  # fmt: skip
+        state |= dict(zip([name + half for half in lora_files.HALVES[layout]], (A, B), strict=True))
+        if layout == "kohya":
+            state[f"{name}.alpha"] = torch.tensor(ALPHA)
+        weight.data += B @ A * (ALPHA / RANK if layout == "kohya" else 1)
+    save_file(state, file)
+    loaded = lora_files.load(model, file)
+    assert sorted(loaded.layers) == sorted(f"text.t5.blocks.1.{o}" for o in T5_LAYERS.values())
+    assert loaded.moved > 0 and (output(model) - before).abs().max() > 1e-3
+    torch.testing.assert_close(output(model), output(expected), rtol=0, atol=1e-12)
+    assert dict(inspect(file))["layers"].endswith("7 of the text encoders")
+    again = load_file(lora_files.save(model, tmp_path / "again.safetensors", layout))
+    if (kind, layout) != ("flux", "diffusers"):  # SD 3's name, which is read there too
+        assert again.keys() == state.keys()
 
 
 def test_one_clear_line(tmp_path):

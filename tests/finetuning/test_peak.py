@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from minidiff import schedules
+from minidiff import load, schedules
 from minidiff.data.latents import Example
 from minidiff.denoiser import Denoiser
 from minidiff.finetuning.estimate import estimate, settings
@@ -65,13 +65,28 @@ CASES = {
         "dtype": "bf16",
         "batch": 8,
     },
+    "a lora, loaded in bf16": {"method": "lora", "dtype": "bf16", "batch": 8, "loaded": "bf16"},
+    "a lora, text encoder too, checkpointing, loaded in bf16": {
+        "method": "lora",
+        "text": True,
+        "checkpointing": True,
+        "dtype": "bf16",
+        "batch": 8,
+        "loaded": "bf16",
+    },
     "a word": {"method": "inversion", "word": "sks"},
+    "a word, loaded in bf16": {
+        "method": "inversion",
+        "word": "sks",
+        "dtype": "bf16",
+        "loaded": "bf16",
+    },
     "a copy": {"background": True},
     "averages, copy, recorder": {"ema": 0.9, "background": True, "recorder": True, "pieces": 4},
 }
 
 
-QUICK = {"full", "averages, copy, recorder"}
+QUICK = {"full", "a lora, loaded in bf16", "averages, copy, recorder"}
 
 
 @pytest.mark.parametrize(
@@ -80,11 +95,13 @@ QUICK = {"full", "averages, copy, recorder"}
 )
 def test_the_peak_is_estimated_to_a_twentieth(tmp_path, monkeypatch, name):
     how = {"batch": 4, "background": False, "pieces": 1} | CASES[name]
-    recorded = how.pop("recorder", False)
+    recorded, loaded = how.pop("recorder", False), how.pop("loaded", None)
     config = FineTuneConfig(steps=4, lr=1e-5, every=2, lora=LoRAConfig(8), **how)
     # the copy of step 2 stays: the profiler does not see what the writer's thread frees
     monkeypatch.setattr(resume.Progress, "due", lambda _, step: step == 2)
     model, examples = narrow(), None
+    if loaded:
+        model = load(model.save(tmp_path / "base"), dtype=loaded)
     examples = data(model, config.batch)
     planned = RecorderConfig(every=2, n=2, steps=2, probe=2, noises=1, network="pixels-8x8")
     recorder = None

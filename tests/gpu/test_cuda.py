@@ -264,9 +264,17 @@ def test_lora():
     assert new.A.device.type == new.B.device.type == there()
 
 
-@pytest.mark.parametrize("method, dtype", [("full", "fp32"), ("lora", "bf16")])
-def test_a_fine_tune_with_its_folder(method, dtype, tmp_path):
-    small = model().to(DEVICE)
+@pytest.mark.parametrize(
+    "method, dtype, loaded",
+    [
+        ("full", "fp32", torch.float32),
+        ("lora", "bf16", torch.float32),
+        ("lora", "bf16", torch.bfloat16),
+        ("lora", "fp16", torch.float16),
+    ],
+)
+def test_a_fine_tune_with_its_folder(method, dtype, loaded, tmp_path):
+    small = model().to(DEVICE, loaded)
     latents = part(6)[0].latents
     examples = [Example(z, PROMPTS[k % 2]) for k, z in enumerate(latents)]
     config = FineTuneConfig(method=method, steps=2, batch=2, dtype=dtype, every=1, ema=0.9)

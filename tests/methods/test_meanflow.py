@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from minidiff import schedules
+from minidiff.condition import Condition
 from minidiff.denoiser import Denoiser, Prediction
 from minidiff.errors import UserError
 from minidiff.methods import meanflow as methods
@@ -253,6 +254,14 @@ def test_the_derivative_of_a_unet_beside_finite_differences(target):
     torch.testing.assert_close(found, steps, rtol=1e-5, atol=1e-6)
     at_fixed_span = total_derivative(lambda x, r, t: u(x, r + (t - r.detach()), t), x, r, t, v)
     assert (found - at_fixed_span).abs().max() > 1e-3  # t - r moves with t
+
+
+def test_a_condition_is_refused():
+    """As SDXL, SD 3 and FLUX.1 read."""
+    ours, (x, r, t, v, context) = model(), batch()
+    condition = Condition(context, context[:, 0], context[:, 0, :0])
+    with pytest.raises(UserError, match="a vector to a context tensor, and this is a Condition"):
+        meanflow_loss(ours.velocity, x, r, t, v, condition)
 
 
 def test_the_backend_with_a_forward_mode_is_named(monkeypatch):

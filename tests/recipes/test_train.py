@@ -18,6 +18,7 @@ from minidiff.options.training import TrainingConfig
 from minidiff.recipes import images as folders
 from minidiff.recipes import presets, stages
 from minidiff.recipes.train import train_from_scratch
+from tests.test_sdxl import sdxl
 
 TINY = {"preset": "tiny", "steps": 4, "every": 2}
 
@@ -142,6 +143,14 @@ def test_given_parts_stay_as_they_are(captioned, classes, tmp_path):
         train_from_scratch(tmp_path / "bare", tmp_path / "third", TrainingConfig(**TINY))
         config = TrainingConfig(text=tmp_path / "third" / "model", **TINY)
         train_from_scratch(captioned, tmp_path / "fourth", config)
+
+
+def test_the_text_encoders_of_sdxl_are_refused_before_anything_slow(captioned, tmp_path):
+    sdxl().save(tmp_path / "xl")
+    config = TrainingConfig(text=tmp_path / "xl", **TINY)
+    with pytest.raises(UserError, match=r"more than vectors of words, .* name a model of Stable"):
+        train_from_scratch(captioned, tmp_path / "out", config)
+    assert not (tmp_path / "out" / "cache").exists()
 
 
 def test_what_is_in_a_folder(captioned, classes, tmp_path):
