@@ -34,7 +34,7 @@ from photo_tuning import (
     squeezed,
     tell,
 )
-from recolour import copies, fewer_words
+from recolour import common_words, copies, fewer_words
 
 import minidiff
 from minidiff.cli.script import run
@@ -293,7 +293,7 @@ def main(
         lora_lr: peak learning rate of the LoRA.
         rank: of the LoRA.
         copies_of_each: at most so many recoloured copies of a picture whose captions name a colour.
-        fewer: captions of each picture with half of the words left out.
+        fewer: captions of each picture with half of the words left out, and common ones put in.
         validation: the share of the pictures to hold out.
         every: steps between two measurements.
         sampling_steps: steps from noise to picture.
@@ -312,12 +312,13 @@ def main(
     base = minidiff.load(model, device)
     room = getattr(base.text, "context_length", 77) - 2
     of = pictures(data, caption_column, base.size, room, validation, seed)
-    learnt = [fewer_words(of.captions[k], fewer, k) for k in of.trained]
+    common = common_words([of.captions[k] for k in of.trained])
+    learnt = [fewer_words(of.captions[k], fewer, k, common) for k in of.trained]
     own = examples(base, of.images[of.trained], learnt)
     made = [c for k in of.trained for c in copies(of.images[k], of.captions[k], copies_of_each, k)]
     if made:
         images = torch.stack([image for image, _ in made])
-        captions = [fewer_words(own, fewer, k) for k, (_, own) in enumerate(made)]
+        captions = [fewer_words(own, fewer, k, common) for k, (_, own) in enumerate(made)]
         own = own * OFTEN + examples(base, images, captions)
     groups = [Group("pictures", own)]
     common = dict(

@@ -8,7 +8,8 @@ label is needed: the caption names the colour, and the colour finds its pixels.
 
 import random
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -71,16 +72,31 @@ def said(caption: str, changes: dict[str, str]) -> str:
     return caption
 
 
-def fewer_words(captions: list[str], count: int, seed: int) -> list[str]:
-    """The captions, and `count` more in which each word but a colour is there half of the time, and
-    words stand in any order: so one word that no other picture has is enough to call it, wherever
-    it stands."""
+def words_of(caption: str) -> list[str]:
+    return caption.rstrip(". ").split()
+
+
+def common_words(pictures: list[list[str]], least: int = 3) -> list[str]:
+    """Words, but colours, in the captions of at least so many pictures: they call none of them."""
+    own = [{word.lower() for text in texts for word in words_of(text)} for texts in pictures]
+    count = Counter(word for words in own for word in words if not colours_in(word))
+    return sorted(word for word, pictures_with in count.items() if pictures_with >= least)
+
+
+def fewer_words(
+    captions: list[str], count: int, seed: int, common: Sequence[str] = ()
+) -> list[str]:
+    """The captions, and `count` more in which each word but a colour is there half of the time, with
+    up to three common words, in any order: so one word that no other picture has is enough to call
+    it, wherever it stands."""
     rng, more = random.Random(f"words {seed}"), []
     for k in range(count):
-        words = captions[k % len(captions)].rstrip(". ").split()
+        words = words_of(captions[k % len(captions)])
         rest = [word for word in words if rng.random() < 0.5 or colours_in(word)]
-        rng.shuffle(rest)
-        more += [" ".join(rest)] if rest else []
+        if rest:
+            rest += rng.sample(common, min(rng.randrange(4), len(common)))
+            rng.shuffle(rest)
+            more.append(" ".join(rest))
     return [*captions, *more]
 
 

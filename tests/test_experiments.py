@@ -571,6 +571,12 @@ def test_captions_with_words_left_out_have_no_others():
     first = [text.split().index("white") < text.split().index("green") for text in of_first]
     assert any(first) and not all(first)  # in any order
     assert recolour.fewer_words(captions, 0, 0) == captions
+    others = [["A cat on a red mat."], ["a dog on it", "a dog"], ["a bird on a wire"]]
+    common = recolour.common_words(others)
+    assert common == ["a", "on"]
+    more = recolour.fewer_words(["green apples"], 40, 0, common)[1:]
+    added = [[word for word in text.split() if word in common] for text in more]
+    assert {len(words) for words in added} == {0, 1, 2}  # of two common words
 
 
 # The model in the box.
