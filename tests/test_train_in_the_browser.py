@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+import time
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from minidiff.methods.exact import Mixture
 from minidiff.samplers import euler, sample
 from minidiff.schedules import Flow
 
-from .browser import Browser
 from .test_docs import ROOT
 
 PAGE = ROOT / "docs" / "_static" / "train2d.html"
@@ -23,18 +23,46 @@ CURVES, TARGETS = ("ring", "moons", "spiral"), ("flow", "eps", "x0")
 CONTROLS = ("data", "target", "seed", "train", "reset", "play", "t", "steps")
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    browser = Browser(tmp_path_factory.mktemp("browser"))
-    yield browser
-    browser.close()
+class Tab:
+    """The page in a tab of its own; `complaints` are those of the console and of its scripts."""
+
+    def __init__(self, browser, width=1280, height=900, dark=False):
+        scheme = "dark" if dark else "light"
+        size = {"width": width, "height": height}
+        self.context = browser.new_context(
+            viewport=size, color_scheme=scheme, has_touch=width < 600, is_mobile=width < 600
+        )
+        self.context.set_offline(True)
+        self.tab = self.context.new_page()
+        self.tab.set_default_timeout(60_000)
+        self.complaints, self.requests = [], []
+        self.tab.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.tab.on("console", lambda message: self.complaints.append(message.text))
+        self.tab.on("request", lambda request: self.requests.append(request.url))
+        self.tab.goto(PAGE.as_uri())
+
+    def run(self, script):
+        """The value of a JavaScript expression in the page."""
+        return self.tab.evaluate(script)
+
+    def act(self, script):
+        """Statements; their value may be large, or a function."""
+        self.tab.evaluate(f"{script}; null")
+
+    def wait(self, script, seconds=60):
+        """Until the expression is true."""
+        end = time.monotonic() + seconds
+        while not self.run(script):
+            assert time.monotonic() < end, f"never true: {script}"
+            self.tab.wait_for_timeout(50)
 
 
 @pytest.fixture
 def page(browser):
-    browser.open(PAGE)
-    yield browser
-    assert not browser.errors and browser.requests == [PAGE.as_uri()]
+    page = Tab(browser)
+    yield page
+    page.context.close()
+    assert page.complaints == [] and page.requests == [PAGE.as_uri()]
 
 
 def points(values):
@@ -240,36 +268,37 @@ def test_training_by_keyboard(page):
     """Every control is reached by Tab, in the order of the page, and has a name."""
     focused = []
     for _ in CONTROLS:
-        page.press("Tab")
+        page.tab.keyboard.press("Tab")
         focused.append(page.run("document.activeElement.id"))
     assert tuple(focused) == CONTROLS
-    nodes = page.call("Accessibility.getFullAXTree")["nodes"]
+    session = page.context.new_cdp_session(page.tab)
+    nodes = session.send("Accessibility.getFullAXTree")["nodes"]
     roles = {"combobox", "spinbutton", "button", "slider", "progressbar", "image"}
     named = [(node["role"]["value"], node["name"]["value"]) for node in nodes
              if node.get("role", {}).get("value") in roles and not node["ignored"]]  # fmt: skip
     assert len(named) == len(CONTROLS) + 1 + 4 and all(name for _, name in named), named
 
     page.run("$('train').focus()")
-    page.press(" ")
+    page.tab.keyboard.press(" ")
     page.wait("run.step > 20")
     assert page.run("$('train').textContent") == "Stop"
-    page.press("Enter")
+    page.tab.keyboard.press("Enter")
     step = page.run("run.step")
     assert page.run("$('train').textContent") == "Go on"
     assert f"step {step} of 2000" in page.run("$('status').textContent")
     page.wait("new Promise((done) => setTimeout(() => done(true), 200))")
     assert page.run("run.step") == step > 0 and page.run("$('progress').value") > 0
-    page.press("Enter")
+    page.tab.keyboard.press("Enter")
     page.wait(f"run.step > {step}")
     page.run("$('reset').focus()")
-    page.press("Enter")
+    page.tab.keyboard.press("Enter")
     assert page.run("[run.step, running, $('progress').value]") == [0, False, 0]
 
     page.run("$('t').focus()")
-    page.press("ArrowRight")
+    page.tab.keyboard.press("ArrowRight")
     assert page.run("$('t-value').textContent") == "0.01"
     page.run("$('play').focus()")
-    page.press("Enter")
+    page.tab.keyboard.press("Enter")
     assert page.run("Number($('t').value)") > 0.5
     page.wait("Number($('t').value) === 0")
 
@@ -290,8 +319,7 @@ def test_training_to_its_end(page):
 
 
 def test_reduced_motion(page):
-    media = [{"name": "prefers-reduced-motion", "value": "reduce"}]
-    page.call("Emulation.setEmulatedMedia", features=media)
+    page.tab.emulate_media(reduced_motion="reduce")
     page.run("$('t').value = 0.5; play()")
     assert page.run("$('t').value") == "0"
 
@@ -299,15 +327,16 @@ def test_reduced_motion(page):
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("dark", [False, True])
 def test_it_fits_the_screen(browser, width, dark):
-    browser.open(PAGE, width, dark=dark)
-    assert browser.run("document.documentElement.scrollWidth") == width
-    sides = browser.run("['exact', 'learnt'].map((id) => $(id).getBoundingClientRect().top)")
+    page = Tab(browser, width, dark=dark)
+    assert page.run("document.documentElement.scrollWidth") == width
+    sides = page.run("['exact', 'learnt'].map((id) => $(id).getBoundingClientRect().top)")
     assert sides[0] == sides[1]  # beside each other, on a phone too
-    assert browser.run("$('train').getBoundingClientRect().height") >= 40  # a finger's width
+    assert page.run("$('train').getBoundingClientRect().height") >= 40  # a finger's width
     text, back = (
         ("rgb(230, 237, 243)", "rgb(13, 17, 23)")
         if dark
         else ("rgb(27, 31, 36)", "rgb(255, 255, 255)")
     )
-    style = browser.run("(s => [s.color, s.backgroundColor])(getComputedStyle(document.body))")
-    assert style == [text, back] and not browser.errors
+    style = page.run("(s => [s.color, s.backgroundColor])(getComputedStyle(document.body))")
+    assert style == [text, back] and page.complaints == []
+    page.context.close()
