@@ -2,6 +2,7 @@
 takes it out again, changes the picture, and makes the named test fail; the page says what the table
 says; and the models learn, go on where they were stopped, and are kept."""
 
+import signal
 import sys
 
 import pytest
@@ -76,8 +77,7 @@ def test_a_training_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     def stopped(training, *rest):
         for step in training:
             if step.step == 3:
-                training.close()
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
 
     again = trap_models.Toys(tmp_path / "again", SHARE)
     monkeypatch.setattr(trap_models, "follow", stopped)
