@@ -11,73 +11,15 @@ for each bug, museum.png with all of them, and results.json. To have a bug in a 
         ...
 """
 
-import inspect
-import pkgutil
-import textwrap
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType, FunctionType
-from typing import Any
 
 import museum_pictures as pictures
-import torch
-from museum_pictures import Picture
+from switches import Bug, Change, gallery, names_of, switched_on
 
 from minidiff.cli.script import run
-from minidiff.errors import choice
-from minidiff.figures import plots
 from minidiff.training.progress import write_results
 
-
-@dataclass(frozen=True)
-class Change:
-    """A piece of a function's source, and what the bug has in its place."""
-
-    place: str  # "minidiff.module:Class.method"
-    right: str
-    wrong: str
-
-
-@dataclass(frozen=True)
-class Bug:
-    title: str
-    what: str  # is wrong, in a sentence
-    notice: str  # how to notice it
-    test: str  # the test that catches it
-    picture: Callable[[], Picture]  # what shows it
-    changes: tuple[Change, ...]
-
-
-def function_in(thing: Any) -> FunctionType:
-    """The plain function inside a method, a property or decorators."""
-    thing = thing.fget if isinstance(thing, property) else thing
-    return inspect.unwrap(getattr(thing, "__func__", thing))
-
-
-def changed(function: FunctionType, change: Change) -> CodeType:
-    """The code of the function with the piece replaced."""
-    source = textwrap.dedent(inspect.getsource(function))
-    if source.count(change.right) != 1:
-        raise ValueError(f"{change.place} has {source.count(change.right)} of: {change.right}")
-    names: dict[str, Any] = {}
-    exec(source.replace(change.right, change.wrong), function.__globals__, names)
-    return function_in(names[function.__name__]).__code__
-
-
-@contextmanager
-def switched_on(bug: Bug) -> Iterator[None]:
-    """The library has the bug inside the block, and is as before after it, whatever happens.
-
-    The function gets other code and stays the same object, so all who imported it have the bug."""
-    with ExitStack() as stack:
-        for change in bug.changes:
-            function = function_in(pkgutil.resolve_name(change.place))
-            stack.callback(setattr, function, "__code__", function.__code__)
-            function.__code__ = changed(function, change)
-        yield
-
+__all__ = ["BUGS", "main", "switched_on"]
 
 BUGS = {
     "value_range": Bug(
@@ -332,16 +274,7 @@ BUGS = {
         ),
     ),
 }
-GAP = 8
 OUTPUTS = ("museum.png", *(f"{name}.png" for name in BUGS))  # beside results.json
-
-
-def pair(bug: Bug, right: Picture | None = None) -> tuple[Picture, Picture]:
-    """What shows the bug without it and with it; the first may be at hand already."""
-    torch.manual_seed(0)
-    right = bug.picture() if right is None else right
-    with switched_on(bug):
-        return right, bug.picture()
 
 
 def main(bugs: str = ",".join(BUGS), out: Path = Path("out/museum")) -> None:
@@ -351,26 +284,9 @@ def main(bugs: str = ",".join(BUGS), out: Path = Path("out/museum")) -> None:
         bugs: names with commas.
         out: folder for everything written.
     """
-    names = [part.strip() for part in bugs.split(",")]
-    for name in names:
-        choice("bug", name, BUGS)
+    names = names_of(bugs, BUGS)
     print(f"{len(names)} bugs: about {3 * len(names)} s on one thread")
-
-    right: dict[Callable[[], Picture], Picture] = {}
-    pairs, differences = [], {}
-    for name in names:
-        bug = BUGS[name]
-        a, b = pair(bug, right.get(bug.picture))
-        right[bug.picture] = a
-        title = f"{list(BUGS).index(name) + 1}. {bug.title}"
-        plots.strip({"": torch.stack([a, b])}, ["right", "wrong"], out / f"{name}.png", title)
-        pairs.append((title, torch.cat([a, torch.ones(*a.shape[:2], GAP), b], dim=2)))
-        differences[name] = round((a - b).abs().mean().item(), 4)
-        print(f"{name}: {bug.what}")
-
-    titles, images = zip(*pairs, strict=True)
-    heading = "Left: as it should be. Right: with the bug."
-    print(plots.grid(torch.stack(images), list(titles), out / "museum.png", 4, heading))
+    differences = gallery(names, BUGS, out / "museum.png")
     print(write_results(out, mean_difference=differences))
 
 
