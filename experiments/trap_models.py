@@ -143,7 +143,7 @@ class Training(NamedTuple):
 
 
 TRAININGS = {
-    "transformer": Training("a transformer learns to draw", 4096, 800, 32, 3e-3, 2),
+    "transformer": Training("a transformer learns to draw", 4096, 2400, 32, 3e-3, 6),
     "controlnet": Training("a ControlNet learns to read outlines", 6000, 1200, 16, 1e-3, 3),
 }
 
