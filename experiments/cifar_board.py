@@ -166,7 +166,12 @@ def plot(table: Table, x: str, line: str, path: Path) -> Path:
         axes.axhline(float(table.rows[0]["floor"]), color="grey", linestyle=":", label="floor")
         axes.set(ylabel="Fréchet distance", yscale="log", xlabel=x)
         if x != line:
+            steps = sorted({int(row[x]) for row in table.rows})
             axes.set(xscale="log")
+            axes.set_xticks(steps, [str(n) for n in steps])
+            axes.set_xticks([], minor=True)
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which("{x:g}")  # the style reads no formulas
         axes.legend()
         return curves.save(figure, path)
 

@@ -28,6 +28,7 @@ from minidiff.ddpm import DDPM
 from minidiff.denoiser import Denoiser
 from minidiff.errors import Terminated, UserError
 from minidiff.evaluation import features, sweep
+from minidiff.figures import curves
 from minidiff.finetuning import loop
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.sampling import SampleConfig
@@ -261,6 +262,15 @@ def test_cifar_distance():
 
 def test_cifar_board(classes, tmp_path, monkeypatch, capsys):
     settings = dict(data=classes / "train", preset="tiny", n=2, steps=2, batch=2, counts=(2, 3))
+    labels, save = [], curves.save
+
+    def saved(figure, path):
+        figure.canvas.draw()
+        for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+            labels.extend(label.get_text() for label in axis.get_ticklabels(which="both"))
+        return save(figure, path)
+
+    monkeypatch.setattr(curves, "save", saved)
     cifar_board.main(**settings, out=tmp_path)
     results = written(tmp_path, "targets.png", "targets.csv", "v/model.json")
     assert [row["target"] for row in results["rows"]] == ["eps", "x0", "v", "flow"]
@@ -273,6 +283,7 @@ def test_cifar_board(classes, tmp_path, monkeypatch, capsys):
     assert [(r["sampler"], r["steps"]) for r in rows] == [
         ("ddpm", "2"), ("ddim", "2"), ("ddpm", "3"), ("ddim", "3")
     ]  # fmt: skip
+    assert {"2", "3", "eps", "flow"} <= set(labels) and not any("$" in each for each in labels)
     with pytest.raises(UserError, match="--model"):
         cifar_board.main(**settings, study="steps", out=tmp_path)
     (tmp_path / "other").mkdir()
