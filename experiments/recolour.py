@@ -1,9 +1,10 @@
 """Copies of captioned pictures in which one named colour is another, and so is its word.
 
 "A large white bowl of many green apples": what is near green in the picture becomes red, and so
-does the word; and captions in which words are left out. From a hundred pictures a network learns a caption as a whole, for nothing in them
+does the word. From a hundred pictures a network learns a caption as a whole, for nothing in them
 shows which word stands for what; here one word changes, and one colour with it. No mask and no
-label is needed: the caption names the colour, and the colour finds its pixels.
+label is needed: the caption names the colour, and the colour finds its pixels. And shortened
+captions, in which words that tell pictures apart stand among words that do not.
 """
 
 import random

@@ -3,7 +3,7 @@ something wrong, each a switch as in the bug museum, and its picture beside the 
 
     python experiments/traps.py [--traps positions,time]
 
-Two small models learn first, in five minutes on one core, and are kept in --out. Then each trap is
+Two small models learn first, in nine minutes on one core, and are kept in --out. Then each trap is
 drawn from the same noise without and with it. Writes NAME.png for each, traps.png with all of them,
 and results.json.
 """
