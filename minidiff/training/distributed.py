@@ -5,7 +5,9 @@ number of processes, and each computes a part of them, so that N processes do wh
 averages the gradients (joint.py).
 """
 
+import atexit
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -41,6 +43,15 @@ def join() -> None:
     if os.environ["GROUP_WORLD_SIZE"] == "1":
         store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Close the connections while Python still runs: Gloo's threads may abort a process that ends
+    with them open, and its exit code is lost (pull request 179291 of PyTorch). Not after a crash:
+    NCCL would wait for the others."""
+    if dist.is_initialized() and not hasattr(sys, "last_value"):
+        dist.destroy_process_group()
 
 
 @contextmanager

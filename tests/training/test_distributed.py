@@ -137,6 +137,36 @@ def test_a_killed_process_changes_nothing(tmp_path, rank):
     assert names[0] == names[1]
 
 
+GOODBYE = """
+import atexit, sys
+import torch.distributed as dist
+atexit.register(lambda: print("open at the end:", dist.is_initialized(), file=sys.stderr))
+from minidiff.errors import UserError
+from minidiff.training import distributed, ranks
+try:
+    with distributed.main_first():
+        if ranks.is_main():
+            raise UserError("no")
+except UserError:
+    if len(sys.argv) > 1:
+        raise
+    sys.exit(2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("crash", [False, True], ids=["refused", "crashed"])
+def test_the_connections_are_closed_before_python_ends(tmp_path, crash):
+    """Gloo may abort a process that ends with them open, so that a refusal has exit code -6, not 2.
+    A crash closes nothing: it does not wait for the others."""
+    (tmp_path / "goodbye.py").write_text(GOODBYE)
+    ended = torchrun(2, tmp_path / "goodbye.py", *["crash"] * crash)
+    assert f"open at the end: {crash}" in ended.stderr  # of the first to end; then the other stops
+    assert f"open at the end: {not crash}" not in ended.stderr
+    if not crash:
+        assert "exitcode  : 2 " in ended.stderr
+
+
 # The command line.
 
 
