@@ -136,9 +136,10 @@ def gathered(unet: nn.Module) -> int:
 
 def ddp(counted: Pieces, devices: int) -> tuple[float, ...]:
     """Bytes sent, of the first device, of the others, at the start. A ring's all-reduce sends
-    every gradient but 1/N twice; DDP's buckets are a second copy of the gradients."""
-    buckets = counted.unet if devices > 1 else 0
-    memory = counted.alone.total + buckets
+    every gradient but 1/N twice. The gradients lie in DDP's buckets, which are always there."""
+    alone = counted.alone
+    held = alone.weights + alone.moments + counted.unet + counted.activations
+    memory = alone.total if devices == 1 else held
     sent = 2 * (devices - 1) / devices * counted.unet
     return sent, memory, memory, counted.alone.weights
 

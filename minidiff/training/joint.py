@@ -68,7 +68,9 @@ def joint(
     objective = _Objective(module, loss_fn)
     if not config.shard:
         options = {"broadcast_buffers": False, "find_unused_parameters": True}
+        options["gradient_as_bucket_view"] = True  # or DDP's buckets hold every gradient once more
         warnings.filterwarnings("ignore", "find_unused_parameters")  # and there was none
+        warnings.filterwarnings("ignore", "`broadcast_buffers`")  # it has no successor yet
         return Joint(DistributedDataParallel(objective, **options), own)
     if average is not None:
         _sharded(_Objective(average, loss_fn))

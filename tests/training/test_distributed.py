@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 from minidiff.errors import UserError
 from minidiff.options.finetuning import FineTuneConfig
-from minidiff.training import distributed, ranks
+from minidiff.train import TrainConfig
+from minidiff.training import distributed, joint, ranks
 from tests.finetuning.test_loop import folder  # noqa: F401 (a fixture)
 from tests.training import together
 
@@ -97,6 +100,24 @@ def test_shards_equal_whole_copies(tmp_path):
             assert same["grad_norm"] == pytest.approx(step["grad_norm"], rel=1e-5)
 
 
+def test_gradients_are_held_once():
+    """They lie in the memory that DDP sends, with several batches in a step too."""
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+        config = TrainConfig(2, 1e-3, accumulate=2)
+        loss_fn = joint.joint(lambda x: {"loss": net(x).mean(1)}, net, config, None)
+        for _ in range(2):
+            for _ in range(2):
+                loss_fn(torch.randn(5, 3))["loss"].mean().backward()
+            held = {p.grad.untyped_storage().data_ptr() for p in net.parameters()}
+            assert len(held) == 1
+            net.zero_grad()
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", [False, True], ids=["copies", "shards"])
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path, shard):
@@ -142,7 +163,8 @@ import atexit, sys
 import torch.distributed as dist
 atexit.register(lambda: print("open at the end:", dist.is_initialized(), file=sys.stderr))
 from minidiff.errors import UserError
-from minidiff.training import distributed, ranks
+from minidiff.train import TrainConfig
+from minidiff.training import distributed, joint, ranks
 try:
     with distributed.main_first():
         if ranks.is_main():
