@@ -236,7 +236,7 @@ class Toys:
         state = load_file(self.file("transformer"))
         model.unet.load_state_dict(names_flow.read(state, names_flow.SD3_DIFFUSERS))
         encoder = model.text.clip_g
-        published = write._openclip_text(copy.deepcopy(encoder), encoder.config.layers)
+        published = write.openclip_text(copy.deepcopy(encoder), encoder.config.layers)
         part = parts.text(published, "text", names.CLIP_OPEN, projection=True)
         encoder.load_state_dict(part.state)
         return drawn(model, ASKED, SampleConfig(10, seed=SEED))

@@ -341,13 +341,13 @@ def _compvis_vae(model: LatentDiffusion) -> State:
 def _compvis_text(text: CLIPText | CLIPPair) -> State:
     if isinstance(text, CLIPPair):
         place = "conditioner.embedders"
-        second = _openclip_text(text.clip_g, text.clip_g.config.layers)
+        second = openclip_text(text.clip_g, text.clip_g.config.layers)
         if text.clip_l is None:
             return _prefixed(f"{place}.0.model", second)
         first = _prefixed(f"{place}.0.transformer", _transformers_text(text.clip_l))
         return first | _prefixed(f"{place}.1.model", second)
     if text.config.activation == "gelu":  # SD 2.x
-        return _prefixed("cond_stage_model.model", _openclip_text(text, text.config.layers + 1))
+        return _prefixed("cond_stage_model.model", openclip_text(text, text.config.layers + 1))
     return _prefixed("cond_stage_model.transformer", _transformers_text(text))
 
 
@@ -355,7 +355,7 @@ def _prefixed(prefix: str, state: State) -> State:
     return {f"{prefix}.{name}": value for name, value in state.items()}
 
 
-def _openclip_text(text: CLIPText, blocks: int) -> State:
+def openclip_text(text: CLIPText, blocks: int) -> State:
     """q, k and v in one matrix, and the projection transposed. SD 2.x does not run the last block,
     which loading drops: zeros stand in its place."""
     state = merged_state(text)
