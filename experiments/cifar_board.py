@@ -3,7 +3,8 @@
     python experiments/cifar_board.py --data cifar10/train --study targets
     python experiments/cifar_board.py --data cifar10/train --study steps --model out/cifar_ddpm/model
 
-targets: eps, x0, v and flow, each from nothing for as many steps of cifar_ddpm.py's small recipe.
+targets: eps, x0, v and flow, each from nothing for as many steps of cifar_ddpm.py's small recipe;
+with eps, x0 is clipped while drawing.
 steps: DDPM and DDIM of one model by number of steps, the form of [2] table 1. Every distance is
 Fréchet's in the features of minidiff's classifier of CIFAR-10, of n samples, with the floor of n
 real pictures. Writes STUDY.csv row by row, and goes on where it stopped; and STUDY.png.
@@ -19,13 +20,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from cifar_ddpm import batches, objective_of, spread
 from cifar_distance import Distance
 from cifar_recipes import PRESETS, Preset, new_model
-from jaxtyping import UInt8
+from jaxtyping import Float, Shaped, UInt8
+from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
 from minidiff import pipeline, schedules
@@ -33,11 +35,13 @@ from minidiff.checkpoints.folder import DTYPES
 from minidiff.cli.script import run
 from minidiff.data.cifar10 import cifar10
 from minidiff.data.folder import ClassFolder, load_all
+from minidiff.denoiser import Denoise, Prediction
 from minidiff.errors import UserError
 from minidiff.figures import curves
 from minidiff.latent_diffusion import LatentDiffusion
 from minidiff.options.finetuning import Precision
 from minidiff.options.sampling import SampleConfig
+from minidiff.schedules import per_example
 from minidiff.train import EMA, TrainConfig, train
 from minidiff.training import atomic
 from minidiff.training.device import pick_device, plain_attention
@@ -103,6 +107,25 @@ def samples(model: LatentDiffusion, config: SampleConfig, options: Options) -> T
         return pipeline.generate(model, prompts, config, batch=250, progress=True).float().cpu()
 
 
+def clip(model: LatentDiffusion) -> None:
+    """Clip every estimate of x0 to [-1, 1] when the model draws, as the DDPM paper's code does. A
+    model of eps needs it: x0 is (x - sigma eps) / alpha, and the cosine schedule's alpha_T is 5e-5,
+    so that a small error of eps at T becomes a huge one of x0."""
+    guided = model.guided
+
+    def clipped(*args: Any, **options: Any) -> Denoise:
+        denoise = guided(*args, **options)
+
+        def call(x: Float[Tensor, "B C H W"], t: Shaped[Tensor, "B"]) -> Prediction:
+            x0 = denoise(x, t).x0.clamp(-1, 1)
+            alpha, sigma = (per_example(v, x) for v in model.schedule.alpha_sigma(t))
+            return Prediction(x0, (x - alpha * x0) / sigma)
+
+        return call
+
+    model.guided = clipped
+
+
 def learn(
     target: str,
     recipe: Preset,
@@ -131,6 +154,8 @@ def learn(
     with plain_attention(options.device, options.autocast):
         follow(training, target, options.steps, options.batch)
     seconds = time.perf_counter() - begun
+    if target == "eps":
+        clip(ema.average)
     drawn = samples(ema.average, SampleConfig(recipe.sampling_steps, seed=options.seed), options)
     ema.average.save(options.out / target)
     return {
@@ -170,8 +195,9 @@ def plot(table: Table, x: str, line: str, path: Path) -> Path:
             axes.set(xscale="log")
             axes.set_xticks(steps, [str(n) for n in steps])
             axes.set_xticks([], minor=True)
-        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            which("{x:g}")  # the style reads no formulas
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")  # the style reads no formulas
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.legend()
         return curves.save(figure, path)
 

@@ -293,6 +293,20 @@ def test_cifar_board(classes, tmp_path, monkeypatch, capsys):
             cifar_board.main(**settings, out=tmp_path / "other")
 
 
+def test_eps_is_clipped_as_it_is_drawn():
+    torch.manual_seed(0)
+    recipe = replace(cifar_board.PRESETS["tiny"], target="eps", schedule=schedules.cosine())
+    model = cifar_board.new_model(recipe, ["car", "dog"], "cpu")
+
+    def largest():
+        frames = model.sample(["dog"], 3, generator=torch.Generator().manual_seed(0))
+        return max(frame.x0.abs().max().item() for frame in frames if frame.x0 is not None)
+
+    assert largest() > 100  # the first estimate is divided by an alpha of 5e-5
+    cifar_board.clip(model)
+    assert largest() <= 1
+
+
 def test_cifar_batches_see_every_picture_once_an_epoch():
     pictures = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 3, 32, 32).contiguous()
     labels = [str(k) for k in range(6)]
