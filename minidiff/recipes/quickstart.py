@@ -58,9 +58,10 @@ TEXT_STEPS, TEXT_BATCH, TEXT_LR = 600, 128, 4e-3
 STEPS, BATCH, LR = 1170, 32, 3e-3
 PARTS = 2  # a step is PARTS batches, on as many cores at once
 MOMENTUM = (0.95, 0.99)  # of Muon, and of Adam's square (training/muon.py)
-TWO_OBJECTS = 0.7  # the share of images that show two
+TWO_OBJECTS = 0.62  # the share of images that show two
+FULL = 0.85  # of the captions, this share says everything; the others may leave something out
 POOL = 12_000  # images of two objects; half as many of one
-T_CENTRE, T_SPREAD = 0.1, 1.1  # of logit(t / 1000)
+T_CENTRE, T_SPREAD = -0.03, 1.1  # of logit(t / 1000)
 GUIDANCE = 2.0
 CAPTIONS = 200  # held-out captions behind each accuracy
 DRAWN_STEPS = 10  # of sampling, for the page in between
@@ -215,7 +216,8 @@ def latent_batches(
             pool = two if rng.random() < TWO_OBJECTS else one
             i = rng.randrange(len(pool.scenes))
             latents.append(pool.latents[i])
-            captions.append("" if rng.random() < dropout else world.caption(pool.scenes[i], rng))
+            caption = world.caption(pool.scenes[i], rng, full=rng.random() < FULL)
+            captions.append("" if rng.random() < dropout else caption)
         x0 = channels_last(torch.stack(latents))
         t = noise_levels(len(x0), generator)
         yield LatentBatch(x0, captions, t, torch.randn(x0.shape, generator=generator).to(x0.device))

@@ -121,6 +121,8 @@ def test_parts_follow_from_seed_and_number_alone():
     captions = [caption for part in take(0, 6) for caption in part.captions]
     pairs = sum(any(relation in caption for relation in RELATIONS) for caption in captions)
     assert abs(pairs / len(captions) - quickstart.TWO_OBJECTS) < 0.1
+    backgrounds = sum(" on " in caption for caption in captions) / len(captions)
+    assert abs(backgrounds - (1 + quickstart.FULL) / 2) < 0.05  # half of the others say it too
     hidden = [caption == "" for part in take(0, 6, dropout=0.5) for caption in part.captions]
     assert 0.4 < sum(hidden) / len(hidden) < 0.6
 
