@@ -110,7 +110,7 @@ def samples(model: LatentDiffusion, config: SampleConfig, options: Options) -> T
 def clip(model: LatentDiffusion) -> None:
     """Clip every estimate of x0 to [-1, 1] when the model draws, as the DDPM paper's code does. A
     model of eps needs it: x0 is (x - sigma eps) / alpha, and the cosine schedule's alpha_T is 5e-5,
-    so that a small error of eps at T becomes a huge one of x0."""
+    so that a small error of eps at T becomes a huge one of x0. It is not saved with the model."""
     guided = model.guided
 
     def clipped(*args: Any, **options: Any) -> Denoise:

@@ -271,7 +271,11 @@ def test_cifar_board(classes, tmp_path, monkeypatch, capsys):
         return save(figure, path)
 
     monkeypatch.setattr(curves, "save", saved)
+    clipped, clip = [], cifar_board.clip
+    tell = lambda model: (clipped.append(model.denoiser.target), clip(model))  # noqa: E731
+    monkeypatch.setattr(cifar_board, "clip", tell)
     cifar_board.main(**settings, out=tmp_path)
+    assert clipped == ["eps"]
     results = written(tmp_path, "targets.png", "targets.csv", "v/model.json")
     assert [row["target"] for row in results["rows"]] == ["eps", "x0", "v", "flow"]
     first = (tmp_path / "targets.csv").read_bytes()

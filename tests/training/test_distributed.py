@@ -101,7 +101,7 @@ def test_shards_equal_whole_copies(tmp_path):
 
 
 def test_gradients_are_held_once():
-    """They lie in the memory that DDP sends, with several batches in a step too."""
+    """After a step's last backward pass they lie in the memory that DDP sends."""
     store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
