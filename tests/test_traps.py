@@ -83,12 +83,15 @@ def test_a_training_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(trap_models, "follow", stopped)
     with pytest.raises(KeyboardInterrupt):
         again.file("transformer")
-    assert again.minutes() == pytest.approx(0.03)
+    told = {name: SHARE * plan.minutes for name, plan in trap_models.TRAININGS.items()}
+    assert again.minutes() == pytest.approx(sum(told.values()))  # nothing is there yet
     monkeypatch.setattr(trap_models, "follow", own)
     state = load_file(again.file("transformer"))
     assert all(torch.equal(state[name], value) for name, value in whole.items())
     monkeypatch.setattr(trap_models, "train", None)
-    assert again.file("transformer").exists() and again.minutes() == pytest.approx(0.018)
+    assert again.file("transformer").exists() and again.minutes() == pytest.approx(
+        told["controlnet"]
+    )
 
 
 def test_main(toys, capsys):
