@@ -48,8 +48,8 @@ def join() -> None:
 
 def _leave() -> None:
     """Close the connections while Python still runs: Gloo's threads may abort a process that ends
-    with them open, and its exit code is lost (pull request 179291 of PyTorch). Not after a crash, and
-    not on GPUs, where NCCL may wait for the others."""
+    with them open, and its exit code is lost (pull request 179291 of PyTorch). Not after a crash,
+    and not on GPUs, where NCCL may wait for the others."""
     if dist.is_initialized() and not (hasattr(sys, "last_value") or torch.cuda.is_available()):
         dist.destroy_process_group()
 
